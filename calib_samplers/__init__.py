@@ -1,0 +1,1 @@
+"""Choosing calibration images. Takes arrays, reads no files, imports nothing of `pipeline`."""

@@ -1,0 +1,1 @@
+"""Decoding and measuring: everything between a network's fields and a figure. Imports nothing of `pipeline`."""

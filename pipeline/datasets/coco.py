@@ -1,0 +1,369 @@
+"""Data sets in COCO's format, and their splits."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.skeletons import COCO_17
+from evaluation.types import People, Resolution, Sample
+from pipeline.errors import UserError, nearest
+
+SPLITS = ("train", "unlabelled", "tune", "agreement", "validation")
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+def read_image(file: Path) -> NDArray[np.uint8]:
+    """Read an image file as uint8 [H, W, 3], RGB.
+
+    Raises:
+        UserError: the file is missing or no image can be read from it.
+    """
+    import cv2
+
+    try:
+        data = np.fromfile(file, np.uint8)
+    except OSError as error:
+        raise UserError(f"{file}: cannot read the image ({error.strerror}); restore the file or pass strict=false") from error
+    truncated = data.size == 0 or (file.suffix.lower() in (".jpg", ".jpeg") and not data.tobytes().rstrip(b"\0").endswith(b"\xff\xd9"))
+    image = None if truncated else cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    if image is None:
+        raise UserError(f"{file}: not a whole image ({data.size} bytes); restore the file or pass strict=false to skip it")
+    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
+
+
+def load_annotations(file: Path) -> dict[str, Any]:
+    """Read and check a COCO keypoint annotation file.
+
+    Raises:
+        UserError: the file is missing, is not JSON, lacks COCO's lists, or its annotations name unknown images.
+    """
+    try:
+        raw = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file}: cannot read the annotations ({error.strerror}); check data.*.annotations") from error
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); it may be truncated: download or export it again") from error
+    missing = [key for key in ("images", "annotations") if not isinstance(raw, dict) or not isinstance(raw.get(key), list)]
+    if missing:
+        raise UserError(f"{file}: no list '{missing[0]}', so not COCO's format; expected images, annotations, categories")
+    for kind, needed in (("images", ("id", "file_name", "height", "width")), ("annotations", ("image_id", "bbox"))):
+        for position, record in enumerate(raw[kind]):
+            absent = [key for key in needed if not isinstance(record, dict) or key not in record]
+            if absent:
+                raise UserError(f"{file}: {kind}[{position}] has no '{absent[0]}', so not COCO's format")
+    known = {image["id"] for image in raw["images"]}
+    unknown = sorted({str(a["image_id"]) for a in raw["annotations"] if a["image_id"] not in known})
+    if unknown:
+        raise UserError(
+            f"{file}: annotations name {len(unknown)} unknown images ({', '.join(unknown[:5])}, ...); "
+            "add them to 'images' or drop their annotations"
+        )
+    return raw
+
+
+def people(annotations: Sequence[Mapping[str, Any]], K: int = len(COCO_17.names)) -> People:
+    """The ground truth of an image from its COCO records."""
+    keypoints = np.zeros((len(annotations), K, 3))
+    for row, record in enumerate(annotations):
+        flat = record.get("keypoints") or [0] * (3 * K)
+        if len(flat) != 3 * K:
+            raise UserError(f"annotation {record.get('id')}: {len(flat)} keypoint numbers, not {3 * K} (COCO's {K} keypoints)")
+        keypoints[row] = np.asarray(flat, np.float64).reshape(K, 3)
+    return People(
+        keypoints=keypoints,
+        boxes=np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4),
+        areas=np.array([a.get("area", a["bbox"][2] * a["bbox"][3]) for a in annotations], np.float64),
+        crowd=np.array([bool(a.get("iscrowd", 0)) for a in annotations], bool),
+        masks=tuple(a.get("segmentation") for a in annotations),
+    )
+
+
+@dataclass(frozen=True)
+class Coco:
+    """Images of one split with COCO keypoint labels, or without labels.
+
+    Attributes:
+        images: the folder of images.
+        annotations: the annotation file; None for unlabelled images.
+        names: only these files, in this order; None is all of them.
+    """
+
+    images: Path
+    annotations: Path | None = None
+    names: tuple[str, ...] | None = None
+
+    @cached_property
+    def records(self) -> list[dict[str, Any]]:
+        """COCO's image records, each with its `annotations` (None where unlabelled), in the order of their ids."""
+        if self.annotations is None:
+            return self._unlabelled()
+        raw = load_annotations(self.annotations)
+        by_image: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in raw["images"]}
+        for record in raw["annotations"]:
+            by_image[record["image_id"]].append(record)
+        wanted = None if self.names is None else set(self.names)
+        records = [
+            {**image, "annotations": by_image[image["id"]]}
+            for image in sorted(raw["images"], key=lambda image: (len(str(image["id"])), str(image["id"])))
+            if wanted is None or image["file_name"] in wanted
+        ]
+        if wanted and len(records) < len(wanted):
+            absent = sorted(wanted - {r["file_name"] for r in records})
+            raise UserError(f"{self.annotations}: the splits name {len(absent)} images it does not hold: {', '.join(absent[:5])}")
+        return records
+
+    def _unlabelled(self) -> list[dict[str, Any]]:
+        if self.names is not None:
+            return [{"id": Path(name).stem.lstrip("0") or "0", "file_name": name, "annotations": None} for name in self.names]
+        return [
+            {"id": file.stem.lstrip("0") or "0", "file_name": file.name, "annotations": None}
+            for file in sorted(self.images.iterdir())
+            if file.suffix.lower() in IMAGE_TYPES
+        ]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample[People]:
+        record = self.records[index]
+        file = self.images / record["file_name"]
+        truth = None if record["annotations"] is None else people(record["annotations"])
+        if "height" in record:
+            size = Resolution(record["height"], record["width"])
+            read: Callable[[], NDArray[np.uint8]] = partial(_read_checked, file, size)
+        else:
+            height, width = read_image(file).shape[:2]
+            size, read = Resolution(height, width), partial(read_image, file)
+        return Sample(str(record["id"]), size, read, truth, None if truth is None else truth.boxes)
+
+    def table(self) -> dict[str, NDArray[Any]]:
+        """Columns id, file_name, persons, area and keypoints.
+
+        Those are: people with keypoints; the median of their areas in pixels; the mean count of their labelled keypoints.
+        """
+        columns: dict[str, list[Any]] = {"id": [], "file_name": [], "persons": [], "area": [], "keypoints": []}
+        for record in self.records:
+            labelled = [a for a in record["annotations"] or [] if a.get("num_keypoints", 0) > 0]
+            columns["id"].append(str(record["id"]))
+            columns["file_name"].append(record["file_name"])
+            columns["persons"].append(len(labelled))
+            columns["area"].append(float(np.median([a["area"] for a in labelled])) if labelled else 0.0)
+            columns["keypoints"].append(float(np.mean([a["num_keypoints"] for a in labelled])) if labelled else 0.0)
+        return {name: np.array(values) for name, values in columns.items()}
+
+    def contents(self, cache: Path) -> dict[str, str]:
+        """SHA-256 of every image file, by name.
+
+        Args:
+            cache: folder where digests are kept, with each file's size and time.
+
+        Raises:
+            UserError: files are missing; up to ten are listed.
+        """
+        names = [record["file_name"] for record in self.records]
+        return file_digests(self.images, names, cache)
+
+
+def _read_checked(file: Path, size: Resolution) -> NDArray[np.uint8]:
+    image = read_image(file)
+    if image.shape[:2] != (size.height, size.width):
+        raise UserError(f"{file}: {image.shape[0]}x{image.shape[1]} pixels, but its annotations say {size}; they do not belong together")
+    return image
+
+
+def file_digests(folder: Path, names: Iterable[str], cache: Path) -> dict[str, str]:
+    """SHA-256 of files in a folder, by name; files whose size and time did not change are not read again.
+
+    Raises:
+        UserError: files are missing; up to ten are listed.
+    """
+    index = cache / "digests" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.json"
+    try:
+        known: dict[str, list[Any]] = json.loads(index.read_text())
+    except (OSError, ValueError):
+        known = {}
+    found: dict[str, str] = {}
+    missing: list[str] = []
+    stale: list[tuple[str, list[int]]] = []
+    for name in names:
+        try:
+            stat = os.stat(folder / name)  # noqa: PTH116 - a hundred thousand times
+        except OSError:
+            missing.append(name)
+            continue
+        stamp = [stat.st_size, stat.st_mtime_ns]
+        if name in known and known[name][:2] == stamp:
+            found[name] = known[name][2]
+        else:
+            stale.append((name, stamp))
+    if missing:
+        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+        raise UserError(f"{folder}: {len(missing)} images are missing: {', '.join(missing[:10])}{more}; restore them or mend the annotations")
+    if stale:
+        with ThreadPoolExecutor() as pool:
+            for (name, stamp), digest in zip(stale, pool.map(lambda s: sha256(folder / s[0]), stale), strict=True):
+                found[name] = digest
+                known[name] = [*stamp, digest]
+        index.parent.mkdir(parents=True, exist_ok=True)
+        partial_file = index.with_suffix(f".{os.getpid()}.tmp")
+        partial_file.write_text(json.dumps(known))
+        partial_file.replace(index)
+    return found
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class CocoSplits:
+    """A COCO data set of a train and a validation part, and what each image is for.
+
+    Attributes:
+        train: {"images": folder, "annotations": file}; the tune images are taken from it.
+        val: likewise; these are the validation images.
+        unlabelled: {"images": folder} or None; train and agreement images without labels are taken from it.
+        splits: a file {split: {any name: [file names] or "all"}} that says what each image is for; unlabelled images that
+            it calls train become the split "unlabelled". None: of the train images, the twentieth part whose file names hash lowest is for tuning; of the unlabelled, half is for agreement.
+        cache: where digests are kept.
+        strict: False drops images that are missing, and counts them, instead of refusing.
+    """
+
+    train: Mapping[str, Any]
+    val: Mapping[str, Any]
+    unlabelled: Mapping[str, Any] | None = None
+    splits: str | None = None
+    cache: str = "outputs/cache"
+    strict: bool = True
+    dropped: dict[str, list[str]] = field(default_factory=dict, compare=False)
+
+    def _named(self) -> dict[str, dict[str, list[str]]] | None:
+        if self.splits is None:
+            return None
+        try:
+            raw = json.loads(Path(self.splits).read_bytes())
+        except OSError as error:
+            raise UserError(f"{self.splits}: cannot read the splits ({error.strerror}); check data.splits") from error
+        except ValueError as error:
+            raise UserError(f"{self.splits}: not JSON ({error}); check data.splits") from error
+        return {split: groups for split, groups in raw.items() if isinstance(groups, dict)}
+
+    @cached_property
+    def parts(self) -> dict[str, Coco]:
+        """The images of every split."""
+        train, val = _source(self.train, "train"), _source(self.val, "val")
+        loose = _source(self.unlabelled, "unlabelled") if self.unlabelled else None
+        named = self._named()
+        if named is None:
+            names = sorted(r["file_name"] for r in train.records)
+            tune = sorted(names, key=_name_hash)[: max(len(names) // 20, 1)]
+            parts = {
+                "train": Coco(train.images, train.annotations, tuple(sorted(set(names) - set(tune)))),
+                "tune": Coco(train.images, train.annotations, tuple(sorted(tune))),
+                "validation": val,
+            }
+            if loose is not None:
+                free = sorted((r["file_name"] for r in loose.records), key=_name_hash)
+                parts["unlabelled"] = Coco(loose.images, None, tuple(sorted(free[len(free) // 2 :])))
+                parts["agreement"] = Coco(loose.images, None, tuple(sorted(free[: len(free) // 2])))
+            return parts
+        labelled = {r["file_name"] for r in train.records}
+        whole = {"train": train, "tune": train, "validation": val, "agreement": loose or train}
+        every = {
+            split: [
+                name
+                for group in groups.values()
+                for name in ([r["file_name"] for r in whole[split].records] if group == "all" else group)
+            ]
+            for split, groups in named.items()
+            if split in whole
+        }
+        for split in ("train", "tune", "validation"):
+            if not every.get(split):
+                raise UserError(f"{self.splits}: no images for '{split}'; a splits file names train, tune and validation")
+        parts = {
+            "train": Coco(train.images, train.annotations, tuple(n for n in every["train"] if n in labelled)),
+            "tune": Coco(train.images, train.annotations, tuple(every["tune"])),
+            "validation": Coco(val.images, val.annotations, tuple(every["validation"])),
+        }
+        if loose is not None:
+            parts["unlabelled"] = Coco(loose.images, None, tuple(n for n in every["train"] if n not in labelled))
+            parts["agreement"] = Coco(loose.images, None, tuple(every.get("agreement", ())))
+        return parts
+
+    def open(self, split: str) -> Coco:
+        """The images of a split, after checking that no other split has one of them.
+
+        Raises:
+            UserError: there is no such split, it is empty, nobody is labelled in it, or two splits share an image, by id
+                or by content.
+        """
+        if split not in self.parts:
+            raise UserError(f"no split '{split}' in this data; it has {', '.join(self.parts)}{nearest(split, self.parts)}")
+        part = self._present(split, self.parts[split])
+        if len(part) == 0:
+            raise UserError(f"{part.annotations or part.images}: no images for the split '{split}'")
+        if part.annotations is not None and not part.table()["persons"].any():
+            raise UserError(f"{part.annotations}: no person with keypoints in the split '{split}'; this product needs some")
+        self._check_disjoint()
+        return part
+
+    def _present(self, split: str, part: Coco) -> Coco:
+        if self.strict:
+            return part
+        kept = []
+        for record in part.records:
+            try:
+                read_image(part.images / record["file_name"])
+                kept.append(record["file_name"])
+            except UserError:
+                self.dropped.setdefault(split, []).append(record["file_name"])
+        return Coco(part.images, part.annotations, tuple(kept))
+
+    def _check_disjoint(self) -> None:
+        ids: dict[str, str] = {}
+        contents: dict[str, tuple[str, str]] = {}
+        for split, part in self.parts.items():
+            for record in part.records:
+                other = ids.setdefault(str(record["id"]), split)
+                if other != split:
+                    raise UserError(f"image {record['id']} ({record['file_name']}) is in both '{other}' and '{split}'; splits must not overlap")
+            present = part if self.strict else self._present(split, part)
+            for name, digest in present.contents(Path(self.cache)).items():
+                other, twin = contents.setdefault(digest, (split, name))
+                if other != split:
+                    raise UserError(f"{name} of '{split}' has the same content as {twin} of '{other}'; splits must not overlap")
+
+    def digest(self, splits: Sequence[str]) -> str:
+        """SHA-256 over names, contents and labels of some splits."""
+        total = hashlib.sha256()
+        for split in splits:
+            if split not in self.parts:
+                continue
+            part = self.parts[split]
+            present = part if self.strict else self._present(split, part)
+            total.update(json.dumps([split, sorted(present.contents(Path(self.cache)).items())]).encode())
+            total.update(json.dumps(part.records, sort_keys=True).encode())
+        return total.hexdigest()
+
+
+def _source(paths: Mapping[str, Any], role: str) -> Coco:
+    images = Path(str(paths["images"]))
+    if not images.is_dir():
+        raise UserError(f"data.{role}.images={images}: no such folder; give the folder that holds the images")
+    return Coco(images, None if paths.get("annotations") is None else Path(str(paths["annotations"])))
+
+
+def _name_hash(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()

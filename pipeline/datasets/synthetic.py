@@ -1,0 +1,535 @@
+"""Generated people: a COCO-format data set made from a seed, with numpy alone.
+
+A person is a skeleton in three dimensions, posed by random joint angles and projected; its body is drawn as tapered
+capsules, far ones first. What each pixel belongs to is kept, so masks, areas, boxes and the visibility of each keypoint
+follow from what can really be seen.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.skeletons import COCO_17
+from evaluation.types import Resolution
+from pipeline.datasets.coco import SPLITS, Coco, CocoSplits
+from pipeline.errors import UserError
+
+VERSION = 1  # raise it with every change of a pixel or a label
+
+F64 = NDArray[np.float64]
+Colour = NDArray[np.float32]
+
+_NOBODY, _CROWD, _CLUTTER = -1, -2, -3
+
+# Joints in body coordinates, heights as parts of the whole: x to the person's left, y down, z forward.
+_TORSO = {
+    "neck": (0.0, 0.18, 0.0),
+    "left_shoulder": (0.105, 0.2, 0.0),
+    "right_shoulder": (-0.105, 0.2, 0.0),
+    "left_hip": (0.06, 0.5, 0.0),
+    "right_hip": (-0.06, 0.5, 0.0),
+}
+_FACE = {
+    "head": (0.0, 0.095, 0.0),
+    "nose": (0.0, 0.105, 0.078),
+    "left_eye": (0.03, 0.085, 0.064),
+    "right_eye": (-0.03, 0.085, 0.064),
+    "left_ear": (0.064, 0.095, 0.0),
+    "right_ear": (-0.064, 0.095, 0.0),
+}
+_ARM, _FOREARM, _THIGH, _SHIN = 0.165, 0.155, 0.235, 0.225
+_SKINS = np.array([[236, 200, 170], [224, 172, 138], [190, 134, 98], [141, 92, 62], [92, 58, 40]], np.float32)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How hard a generated image is.
+
+    Attributes:
+        size: the images' size.
+        people: least and most people.
+        heights: least and most height of a person, as a part of the image's.
+        clutter: objects behind the people, at most.
+        occluders: objects before the people, at most.
+        crowds: share of images with a crowd region.
+        turned: share of people who show their side or back.
+        cut: how far a person's middle may lie outside the image, as a part of the person's height.
+    """
+
+    size: Resolution
+    people: tuple[int, int]
+    heights: tuple[float, float]
+    clutter: int
+    occluders: int
+    crowds: float
+    turned: float
+    cut: float
+
+
+def _rotation(axis: int, angle: float) -> F64:
+    c, s = np.cos(angle), np.sin(angle)
+    matrix = np.eye(3)
+    i, j = [(1, 2), (2, 0), (0, 1)][axis]
+    matrix[i, i], matrix[i, j], matrix[j, i], matrix[j, j] = c, -s, s, c
+    return matrix
+
+
+def _pose(draw: np.random.Generator, preset: Preset) -> dict[str, F64]:
+    """Joints of one person of height 1 in body coordinates after all rotations; z towards the viewer."""
+    width = draw.uniform(0.85, 1.2)
+    joints = {name: np.array(at) * (width, 1, 1) for name, at in _TORSO.items()}
+    nod = _rotation(1, draw.normal(0, 0.35)) @ _rotation(0, draw.normal(0, 0.15)) @ _rotation(2, draw.normal(0, 0.12))
+    pivot = joints["neck"]
+    joints |= {name: pivot + nod @ (np.array(at) - pivot) for name, at in _FACE.items()}
+    sitting = draw.random() < 0.2
+    for side, sign in (("left", 1.0), ("right", -1.0)):
+        lift = draw.uniform(0.05, 0.6) if draw.random() < 0.65 else draw.uniform(0.6, 2.6)
+        reach = draw.normal(0, 0.5)
+        arm = _rotation(0, reach) @ _rotation(2, -sign * lift)
+        down = np.array([0.0, 1.0, 0.0])
+        joints[f"{side}_elbow"] = joints[f"{side}_shoulder"] + _ARM * (arm @ down)
+        bend = arm @ _rotation(1, draw.uniform(-1.2, 1.2)) @ _rotation(0, abs(draw.normal(0, 0.9)))
+        joints[f"{side}_wrist"] = joints[f"{side}_elbow"] + _FOREARM * (bend @ down)
+        flex = draw.uniform(1.0, 1.6) if sitting else draw.normal(0.1, 0.3)
+        leg = _rotation(2, -sign * abs(draw.normal(0.05, 0.15))) @ _rotation(0, flex)
+        joints[f"{side}_knee"] = joints[f"{side}_hip"] + _THIGH * (leg @ down)
+        shin = leg @ _rotation(0, -(flex if sitting else abs(draw.normal(0, 0.4))))
+        joints[f"{side}_ankle"] = joints[f"{side}_knee"] + _SHIN * (shin @ down)
+        joints[f"{side}_toe"] = joints[f"{side}_ankle"] + 0.06 * (shin @ np.array([0.0, 0.3, 1.0]))
+    turn = draw.uniform(-np.pi, np.pi) if draw.random() < preset.turned else draw.normal(0, 0.35)
+    lean = _rotation(2, draw.normal(0, 0.12)) @ _rotation(0, draw.normal(0, 0.12)) @ _rotation(1, turn)
+    middle = (joints["left_hip"] + joints["right_hip"]) / 2
+    return {name: lean @ (at - middle) for name, at in joints.items()}
+
+
+@dataclass
+class _Canvas:
+    """Pixels and what each belongs to."""
+
+    image: NDArray[np.float32]
+    owner: NDArray[np.int16]
+    part: NDArray[np.int16]
+
+    def capsule(
+        self,
+        a: Sequence[float],
+        b: Sequence[float],
+        radii: tuple[float, float],
+        paint: "_Paint",
+        owner: int,
+        part: int = 0,
+    ) -> None:
+        """Draw a tapered capsule between points (x, y), antialiased and shaded towards its rim."""
+        H, W = self.owner.shape
+        reach = max(radii) + 1.5
+        x0, x1 = int(max(min(a[0], b[0]) - reach, 0)), int(min(max(a[0], b[0]) + reach + 1, W))
+        y0, y1 = int(max(min(a[1], b[1]) - reach, 0)), int(min(max(a[1], b[1]) + reach + 1, H))
+        if x0 >= x1 or y0 >= y1:
+            return
+        ys, xs = np.ogrid[y0:y1, x0:x1]
+        px, py = (xs - a[0]).astype(np.float32), (ys - a[1]).astype(np.float32)
+        dx, dy = b[0] - a[0], b[1] - a[1]
+        along = np.clip((px * dx + py * dy) / max(dx * dx + dy * dy, 1e-6), 0, 1)
+        across = np.hypot(px - along * dx, py - along * dy)
+        radius = radii[0] + along * (radii[1] - radii[0])
+        alpha = np.clip(radius - across + 0.5, 0, 1)
+        if not alpha.any():
+            return
+        rim = np.clip(across / np.maximum(radius, 0.5), 0, 1)
+        colour = paint.colour(along, across, radius) * (1.08 - 0.5 * rim**3)[..., None]
+        window = self.image[y0:y1, x0:x1]
+        window += alpha[..., None] * (colour - window)
+        solid = alpha > 0.5
+        self.owner[y0:y1, x0:x1][solid] = owner
+        self.part[y0:y1, x0:x1][solid] = part
+
+
+@dataclass(frozen=True)
+class _Paint:
+    """A cloth: a colour, and perhaps stripes of a second one."""
+
+    base: Colour
+    other: Colour
+    stripes: float = 0.0
+    across: bool = False
+
+    def colour(self, along: Any, across: Any, radius: Any) -> NDArray[np.float32]:
+        if not self.stripes:
+            return np.broadcast_to(self.base, (*np.shape(along + across), 3))
+        phase = across / np.maximum(radius, 1) * 2 if self.across else along * self.stripes
+        mix = (np.sin(2 * np.pi * phase) > 0)[..., None]
+        return np.where(mix, self.base, self.other).astype(np.float32)
+
+
+def _paint(draw: np.random.Generator, plain: float = 0.6) -> _Paint:
+    base, other = draw.uniform(15, 240, (2, 3)).astype(np.float32)
+    stripes = 0.0 if draw.random() < plain else float(draw.uniform(1, 5))
+    return _Paint(base, other, stripes, bool(draw.random() < 0.4))
+
+
+def _noise(draw: np.random.Generator, H: int, W: int) -> NDArray[np.float32]:
+    """Smooth coloured noise of several octaves, about -1..1, [H, W, 3]."""
+    total = np.zeros((H, W, 3), np.float32)
+    for cells in (3, 6, 14, 40):
+        grid = draw.normal(0, 1, (cells + 1, cells + 1, 3)).astype(np.float32)
+        grid = 0.5 * grid + 0.5 * grid.mean(axis=2, keepdims=True)
+        y, x = np.linspace(0, cells, H, endpoint=False), np.linspace(0, cells, W, endpoint=False)
+        i, j = y.astype(int), x.astype(int)
+        fy, fx = (y - i).astype(np.float32)[:, None, None], (x - j).astype(np.float32)[None, :, None]
+        rows = grid[i] * (1 - fy) + grid[i + 1] * fy
+        total += (rows[:, j] * (1 - fx) + rows[:, j + 1] * fx) * np.float32(1.2 / np.sqrt(cells))
+    return total
+
+
+def _background(draw: np.random.Generator, size: Resolution) -> NDArray[np.float32]:
+    base = draw.uniform(40, 215, 3).astype(np.float32)
+    image = base + draw.uniform(15, 60) * _noise(draw, size.height, size.width)
+    if draw.random() < 0.5:  # a floor
+        horizon = int(draw.uniform(0.4, 0.9) * size.height)
+        image[horizon:] = draw.uniform(40, 215, 3) + 0.5 * (image[horizon:] - base)
+    return image
+
+
+def _clutter(draw: np.random.Generator, canvas: _Canvas, count: int) -> None:
+    """Poles, blobs and furniture in the colours of clothes and skin."""
+    H, W = canvas.owner.shape
+    for _ in range(count):
+        at = draw.uniform((0, 0), (W, H))
+        length, angle = draw.uniform(0.05, 0.5) * H, draw.uniform(0, np.pi)
+        to = at + length * np.array([np.cos(angle), np.sin(angle)])
+        radius = draw.uniform(0.01, 0.07) * H
+        paint = _paint(draw)
+        if draw.random() < 0.2:
+            skin = _SKINS[draw.integers(len(_SKINS))]
+            paint = _Paint(skin, skin)
+        canvas.capsule(at.tolist(), to.tolist(), (radius, radius * draw.uniform(0.5, 1.5)), paint, _CLUTTER)
+
+
+def _draw_person(draw: np.random.Generator, canvas: _Canvas, joints: dict[str, F64], scale: float, owner: int) -> None:
+    """Draw a posed person whose joints are in pixels; parts are numbered for `_visibility`."""
+    skin_colour = _SKINS[draw.integers(len(_SKINS))] * np.float32(draw.uniform(0.85, 1.1))
+    skin = _Paint(skin_colour, skin_colour)
+    hair_colour = draw.choice(np.array([[25, 20, 18], [70, 45, 25], [150, 110, 60], [120, 120, 120]], np.float32))
+    hair = _Paint(hair_colour, hair_colour)
+    shirt, trousers, shoes = _paint(draw), _paint(draw, 0.85), _paint(draw, 1.0)
+    sleeves, shorts = draw.random() < 0.5, draw.random() < 0.3
+    thick = draw.uniform(0.85, 1.25) * scale
+    Part = tuple[str, str, float, float, _Paint, int]
+    parts: list[Part] = []
+    for n, side in enumerate(("left", "right")):
+        shoulder, elbow, wrist, hip, knee, ankle, toe = (
+            f"{side}_{joint}" for joint in ("shoulder", "elbow", "wrist", "hip", "knee", "ankle", "toe")
+        )
+        parts += [
+            (hip, knee, 0.055, 0.042, trousers, 10 + n),
+            (knee, ankle, 0.04, 0.026, skin if shorts else trousers, 20 + n),
+            (ankle, toe, 0.027, 0.02, shoes, 30 + n),
+            (shoulder, elbow, 0.036, 0.03, shirt, 40 + n),
+            (elbow, wrist, 0.028, 0.021, shirt if sleeves else skin, 50 + n),
+            (wrist, wrist, 0.025, 0.025, skin, 60 + n),
+        ]
+
+    def depth(part: Part) -> float:
+        return float(joints[part[0]][2] + joints[part[1]][2]) / 2
+
+    def limb(part: Part) -> None:
+        a, b, ra, rb, paint, number = part
+        canvas.capsule(joints[a][:2].tolist(), joints[b][:2].tolist(), (ra * thick, rb * thick), paint, owner, number)
+
+    torso: list[Part] = [
+        ("left_hip", "right_hip", 0.05, 0.05, trousers, 1),
+        ("left_shoulder", "left_hip", 0.045, 0.045, shirt, 1),
+        ("right_shoulder", "right_hip", 0.045, 0.045, shirt, 1),
+        ("neck", "left_hip", 0.05, 0.045, shirt, 1),
+        ("neck", "right_hip", 0.05, 0.045, shirt, 1),
+        ("left_shoulder", "right_shoulder", 0.04, 0.04, shirt, 1),
+    ]
+    middle = float(np.mean([joints[name][2] for name in _TORSO]))
+    ordered = sorted(parts, key=depth)
+    for part in [p for p in ordered if depth(p) <= middle]:
+        limb(part)
+    for part in torso:
+        limb(part)
+    _draw_head(canvas, joints, thick, owner, skin, hair)
+    for part in [p for p in ordered if depth(p) > middle]:
+        limb(part)
+
+
+def _draw_head(canvas: _Canvas, joints: dict[str, F64], thick: float, owner: int, skin: _Paint, hair: _Paint) -> None:
+    neck, head, nose = joints["neck"], joints["head"], joints["nose"]
+    canvas.capsule(neck[:2].tolist(), head[:2].tolist(), (0.03 * thick, 0.035 * thick), skin, owner, 2)
+    up = head - neck
+    crown, chin = head + 0.35 * up, head - 0.3 * up
+    canvas.capsule(crown[:2].tolist(), chin[:2].tolist(), (0.06 * thick, 0.052 * thick), hair, owner, 2)
+    facing = nose - head
+    if facing[2] > -0.25 * np.linalg.norm(facing):  # the face is turned to the viewer
+        low, high = chin + 0.35 * facing, head + 0.3 * facing
+        canvas.capsule(high[:2].tolist(), low[:2].tolist(), (0.047 * thick, 0.04 * thick), skin, owner, 2)
+    dark = _Paint(np.array([20, 16, 14], np.float32), np.zeros(3, np.float32))
+    red = _Paint(skin.base * np.array([0.85, 0.6, 0.55], np.float32), skin.base)
+    for name, paint, radius in (
+        ("left_ear", skin, 0.017),
+        ("right_ear", skin, 0.017),
+        ("left_eye", dark, 0.0115),
+        ("right_eye", dark, 0.0115),
+        ("nose", red, 0.014),
+    ):
+        at = joints[name]
+        # An ear shows until it is well behind the head; eyes and nose only from the front.
+        if at[2] - head[2] > (-0.02 if "ear" in name else 0.012) * thick:
+            point = at[:2].tolist()
+            canvas.capsule(point, point, (radius * thick, radius * thick), paint, owner, 3)
+
+
+_OWN_PARTS = {
+    "nose": {2, 3}, "left_eye": {2, 3}, "right_eye": {2, 3}, "left_ear": {2, 3}, "right_ear": {2, 3},
+    "left_shoulder": {1, 40}, "right_shoulder": {1, 41}, "left_elbow": {40, 50}, "right_elbow": {41, 51},
+    "left_wrist": {50, 60}, "right_wrist": {51, 61}, "left_hip": {1, 10}, "right_hip": {1, 11},
+    "left_knee": {10, 20}, "right_knee": {11, 21}, "left_ankle": {20, 30}, "right_ankle": {21, 31},
+}  # fmt: skip
+
+
+def _label(canvas: _Canvas, joints: dict[str, F64], scale: float, owner: int) -> NDArray[np.float64]:
+    """Keypoints [17, 3] as COCO's annotators would give them: 2 visible, 1 hidden but guessed, 0 not labelled."""
+    H, W = canvas.owner.shape
+    keypoints = np.zeros((len(COCO_17.names), 3))
+    head = joints["head"]
+    for k, name in enumerate(COCO_17.names):
+        x, y, z = joints[name]
+        i, j = round(y), round(x)
+        if not (0 <= i < H and 0 <= j < W):
+            continue
+        if k < 5 and z - head[2] <= (-0.02 if "ear" in name else 0.012) * scale:
+            continue  # on the far side of the head: nobody labels it
+        mine = canvas.owner[i, j] == owner
+        seen = mine and canvas.part[i, j] in _OWN_PARTS[name]
+        if k < 5 and not mine:
+            continue
+        keypoints[k] = (round(x, 2), round(y, 2), 2 if seen else 1)
+    return keypoints
+
+
+def _run_lengths(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """COCO's uncompressed run lengths of a mask, column by column."""
+    flat = mask.ravel(order="F")
+    edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    runs = np.diff(np.concatenate(([0], edges, [flat.size])))
+    counts = [0, *runs.tolist()] if flat[0] else runs.tolist()
+    return {"size": list(mask.shape), "counts": counts}
+
+
+def _annotation(mask: NDArray[np.bool_], keypoints: F64 | None) -> dict[str, Any]:
+    ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    labels = np.zeros((len(COCO_17.names), 3)) if keypoints is None else keypoints
+    return {
+        "category_id": 1,
+        "iscrowd": 0,
+        "area": float(mask.sum()),
+        "bbox": [float(xs[0]), float(ys[0]), float(xs[-1] - xs[0] + 1), float(ys[-1] - ys[0] + 1)],
+        "segmentation": _run_lengths(mask),
+        "num_keypoints": int((labels[:, 2] > 0).sum()),
+        "keypoints": [round(float(v), 2) for v in labels.ravel()],
+    }
+
+
+def generate(preset: Preset, seed: Sequence[int]) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]:
+    """One image and its COCO annotations.
+
+    Args:
+        preset: how hard it is.
+        seed: any integers; equal ones give an equal image.
+
+    Returns:
+        uint8 [H, W, 3], RGB; and COCO annotation records without ids.
+    """
+    draw = np.random.default_rng([VERSION, *seed])
+    size = preset.size
+    H, W = size.height, size.width
+    blank = np.full((H, W), _NOBODY, np.int16)
+    canvas = _Canvas(_background(draw, size), blank, np.zeros((H, W), np.int16))
+    _clutter(draw, canvas, int(draw.integers(0, preset.clutter + 1)))
+    if draw.random() < preset.crowds:
+        at = draw.uniform((0.2 * W, 0.2 * H), (0.8 * W, 0.7 * H))
+        for _ in range(int(draw.integers(4, 9))):
+            small = draw.uniform(0.1, 0.16) * H
+            place = np.array([*(at + draw.normal(0, 0.07, 2) * (W, 0.4 * H)), 0.0])
+            joints = {name: place + joint * small for name, joint in _pose(draw, preset).items()}
+            _draw_person(draw, canvas, joints, small, _CROWD)
+    crowd = canvas.owner == _CROWD
+
+    count = int(draw.integers(preset.people[0], preset.people[1] + 1))
+    heights = np.sort(np.exp(draw.uniform(*np.log(preset.heights), count))) * H  # the small stand behind
+    people: list[tuple[dict[str, F64], float]] = []
+    middles: list[F64] = []
+    for owner, scale in enumerate(heights):
+        margin = (0.25 - preset.cut) * scale
+        for _ in range(12):  # prefer a place of one's own
+            middle = draw.uniform((min(margin, W / 2), min(0.45 * scale, H / 2)), (max(W - margin, W / 2), max(H - 0.35 * scale, H / 2)))
+            if all(abs(middle[0] - m[0]) > 0.3 * scale for m in middles):
+                break
+        middles.append(middle)
+        at = np.array([*middle, 0.0])
+        joints = {name: at + joint * scale for name, joint in _pose(draw, preset).items()}
+        _draw_person(draw, canvas, joints, scale, owner)
+        people.append((joints, scale))
+    _clutter(draw, canvas, int(draw.integers(0, preset.occluders + 1)))
+
+    annotations = []
+    for owner, (joints, scale) in enumerate(people):
+        mask = canvas.owner == owner
+        if mask.sum() < 24:
+            continue
+        keypoints = _label(canvas, joints, scale, owner)
+        few = (keypoints[:, 2] == 2).sum() < 3 or mask.sum() < 0.01 * scale * scale
+        annotations.append(_annotation(mask, None if few else keypoints))
+    crowd &= canvas.owner == _CROWD
+    if crowd.sum() >= 24:
+        annotations.append({**_annotation(crowd, None), "iscrowd": 1})
+    gain, shift = draw.uniform(0.75, 1.2), draw.uniform(-15, 15)
+    image = canvas.image * gain + shift + draw.normal(0, draw.uniform(1, 7), canvas.image.shape)
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8), annotations
+
+
+def _write(job: tuple[Preset, Path, int, list[int], list[int]]) -> list[tuple[int, list[dict[str, Any]]]]:
+    import cv2
+
+    preset, folder, split, ids, seeds = job
+    found = []
+    for image_id in ids:
+        image, annotations = generate(preset, [*seeds, split, image_id])
+        done = cv2.imwrite(str(folder / f"{image_id:012d}.png"), image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
+        if not done:
+            raise OSError(f"{folder / f'{image_id:012d}.png'}: the image could not be written; is the disk full?")
+        found.append((image_id, annotations))
+    return found
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """A generated data set, written once in COCO's layout and then read as any other.
+
+    Attributes:
+        preset: how hard the images are.
+        counts: images of each split: train, unlabelled, tune, agreement, validation.
+        seed: of the whole set.
+        cache: folder under which the set is written; its own folder is named after `identity`.
+    """
+
+    preset: Preset
+    counts: dict[str, int]
+    seed: int = 0
+    cache: str = "outputs/cache"
+
+    def __post_init__(self) -> None:
+        """Check the counts.
+
+        Raises:
+            UserError: a split is unknown or empty.
+        """
+        wrong = [s for s in self.counts if s not in SPLITS] or [s for s in SPLITS if self.counts.get(s, 0) < 1]
+        if wrong:
+            raise UserError(f"data.counts.{wrong[0]}={self.counts.get(wrong[0])}: give at least one image to each of {', '.join(SPLITS)}")
+
+    @property
+    def identity(self) -> str:
+        """Digest of everything the pixels and labels follow from."""
+        what = {"version": VERSION, "preset": asdict(self.preset), "counts": self.counts, "seed": self.seed}
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def folder(self) -> Path:
+        """Where the set lies."""
+        return Path(self.cache) / "synthetic" / f"v{VERSION}-{self.identity[:12]}"
+
+    def digest(self, splits: Sequence[str]) -> str:
+        """Digest of some splits; it follows from the generator's version and options, so nothing need exist yet."""
+        return hashlib.sha256(f"{self.identity} {' '.join(splits)}".encode()).hexdigest()
+
+    @cached_property
+    def _splits(self) -> CocoSplits:
+        self._make()
+        root = self.folder
+        parts = {
+            "train": {"images": root / "images/train", "annotations": root / "annotations/train.json"},
+            "val": {"images": root / "images/validation", "annotations": root / "annotations/validation.json"},
+            "unlabelled": {"images": root / "images/unlabelled"},
+        }
+        return CocoSplits(**parts, splits=str(root / "splits.json"), cache=self.cache)
+
+    def open(self, split: str) -> Coco:
+        """The images of a split; the set is written first if it is not there."""
+        return self._splits.open(split)
+
+    def _jobs(self, folder: Path) -> Iterator[tuple[Preset, Path, int, list[int], list[int]]]:
+        start = 1
+        for index, split in enumerate(SPLITS):
+            ids = list(range(start, start + self.counts[split]))
+            start += self.counts[split]
+            where = folder / "images" / {"tune": "train", "agreement": "unlabelled"}.get(split, split)
+            where.mkdir(parents=True, exist_ok=True)
+            for at in range(0, len(ids), 32):
+                yield self.preset, where, index, ids[at : at + 32], [self.seed]
+
+    def _make(self) -> None:
+        from filelock import FileLock
+        from rich.progress import track
+
+        if (self.folder / "splits.json").exists():
+            return
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder.with_suffix(".lock")):
+            if (self.folder / "splits.json").exists():
+                return
+            unfinished = self.folder.with_suffix(".tmp")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            jobs = list(self._jobs(unfinished))
+            split_records: dict[int, list[tuple[int, list[dict[str, Any]]]]] = {}
+            workers = min(os.cpu_count() or 1, len(jobs))
+            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+                done = zip(jobs, pool.map(_write, jobs), strict=True)
+                for job, records in track(done, f"generating {sum(self.counts.values())} images", len(jobs)):
+                    split_records.setdefault(job[2], []).extend(records)
+            self._write_annotations(unfinished, split_records)
+            unfinished.rename(self.folder)
+
+    def _write_annotations(self, root: Path, records: dict[int, list[tuple[int, list[dict[str, Any]]]]]) -> None:
+        size = {"height": self.preset.size.height, "width": self.preset.size.width}
+        (root / "annotations").mkdir(exist_ok=True)
+        for file, splits in (("train", ("train", "tune")), ("validation", ("validation",))):
+            rows = [row for split in splits for row in records[SPLITS.index(split)]]
+            content = {
+                "info": {"description": f"Posepress generated people, version {VERSION}, digest {self.identity}"},
+                "categories": [
+                    {
+                        "id": 1,
+                        "name": "person",
+                        "supercategory": "person",
+                        "keypoints": list(COCO_17.names),
+                        "skeleton": [[a + 1, b + 1] for a, b in COCO_17.limbs],
+                    }
+                ],
+                "images": [{"id": i, "file_name": f"{i:012d}.png", **size} for i, _ in rows],
+                "annotations": [
+                    {"id": 1000 * i + n, "image_id": i, **annotation}
+                    for i, annotations in rows
+                    for n, annotation in enumerate(annotations)
+                ],
+            }
+            (root / "annotations" / f"{file}.json").write_text(json.dumps(content))
+        named = {
+            split: {"synthetic": [f"{i:012d}.png" for i, _ in records[SPLITS.index(split)]]}
+            for split in ("train", "tune", "agreement", "validation")
+        }
+        named["train"]["unlabelled"] = [f"{i:012d}.png" for i, _ in records[SPLITS.index("unlabelled")]]
+        (root / "splits.json").write_text(json.dumps(named))

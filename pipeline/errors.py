@@ -1,0 +1,14 @@
+"""The one error a user is meant to see."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input. The message names the file or option, its value and the fix; `__main__` prints it and exits with 2."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """", did you mean X?" for the known word closest to `word`, or nothing if none is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,195 @@
+"""What stages and components promise each other. The data itself is in `evaluation.types`."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from numpy.typing import NDArray
+
+from evaluation.types import Array, Fields, InputSpec, NetworkSpec, Poses, Resolution, Sample, View
+
+Truth = TypeVar("Truth")
+Found = TypeVar("Found")
+Truth_co = TypeVar("Truth_co", covariant=True)
+Truth_contra = TypeVar("Truth_contra", contravariant=True)
+Found_contra = TypeVar("Found_contra", contravariant=True)
+
+SPEC_KEY = "posepress.spec"  # metadata of every ONNX file we write: NetworkSpec as JSON
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The input shapes an engine serves.
+
+    Attributes:
+        resolution: least, tuned-for and greatest input size.
+        batch: likewise.
+    """
+
+    resolution: tuple[Resolution, Resolution, Resolution]
+    batch: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A network ready to be built.
+
+    Attributes:
+        onnx: the typed ONNX file of each flavour, "tensorrt" and "onnxruntime".
+    """
+
+    onnx: Mapping[str, Path]
+
+
+class Network(Protocol):
+    """A torch.nn.Module with a description; in training its fields may include those of earlier stages, "heatmaps.0"."""
+
+    spec: NetworkSpec
+
+    @property
+    def ignored_layers(self) -> Sequence[Any]:
+        """Modules whose outputs must keep their channels: the heads."""
+        ...
+
+    def __call__(self, images: Array) -> Fields:
+        """Images [B, C, H, W] in the form of `spec.input` to fields."""
+        ...
+
+
+class Dataset(Protocol[Truth_co]):
+    """Images of one split."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample[Truth_co]: ...
+
+    def table(self) -> Mapping[str, NDArray[Any]]:
+        """Columns with one row an image, for strata."""
+        ...
+
+
+class Splits(Protocol):
+    """A data set and what each of its images is for: train, unlabelled, tune, agreement, validation."""
+
+    def open(self, split: str) -> Dataset[Any]:
+        """The images of a split, after checking that no other split has one of them."""
+        ...
+
+    def digest(self, splits: Sequence[str]) -> str:
+        """A digest of the images and labels of some splits."""
+        ...
+
+
+class Framing(Protocol):
+    """How an image becomes network inputs."""
+
+    @property
+    def one_size(self) -> bool:
+        """Whether every view has the resolution's size."""
+        ...
+
+    def views(self, size: Resolution, resolution: Resolution, spec: InputSpec) -> list[View]:
+        """The views of an image."""
+        ...
+
+
+class Objective(Protocol[Truth_contra]):
+    """What a family of networks is trained for."""
+
+    def targets(self, truth: Truth_contra, view: View, spec: NetworkSpec) -> Fields:
+        """The fields a perfect network would return for a view, and the masks of where they count."""
+        ...
+
+    def loss(self, fields: Fields, targets: Fields) -> Mapping[str, Array]:
+        """Named losses, to be summed."""
+        ...
+
+
+class Decoder(Protocol[Found]):
+    """Fields to what was found."""
+
+    def decode(self, fields: Fields, views: Sequence[View]) -> list[Found]:
+        """One result a view."""
+        ...
+
+    def merge(self, parts: Sequence[Found], views: Sequence[View]) -> Found:
+        """One result an image, from those of its views."""
+        ...
+
+
+class Metric(Protocol[Truth_contra, Found_contra]):
+    """Figures of a data set, filled image by image."""
+
+    primary: str
+
+    def reset(self) -> None:
+        """Forget every image."""
+        ...
+
+    def process(self, id: str, truth: Truth_contra, found: Found_contra) -> None:  # noqa: A002
+        """Take one image."""
+        ...
+
+    def evaluate(self, images: NDArray[Any] | None = None) -> Mapping[str, float]:
+        """The figures, of all images or of those at the given indices."""
+        ...
+
+
+class Runner(Protocol):
+    """A loaded engine."""
+
+    spec: NetworkSpec
+
+    def __enter__(self) -> "Runner": ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def __call__(self, images: Array) -> Fields:
+        """Images [B, C, H, W] to fields [B, C, h, w]."""
+        ...
+
+
+class Backend(Protocol):
+    """Builds and runs engines."""
+
+    @property
+    def name(self) -> str:
+        """What ran, as figures say it: "onnxruntime", "tensorrt", "tensorrt-double"."""
+        ...
+
+    @property
+    def timeable(self) -> bool:
+        """Whether latencies of this backend mean anything."""
+        ...
+
+    def build(self, files: ModelFiles, shapes: Shapes, out: Path) -> Path:
+        """Build an engine into the folder `out`; returns its file."""
+        ...
+
+    def load(self, engine: Path, threads: int = 0) -> Runner:
+        """Load an engine; `threads` 0 is the backend's own choice."""
+        ...
+
+    def audit(self, engine: Path, resolution: Resolution) -> Sequence[Mapping[str, Any]]:
+        """One record a layer of the engine as it runs: name, op, precision, macs."""
+        ...
+
+
+class Quantizer(Protocol):
+    """Writes precision into an ONNX file."""
+
+    def quantize(self, onnx: Path, feed: Callable[[], Iterable[Array]], out: Path) -> Mapping[str, Any]:
+        """Write the typed ONNX of both flavours into `out`; returns a report of plain data."""
+        ...
+
+
+class Sampler(Protocol):
+    """Chooses calibration images."""
+
+    def sample(self, table: Mapping[str, NDArray[Any]]) -> Any:
+        """Choose rows of a data set's table."""
+        ...
+
+
+Predictions = Iterator[tuple[Sample[Any], Poses]]
