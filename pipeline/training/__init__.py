@@ -1,0 +1,1 @@
+"""Training: one loop, random views, and one objective a family of networks."""
