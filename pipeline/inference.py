@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from evaluation.types import InputSpec, Resolution, Sample, View
 from pipeline.specs import Dataset, Decoder, Framing, Metric, Runner
-from pipeline.training.augment import normalise
 
 Found = TypeVar("Found")
 
@@ -53,6 +52,19 @@ def frame(image: NDArray[np.uint8], view: View, spec: InputSpec) -> NDArray[np.u
         return np.asarray(resized, np.uint8)
     out = np.full((height, width, 3), spec.pad, np.uint8)
     out[: inside[1], : inside[0]] = resized[:height, :width]
+    return out
+
+
+def normalise(images: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.float32]:
+    """RGB pixels [..., H, W, 3] to the network's input form [..., 3, H, W]."""
+    ordered = images if spec.order == "RGB" else images[..., ::-1]
+    factor = np.float32(spec.range / 255) / np.asarray(spec.std, np.float32)
+    offset = np.asarray(spec.mean, np.float32) / np.asarray(spec.std, np.float32)
+    out = np.empty((*images.shape[:-3], 3, *images.shape[-3:-1]), np.float32)
+    for channel in range(3):
+        np.multiply(ordered[..., channel], factor[channel], out=out[..., channel, :, :])
+        if offset[channel]:
+            out[..., channel, :, :] -= offset[channel]
     return out
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.types import InputSpec, People, Resolution, View
+from evaluation.types import People, Resolution, View
 from evaluation.views import resized
 
 
@@ -54,16 +54,3 @@ class Augmentation:
         gain, offset = 1 + draw.uniform(-self.brightness, self.brightness), 255 * draw.uniform(-1, 1) * self.brightness / 2
         table = np.clip(np.arange(256) * gain + offset, 0, 255).astype(np.uint8)
         return table[image]
-
-
-def normalise(images: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.float32]:
-    """RGB pixels [..., H, W, 3] to the network's input form [..., 3, H, W]."""
-    ordered = images if spec.order == "RGB" else images[..., ::-1]
-    factor = np.float32(spec.range / 255) / np.asarray(spec.std, np.float32)
-    offset = np.asarray(spec.mean, np.float32) / np.asarray(spec.std, np.float32)
-    out = np.empty((*images.shape[:-3], 3, *images.shape[-3:-1]), np.float32)
-    for channel in range(3):
-        np.multiply(ordered[..., channel], factor[channel], out=out[..., channel, :, :])
-        if offset[channel]:
-            out[..., channel, :, :] -= offset[channel]
-    return out

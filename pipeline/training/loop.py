@@ -17,9 +17,10 @@ from torch.utils.data import Dataset as TorchDataset
 
 from evaluation.types import NetworkSpec, Resolution
 from pipeline.errors import UserError
+from pipeline.inference import normalise
 from pipeline.pruning import folded_weights, normalised
 from pipeline.specs import Dataset, Objective
-from pipeline.training.augment import Augmentation, normalise
+from pipeline.training.augment import Augmentation
 
 
 @dataclass(frozen=True)
