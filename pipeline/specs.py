@@ -15,6 +15,7 @@ Truth_co = TypeVar("Truth_co", covariant=True)
 Truth_contra = TypeVar("Truth_contra", contravariant=True)
 Found_contra = TypeVar("Found_contra", contravariant=True)
 
+FLAVOURS = ("tensorrt", "onnxruntime")
 SPEC_KEY = "posepress.spec"  # metadata of every ONNX file we write: NetworkSpec as JSON
 
 
@@ -40,6 +41,11 @@ class ModelFiles:
     """
 
     onnx: Mapping[str, Path]
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> "ModelFiles":
+        """The files of a quantized network's folder."""
+        return cls({flavour: folder / f"model.{flavour}.onnx" for flavour in FLAVOURS})
 
 
 class Network(Protocol):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.skeletons import COCO_17
-from evaluation.types import People, Resolution, Sample
+from evaluation.types import People, Resolution, Sample, Skeleton
 from pipeline.errors import UserError, nearest
 
 SPLITS = ("train", "unlabelled", "tune", "agreement", "validation")
@@ -100,6 +100,11 @@ class Coco:
     images: Path
     annotations: Path | None = None
     names: tuple[str, ...] | None = None
+
+    @property
+    def labels(self) -> Skeleton:
+        """The skeleton of the keypoints."""
+        return COCO_17
 
     @cached_property
     def records(self) -> list[dict[str, Any]]:

@@ -11,18 +11,13 @@ import onnx
 from numpy.typing import NDArray
 
 from pipeline.quantization import calibration, writers
+from pipeline.specs import FLAVOURS, ModelFiles
 
-FLAVOURS = ("tensorrt", "onnxruntime")
 Feed = Callable[[], Iterable[NDArray[np.float32]]]
 
 
-def flavour_files(folder: Path) -> dict[str, Path]:
-    """The typed ONNX file of each flavour in a quantized network's folder."""
-    return {flavour: folder / f"model.{flavour}.onnx" for flavour in FLAVOURS}
-
-
 def _write(models: Mapping[str, onnx.ModelProto], out: Path) -> None:
-    for flavour, file in flavour_files(out).items():
+    for flavour, file in ModelFiles.in_folder(out).onnx.items():
         onnx.save(models[flavour], file)
 
 

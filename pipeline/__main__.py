@@ -1,0 +1,337 @@
+"""The command: composes the configuration, checks everything before any work, runs stages, and turns errors into exit codes."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra re-raises instead of printing its own traceback
+os.environ.setdefault("PYTHONWARNINGS", "ignore")
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from evaluation.types import Resolution
+from pipeline.artifacts import Job, Results, Stage, arguments, read_manifest, requested, targets
+from pipeline.errors import UserError, nearest
+
+RUN_VARIABLE = "POSEPRESS_RUN"
+os.environ.setdefault(RUN_VARIABLE, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+
+
+class Cell:
+    """One configuration: its stages, and what became of them."""
+
+    def __init__(self, config: DictConfig, overrides: Sequence[str], sweep: bool) -> None:
+        self.config, self.overrides, self.sweep = config, list(overrides), sweep
+        self.results = Results(Path(config.outputs), str(config.name), os.environ[RUN_VARIABLE])
+        self.stages = {name: self._stage(name) for name in config.stages}
+        self.plan = requested(_plain(config.stage), self.stages)
+        self.ran: list[dict[str, Any]] = []
+
+    def _stage(self, name: str) -> Stage:
+        return Stage.from_config(name, _resolved(self.config.stages[name]))
+
+    def command(self, stage: str) -> str:
+        """The command line that runs a stage of this cell."""
+        others = [o for o in self.overrides if not o.startswith(("stage=", "hydra.", "force="))]
+        return " ".join(["python -m pipeline", f"stage={stage}", *others])
+
+    def preflight(self) -> None:
+        """Check what can be checked before any work.
+
+        Raises:
+            UserError: a package is missing, the resolution does not fit, an option has no value, an input is missing.
+        """
+        from importlib.util import find_spec
+
+        config = self.config
+        if config.pruner.weights_from != "train" and config.model.weights_from is None:
+            raise UserError(f"pruner={config.pruner.label}: a network that is given as ONNX cannot be pruned; choose pruner=none")
+        try:
+            resolution = Resolution.parse(str(config.resolution))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        multiple = int(config.model.multiple)
+        if resolution.height % multiple or resolution.width % multiple:
+            near = Resolution(*(max(round(n / multiple), 1) * multiple for n in (resolution.height, resolution.width)))
+            raise UserError(f"resolution={resolution}: this network takes multiples of {multiple}; the nearest is resolution={near}")
+        for name in self.plan:
+            _require_values(self.config.stages[name], name)
+            for component in self._components(name):
+                for module in component.get("requires") or []:
+                    if find_spec(module) is None:
+                        raise UserError(
+                            f"{component.get('label', name)}: the Python package '{module}' is not installed here; "
+                            f"install it (pip install 'posepress[{module}]') or choose another backend"
+                        )
+        for name in self.plan:
+            stage = self.stages[name]
+            for upstream in () if stage.collect else stage.inputs.values():
+                if upstream not in self.plan and read_manifest(self.results.folder(self.stages[upstream])) is None:
+                    folder = self.results.folder(self.stages[upstream])
+                    raise UserError(f"{name}: needs {folder}, which is not there; make it with: {self.command(upstream)}")
+
+    def _components(self, name: str) -> list[Mapping[str, Any]]:
+        options = self.stages[name].options
+        return [value for value in options.values() if isinstance(value, Mapping) and any(targets(value))]
+
+    def run(self) -> None:
+        """Run the planned stages; those of a sweep that collect all cells are left to the end of the sweep."""
+        self.preflight()
+        for name in self.plan:
+            if self.sweep and self.stages[name].collect:
+                continue
+            self.run_stage(self.stages[name])
+
+    def run_stage(self, stage: Stage) -> None:
+        """Run one stage unless its result is fresh."""
+        from rich.console import Console
+
+        console = Console(stderr=True, highlight=False)
+        inputs = self.results.input_manifests(stage, self.stages, self.command)
+        data = None
+        if stage.options.get("data") is not None and stage.splits:
+            data = _instantiate({"data": arguments(stage)["data"]})["data"].digest(stage.splits)
+        device = _device(self.results) if stage.device else {}
+        fingerprint, parts = self.results.fingerprint(stage, inputs, data, device)
+        folder = self.results.folder(stage)
+        if not stage.collect:
+            self.results.claim(stage, fingerprint)
+        if self.results.fresh(stage, fingerprint) and not self.config.force:
+            console.print(f"[dim]{stage.name:10} fresh  {folder}[/]", soft_wrap=True)
+            return
+        with self.results.lock(stage):
+            if self.results.fresh(stage, fingerprint) and not self.config.force:
+                return
+            console.print(f"[bold]{stage.name:10}[/] ...    {folder}", soft_wrap=True)
+            started = time.time()
+            options = _instantiate(arguments(stage))
+            target = options.pop("_target_")
+            scratch = self.results.cache / stage.name / fingerprint[:16]
+            with self.results.writing(stage) as out:
+                job = Job(
+                    out=out,
+                    inputs={role: found[0][0] for role, found in inputs.items()},
+                    collected={role: [f for f, _ in found] for role, found in inputs.items()} if stage.collect else {},
+                    scratch=scratch,
+                    cache=self.results.cache,
+                )
+                summary = hydra.utils.get_method(target)(job, **options)
+                self.results.finish(out, fingerprint, parts, summary)
+            self.ran.append({"stage": stage.name, "address": stage.address, "started": started, "ended": time.time(), "summary": summary})
+            console.print(f"[bold green]{stage.name:10}[/] done   {folder}  ({time.time() - started:.1f} s)", soft_wrap=True)
+
+    def track(self, error: str | None) -> None:
+        """Log what ran to MLflow."""
+        if not self.ran or not self.config.tracking.enabled:
+            return
+        from pipeline.tracking import Tracker
+
+        figures: dict[str, Any] = {}
+        for name in ("export", "evaluate", "benchmark"):
+            if name in self.stages and (manifest := read_manifest(self.results.folder(self.stages[name]))):
+                figures |= manifest["summary"]
+        tracker = Tracker(str(self.config.tracking.uri), str(self.config.name), self.results.run)
+        tracker.log_cell(_plain(self.config.axes), figures, self.ran, error)
+
+    def record(self, error: str | None) -> None:
+        """Leave what became of this cell where the launching process finds it."""
+        folder = self.results.run / "cells"
+        folder.mkdir(parents=True, exist_ok=True)
+        collects = [name for name in self.plan if self.stages[name].collect]
+        number = HydraConfig.get().job.num if self.sweep else 0
+        content = {"overrides": self.overrides, "error": error, "collect": collects if self.sweep else []}
+        (folder / f"{number:06d}.json").write_text(json.dumps(content))
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _resolved(node: DictConfig) -> dict[str, Any]:
+    resolved: dict[str, Any] = OmegaConf.to_container(node, resolve=True, throw_on_missing=False)  # type: ignore[assignment]
+    return resolved
+
+
+def _require_values(node: DictConfig, name: str) -> None:
+    def visit(value: Any, path: str) -> None:
+        if value == "???":
+            raise UserError(f"{path} has no value, and stage={name} needs it; give it as {path}=...")
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                visit(inner, f"{path}.{key}")
+
+    for key, value in _resolved(node).items():
+        visit(value, key)
+
+
+def _instantiate(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Build the components among some options; their errors are errors of the configuration."""
+    try:
+        made = {
+            key: hydra.utils.instantiate(value, _convert_="all") if isinstance(value, Mapping) else value
+            for key, value in options.items()
+        }
+    except InstantiationException as error:
+        cause = error.__cause__
+        while isinstance(cause, InstantiationException):
+            cause = cause.__cause__
+        if isinstance(cause, (UserError, ValueError, TypeError)):
+            raise UserError(str(cause)) from error
+        raise
+    return made
+
+
+def _device(results: Results) -> dict[str, Any]:
+    """This machine's description; outputs/cache/device.json is what DVC watches."""
+    from evaluation.device import describe
+
+    device = describe()
+    file = results.cache / "device.json"
+    text = json.dumps(device, indent=1)
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
+    return device
+
+
+_errors: list[str] = []  # of this process's only cell; a sweep's cells leave theirs in files
+
+
+@hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
+def _cell(config: DictConfig) -> None:
+    context = HydraConfig.get()
+    sweep = context.mode == RunMode.MULTIRUN
+    overrides = list(context.overrides.task)
+    cell: Cell | None = None
+    message: str | None = None
+    try:
+        cell = Cell(config, overrides, sweep)
+        _device(cell.results)
+        if sweep:
+            print(f"\ncell {context.job.num}: {' '.join(overrides)}", file=sys.stderr)
+        cell.run()
+    except (UserError, OmegaConfBaseException, OSError) as error:
+        if config.get("debug"):
+            raise
+        message = _message(error)
+        if cell is None or not sweep:
+            _errors.append(message)
+    if cell is not None:
+        cell.record(message)
+        cell.track(message)
+
+
+def _message(error: BaseException) -> str:
+    """An error in one line that names the file or option."""
+    if isinstance(error, MissingMandatoryValue):
+        return f"an option has no value: {error}"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        fix = "; free some space and run the same command again" if error.errno == 28 else ""
+        return f"{where}{error.strerror or error}{fix}"
+    return str(error)
+
+
+def _finish_sweep(outputs: Path) -> None:
+    """Make the report of a finished sweep once, and list the cells that failed.
+
+    Raises:
+        UserError: a cell failed.
+    """
+    folder = outputs / "runs" / os.environ[RUN_VARIABLE] / "cells"
+    cells = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    if not cells:
+        return
+    collecting = [cell for cell in cells if cell["collect"] and cell["error"] is None]
+    if collecting:
+        last = collecting[-1]
+        others = [o for o in last["overrides"] if not o.startswith("stage=")]
+        with hydra.initialize_config_module("conf", version_base="1.3"):
+            config = hydra.compose("config", [*others, f"stage=[{','.join(last['collect'])}]"])
+        report = Cell(config, others, sweep=False)
+        report.run()
+    failed = [cell for cell in cells if cell["error"] is not None]
+    if failed:
+        lines = "".join(f"\n  {' '.join(cell['overrides'])}\n    {cell['error']}" for cell in failed)
+        raise UserError(f"{len(failed)} of {len(cells)} cells failed:{lines}")
+
+
+def _choices(group: str) -> list[str]:
+    import conf
+
+    folder = Path(str(conf.__file__)).parent / group
+    return sorted(file.stem for file in folder.glob("*.yaml"))
+
+
+def _explain(error: Exception, words: Sequence[str]) -> str:
+    """Hydra's complaint about the command line, shortened, with the nearest known name."""
+    text = str(error)
+    import conf
+
+    groups = {folder.name for folder in Path(str(conf.__file__)).parent.iterdir() if folder.is_dir()} - {"__pycache__"}
+    known = set()
+    try:
+        with hydra.initialize_config_module("conf", version_base="1.3"):
+            base = hydra.compose("config")
+        known = set(_paths(OmegaConf.to_container(base), ""))
+    except (HydraException, OmegaConfBaseException):
+        known = set(groups)
+    for word in words:
+        key, _, value = word.lstrip("+~").partition("=")
+        if key in groups:
+            wrong = [v for v in value.split(",") if v not in (*_choices(key), "null", "none")]
+            if wrong:
+                return f"{key}={wrong[0]}: no such choice{nearest(wrong[0], _choices(key))}; choose one of {', '.join(_choices(key))}"
+        elif key and not key.startswith(("hydra", "-")) and key not in known:
+            inside = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
+            return f"{key}: no such option{nearest(key, inside) or nearest(key, known)}; `python -m pipeline --help` lists them"
+    return text.split("\n\nSet the environment")[0].strip()
+
+
+def _paths(value: Any, prefix: str) -> list[str]:
+    if not isinstance(value, Mapping):
+        return []
+    found = []
+    for key, inner in value.items():
+        path = f"{prefix}{key}"
+        found += [path, *_paths(inner, f"{path}.")]
+    return found
+
+
+def _outputs(words: Sequence[str]) -> Path:
+    for word in words:
+        if word.startswith("outputs="):
+            return Path(word.partition("=")[2])
+    return Path("outputs")
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 2 bad input, 1 a bug."""
+    words = sys.argv[1:]
+    try:
+        _cell()
+        if "--multirun" in words or "-m" in words:
+            _finish_sweep(_outputs(words))
+        if _errors:
+            raise UserError(_errors[0])
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command to go on from here", file=sys.stderr)
+        sys.exit(2)
+    except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
+        if "debug=true" in words:
+            raise
+        text = _explain(error, words) if isinstance(error, (HydraException, OmegaConfBaseException)) else _message(error)
+        print(f"error: {text}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,408 @@
+"""Results on disk: where each lies, what it was made from, and whether it is still good.
+
+A result is a folder outputs/<name>/<stage>/<address>/ with a manifest.json. The address follows from the configuration
+alone; the manifest holds a fingerprint of everything the bytes follow from, and no time, host or local path. A folder is
+made beside its place and renamed when it is whole, so a killed run leaves nothing that looks finished.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError, nearest
+
+ROOT = Path(__file__).resolve().parent.parent
+MANIFEST = "manifest.json"
+# Keys of a component's yaml that say something about it and are no arguments.
+DESCRIPTIVE = ("label", "weights_from", "calibration", "requires", "multiple", "onnx", "spec")
+# Keys of a stage's yaml that wire it and are no arguments.
+WIRING = ("address", "inputs", "code", "toolchain", "splits", "files", "collect", "device")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a chain, as plain data.
+
+    Attributes:
+        name: of the stage.
+        address: of its result under outputs/<name>/<stage>/.
+        options: `_target_` and the arguments of its function.
+        inputs: role to the stage that makes it.
+        code: files and folders, relative to the repository, whose edit makes the result stale.
+        toolchain: distributions whose version changes the result's bytes.
+        splits: splits of `options["data"]` that it reads.
+        files: options that name files of the user.
+        collect: reads every finished result of its inputs, not one.
+        device: its result belongs to this machine.
+    """
+
+    name: str
+    address: str
+    options: Mapping[str, Any]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    code: Sequence[str] = ()
+    toolchain: Sequence[str] = ()
+    splits: Sequence[str] = ()
+    files: Sequence[str] = ()
+    collect: bool = False
+    device: bool = False
+
+    @classmethod
+    def from_config(cls, name: str, config: Mapping[str, Any]) -> "Stage":
+        """From a resolved entry of the group `stages`."""
+        wiring = {key: config[key] for key in WIRING if key in config}
+        wiring["inputs"] = {role: stage for role, stage in (wiring.get("inputs") or {}).items() if stage is not None}
+        stage = cls(name=name, options={k: v for k, v in config.items() if k not in WIRING}, **wiring)
+        if not re.fullmatch(r"[\w.+=-]*", stage.address) or stage.address.startswith("."):
+            raise UserError(f"stages.{name}.address={stage.address}: a label holds more than letters, digits and ._+=-")
+        return stage
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage function gets beside its options.
+
+    Attributes:
+        out: an empty folder to write the result into.
+        inputs: role to the finished folder.
+        collected: role to every finished folder, of a stage that collects.
+        scratch: a folder that outlives the result, for checkpoints and caches of exactly this fingerprint.
+        cache: the folder of caches shared by all.
+    """
+
+    out: Path
+    inputs: Mapping[str, Path]
+    collected: Mapping[str, Sequence[Path]]
+    scratch: Path
+    cache: Path
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished result; None if there is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise UserError(f"{folder / MANIFEST}: damaged ({error}); delete {folder} and run its stage again") from error
+    return manifest
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of plain data, in hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def closure(stages: Mapping[str, Stage], targets: Sequence[str]) -> list[str]:
+    """The stages that `targets` need, inputs first.
+
+    Raises:
+        UserError: the inputs form a circle, or name a stage that is not there.
+    """
+    order: list[str] = []
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        if name in above:
+            raise UserError(f"stages.{name}.inputs: a circle, {' -> '.join((*above, name))}")
+        if name not in stages:
+            raise UserError(f"stages.{above[-1]}.inputs: no stage '{name}'{nearest(name, stages)}")
+        if name not in order:
+            for upstream in stages[name].inputs.values():
+                visit(upstream, (*above, name))
+            order.append(name)
+
+    for target in targets:
+        visit(target, ())
+    return order
+
+
+def requested(stage: str | Sequence[str], stages: Mapping[str, Stage]) -> list[str]:
+    """The stages to run, in order, from the value of `stage`.
+
+    Raises:
+        UserError: nothing or an unknown stage is asked for, or one outside the chain of this configuration.
+    """
+    wanted = [stage] if isinstance(stage, str) else list(stage)
+    if not wanted:
+        raise UserError(f"stage=[]: nothing to run; choose all or some of {', '.join(stages)}")
+    for name in wanted:
+        if name != "all" and name not in stages:
+            raise UserError(f"stage={name}: no such stage{nearest(str(name), stages)}; choose all or some of {', '.join(stages)}")
+    chain = closure(stages, ["report"])
+    for name in wanted:
+        if name != "all" and name not in chain:
+            raise UserError(
+                f"stage={name}: outside the chain of this configuration ({' -> '.join(chain)}); "
+                f"set the option that needs it, for instance {_WAKES.get(name, 'a pruner or a precision')}"
+            )
+    return chain if "all" in wanted else [name for name in chain if name in wanted]
+
+
+_WAKES = {"prune": "pruner=l1", "retrain": "pruner=l1", "sample": "precision=int8", "train": "another model than onnx"}
+
+
+def targets(value: Any) -> Iterator[str]:
+    """Every `_target_` in nested options."""
+    if isinstance(value, Mapping):
+        if isinstance(value.get("_target_"), str):
+            yield value["_target_"]
+        for inner in value.values():
+            yield from targets(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from targets(inner)
+
+
+def source_files(stage: Stage) -> list[Path]:
+    """The files whose edit makes a stage's result stale: its `code`, and the modules its components come from."""
+    files: set[Path] = set()
+    for entry in stage.code:
+        path = ROOT / entry
+        files |= set(path.rglob("*.py")) if path.is_dir() else {path}
+    for target in targets(stage.options):
+        module = target.rpartition(".")[0]
+        found = util.find_spec(module) if module else None
+        if found is not None and found.origin:
+            files.add(Path(found.origin))
+    return sorted(files)
+
+
+def _code_digest(stage: Stage) -> str:
+    def named(file: Path) -> str:
+        return str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else file.name
+
+    return digest_of([[named(file), sha256(file)] for file in source_files(stage)])
+
+
+def _versions(names: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+class Results:
+    """The results of one name under outputs/."""
+
+    def __init__(self, outputs: Path, name: str, run: str) -> None:
+        """Results of `name`; `run` identifies this launch, whose cells must not write one address differently.
+
+        Raises:
+            UserError: the name is no plain folder name, or the folder cannot be written.
+        """
+        if not re.fullmatch(r"[\w+=-][\w.+=-]*", name):
+            raise UserError(f"name={name}: must be a plain folder name of letters, digits and ._+=-, so that results stay in {outputs}/")
+        self.outputs, self.name = outputs, name
+        self.run = outputs / "runs" / run
+        self.cache = outputs / "cache"
+        try:
+            for folder in (self.run, self.cache):
+                folder.mkdir(parents=True, exist_ok=True)
+            probe = self.run / f".writable.{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"outputs={outputs}: cannot write there ({error.strerror}); choose another folder with outputs=DIR") from error
+
+    def folder(self, stage: Stage) -> Path:
+        """Where a stage's result lies."""
+        return self.outputs / self.name / stage.name / stage.address
+
+    def input_manifests(self, stage: Stage, stages: Mapping[str, Stage], command: Callable[[str], str]) -> dict[str, list[tuple[Path, dict[str, Any]]]]:
+        """The finished inputs of a stage, checked against what their manifests say.
+
+        Args:
+            stage: the reader.
+            stages: the chain.
+            command: the command line that runs a stage.
+
+        Raises:
+            UserError: an input is missing, or its files changed since it was made.
+        """
+        found: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+        for role, upstream in stage.inputs.items():
+            if stage.collect:
+                parent = self.outputs / self.name / upstream
+                folders = sorted(f.parent for f in parent.glob(f"*/{MANIFEST}")) if parent.is_dir() else []
+                folders = [f for f in folders if not f.name.startswith(".")]
+            else:
+                folders = [self.folder(stages[upstream])]
+            checked = []
+            for folder in folders:
+                manifest = read_manifest(folder)
+                if manifest is None:
+                    raise UserError(f"{stage.name}: needs {folder}, which is not there; make it with: {command(upstream)}")
+                self.verify(folder, manifest, command(upstream))
+                checked.append((folder, manifest))
+            if not checked:
+                raise UserError(f"{stage.name}: no finished '{upstream}' of {self.name}; make one with: {command(upstream)}")
+            found[role] = checked
+        return found
+
+    @staticmethod
+    def verify(folder: Path, manifest: Mapping[str, Any], command: str) -> None:
+        """Compare the files of a result with its manifest.
+
+        Raises:
+            UserError: a file is missing or changed.
+        """
+        for name, digest in manifest["files"].items():
+            file = folder / name
+            if not file.is_file() or sha256(file) != digest:
+                what = "changed since it was made" if file.is_file() else "is missing"
+                raise UserError(f"{file} {what}; make it again with: {command} force=true")
+
+    def fingerprint(
+        self, stage: Stage, inputs: Mapping[str, list[tuple[Path, dict[str, Any]]]], data: str | None, device: Mapping[str, Any]
+    ) -> tuple[str, dict[str, Any]]:
+        """The digest of all that a result follows from, and the parts it is made of.
+
+        Raises:
+            UserError: a file of the user cannot be read.
+        """
+        options = arguments(stage)
+        for key in stage.files:
+            if options.get(key) is not None:
+                file = Path(str(options[key]))
+                if not file.is_file():
+                    raise UserError(f"{key}={file}: no such file; give the path of an existing one")
+                options[key] = {"sha256": sha256(file)}
+        if "data" in options:
+            options["data"] = data
+        parts = {
+            "stage": stage.name,
+            "address": stage.address,
+            "config": options,
+            "inputs": {
+                role: [{"stage": m["stage"], "address": m["address"], "digest": m["digest"]} for _, m in manifests]
+                for role, manifests in inputs.items()
+            },
+            "code": _code_digest(stage),
+            "toolchain": _versions(stage.toolchain),
+            **({"device": dict(device)} if stage.device else {}),
+        }
+        return digest_of(parts), parts
+
+    def fresh(self, stage: Stage, fingerprint: str) -> bool:
+        """Whether the result is there, whole, and made from the same things."""
+        folder = self.folder(stage)
+        _recover(folder)
+        manifest = read_manifest(folder)
+        if manifest is None or manifest["fingerprint"] != fingerprint:
+            return False
+        return all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in manifest["files"].items())
+
+    def claim(self, stage: Stage, fingerprint: str) -> None:
+        """Reserve an address for a fingerprint within this launch.
+
+        Raises:
+            UserError: another cell of this launch made something else there.
+        """
+        file = self.run / "claims" / f"{stage.name}@{stage.address}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with file.open("x") as stream:
+                stream.write(fingerprint)
+        except FileExistsError:
+            if file.read_text() not in ("", fingerprint):
+                raise UserError(
+                    f"{stage.name}: two cells of this sweep write {self.folder(stage)} with different settings; "
+                    "tell them apart with tag=, for instance tag=-s${seed}"
+                ) from None
+
+    @contextmanager
+    def lock(self, stage: Stage) -> Iterator[None]:
+        """Keep other processes off an address.
+
+        Raises:
+            UserError: one is at work there; it is named.
+        """
+        from filelock import FileLock, Timeout
+
+        file = self.outputs / "runs" / "locks" / self.name / f"{stage.name}@{stage.address}.lock"
+        holder = file.with_suffix(".holder")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            who = holder.read_text() if holder.exists() else "another process"
+            raise UserError(f"{stage.name}: {self.folder(stage)} is being made by {who}; wait for it or stop it") from None
+        try:
+            holder.write_text(f"process {os.getpid()} on {os.uname().nodename}")
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
+
+    @contextmanager
+    def writing(self, stage: Stage) -> Iterator[Path]:
+        """A new folder that takes the place of the stage's result when the block ends well, and vanishes otherwise."""
+        final = self.folder(stage)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        new, old = _beside(final, "new"), _beside(final, "old")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        try:
+            yield new
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
+        new.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+
+    @staticmethod
+    def finish(out: Path, fingerprint: str, parts: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+        """Write the manifest of a result that is otherwise complete."""
+        files = {str(f.relative_to(out)): sha256(f) for f in sorted(out.rglob("*")) if f.is_file()}
+        manifest = {**parts, "fingerprint": fingerprint, "files": files, "digest": digest_of(files), "summary": dict(summary)}
+        (out / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
+
+
+def _beside(folder: Path, kind: str) -> Path:
+    return folder.parent / f".{folder.name or 'result'}.{kind}"
+
+
+def _recover(folder: Path) -> None:
+    """Bring back the earlier result if a process died between the two renames that replace it."""
+    old = _beside(folder, "old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+
+
+def arguments(stage: Stage) -> dict[str, Any]:
+    """The options that become arguments: components without what only describes them."""
+    return {key: _component(value) for key, value in stage.options.items()}
+
+
+def _component(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _component(v) for k, v in value.items() if not ("_target_" in value and k in DESCRIPTIVE)}
+    return [_component(v) for v in value] if isinstance(value, (list, tuple)) else value

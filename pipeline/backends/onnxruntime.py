@@ -1,0 +1,144 @@
+"""ONNX Runtime."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.types import Array, NetworkSpec, Resolution
+from pipeline.errors import UserError
+from pipeline.specs import SPEC_KEY, ModelFiles, Shapes
+
+ENGINE = "engine.onnx"
+_CONVOLUTIONS = {"Conv": 1, "FusedConv": 1, "NhwcFusedConv": 1, "ConvTranspose": 1, "QLinearConv": 3, "ConvInteger": 1}
+_PRODUCTS = {"Gemm": 1, "MatMul": 1, "FusedMatMul": 1, "FusedGemm": 1, "QGemm": 3, "QLinearMatMul": 3, "MatMulInteger": 1}
+
+
+@dataclass(frozen=True)
+class OnnxRuntime:
+    """Runs typed ONNX files; the uint8 flavour is the one its processor kernels are fast with.
+
+    Attributes:
+        provider: an execution provider of ONNX Runtime.
+    """
+
+    provider: str = "CPUExecutionProvider"
+
+    def __post_init__(self) -> None:
+        """Check the provider.
+
+        Raises:
+            UserError: this build of ONNX Runtime does not have it.
+        """
+        import onnxruntime
+
+        known = onnxruntime.get_available_providers()
+        if self.provider not in known:
+            raise UserError(f"backend.provider={self.provider}: not in this ONNX Runtime; it has {', '.join(known)}")
+
+    @property
+    def name(self) -> str:
+        """What ran."""
+        return "onnxruntime"
+
+    @property
+    def timeable(self) -> bool:
+        """Its latencies are real."""
+        return True
+
+    def build(self, files: ModelFiles, shapes: Shapes, out: Path) -> Path:  # noqa: ARG002
+        """Copy the uint8 flavour and make sure that it loads; ONNX Runtime optimises when it loads."""
+        engine = out / ENGINE
+        shutil.copyfile(files.onnx["onnxruntime"], engine)
+        self._session(engine, 0)
+        return engine
+
+    def _session(self, model: Path, threads: int, observed: Path | None = None) -> Any:
+        """A session; with `observed`, a folder, it leaves its optimised graph and a profile there."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        if observed is not None:
+            options.optimized_model_filepath = str(observed / "optimised.onnx")
+            options.enable_profiling = True
+            options.profile_file_prefix = str(observed / "profile")
+        return onnxruntime.InferenceSession(str(model), options, providers=[self.provider])
+
+    def load(self, engine: Path, threads: int = 0) -> "OnnxRuntimeRunner":
+        """Load an engine.
+
+        Raises:
+            UserError: the file is no engine of ours.
+        """
+        try:
+            session = self._session(engine, threads)
+        except Exception as error:
+            raise UserError(f"{engine}: ONNX Runtime cannot load it ({str(error).splitlines()[0]})") from error
+        metadata = session.get_modelmeta().custom_metadata_map
+        if SPEC_KEY not in metadata:
+            raise UserError(f"{engine}: no network description in its metadata; build it with the stage 'build'")
+        return OnnxRuntimeRunner(session, NetworkSpec.from_json(metadata[SPEC_KEY]))
+
+    def audit(self, engine: Path, resolution: Resolution) -> list[dict[str, Any]]:
+        """The layers of the graph as ONNX Runtime optimised it, for one image of a resolution.
+
+        Returns:
+            A record a node: "name", "op", "precision" ("int8", "fp16", "fp32"), "macs" (0 where none are counted).
+        """
+        import onnx
+
+        with tempfile.TemporaryDirectory() as folder:
+            session = self._session(engine, 1, Path(folder))
+            name = session.get_inputs()[0].name
+            session.run(None, {name: np.zeros((1, 3, resolution.height, resolution.width), np.float32)})
+            # The graph knows weights and node names, the profile of one run the shapes that came out.
+            events = json.loads(Path(session.end_profiling()).read_text())
+            graph = onnx.load(Path(folder) / "optimised.onnx").graph
+        made = {
+            event["name"].removesuffix("_kernel_time"): next(iter(event["args"]["output_type_shape"][0].values()))
+            for event in events
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["args"]["output_type_shape"]
+        }
+        constants = {i.name: i for i in graph.initializer}
+        return [_layer(node, constants, made.get(node.name, [])) for node in graph.node]
+
+
+def _layer(node: Any, constants: Mapping[str, Any], made: Sequence[int]) -> dict[str, Any]:
+    import onnx
+
+    place = {**_CONVOLUTIONS, **_PRODUCTS}.get(node.op_type)
+    weights = constants.get(node.input[place]) if place is not None and len(node.input) > place else None
+    integer = node.op_type.startswith("QLinear") or node.op_type.endswith("Integer") or node.op_type == "QGemm"
+    half = weights is not None and weights.data_type == onnx.TensorProto.FLOAT16
+    macs = 0
+    if weights is not None:
+        outputs = weights.dims[0] if node.op_type in _CONVOLUTIONS else weights.dims[-1]
+        macs = int(np.prod(weights.dims)) * int(np.prod(made or [0])) // max(int(outputs), 1)
+    return {"name": node.name, "op": node.op_type, "precision": "int8" if integer else "fp16" if half else "fp32", "macs": macs}
+
+
+class OnnxRuntimeRunner:
+    """A loaded ONNX file."""
+
+    def __init__(self, session: Any, spec: NetworkSpec) -> None:
+        self.session, self.spec = session, spec
+        self._names = [field.name for field in spec.fields]
+
+    def __enter__(self) -> "OnnxRuntimeRunner":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.session = None
+
+    def __call__(self, images: Array) -> dict[str, NDArray[np.float32]]:
+        """Fields of images float32 [B, 3, H, W]."""
+        return dict(zip(self._names, self.session.run(self._names, {self.spec.input.name: images}), strict=True))

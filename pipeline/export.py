@@ -1,0 +1,247 @@
+"""Torch to ONNX: exported, simplified, described and compared with what it came from."""
+
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from evaluation.skeletons import COCO_17, OPENPOSE_18
+from evaluation.types import NetworkSpec, Skeleton
+from pipeline.errors import UserError
+from pipeline.specs import SPEC_KEY
+
+SKELETONS: Mapping[str, Skeleton] = {"openpose_18": OPENPOSE_18, "coco_17": COCO_17}
+_AXES = {0: "batch", 2: "height", 3: "width"}
+
+Reference = Callable[[NDArray[np.float32]], Mapping[str, NDArray[np.float32]]]
+
+
+class _Ordered(nn.Module):
+    """A network whose fields come as a tuple in the order of its description."""
+
+    def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.network, self.names = network, names
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        fields = self.network(images)
+        return tuple(fields[name] for name in self.names)
+
+
+def export(network: nn.Module, example: NDArray[np.float32], opset: int, out: Path) -> None:
+    """Write a network as ONNX with torch's dynamo exporter.
+
+    Args:
+        network: in evaluation mode, with a `spec`.
+        example: images [B, 3, H, W].
+        opset: of the file.
+        out: the file.
+    """
+    spec: NetworkSpec = network.spec  # type: ignore[assignment]
+    names = [field.name for field in spec.fields]
+    free = {axis: name for axis, name in _AXES.items() if name in spec.dynamic}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            _Ordered(network, names).eval(),
+            (torch.from_numpy(example),),
+            out,
+            dynamo=True,
+            opset_version=opset,
+            input_names=[spec.input.name],
+            output_names=names,
+            dynamic_shapes=({axis: name for axis, name in free.items()},),
+            external_data=False,
+            verbose=False,
+        )
+
+
+def simplify(file: Path, seconds: float) -> str:
+    """Simplify an ONNX file in place, in a process that may crash or hang.
+
+    Args:
+        file: the ONNX file.
+        seconds: how long each simplifier may take.
+
+    Returns:
+        Which simplifier did it: "onnxsim", or "onnxslim" where onnxsim failed.
+
+    Raises:
+        UserError: both failed.
+    """
+    complaints = []
+    for tool in ("onnxsim", "onnxslim"):
+        out = file.with_suffix(f".{tool}.onnx")
+        try:
+            done = subprocess.run([sys.executable, "-m", tool, str(file), str(out)], capture_output=True, text=True, timeout=seconds, check=False)
+        except subprocess.TimeoutExpired:
+            out.unlink(missing_ok=True)
+            complaints.append(f"{tool} took more than {seconds:.0f} s")
+            continue
+        if done.returncode == 0 and out.exists():
+            out.replace(file)
+            return tool
+        out.unlink(missing_ok=True)
+        last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no message"]
+        complaints.append(f"{tool} ended with {done.returncode} ({last[0]})")
+    raise UserError(f"{file.name}: cannot be simplified: {'; '.join(complaints)}; raise stages.export.simplify_seconds")
+
+
+def stamp(file: Path, spec: NetworkSpec) -> None:
+    """Write a network's description into the metadata of its ONNX file."""
+    model = onnx.load(file)
+    kept = {entry.key: entry.value for entry in model.metadata_props if entry.key != SPEC_KEY}
+    onnx.helper.set_model_props(model, {**kept, SPEC_KEY: spec.to_json()})
+    onnx.checker.check_model(model)
+    onnx.save(model, file)
+
+
+def stamped(file: Path) -> NetworkSpec:
+    """The description in an ONNX file's metadata.
+
+    Raises:
+        UserError: there is none.
+    """
+    for entry in onnx.load(file, load_external_data=False).metadata_props:
+        if entry.key == SPEC_KEY:
+            return NetworkSpec.from_json(entry.value)
+    raise UserError(f"{file}: no network description in its metadata; make it with the stage 'export' (model=onnx adopts a file)")
+
+
+def described(raw: Mapping[str, Any]) -> NetworkSpec:
+    """The description given in the configuration, `model.spec`.
+
+    Raises:
+        UserError: it is not one.
+    """
+    labels = raw.get("labels")
+    try:
+        if isinstance(labels, str):
+            if labels not in SKELETONS:
+                raise UserError(f"model.spec.labels={labels}: unknown; choose {', '.join(SKELETONS)} or give names, limbs and sigmas")
+            raw = {**raw, "labels": json.loads(json.dumps(SKELETONS[labels].__dict__))}
+        return NetworkSpec.from_dict(raw)
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError(f"model.spec: not a network description ({error}); see conf/model/onnx.yaml") from error
+
+
+def adopt(file: Path, spec: NetworkSpec, out: Path) -> None:
+    """Copy a given ONNX file with the outputs that its description names.
+
+    A single output that holds all fields one after the other is split.
+
+    Raises:
+        UserError: the file is no ONNX network, or its input or outputs are not as described.
+    """
+    try:
+        model = onnx.load(file)
+        onnx.checker.check_model(model)
+    except Exception as error:
+        raise UserError(f"model.onnx={file}: not a valid ONNX file ({str(error).splitlines()[0]})") from error
+    graph = model.graph
+    constants = {i.name for i in graph.initializer}
+    inputs = [i.name for i in graph.input if i.name not in constants]
+    if inputs != [spec.input.name]:
+        raise UserError(f"model.onnx={file}: its inputs are {inputs}, but model.spec.input.name={spec.input.name}; set that option")
+    outputs = [o.name for o in graph.output]
+    wanted = [field.name for field in spec.fields]
+    channels = [field.channels for field in spec.fields]
+    if set(wanted) <= set(outputs):
+        kept = [o for o in graph.output if o.name in wanted]
+        del graph.output[:]
+        graph.output.extend(sorted(kept, key=lambda o: wanted.index(o.name)))
+    else:
+        inferred = onnx.shape_inference.infer_shapes(model)
+        dims = inferred.graph.output[0].type.tensor_type.shape.dim
+        have = dims[1].dim_value if len(dims) == 4 else 0
+        if len(outputs) != 1 or (have and have != sum(channels)):
+            raise UserError(
+                f"model.onnx={file}: outputs {outputs} ({have} channels) are neither {wanted} nor one of {sum(channels)} "
+                "channels; describe them in model.spec.fields"
+            )
+        sizes = onnx.numpy_helper.from_array(np.array(channels, np.int64), "posepress_split")
+        graph.initializer.append(sizes)
+        graph.node.append(onnx.helper.make_node("Split", [outputs[0], sizes.name], wanted, axis=1, name="posepress_split"))
+        shape: list[Any] = ["batch", 0, "field_height", "field_width"]
+        del graph.output[:]
+        for field in spec.fields:
+            shape[1] = field.channels
+            graph.output.append(onnx.helper.make_tensor_value_info(field.name, onnx.TensorProto.FLOAT, shape))
+    onnx.checker.check_model(model)
+    onnx.save(model, out)
+
+
+def torch_reference(network: nn.Module) -> Reference:
+    """A network as a function of arrays."""
+
+    def run(images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        with torch.inference_mode():
+            return {name: field.numpy() for name, field in network.eval()(torch.from_numpy(images)).items()}
+
+    return run
+
+
+def onnx_reference(file: Path, spec: NetworkSpec) -> Reference:
+    """An ONNX file, with or without split outputs, as a function of arrays."""
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+
+    def run(images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        found = dict(zip(names, session.run(None, {spec.input.name: images}), strict=True))
+        if all(field.name in found for field in spec.fields):
+            return found
+        ends = np.cumsum([field.channels for field in spec.fields])[:-1]
+        parts = np.split(found[names[0]], ends, axis=1)
+        return {field.name: part for field, part in zip(spec.fields, parts, strict=True)}
+
+    return run
+
+
+def compare(file: Path, spec: NetworkSpec, reference: Reference, inputs: Sequence[NDArray[np.float32]], tolerance: float) -> dict[str, Any]:
+    """Compare an ONNX file with what it was made from, at several shapes.
+
+    Args:
+        file: the ONNX file.
+        spec: its description.
+        reference: what it must equal.
+        inputs: images [B, 3, H, W] of several shapes.
+        tolerance: greatest difference, as a part of a field's greatest magnitude.
+
+    Returns:
+        The largest relative difference and the shapes compared.
+
+    Raises:
+        UserError: a field differs by more, or has another shape.
+    """
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    names = [field.name for field in spec.fields]
+    worst = 0.0
+    for images in inputs:
+        try:
+            found = session.run(names, {spec.input.name: images})
+        except Exception as error:
+            first = str(error).splitlines()[0]
+            raise UserError(f"{file.name}: does not run at {images.shape} ({first}); the network's code depends on its input's size") from error
+        expected = reference(images)
+        for name, ours in zip(names, found, strict=True):
+            theirs = expected[name]
+            if ours.shape != theirs.shape:
+                raise UserError(f"{file.name}: '{name}' is {ours.shape} instead of {theirs.shape} for an input of {images.shape}")
+            difference = float(np.abs(ours - theirs).max() / max(float(np.abs(theirs).max()), 1e-12))
+            worst = max(worst, difference)
+            if not difference <= tolerance:
+                raise UserError(
+                    f"{file.name}: '{name}' differs from its source by {difference:.2g} of its range for an input of {images.shape}; "
+                    f"allowed is stages.export.tolerance={tolerance}"
+                )
+    return {"max_difference": worst, "shapes": [list(images.shape) for images in inputs]}

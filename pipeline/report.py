@@ -1,0 +1,309 @@
+"""The report: one table of all cells, the plot of accuracy against latency, pictures of what was found."""
+
+import base64
+import csv
+import html
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluation.coco import Matches
+from evaluation.statistics import Interval, paired
+
+COLUMNS = (
+    "network", "pruning", "params", "macs", "resolution", "keep_aspect_ratio_mode", "precision", "ran", "backend", "device",
+    "threads", "batch", "images", "ap", "ap_lo", "ap_hi", "ap50", "ap75", "ap_medium", "ap_large", "ap_vs_fp32",
+    "ap_vs_fp32_lo", "ap_vs_fp32_hi", "ap_vs_dense", "ap_vs_dense_lo", "ap_vs_dense_hi", "latency_p50_ms", "latency_p95_ms",
+    "speedup_vs_fp32", "speedup_vs_fp32_lo", "speedup_vs_fp32_hi", "engine_mb", "peak_rss_mb", "data_digest",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """An evaluated engine.
+
+    Attributes:
+        folder: of the evaluation.
+        axes: what tells its cell from others.
+        figures: of the evaluation, and of the benchmark where there is one.
+        engine: digest of the engine's files.
+        network: digest of the exported network.
+    """
+
+    folder: Path
+    axes: Mapping[str, Any]
+    figures: Mapping[str, Any]
+    engine: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """All results of one name.
+
+    Attributes:
+        rows: one an engine, ready for results.csv.
+        results: the evaluation behind each row.
+        left_out: what is not in the table, and why.
+    """
+
+    rows: list[dict[str, Any]]
+    results: list[Result]
+    left_out: list[str]
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    return manifest
+
+
+def _current(manifest: Mapping[str, Any], root: Path) -> bool:
+    """Whether a result was made from the inputs that lie there now, and those from theirs."""
+    for inputs in manifest["inputs"].values():
+        for entry in inputs:
+            folder = root / entry["stage"] / entry["address"]
+            if not (folder / "manifest.json").exists():
+                return False
+            above = _manifest(folder)
+            if above["digest"] != entry["digest"] or not _current(above, root):
+                return False
+    return True
+
+
+def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path, resamples: int) -> Table:
+    """Join evaluations with benchmarks of the same engine, and compare each engine with its FP32 and its dense kin.
+
+    Args:
+        evaluations: finished folders of the stage "evaluate".
+        benchmarks: and of "benchmark".
+        root: outputs/<name>.
+        resamples: of the paired bootstrap.
+    """
+    results, left_out = [], []
+    times: dict[str, list[dict[str, Any]]] = {}
+    for folder in benchmarks:
+        manifest = _manifest(folder)
+        if _current(manifest, root):
+            times.setdefault(manifest["inputs"]["engine"][0]["digest"], []).append(manifest["summary"])
+    doubles = stale = 0
+    for folder in evaluations:
+        manifest = _manifest(folder)
+        if str(manifest["summary"]["backend"]).endswith("-double"):
+            doubles += 1
+            continue
+        if not _current(manifest, root):
+            stale += 1
+            left_out.append(f"{folder.name}: stale, made from inputs that changed since; run its cell again")
+            continue
+        engine = manifest["inputs"]["engine"][0]["digest"]
+        axes = manifest["config"]["axes"]
+        for timed in times.get(engine, [{}]):
+            figures = {**manifest["summary"], **timed, "params": _params(folder, root)}
+            results.append(Result(folder, axes, figures, engine))
+    if doubles:
+        left_out.append(f"{doubles} evaluated with the TensorRT test double: no figures of TensorRT")
+    results.sort(key=lambda r: (r.axes["network"], r.axes["pruning"] != "dense", r.axes["pruning"], r.axes["resolution"], r.axes["precision"] != "fp32", r.axes["precision"]))
+    rows = [_row(result, results, resamples) for result in results]
+    return Table(rows, results, left_out)
+
+
+def _params(folder: Path, root: Path) -> Any:
+    manifest = _manifest(folder)
+    while manifest["stage"] != "export":
+        above = next(e for inputs in manifest["inputs"].values() for e in inputs if e["stage"] in ("build", "quantize", "export"))
+        manifest = _manifest(root / above["stage"] / above["address"])
+    return manifest["summary"]["params"]
+
+
+def _kin(result: Result, others: Sequence[Result], **changed: str) -> Result | None:
+    """The result whose axes are the same but for some."""
+    wanted = {**result.axes, **changed}
+    for other in others:
+        same_machine = other.figures.get("threads") == result.figures.get("threads")
+        if dict(other.axes) == wanted and same_machine and other is not result:
+            return other
+    return None
+
+
+def _difference(result: Result, other: Result | None, resamples: int) -> Interval | None:
+    if other is None or result.figures["data_digest"] != other.figures["data_digest"]:
+        return None
+    return paired(Matches.load(result.folder / "matches.npz"), Matches.load(other.folder / "matches.npz"), resamples=resamples)
+
+
+def _row(result: Result, results: Sequence[Result], resamples: int) -> dict[str, Any]:
+    row = {**result.axes, **result.figures}
+    fp32 = _kin(result, results, precision="fp32")
+    dense = _kin(result, results, precision="fp32", pruning="dense") if result.axes["pruning"] != "dense" else None
+    for name, other in (("fp32", fp32), ("dense", dense)):
+        found = _difference(result, other, resamples)
+        if found is not None:
+            row |= {f"ap_vs_{name}": found.value, f"ap_vs_{name}_lo": found.low, f"ap_vs_{name}_hi": found.high}
+    if "speedup" in row and result.axes["precision"] != "fp32":
+        row |= {"speedup_vs_fp32": row["speedup"], "speedup_vs_fp32_lo": row["speedup_lo"], "speedup_vs_fp32_hi": row["speedup_hi"]}
+    return {column: row.get(column, "") for column in COLUMNS}
+
+
+def write_csv(table: Table, file: Path) -> None:
+    """One row an engine."""
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, COLUMNS)
+        writer.writeheader()
+        writer.writerows(table.rows)
+
+
+def _number(value: Any, digits: int, scale: float = 1.0) -> str:
+    return f"{value * scale:.{digits}f}" if isinstance(value, (int, float)) else "–"
+
+
+def cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """A row as the tables show it."""
+
+    def between(name: str, digits: int, sign: str = "") -> str:
+        if row[name] == "":
+            return "–"
+        return f"{row[name]:{sign}.{digits}f} [{row[f'{name}_lo']:{sign}.{digits}f}, {row[f'{name}_hi']:{sign}.{digits}f}]"
+
+    return {
+        "network": f"{row['network']} {row['pruning']}",
+        "input": f"{row['resolution']} {row['keep_aspect_ratio_mode']}",
+        "precision": str(row["precision"]),
+        "ran": str(row["ran"]),
+        "GMACs": _number(row["macs"], 3, 1e-9),
+        "AP [95 %]": between("ap", 3),
+        "AP − FP32": between("ap_vs_fp32", 3, "+"),
+        "AP − dense FP32": between("ap_vs_dense", 3, "+"),
+        "p50 ms": _number(row["latency_p50_ms"], 2),
+        "p95 ms": _number(row["latency_p95_ms"], 2),
+        "× FP32": between("speedup_vs_fp32", 2),
+        "MiB": _number(row["engine_mb"], 2),
+    }
+
+
+def front(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Indices of the rows that no other beats in both AP and latency, the fastest first."""
+    timed = [n for n, row in enumerate(rows) if row["latency_p50_ms"] != ""]
+    best, kept = -1.0, []
+    for n in sorted(timed, key=lambda n: (rows[n]["latency_p50_ms"], -rows[n]["ap"])):
+        if rows[n]["ap"] > best:
+            best = rows[n]["ap"]
+            kept.append(n)
+    return kept
+
+
+def _plot(table: Table) -> str:
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    timed = [row for row in table.rows if row["latency_p50_ms"] != ""]
+    for group in sorted({(row["network"], row["pruning"]) for row in timed}):
+        rows = [row for row in timed if (row["network"], row["pruning"]) == group]
+        figure.add_trace(
+            go.Scatter(
+                x=[row["latency_p50_ms"] for row in rows],
+                y=[row["ap"] for row in rows],
+                error_y={
+                    "array": [row["ap_hi"] - row["ap"] for row in rows],
+                    "arrayminus": [row["ap"] - row["ap_lo"] for row in rows],
+                    "thickness": 1,
+                },
+                mode="markers+text",
+                marker={"size": 11},
+                text=[f"{row['precision'].split('-')[0]} {row['resolution']}" for row in rows],
+                textposition="top center",
+                name=" ".join(group),
+            )
+        )
+    best = [table.rows[n] for n in front(table.rows)]
+    figure.add_trace(
+        go.Scatter(
+            x=[row["latency_p50_ms"] for row in best],
+            y=[row["ap"] for row in best],
+            mode="lines",
+            line={"dash": "dot", "color": "grey"},
+            name="Pareto front",
+        )
+    )
+    figure.update_layout(
+        xaxis_title="network latency, p50 (ms)",
+        yaxis_title="AP (OKS 0.50:0.95), 95 % bootstrap interval",
+        template="plotly_white",
+        height=520,
+        legend={"orientation": "h", "y": -0.2},
+        margin={"t": 20},
+    )
+    text: str = figure.to_html(full_html=False, include_plotlyjs=True, config={"displaylogo": False})
+    return text
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1180px; padding: 0 1rem; color: #222; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; white-space: nowrap; }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child, td:first-child { text-align: left; } tr.front td { background: #eef7ee; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: .8rem; }
+.pictures img { width: 100%; } figure { margin: 0; } figcaption { font-size: 12px; color: #666; overflow-wrap: anywhere; }
+.note { color: #666; font-size: 13px; }
+"""
+
+
+def _pictures(result: Result) -> str:
+    folder = result.folder / "pictures"
+    captions: dict[str, str] = json.loads((folder / "captions.json").read_text())
+    figures = []
+    for name, source in captions.items():
+        data = base64.b64encode((folder / name).read_bytes()).decode()
+        caption = html.escape(f"image {Path(name).stem}") + (f' · <a href="{html.escape(source)}">source</a>' if source else "")
+        figures.append(f'<figure><img src="data:image/jpeg;base64,{data}" alt="found people"><figcaption>{caption}</figcaption></figure>')
+    return f'<div class="pictures">{"".join(figures)}</div>'
+
+
+def write_html(table: Table, name: str, file: Path) -> None:
+    """A page that needs nothing beside it."""
+    best = set(front(table.rows))
+    shown = [cells(row) for row in table.rows]
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in shown[0])
+    body = "".join(
+        f'<tr{" class=front" if n in best else ""}>' + "".join(f"<td>{html.escape(value)}</td>" for value in row.values()) + "</tr>"
+        for n, row in enumerate(shown)
+    )
+    sections = []
+    for n in sorted(best) or [0]:
+        title = html.escape(f"{shown[n]['network']} · {shown[n]['precision']} · {shown[n]['input']}")
+        sections.append(f"<h2>What {title} finds</h2>{_pictures(table.results[n])}")
+    devices = sorted({f"{row['device']}, {row['threads']} thread(s), batch {row['batch']}" for row in table.rows if row["device"]})
+    notes = [f"Latency: network only, on {html.escape('; '.join(devices) or 'no machine yet')}. × FP32: against the same network in FP32, in turns in one run."]
+    images = sorted({f"{row['images']} validation images, data {row['data_digest'][:12]}" for row in table.rows})
+    notes.append(f"AP: {html.escape('; '.join(images))}; intervals are 95 % bootstraps over images, differences are paired.")
+    notes += [html.escape(line) for line in table.left_out]
+    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)} · Posepress</title>
+<style>{_STYLE}</style></head><body><h1>{html.escape(name)}: accuracy against latency</h1>{_plot(table)}
+<h2>Engines</h2><p class="note">Green rows are on the Pareto front.</p><div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
+{"".join(f'<p class="note">{note}</p>' for note in notes)}{"".join(sections)}</body></html>"""
+    file.write_text(page, encoding="utf-8")
+
+
+def write_card(table: Table, name: str, file: Path) -> None:
+    """A model card in Markdown: what the engines are, how they were measured, what is not known."""
+    lines = [f"# {name}", "", "Pose-estimation engines made and measured by Posepress.", "", "## Engines", ""]
+    shown = [cells(row) for row in table.rows]
+    lines += ["| " + " | ".join(shown[0]) + " |", "|" + " --- |" * len(shown[0])]
+    lines += ["| " + " | ".join(row.values()) + " |" for row in shown]
+    first = table.rows[0]
+    lines += [
+        "",
+        "## How the figures were made",
+        "",
+        f"- AP: COCO keypoint AP (OKS 0.50:0.95) on {first['images']} validation images, digest `{first['data_digest']}`; 95 % bootstrap intervals over images.",
+        "- Differences: paired bootstrap over the same images.",
+        f"- Latency: the network alone, batch {first['batch']}, {first['threads']} thread(s), {first['device'] or 'not measured'}.",
+        "- ran: share of multiply-accumulates in each precision, read from the graph as the runtime optimised it.",
+        "",
+        "## Limits",
+        "",
+        "- People in images unlike the validation images, and latency on other machines, were not measured.",
+        *[f"- {line}" for line in table.left_out],
+    ]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")

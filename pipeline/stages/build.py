@@ -1,0 +1,31 @@
+"""build: an engine from a typed network."""
+
+from typing import Any
+
+from evaluation.types import Resolution
+from pipeline.artifacts import Job
+from pipeline.errors import UserError
+from pipeline.export import stamped
+from pipeline.specs import Backend, Framing, ModelFiles, Shapes
+
+
+def run(job: Job, backend: Backend, framing: Framing, resolution: str, batch: int) -> dict[str, Any]:
+    """Build the input "network" for a resolution and batches up to `batch`.
+
+    Returns:
+        The backend that built it and the engine's size.
+
+    Raises:
+        UserError: the batch is below 1, or the backend cannot build it.
+    """
+    if batch < 1:
+        raise UserError(f"batch={batch}: choose at least 1")
+    files = ModelFiles.in_folder(job.inputs["network"])
+    size = Resolution.parse(resolution)
+    spec = stamped(files.onnx["tensorrt"]).input
+    narrow, wide = size, size
+    if not framing.one_size:  # images between a third as wide as high and three times as wide
+        narrow = Resolution(size.height, spec.fit(size.height / 3))
+        wide = Resolution(size.height, max(spec.fit(size.height * 3), size.width))
+    engine = backend.build(files, Shapes((narrow, size, wide), (1, batch, batch)), job.out)
+    return {"backend": backend.name, "engine_mb": engine.stat().st_size / 2**20, "engine": engine.name}

@@ -1,0 +1,88 @@
+"""export: ONNX, simplified, described, and compared with its source."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.types import NetworkSpec, Resolution
+from pipeline import export as onnx_export
+from pipeline.artifacts import Job
+from pipeline.inference import batches
+from pipeline.models import store
+from pipeline.pruning import macs
+from pipeline.specs import Framing, Splits
+
+MODEL = "model.onnx"
+
+
+def run(
+    job: Job,
+    onnx: str | None,
+    spec: Mapping[str, Any] | None,
+    data: Splits,
+    framing: Framing,
+    resolution: str,
+    opset: int,
+    simplify_seconds: float,
+    tolerance: float,
+) -> dict[str, Any]:
+    """Export the input "network", or adopt a given ONNX file.
+
+    Args:
+        job: inputs hold "network" unless `onnx` is given.
+        onnx: a given file.
+        spec: its description.
+        data: a few train images are compared on.
+        framing: how they are framed.
+        resolution: of the comparison.
+        opset: of the file.
+        simplify_seconds: time limit of each simplifier.
+        tolerance: greatest difference, as a part of a field's greatest value.
+
+    Returns:
+        The largest difference, the shapes compared, the simplifier, parameters and MACs.
+    """
+    import onnx as onnx_library
+
+    file, size = job.out / MODEL, Resolution.parse(resolution)
+    if onnx is None:
+        network, _, _ = store.load(job.inputs["network"])
+        network.eval()
+        described: NetworkSpec = network.spec  # type: ignore[assignment]
+        inputs = _inputs(data, framing, described, size)
+        onnx_export.export(network, inputs[0], opset, file)
+        reference = onnx_export.torch_reference(network)
+        counted = {"params": sum(p.numel() for p in network.parameters()), "macs": macs(network, size)}
+    else:
+        assert spec is not None
+        described = onnx_export.described(spec)
+        onnx_export.adopt(Path(onnx), described, file)
+        reference = onnx_export.onnx_reference(Path(onnx), described)
+        inputs = _inputs(data, framing, described, size)
+        counted = {}
+    simplifier = onnx_export.simplify(file, simplify_seconds)
+    onnx_export.stamp(file, described)
+    compared = onnx_export.compare(file, described, reference, inputs, tolerance)
+    graph = onnx_library.load(file).graph
+    if not counted:
+        counted["params"] = int(sum(np.prod(i.dims) for i in graph.initializer if len(i.dims) > 1))
+    batch_norms = sum(node.op_type == "BatchNormalization" for node in graph.node)
+    return {**counted, **compared, "simplifier": simplifier, "nodes": len(graph.node), "batch_norms": batch_norms}
+
+
+def _inputs(data: Splits, framing: Framing, spec: NetworkSpec, size: Resolution) -> list[NDArray[np.float32]]:
+    """Real images at the resolution, one multiple larger (odd where that is even) and smaller, and as a batch of two."""
+    step = spec.input.multiple
+    sizes = [size]
+    if {"height", "width"} <= spec.dynamic:
+        sizes += [Resolution(size.height + step, size.width + step), Resolution(max(size.height - step, step), size.width + 3 * step)]
+    images = data.open("train")
+    made = []
+    for at in sizes:
+        made += [b.images for b in batches(images, framing, spec.input, at, 1, range(min(2, len(images))))]
+    if "batch" in spec.dynamic:
+        made.append(np.concatenate([made[0], made[0][:, :, ::-1]]))
+    return made
