@@ -55,14 +55,8 @@ class Cell:
         config = self.config
         if config.pruner.weights_from != "train" and config.model.weights_from is None:
             raise UserError(f"pruner={config.pruner.label}: a network that is given as ONNX cannot be pruned; choose pruner=none")
-        try:
-            resolution = Resolution.parse(str(config.resolution))
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        multiple = int(config.model.multiple)
-        if resolution.height % multiple or resolution.width % multiple:
-            near = Resolution(*(max(round(n / multiple), 1) * multiple for n in (resolution.height, resolution.width)))
-            raise UserError(f"resolution={resolution}: this network takes multiples of {multiple}; the nearest is resolution={near}")
+        for option in ("resolution", "training_resolution"):
+            _check_resolution(option, str(config[option]), int(config.model.multiple))
         for name in self.plan:
             _require_values(self.config.stages[name], name)
             for component in self._components(name):
@@ -150,6 +144,16 @@ class Cell:
         number = HydraConfig.get().job.num if self.sweep else 0
         content = {"overrides": self.overrides, "error": error, "collect": collects if self.sweep else []}
         (folder / f"{number:06d}.json").write_text(json.dumps(content))
+
+
+def _check_resolution(option: str, text: str, multiple: int) -> None:
+    try:
+        resolution = Resolution.parse(text)
+    except ValueError as error:
+        raise UserError(f"{option}{str(error).removeprefix('resolution')}") from error
+    if resolution.height % multiple or resolution.width % multiple:
+        near = Resolution(*(max(round(n / multiple), 1) * multiple for n in (resolution.height, resolution.width)))
+        raise UserError(f"{option}={resolution}: this network takes multiples of {multiple}; the nearest is {option}={near}")
 
 
 def _plain(value: Any) -> Any:

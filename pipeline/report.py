@@ -13,7 +13,7 @@ from evaluation.coco import Matches
 from evaluation.statistics import Interval, paired
 
 COLUMNS = (
-    "network", "pruning", "params", "macs", "resolution", "keep_aspect_ratio_mode", "precision", "ran", "backend", "device",
+    "network", "pruning", "params", "macs", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "ran", "backend", "device",
     "threads", "batch", "images", "ap", "ap_lo", "ap_hi", "ap50", "ap75", "ap_medium", "ap_large", "ap_vs_fp32",
     "ap_vs_fp32_lo", "ap_vs_fp32_hi", "ap_vs_dense", "ap_vs_dense_lo", "ap_vs_dense_hi", "latency_p50_ms", "latency_p95_ms",
     "speedup_vs_fp32", "speedup_vs_fp32_lo", "speedup_vs_fp32_hi", "engine_mb", "peak_rss_mb", "data_digest",
@@ -28,14 +28,11 @@ class Result:
         folder: of the evaluation.
         axes: what tells its cell from others.
         figures: of the evaluation, and of the benchmark where there is one.
-        engine: digest of the engine's files.
-        network: digest of the exported network.
     """
 
     folder: Path
     axes: Mapping[str, Any]
     figures: Mapping[str, Any]
-    engine: str
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,12 @@ class Table:
 def _manifest(folder: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
     return manifest
+
+
+def _engine(manifest: Mapping[str, Any]) -> tuple[str, str]:
+    """Where the engine of an evaluation or benchmark lies, and its digest."""
+    (entry,) = manifest["inputs"]["engine"]
+    return entry["address"], entry["digest"]
 
 
 def _current(manifest: Mapping[str, Any], root: Path) -> bool:
@@ -81,11 +84,11 @@ def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path,
         resamples: of the paired bootstrap.
     """
     results, left_out = [], []
-    times: dict[str, list[dict[str, Any]]] = {}
+    times: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for folder in benchmarks:
         manifest = _manifest(folder)
         if _current(manifest, root):
-            times.setdefault(manifest["inputs"]["engine"][0]["digest"], []).append(manifest["summary"])
+            times.setdefault(_engine(manifest), []).append(manifest["summary"])
     doubles = stale = 0
     for folder in evaluations:
         manifest = _manifest(folder)
@@ -96,11 +99,10 @@ def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path,
             stale += 1
             left_out.append(f"{folder.name}: stale, made from inputs that changed since; run its cell again")
             continue
-        engine = manifest["inputs"]["engine"][0]["digest"]
         axes = manifest["config"]["axes"]
-        for timed in times.get(engine, [{}]):
-            figures = {**manifest["summary"], **timed, "params": _params(folder, root)}
-            results.append(Result(folder, axes, figures, engine))
+        for timed in times.get(_engine(manifest), [{}]):
+            figures = {**manifest["summary"], **timed, **_chain(folder, root)}
+            results.append(Result(folder, axes, figures))
     if doubles:
         left_out.append(f"{doubles} evaluated with the TensorRT test double: no figures of TensorRT")
     results.sort(key=lambda r: (r.axes["network"], r.axes["pruning"] != "dense", r.axes["pruning"], r.axes["resolution"], r.axes["precision"] != "fp32", r.axes["precision"]))
@@ -108,12 +110,14 @@ def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path,
     return Table(rows, results, left_out)
 
 
-def _params(folder: Path, root: Path) -> Any:
-    manifest = _manifest(folder)
+def _chain(folder: Path, root: Path) -> dict[str, Any]:
+    """Parameters and MACs, from the export and the quantization that an evaluation descends from."""
+    manifest, found = _manifest(folder), {}
     while manifest["stage"] != "export":
         above = next(e for inputs in manifest["inputs"].values() for e in inputs if e["stage"] in ("build", "quantize", "export"))
         manifest = _manifest(root / above["stage"] / above["address"])
-    return manifest["summary"]["params"]
+        found |= {key: manifest["summary"][key] for key in ("params", "macs") if key in manifest["summary"] and key not in found}
+    return found
 
 
 def _kin(result: Result, others: Sequence[Result], **changed: str) -> Result | None:
@@ -134,8 +138,8 @@ def _difference(result: Result, other: Result | None, resamples: int) -> Interva
 
 def _row(result: Result, results: Sequence[Result], resamples: int) -> dict[str, Any]:
     row = {**result.axes, **result.figures}
-    fp32 = _kin(result, results, precision="fp32")
-    dense = _kin(result, results, precision="fp32", pruning="dense") if result.axes["pruning"] != "dense" else None
+    fp32 = _kin(result, results, precision="fp32", calibration="") if result.axes["precision"] != "fp32" else None
+    dense = _kin(result, results, precision="fp32", calibration="", pruning="dense") if result.axes["pruning"] != "dense" else None
     for name, other in (("fp32", fp32), ("dense", dense)):
         found = _difference(result, other, resamples)
         if found is not None:

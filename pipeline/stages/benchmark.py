@@ -62,7 +62,6 @@ def run(
             **timed,
             **memory,
             "engine_mb": built["summary"]["engine_mb"],
-            "macs": sum(int(layer["macs"]) for layer in layers),
             **{f"ran_{name}": share for name, share in ran.items()},
             "ran": audit.label(ran),
             "backend": backend.name,

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from evaluation.types import Resolution
 from pipeline.artifacts import Job
 from pipeline.errors import UserError
-from pipeline.export import stamped
+from pipeline.export import macs, stamped
 from pipeline.inference import batches
 from pipeline.specs import Framing, Quantizer, Splits
 
@@ -39,6 +40,7 @@ def run(job: Job, data: Splits, framing: Framing, resolution: str, quantizer: Qu
             yield batch.images
 
     try:
-        return dict(quantizer.quantize(model, feed, job.out))
+        report = dict(quantizer.quantize(model, feed, job.out))
     except ValueError as error:
         raise UserError(str(error)) from error
+    return {**report, "macs": macs(onnx.load(model), size)}
