@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ from pipeline.errors import UserError, nearest
 
 RUN_VARIABLE = "POSEPRESS_RUN"
 os.environ.setdefault(RUN_VARIABLE, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+
+
+_FRAMINGS = {None: "stretch", "pad_image_input": "pad", "adjust_network_input": "adjust"}
+OmegaConf.register_new_resolver("framing_label", lambda mode: _FRAMINGS.get(mode, mode), replace=True)
 
 
 class Cell:
@@ -136,14 +141,17 @@ class Cell:
         tracker = Tracker(str(self.config.tracking.uri), str(self.config.name), self.results.run)
         tracker.log_cell(_plain(self.config.axes), figures, self.ran, error)
 
-    def record(self, error: str | None) -> None:
-        """Leave what became of this cell where the launching process finds it."""
-        folder = self.results.run / "cells"
-        folder.mkdir(parents=True, exist_ok=True)
-        collects = [name for name in self.plan if self.stages[name].collect]
-        number = HydraConfig.get().job.num if self.sweep else 0
-        content = {"overrides": self.overrides, "error": error, "collect": collects if self.sweep else []}
-        (folder / f"{number:06d}.json").write_text(json.dumps(content))
+
+def _record(number: int, overrides: Sequence[str], collect: Sequence[str], error: str | None) -> None:
+    """Leave what became of a sweep's cell where the launching process finds it."""
+    folder = _run_folder() / "cells"
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"overrides": list(overrides), "error": error, "collect": list(collect)}
+    (folder / f"{number:06d}.json").write_text(json.dumps(content))
+
+
+def _run_folder() -> Path:
+    return _outputs(sys.argv[1:]) / "runs" / os.environ[RUN_VARIABLE]
 
 
 def _check_resolution(option: str, text: str, multiple: int) -> None:
@@ -226,10 +234,17 @@ def _cell(config: DictConfig) -> None:
         if config.get("debug"):
             raise
         message = _message(error)
-        if cell is None or not sweep:
+        if not sweep:
             _errors.append(message)
+    except Exception as error:
+        if not sweep:
+            raise
+        traceback.print_exc()  # a bug in one cell; the others go on
+        message = f"{type(error).__name__}: {error}"
+    if sweep:
+        collect = [] if cell is None else [name for name in cell.plan if cell.stages[name].collect]
+        _record(context.job.num, overrides, collect, message)
     if cell is not None:
-        cell.record(message)
         cell.track(message)
 
 
@@ -244,14 +259,13 @@ def _message(error: BaseException) -> str:
     return str(error)
 
 
-def _finish_sweep(outputs: Path) -> None:
+def _finish_sweep() -> None:
     """Make the report of a finished sweep once, and list the cells that failed.
 
     Raises:
         UserError: a cell failed.
     """
-    folder = outputs / "runs" / os.environ[RUN_VARIABLE] / "cells"
-    cells = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    cells = [json.loads(file.read_text()) for file in sorted((_run_folder() / "cells").glob("*.json"))]
     if not cells:
         return
     collecting = [cell for cell in cells if cell["collect"] and cell["error"] is None]
@@ -264,7 +278,10 @@ def _finish_sweep(outputs: Path) -> None:
         report.run()
     failed = [cell for cell in cells if cell["error"] is not None]
     if failed:
-        lines = "".join(f"\n  {' '.join(cell['overrides'])}\n    {cell['error']}" for cell in failed)
+        common = set.intersection(*(set(cell["overrides"]) for cell in cells)) if len(cells) > 1 else set()
+        lines = ""
+        for cell in failed:
+            lines += f"\n  {' '.join(o for o in cell['overrides'] if o not in common)}\n    {cell['error']}"
         raise UserError(f"{len(failed)} of {len(cells)} cells failed:{lines}")
 
 
@@ -323,7 +340,7 @@ def main() -> None:
     try:
         _cell()
         if "--multirun" in words or "-m" in words:
-            _finish_sweep(_outputs(words))
+            _finish_sweep()
         if _errors:
             raise UserError(_errors[0])
     except KeyboardInterrupt:

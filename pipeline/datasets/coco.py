@@ -238,7 +238,7 @@ class CocoSplits:
     Attributes:
         train: {"images": folder, "annotations": file}; the tune images are taken from it.
         val: likewise; these are the validation images.
-        unlabelled: {"images": folder} or None; train and agreement images without labels are taken from it.
+        unlabelled: {"images": folder} or nothing; train and agreement images without labels are taken from it.
         splits: a file {split: {any name: [file names] or "all"}} that says what each image is for; unlabelled images that
             it calls train become the split "unlabelled". None: of the train images, the twentieth part whose file names hash lowest is for tuning; of the unlabelled, half is for agreement.
         cache: where digests are kept.
@@ -268,7 +268,7 @@ class CocoSplits:
     def parts(self) -> dict[str, Coco]:
         """The images of every split."""
         train, val = _source(self.train, "train"), _source(self.val, "val")
-        loose = _source(self.unlabelled, "unlabelled") if self.unlabelled else None
+        loose = _source(self.unlabelled, "unlabelled") if self.unlabelled and self.unlabelled.get("images") else None
         named = self._named()
         if named is None:
             names = sorted(r["file_name"] for r in train.records)

@@ -28,6 +28,8 @@ class Graph:
         self.nodes = list(model.graph.node)
         self.constants = {i.name: i for i in model.graph.initializer}
         self.outputs = {o.name for o in model.graph.output}
+        infos = (*model.graph.value_info, *model.graph.output, *model.graph.input)
+        self.floats = {i.name for i in infos if i.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
         self.producer = {o: n for n in self.nodes for o in n.output}
         self.consumers: dict[str, list[onnx.NodeProto]] = {}
         for node in self.nodes:
@@ -81,7 +83,7 @@ def place(model: onnx.ModelProto, exclude: Iterable[str] = ()) -> Placement:
     """Decide what is quantized.
 
     Args:
-        model: a float network.
+        model: a float network with inferred shapes.
         exclude: names of nodes that stay in float.
     """
     graph = Graph(model)
@@ -94,6 +96,8 @@ def place(model: onnx.ModelProto, exclude: Iterable[str] = ()) -> Placement:
         if node.name in skip:
             continue
         computed = graph.activations(node)
+        if not graph.floats.issuperset(computed):  # arithmetic on shapes
+            continue
         if node.op_type == "Conv":
             inputs[computed[0]] = ends[computed[0]] = None
             made = graph.activated(node.output[0])

@@ -1,0 +1,29 @@
+# install, demo, test and lint; each makes .venv by itself. PIP_EXTRA_INDEX_URL and the other variables of pip are honoured.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test lint clean
+install: .venv/installed
+
+.venv/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: install
+	$(BIN)/python -m pipeline --multirun experiment=demo pruner=none,l1 precision=fp32,int8
+	@echo
+	@echo "The report: outputs/demo/report/report.html   The table: outputs/demo/report/results.csv"
+	@echo "Compare the runs: $(BIN)/mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db"
+
+test: install
+	$(BIN)/python -m pytest -n auto --dist loadfile
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv outputs

@@ -1,0 +1,495 @@
+"""A strict double of the Python module `tensorrt`, for tests on machines without one.
+
+Its surface is made from api_10_16.json, facts about TensorRT 10.16's bindings (names, arguments, access, enum values): what
+is not there does not exist here either, and a call with other arguments is refused as pybind11 refuses it. It refuses the
+networks that TensorRT refuses, returns None or False where TensorRT does, and runs a network through ONNX Runtime on the
+processor. It says nothing about TensorRT's speed or numbers.
+"""
+
+import ctypes
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+
+POSEPRESS_DOUBLE = True
+
+_API = json.loads((Path(__file__).parent / "api_10_16.json").read_text())
+__version__ = _API["meta"]["version"]
+_MAGIC = b"posepress double of a TensorRT plan\n"
+
+
+class _EnumMember:
+    """A member of a pybind11 enum: converts to int, is never made from one."""
+
+    def __init__(self, kind, name, value):
+        self.kind, self.name, self.value = kind, name, value
+
+    def __int__(self):
+        return self.value
+
+    def __eq__(self, other):
+        return isinstance(other, _EnumMember) and (self.kind, self.value) == (other.kind, other.value)
+
+    def __hash__(self):
+        return hash((self.kind, self.value))
+
+    def __repr__(self):
+        return f"<{self.kind}.{self.name}: {self.value}>"
+
+
+class _EnumType(type):
+    def __getattr__(cls, name):
+        raise AttributeError(f"type object 'tensorrt.{cls.__name__}' has no attribute '{name}'")
+
+    def __call__(cls, *_, **__):
+        raise TypeError(f"tensorrt.{cls.__name__}: incompatible constructor arguments")
+
+
+def _enum(name, facts):
+    members = {n: _EnumMember(name, n, v) for n, v in facts["members"].items()}
+    return _EnumType(name.rpartition(".")[2], (), members)
+
+
+def _bind(owner, method, overloads, args, kwargs):
+    """The arguments by name, of the first overload that takes them; TypeError as pybind11's otherwise."""
+    for overload in overloads:
+        if overload["args"] is None:
+            if not kwargs and len(args) == overload["positional"]:
+                return dict(enumerate(args))
+            continue
+        names = [a[0] for a in overload["args"]]
+        required = [a[0] for a in overload["args"] if len(a) == 1]
+        if len(args) > len(names) or set(kwargs) - set(names) or set(names[: len(args)]) & set(kwargs):
+            continue
+        bound = dict(zip(names, args, strict=False)) | kwargs
+        if set(required) <= set(bound):
+            return bound
+    shown = [[a[0] for a in o["args"] or []] for o in overloads]
+    raise TypeError(f"{owner}.{method}(): incompatible function arguments; supported: {shown}, got {args} {kwargs}")
+
+
+def _need(value, kind, where):
+    if not (isinstance(value, _EnumMember) and value.kind == kind):
+        raise TypeError(f"{where}: incompatible function arguments; expected tensorrt.{kind}, got {value!r}")
+    return value
+
+
+_TRAMPOLINES = {"ILogger", "IProgressMonitor", "IGpuAllocator", "IOutputAllocator", "IInt8EntropyCalibrator2", "IInt8MinMaxCalibrator"}
+_BEHAVIOUR = {}  # (class, method) -> function(self, **arguments)
+
+
+def _behaviour(owner, method):
+    def register(function):
+        _BEHAVIOUR[owner, method] = function
+        return function
+
+    return register
+
+
+def _members(name, kind):
+    facts = _API["classes"][name]
+    found = {}
+    for base in facts["bases"]:
+        if base in _API["classes"]:
+            found |= _members(base, kind)
+    return found | facts.get(kind, {})
+
+
+class _Strict:
+    """An object of a class of the API: nothing else can be read, set or called."""
+
+    _api = ""
+
+    def __init__(self, *args, **kwargs):
+        methods = _members(self._api, "methods")
+        if "__init__" not in methods:
+            raise TypeError(f"tensorrt.{self._api}: No constructor defined!")
+        bound = _bind(self._api, "__init__", methods["__init__"], args, kwargs)
+        self.__dict__["_state"] = {}
+        if (self._api, "__init__") in _BEHAVIOUR:
+            _BEHAVIOUR[self._api, "__init__"](self, **bound)
+
+    def __getattribute__(self, name):
+        if name.startswith("_"):
+            return object.__getattribute__(self, name)
+        api = object.__getattribute__(self, "_api")
+        if type(self).__name__ != api and name in {**vars(type(self)), **self.__dict__}:
+            return object.__getattribute__(self, name)  # of a subclass written in Python
+        if "_state" not in self.__dict__:
+            raise TypeError(f"tensorrt.{api}.__init__() must be called when overriding __init__")
+        properties, methods = _members(api, "properties"), _members(api, "methods")
+        if name in properties:
+            if properties[name]["access"] == "w":
+                raise AttributeError(f"unreadable attribute '{name}'")
+            if name not in self._state:
+                raise NotImplementedError(f"the double does not simulate {api}.{name}")
+            return self._state[name]
+        if name in methods:
+            if (api, name) not in _BEHAVIOUR:
+                raise NotImplementedError(f"the double does not simulate {api}.{name}()")
+
+            def call(*args, **kwargs):
+                return _BEHAVIOUR[api, name](self, **_bind(api, name, methods[name], args, kwargs))
+
+            return call
+        raise AttributeError(f"'tensorrt.{api}' object has no attribute '{name}'")
+
+    def __setattr__(self, name, value):
+        if type(self).__name__ != self._api:
+            self.__dict__[name] = value
+            return
+        properties = _members(self._api, "properties")
+        if name not in properties:
+            raise AttributeError(f"'tensorrt.{self._api}' object has no attribute '{name}'")
+        if properties[name]["access"] == "r":
+            raise AttributeError(f"property '{name}' of 'tensorrt.{self._api}' object has no setter")
+        before = self._state.get(name)
+        if isinstance(before, _EnumMember):
+            _need(value, before.kind, f"{self._api}.{name}")
+        self._state[name] = value
+
+
+def _made(name, /, **state):
+    """An object that TensorRT makes, not the user."""
+    made = object.__new__(globals()[name])
+    made.__dict__["_state"] = state
+    return made
+
+
+class IHostMemory(bytes):
+    """A buffer."""
+
+    @property
+    def nbytes(self):
+        return len(self)
+
+
+for _name, _facts in _API["enums"].items():
+    if "." not in _name:
+        globals()[_name] = _enum(_name, _facts)
+for _name in _API["classes"]:
+    if _name != "IHostMemory":
+        globals()[_name] = type(_name, (_Strict,), {"_api": _name})
+for _name, _facts in _API["enums"].items():
+    if "." in _name:
+        _outer, _, _inner = _name.partition(".")
+        _kind = _enum(_name, _facts)
+        setattr(globals()[_outer], _inner, _kind)
+        for _member in _facts["members"]:
+            setattr(globals()[_outer], _member, getattr(_kind, _member))
+
+
+def __getattr__(name):
+    if name in _API["functions"]:
+        raise NotImplementedError(f"the double does not simulate tensorrt.{name}()")
+    raise AttributeError(f"module 'tensorrt' has no attribute '{name}'")
+
+
+def _error(logger, text):
+    logger.log(ILogger.Severity.ERROR, text)
+
+
+def _usable(logger):
+    if not isinstance(logger, ILogger):
+        raise TypeError(f"expected tensorrt.ILogger, got {logger!r}")
+    if "_state" not in logger.__dict__:
+        raise TypeError("tensorrt.ILogger.__init__() must be called when overriding __init__")
+    return logger
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+@_behaviour("Builder", "__init__")
+def _(self, logger):
+    self._state["logger"] = _usable(logger)
+
+
+@_behaviour("Builder", "create_network")
+def _(self, flags=0):
+    typed = bool(flags >> int(NetworkDefinitionCreationFlag.STRONGLY_TYPED) & 1)
+    return _made("INetworkDefinition", _typed=typed, _model=None, name="Unnamed Network 0")
+
+
+@_behaviour("Builder", "create_builder_config")
+def _(self):
+    return _made(
+        "IBuilderConfig",
+        _flags={"TF32"},
+        _profiles=[],
+        builder_optimization_level=3,
+        profiling_verbosity=ProfilingVerbosity.LAYER_NAMES_ONLY,
+        hardware_compatibility_level=HardwareCompatibilityLevel.NONE,
+        max_aux_streams=0,
+        avg_timing_iterations=1,
+    )
+
+
+@_behaviour("Builder", "create_optimization_profile")
+def _(self):
+    return _made("IOptimizationProfile", _shapes={})
+
+
+@_behaviour("IOptimizationProfile", "set_shape")
+def _(self, input, min, opt, max):  # noqa: A002
+    if not all(a <= b <= c for a, b, c in zip(min, opt, max, strict=True)):
+        raise RuntimeError("Shape provided for min is not less than or equal to opt, or opt to max")
+    self._state["_shapes"][input] = (tuple(min), tuple(opt), tuple(max))
+
+
+@_behaviour("IBuilderConfig", "set_memory_pool_limit")
+def _(self, pool, pool_size):
+    _need(pool, "MemoryPoolType", "set_memory_pool_limit")
+
+
+@_behaviour("IBuilderConfig", "set_flag")
+def _(self, flag):
+    self._state["_flags"].add(_need(flag, "BuilderFlag", "set_flag").name)
+
+
+@_behaviour("IBuilderConfig", "clear_flag")
+def _(self, flag):
+    self._state["_flags"].discard(_need(flag, "BuilderFlag", "clear_flag").name)
+
+
+@_behaviour("IBuilderConfig", "add_optimization_profile")
+def _(self, profile):
+    if not profile._state["_shapes"]:
+        return -1
+    self._state["_profiles"].append(dict(profile._state["_shapes"]))
+    return len(self._state["_profiles"]) - 1
+
+
+@_behaviour("INetworkDefinition", "get_input")
+def _(self, index):
+    model = self._state["_model"]
+    if model is None or index >= len(model.graph.input):
+        return None
+    return _made("ITensor", name=model.graph.input[index].name)
+
+
+@_behaviour("OnnxParser", "__init__")
+def _(self, network, logger):
+    self._state.update({"_network": network, "_logger": _usable(logger), "_errors": [], "num_errors": 0})
+
+
+@_behaviour("OnnxParser", "parse_from_file")
+def _(self, model):
+    if not isinstance(model, str):
+        raise TypeError(f"parse_from_file(): expected str, got {model!r}")
+    try:
+        loaded = onnx.load(model)
+        onnx.checker.check_model(loaded)
+        errors = refusals(loaded)
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        errors = [f"Failed to parse ONNX model from file: {error}"]
+    self._state["_errors"], self._state["num_errors"] = errors, len(errors)
+    for text in errors:
+        _error(self._state["_logger"], text)
+    if errors:
+        return False
+    self._state["_network"]._state["_model"] = loaded
+    return True
+
+
+@_behaviour("OnnxParser", "get_error")
+def _(self, index):
+    return _made("ParserError", _text=self._state["_errors"][index])
+
+
+@_behaviour("ParserError", "desc")
+def _(self):
+    return self._state["_text"]
+
+
+def refusals(model):
+    """Why TensorRT would not take a network: rules of its ONNX importer for quantization."""
+    graph = model.graph
+    constants = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
+    producer = {o: n for n in graph.node for o in n.output}
+    consumers = {}
+    for node in graph.node:
+        for name in node.input:
+            consumers.setdefault(name, []).append(node)
+    errors = []
+    for value in graph.input:
+        if value.type.tensor_type.elem_type == onnx.TensorProto.UINT8:
+            errors.append(f"{value.name}: UINT8 network inputs need a cast before any layer")
+    for node in graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            errors += _quantization_refusals(node, constants, producer, consumers)
+        if node.op_type == "Concat":
+            errors += _concat_refusals(node, constants, producer)
+    return errors
+
+
+def _quantization_refusals(node, constants, producer, consumers):
+    errors = []
+    zero = constants.get(node.input[2]) if len(node.input) > 2 else None
+    scale = constants.get(node.input[1])
+    held = constants.get(node.input[0])
+    if zero is None or zero.dtype != np.int8:
+        kind = None if zero is None else zero.dtype
+        errors.append(f"{node.name}: zero point of {kind}: only INT8 is supported")
+    elif zero.any():
+        errors.append(f"{node.name}: TensorRT only supports symmetric quantization: zero points must be 0")
+    if held is not None and held.dtype == np.int32:
+        errors.append(f"{node.name}: only activation types allowed as input to this layer (an INT32 bias)")
+    if scale is None:
+        errors.append(f"{node.name}: the scale must be constant")
+    elif scale.ndim == 1 and scale.size > 1:
+        if held is None and producer.get(node.input[0]) is not None and node.op_type == "QuantizeLinear":
+            errors.append(f"{node.name}: per-channel quantization of activations is not supported")
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+        for reader in consumers.get(node.output[0], []):
+            wanted = {"Conv": 0, "ConvTranspose": 1}.get(reader.op_type)
+            if wanted is not None and axis != wanted:
+                errors.append(f"{node.name}: per-channel axis {axis} of {reader.op_type} weights, which needs {wanted}")
+    if scale is not None and not (scale > 0).all():
+        errors.append(f"{node.name}: scales must be positive")
+    return errors
+
+
+def _concat_refusals(node, constants, producer):
+    makers = [producer.get(name) for name in node.input]
+    if not any(m is not None and m.op_type == "DequantizeLinear" for m in makers):
+        return []
+    scales = {None if m is None or m.op_type != "DequantizeLinear" else float(constants[m.input[1]]) for m in makers}
+    if len(scales) > 1:
+        return [f"{node.name}: inputs of a Concat with Q/DQ must share one scale, got {sorted(map(str, scales))}"]
+    return []
+
+
+_PRECISION_FLAGS = {"FP16", "BF16", "INT8", "FP8", "INT4", "FP4", "OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS"}
+
+
+@_behaviour("Builder", "build_serialized_network")
+def _(self, network, config, kernel_text=None):
+    logger, model = self._state["logger"], network._state["_model"]
+    if model is None:
+        return _error(logger, "Network must have at least one output")
+    clash = _PRECISION_FLAGS & config._state["_flags"]
+    if network._state["_typed"] and clash:
+        return _error(logger, f"BuilderFlag {sorted(clash)} is incompatible with strongly typed networks")
+    profiles = config._state["_profiles"]
+    for value in model.graph.input:
+        free = any(not d.dim_value for d in value.type.tensor_type.shape.dim)
+        if free and not any(value.name in p for p in profiles):
+            return _error(logger, f"Network has dynamic or shape inputs, but no optimization profile has been defined for {value.name}")
+    header = json.dumps({"version": __version__, "profiles": profiles}).encode()
+    return IHostMemory(_MAGIC + len(header).to_bytes(4, "big") + header + model.SerializeToString())
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+@_behaviour("Runtime", "__init__")
+def _(self, logger):
+    self._state.update({"logger": _usable(logger), "engine_host_code_allowed": False})
+
+
+@_behaviour("Runtime", "deserialize_cuda_engine")
+def _(self, serialized_engine):
+    blob = bytes(serialized_engine)
+    if not blob.startswith(_MAGIC):
+        return _error(self._state["logger"], "Serialization assertion: magic tag does not match")
+    at = len(_MAGIC) + 4
+    size = int.from_bytes(blob[len(_MAGIC) : at], "big")
+    header = json.loads(blob[at : at + size])
+    if header["version"] != __version__:
+        return _error(self._state["logger"], f"Version tag does not match. Note: Current Version: {__version__}, Serialized Engine Version: {header['version']}")
+    model = onnx.load_from_string(blob[at + size :])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if any(node.op_type == "QuantizeLinear" for node in model.graph.node):  # simulate the written precision to the letter
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = [i.name for i in model.graph.input] + [o.name for o in model.graph.output]
+    return _made("ICudaEngine", _session=session, _names=names, _inputs=len(model.graph.input), _profiles=header["profiles"], _logger=self._state["logger"], num_io_tensors=len(names), num_optimization_profiles=len(header["profiles"]))
+
+
+@_behaviour("ICudaEngine", "get_tensor_name")
+def _(self, index):
+    return self._state["_names"][index]
+
+
+@_behaviour("ICudaEngine", "get_tensor_mode")
+def _(self, name):
+    place = self._state["_names"].index(name)
+    return TensorIOMode.INPUT if place < self._state["_inputs"] else TensorIOMode.OUTPUT
+
+
+@_behaviour("ICudaEngine", "get_tensor_dtype")
+def _(self, name):
+    return DataType.FLOAT
+
+
+@_behaviour("ICudaEngine", "get_tensor_profile_shape")
+def _(self, name, profile_index):
+    return [tuple(shape) for shape in self._state["_profiles"][profile_index][name]]
+
+
+@_behaviour("ICudaEngine", "create_execution_context")
+def _(self):
+    return _made("IExecutionContext", _engine=self, _shapes={}, _addresses={}, _results=None)
+
+
+@_behaviour("IExecutionContext", "set_input_shape")
+def _(self, name, shape):
+    engine = self._state["_engine"]._state
+    profile = engine["_profiles"][0].get(name) if engine["_profiles"] else None
+    if profile is not None:
+        least, _, most = profile
+        if len(shape) != len(least) or not all(a <= s <= b for a, s, b in zip(least, shape, most, strict=True)):
+            _error(engine["_logger"], f"setInputShape: {tuple(shape)} is outside the profile {tuple(least)} to {tuple(most)} of {name}")
+            return False
+    self._state["_shapes"][name] = tuple(shape)
+    self._state["_results"] = None
+    return True
+
+
+def _probe(context):
+    """Output shapes, found by running zeros."""
+    state = context._state
+    if state["_results"] is None:
+        session = state["_engine"]._state["_session"]
+        zeros = {name: np.zeros(shape, np.float32) for name, shape in state["_shapes"].items()}
+        outputs = [o.name for o in session.get_outputs()]
+        state["_results"] = {n: a.shape for n, a in zip(outputs, session.run(outputs, zeros), strict=True)}
+    return state["_results"]
+
+
+@_behaviour("IExecutionContext", "get_tensor_shape")
+def _(self, name):
+    return self._state["_shapes"].get(name) or _probe(self)[name]
+
+
+@_behaviour("IExecutionContext", "set_tensor_address")
+def _(self, name, memory):
+    if not isinstance(memory, int):
+        raise TypeError(f"set_tensor_address(): expected int, got {memory!r}")
+    if name not in self._state["_engine"]._state["_names"]:
+        return False
+    self._state["_addresses"][name] = memory
+    return True
+
+
+@_behaviour("IExecutionContext", "execute_async_v3")
+def _(self, stream_handle):
+    state, engine = self._state, self._state["_engine"]._state
+    if set(engine["_names"]) - set(state["_addresses"]):
+        _error(engine["_logger"], "enqueueV3: the address of a tensor is not set")
+        return False
+    feeds = {}
+    for name, shape in state["_shapes"].items():
+        count = int(np.prod(shape))
+        memory = (ctypes.c_float * count).from_address(state["_addresses"][name])
+        feeds[name] = np.ctypeslib.as_array(memory).reshape(shape).copy()
+    outputs = engine["_names"][engine["_inputs"] :]
+    for name, array in zip(outputs, engine["_session"].run(outputs, feeds), strict=True):
+        flat = np.ascontiguousarray(array, np.float32)
+        ctypes.memmove(state["_addresses"][name], flat.ctypes.data, flat.nbytes)
+    return True
