@@ -63,7 +63,7 @@ def in_turns(calls: Sequence[Callable[[], object]], seconds: float) -> list[Timi
     started = time.perf_counter()
     while time.perf_counter() - started < seconds or len(blocks[0]) < 4:
         for call, found in zip(calls, blocks, strict=True):
-            times = []
+            times: list[float] = []
             begin = time.perf_counter()
             while not times or time.perf_counter() - begin < _BLOCK:
                 before = time.perf_counter()

@@ -36,9 +36,7 @@ def bootstrap(matches: Matches, figure: str = "ap", resamples: int = 500, seed: 
     """
     draw = np.random.default_rng(seed)
     n = len(matches.images)
-    draws = [
-        matches.figures(np.bincount(draw.integers(0, n, n), minlength=n), [figure])[figure] for _ in range(resamples)
-    ]
+    draws = [matches.figures(np.bincount(draw.integers(0, n, n), minlength=n), [figure])[figure] for _ in range(resamples)]
     return _interval(matches.figures(None, [figure])[figure], np.array(draws))
 
 

@@ -59,7 +59,9 @@ class Cell:
 
         config = self.config
         if config.pruner.weights_from != "train" and config.model.weights_from is None:
-            raise UserError(f"pruner={config.pruner.label}: a network that is given as ONNX cannot be pruned; choose pruner=none")
+            raise UserError(
+                f"pruner={config.pruner.label}: a network that is given as ONNX cannot be pruned; choose pruner=none"
+            )
         for option in ("resolution", "training_resolution"):
             _check_resolution(option, str(config[option]), int(config.model.multiple))
         for name in self.plan:
@@ -125,7 +127,15 @@ class Cell:
                 )
                 summary = hydra.utils.get_method(target)(job, **options)
                 self.results.finish(out, fingerprint, parts, summary)
-            self.ran.append({"stage": stage.name, "address": stage.address, "started": started, "ended": time.time(), "summary": summary})
+            self.ran.append(
+                {
+                    "stage": stage.name,
+                    "address": stage.address,
+                    "started": started,
+                    "ended": time.time(),
+                    "summary": summary,
+                }
+            )
             console.print(f"[bold green]{stage.name:10}[/] done   {folder}  ({time.time() - started:.1f} s)", soft_wrap=True)
 
     def track(self, error: str | None) -> None:
@@ -310,11 +320,12 @@ def _explain(error: Exception, words: Sequence[str]) -> str:
         if key in groups:
             wrong = [v for v in value.split(",") if v not in (*_choices(key), "null", "none")]
             if wrong:
-                return f"{key}={wrong[0]}: no such choice{nearest(wrong[0], _choices(key))}; choose one of {', '.join(_choices(key))}"
+                hint = nearest(wrong[0], _choices(key))
+                return f"{key}={wrong[0]}: no such choice{hint}; choose one of {', '.join(_choices(key))}"
         elif key and not key.startswith(("hydra", "-")) and key not in known:
             inside = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
             return f"{key}: no such option{nearest(key, inside) or nearest(key, known)}; `python -m pipeline --help` lists them"
-    return text.split("\n\nSet the environment")[0].strip()
+    return text.split("\n\nSet the environment", maxsplit=1)[0].strip()
 
 
 def _paths(value: Any, prefix: str) -> list[str]:
@@ -342,7 +353,8 @@ def main() -> None:
         if "--multirun" in words or "-m" in words:
             _finish_sweep()
         if _errors:
-            raise UserError(_errors[0])
+            print(f"error: {_errors[0]}", file=sys.stderr)
+            sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command to go on from here", file=sys.stderr)
         sys.exit(2)

@@ -148,7 +148,9 @@ def requested(stage: str | Sequence[str], stages: Mapping[str, Stage]) -> list[s
         raise UserError(f"stage=[]: nothing to run; choose all or some of {', '.join(stages)}")
     for name in wanted:
         if name != "all" and name not in stages:
-            raise UserError(f"stage={name}: no such stage{nearest(str(name), stages)}; choose all or some of {', '.join(stages)}")
+            raise UserError(
+                f"stage={name}: no such stage{nearest(str(name), stages)}; choose all or some of {', '.join(stages)}"
+            )
     chain = closure(stages, ["report"])
     for name in wanted:
         if name != "all" and name not in chain:
@@ -215,7 +217,9 @@ class Results:
             UserError: the name is no plain folder name, or the folder cannot be written.
         """
         if not re.fullmatch(r"[\w+=-][\w.+=-]*", name):
-            raise UserError(f"name={name}: must be a plain folder name of letters, digits and ._+=-, so that results stay in {outputs}/")
+            raise UserError(
+                f"name={name}: must be a plain folder name (letters, digits, ._+=-), so that results stay in {outputs}/"
+            )
         self.outputs, self.name = outputs, name
         self.run = outputs / "runs" / run
         self.cache = outputs / "cache"
@@ -226,13 +230,17 @@ class Results:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise UserError(f"outputs={outputs}: cannot write there ({error.strerror}); choose another folder with outputs=DIR") from error
+            raise UserError(
+                f"outputs={outputs}: cannot write there ({error.strerror}); choose another folder with outputs=DIR"
+            ) from error
 
     def folder(self, stage: Stage) -> Path:
         """Where a stage's result lies."""
         return self.outputs / self.name / stage.name / stage.address
 
-    def input_manifests(self, stage: Stage, stages: Mapping[str, Stage], command: Callable[[str], str]) -> dict[str, list[tuple[Path, dict[str, Any]]]]:
+    def input_manifests(
+        self, stage: Stage, stages: Mapping[str, Stage], command: Callable[[str], str]
+    ) -> dict[str, list[tuple[Path, dict[str, Any]]]]:
         """The finished inputs of a stage, checked against what their manifests say.
 
         Args:
@@ -277,7 +285,11 @@ class Results:
                 raise UserError(f"{file} {what}; make it again with: {command} force=true")
 
     def fingerprint(
-        self, stage: Stage, inputs: Mapping[str, list[tuple[Path, dict[str, Any]]]], data: str | None, device: Mapping[str, Any]
+        self,
+        stage: Stage,
+        inputs: Mapping[str, list[tuple[Path, dict[str, Any]]]],
+        data: str | None,
+        device: Mapping[str, Any],
     ) -> tuple[str, dict[str, Any]]:
         """The digest of all that a result follows from, and the parts it is made of.
 
@@ -382,7 +394,13 @@ class Results:
     def finish(out: Path, fingerprint: str, parts: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
         """Write the manifest of a result that is otherwise complete."""
         files = {str(f.relative_to(out)): sha256(f) for f in sorted(out.rglob("*")) if f.is_file()}
-        manifest = {**parts, "fingerprint": fingerprint, "files": files, "digest": digest_of(files), "summary": dict(summary)}
+        manifest = {
+            **parts,
+            "fingerprint": fingerprint,
+            "files": files,
+            "digest": digest_of(files),
+            "summary": dict(summary),
+        }
         (out / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
 
 

@@ -9,6 +9,6 @@ class UserError(Exception):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """", did you mean X?" for the known word closest to `word`, or nothing if none is close."""
+    """A hint at the known word closest to `word`, to end an error with; nothing if none is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""

@@ -60,7 +60,7 @@ def export(network: nn.Module, example: NDArray[np.float32], opset: int, out: Pa
             opset_version=opset,
             input_names=[spec.input.name],
             output_names=names,
-            dynamic_shapes=({axis: name for axis, name in free.items()},),
+            dynamic_shapes=(free,),
             external_data=False,
             verbose=False,
         )
@@ -83,7 +83,13 @@ def simplify(file: Path, seconds: float) -> str:
     for tool in ("onnxsim", "onnxslim"):
         out = file.with_suffix(f".{tool}.onnx")
         try:
-            done = subprocess.run([sys.executable, "-m", tool, str(file), str(out)], capture_output=True, text=True, timeout=seconds, check=False)
+            done = subprocess.run(
+                [sys.executable, "-m", tool, str(file), str(out)],
+                capture_output=True,
+                text=True,
+                timeout=seconds,
+                check=False,
+            )
         except subprocess.TimeoutExpired:
             out.unlink(missing_ok=True)
             complaints.append(f"{tool} took more than {seconds:.0f} s")
@@ -115,7 +121,9 @@ def stamped(file: Path) -> NetworkSpec:
     for entry in onnx.load(file, load_external_data=False).metadata_props:
         if entry.key == SPEC_KEY:
             return NetworkSpec.from_json(entry.value)
-    raise UserError(f"{file}: no network description in its metadata; make it with the stage 'export' (model=onnx adopts a file)")
+    raise UserError(
+        f"{file}: no network description in its metadata; make it with the stage 'export' (model=onnx adopts a file)"
+    )
 
 
 def described(raw: Mapping[str, Any]) -> NetworkSpec:
@@ -128,7 +136,9 @@ def described(raw: Mapping[str, Any]) -> NetworkSpec:
     try:
         if isinstance(labels, str):
             if labels not in SKELETONS:
-                raise UserError(f"model.spec.labels={labels}: unknown; choose {', '.join(SKELETONS)} or give names, limbs and sigmas")
+                raise UserError(
+                    f"model.spec.labels={labels}: unknown; choose {', '.join(SKELETONS)} or give names, limbs and sigmas"
+                )
             raw = {**raw, "labels": json.loads(json.dumps(SKELETONS[labels].__dict__))}
         return NetworkSpec.from_dict(raw)
     except (TypeError, KeyError, ValueError) as error:
@@ -152,7 +162,9 @@ def adopt(file: Path, spec: NetworkSpec, out: Path) -> None:
     constants = {i.name for i in graph.initializer}
     inputs = [i.name for i in graph.input if i.name not in constants]
     if inputs != [spec.input.name]:
-        raise UserError(f"model.onnx={file}: its inputs are {inputs}, but model.spec.input.name={spec.input.name}; set that option")
+        raise UserError(
+            f"model.onnx={file}: its inputs are {inputs}, but model.spec.input.name={spec.input.name}; set that option"
+        )
     outputs = [o.name for o in graph.output]
     wanted = [field.name for field in spec.fields]
     channels = [field.channels for field in spec.fields]
@@ -232,7 +244,9 @@ def onnx_reference(file: Path, spec: NetworkSpec) -> Reference:
     return run
 
 
-def compare(file: Path, spec: NetworkSpec, reference: Reference, inputs: Sequence[NDArray[np.float32]], tolerance: float) -> dict[str, Any]:
+def compare(
+    file: Path, spec: NetworkSpec, reference: Reference, inputs: Sequence[NDArray[np.float32]], tolerance: float
+) -> dict[str, Any]:
     """Compare an ONNX file with what it was made from, at several shapes.
 
     Args:
@@ -256,17 +270,21 @@ def compare(file: Path, spec: NetworkSpec, reference: Reference, inputs: Sequenc
             found = session.run(names, {spec.input.name: images})
         except Exception as error:
             first = str(error).splitlines()[0]
-            raise UserError(f"{file.name}: does not run at {images.shape} ({first}); the network's code depends on its input's size") from error
+            raise UserError(
+                f"{file.name}: does not run at {images.shape} ({first}); the network's code depends on its input's size"
+            ) from error
         expected = reference(images)
         for name, ours in zip(names, found, strict=True):
             theirs = expected[name]
             if ours.shape != theirs.shape:
-                raise UserError(f"{file.name}: '{name}' is {ours.shape} instead of {theirs.shape} for an input of {images.shape}")
+                raise UserError(
+                    f"{file.name}: '{name}' is {ours.shape} instead of {theirs.shape} for an input of {images.shape}"
+                )
             difference = float(np.abs(ours - theirs).max() / max(float(np.abs(theirs).max()), 1e-12))
             worst = max(worst, difference)
             if not difference <= tolerance:
                 raise UserError(
-                    f"{file.name}: '{name}' differs from its source by {difference:.2g} of its range for an input of {images.shape}; "
+                    f"{file.name}: '{name}' differs from its source by {difference:.2g} of its range at {images.shape}; "
                     f"allowed is stages.export.tolerance={tolerance}"
                 )
     return {"max_difference": worst, "shapes": [list(images.shape) for images in inputs]}

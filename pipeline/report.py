@@ -13,7 +13,8 @@ from evaluation.coco import Matches
 from evaluation.statistics import Interval, paired
 
 COLUMNS = (
-    "network", "pruning", "params", "macs", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "ran", "backend", "device",
+    "network", "pruning", "params", "macs", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "ran",
+    "backend", "device",
     "threads", "batch", "images", "ap", "ap_lo", "ap_hi", "ap50", "ap75", "ap_medium", "ap_large", "ap_vs_fp32",
     "ap_vs_fp32_lo", "ap_vs_fp32_hi", "ap_vs_dense", "ap_vs_dense_lo", "ap_vs_dense_hi", "latency_p50_ms", "latency_p95_ms",
     "speedup_vs_fp32", "speedup_vs_fp32_lo", "speedup_vs_fp32_hi", "engine_mb", "peak_rss_mb", "data_digest",
@@ -105,18 +106,32 @@ def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path,
             results.append(Result(folder, axes, figures))
     if doubles:
         left_out.append(f"{doubles} evaluated with the TensorRT test double: no figures of TensorRT")
-    results.sort(key=lambda r: (r.axes["network"], r.axes["pruning"] != "dense", r.axes["pruning"], r.axes["resolution"], r.axes["precision"] != "fp32", r.axes["precision"]))
+    results.sort(
+        key=lambda r: (
+            r.axes["network"],
+            r.axes["pruning"] != "dense",
+            r.axes["pruning"],
+            r.axes["resolution"],
+            r.axes["precision"] != "fp32",
+            r.axes["precision"],
+        )
+    )
     rows = [_row(result, results, resamples) for result in results]
     return Table(rows, results, left_out)
 
 
 def _chain(folder: Path, root: Path) -> dict[str, Any]:
     """Parameters and MACs, from the export and the quantization that an evaluation descends from."""
-    manifest, found = _manifest(folder), {}
+    manifest = _manifest(folder)
+    found: dict[str, Any] = {}
     while manifest["stage"] != "export":
-        above = next(e for inputs in manifest["inputs"].values() for e in inputs if e["stage"] in ("build", "quantize", "export"))
+        above = next(
+            e for inputs in manifest["inputs"].values() for e in inputs if e["stage"] in ("build", "quantize", "export")
+        )
         manifest = _manifest(root / above["stage"] / above["address"])
-        found |= {key: manifest["summary"][key] for key in ("params", "macs") if key in manifest["summary"] and key not in found}
+        found |= {
+            key: manifest["summary"][key] for key in ("params", "macs") if key in manifest["summary"] and key not in found
+        }
     return found
 
 
@@ -139,13 +154,19 @@ def _difference(result: Result, other: Result | None, resamples: int) -> Interva
 def _row(result: Result, results: Sequence[Result], resamples: int) -> dict[str, Any]:
     row = {**result.axes, **result.figures}
     fp32 = _kin(result, results, precision="fp32", calibration="") if result.axes["precision"] != "fp32" else None
-    dense = _kin(result, results, precision="fp32", calibration="", pruning="dense") if result.axes["pruning"] != "dense" else None
+    dense = (
+        _kin(result, results, precision="fp32", calibration="", pruning="dense") if result.axes["pruning"] != "dense" else None
+    )
     for name, other in (("fp32", fp32), ("dense", dense)):
         found = _difference(result, other, resamples)
         if found is not None:
             row |= {f"ap_vs_{name}": found.value, f"ap_vs_{name}_lo": found.low, f"ap_vs_{name}_hi": found.high}
     if "speedup" in row and result.axes["precision"] != "fp32":
-        row |= {"speedup_vs_fp32": row["speedup"], "speedup_vs_fp32_lo": row["speedup_lo"], "speedup_vs_fp32_hi": row["speedup_hi"]}
+        row |= {
+            "speedup_vs_fp32": row["speedup"],
+            "speedup_vs_fp32_lo": row["speedup_lo"],
+            "speedup_vs_fp32_hi": row["speedup_hi"],
+        }
     return {column: row.get(column, "") for column in COLUMNS}
 
 
@@ -260,7 +281,9 @@ def _pictures(result: Result) -> str:
     for name, source in captions.items():
         data = base64.b64encode((folder / name).read_bytes()).decode()
         caption = html.escape(f"image {Path(name).stem}") + (f' · <a href="{html.escape(source)}">source</a>' if source else "")
-        figures.append(f'<figure><img src="data:image/jpeg;base64,{data}" alt="found people"><figcaption>{caption}</figcaption></figure>')
+        figures.append(
+            f'<figure><img src="data:image/jpeg;base64,{data}" alt="found people"><figcaption>{caption}</figcaption></figure>'
+        )
     return f'<div class="pictures">{"".join(figures)}</div>'
 
 
@@ -270,21 +293,30 @@ def write_html(table: Table, name: str, file: Path) -> None:
     shown = [cells(row) for row in table.rows]
     head = "".join(f"<th>{html.escape(column)}</th>" for column in shown[0])
     body = "".join(
-        f'<tr{" class=front" if n in best else ""}>' + "".join(f"<td>{html.escape(value)}</td>" for value in row.values()) + "</tr>"
+        f"<tr{' class=front' if n in best else ''}>"
+        + "".join(f"<td>{html.escape(value)}</td>" for value in row.values())
+        + "</tr>"
         for n, row in enumerate(shown)
     )
     sections = []
     for n in sorted(best) or [0]:
         title = html.escape(f"{shown[n]['network']} · {shown[n]['precision']} · {shown[n]['input']}")
         sections.append(f"<h2>What {title} finds</h2>{_pictures(table.results[n])}")
-    devices = sorted({f"{row['device']}, {row['threads']} thread(s), batch {row['batch']}" for row in table.rows if row["device"]})
-    notes = [f"Latency: network only, on {html.escape('; '.join(devices) or 'no machine yet')}. × FP32: against the same network in FP32, in turns in one run."]
+    devices = sorted(
+        {f"{row['device']}, {row['threads']} thread(s), batch {row['batch']}" for row in table.rows if row["device"]}
+    )
+    notes = [
+        f"Latency: network only, on {html.escape('; '.join(devices) or 'no machine yet')}. "
+        "× FP32: against the same network in FP32, in turns in one run."
+    ]
     images = sorted({f"{row['images']} validation images, data {row['data_digest'][:12]}" for row in table.rows})
     notes.append(f"AP: {html.escape('; '.join(images))}; intervals are 95 % bootstraps over images, differences are paired.")
     notes += [html.escape(line) for line in table.left_out]
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)} · Posepress</title>
 <style>{_STYLE}</style></head><body><h1>{html.escape(name)}: accuracy against latency</h1>{_plot(table)}
-<h2>Engines</h2><p class="note">Green rows are on the Pareto front.</p><div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
+<h2>Engines</h2><p class="note">Green rows are on the Pareto front.</p><div class="wide">
+<table><thead><tr>{head}</tr></thead>
+<tbody>{body}</tbody></table></div>
 {"".join(f'<p class="note">{note}</p>' for note in notes)}{"".join(sections)}</body></html>"""
     file.write_text(page, encoding="utf-8")
 
@@ -300,9 +332,11 @@ def write_card(table: Table, name: str, file: Path) -> None:
         "",
         "## How the figures were made",
         "",
-        f"- AP: COCO keypoint AP (OKS 0.50:0.95) on {first['images']} validation images, digest `{first['data_digest']}`; 95 % bootstrap intervals over images.",
+        f"- AP: COCO keypoint AP (OKS 0.50:0.95) on {first['images']} validation images, digest `{first['data_digest']}`; "
+        "95 % bootstrap intervals over images.",
         "- Differences: paired bootstrap over the same images.",
-        f"- Latency: the network alone, batch {first['batch']}, {first['threads']} thread(s), {first['device'] or 'not measured'}.",
+        f"- Latency: the network alone, batch {first['batch']}, {first['threads'] or 'no'} thread(s), "
+        f"{first['device'] or 'not measured'}.",
         "- ran: share of multiply-accumulates in each precision, read from the graph as the runtime optimised it.",
         "",
         "## Limits",

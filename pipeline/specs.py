@@ -11,7 +11,6 @@ from evaluation.types import Array, Fields, InputSpec, NetworkSpec, Poses, Resol
 
 Truth = TypeVar("Truth")
 Found = TypeVar("Found")
-Truth_co = TypeVar("Truth_co", covariant=True)
 Truth_contra = TypeVar("Truth_contra", contravariant=True)
 Found_contra = TypeVar("Found_contra", contravariant=True)
 
@@ -63,12 +62,12 @@ class Network(Protocol):
         ...
 
 
-class Dataset(Protocol[Truth_co]):
+class Dataset(Protocol[Truth]):
     """Images of one split."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Sample[Truth_co]: ...
+    def __getitem__(self, index: int) -> Sample[Truth]: ...
 
     def table(self) -> Mapping[str, NDArray[Any]]:
         """Columns with one row an image, for strata."""

@@ -77,7 +77,11 @@ class Tracker:
         )
 
     def log_cell(
-        self, axes: Mapping[str, Any], figures: Mapping[str, Any], stages: Sequence[Mapping[str, Any]], error: str | None
+        self,
+        axes: Mapping[str, Any],
+        figures: Mapping[str, Any],
+        stages: Sequence[Mapping[str, Any]],
+        error: str | None,
     ) -> None:
         """Log a cell and the stages that ran in it.
 

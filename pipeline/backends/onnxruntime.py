@@ -17,7 +17,15 @@ from pipeline.specs import SPEC_KEY, ModelFiles, Shapes
 
 ENGINE = "engine.onnx"
 _CONVOLUTIONS = {"Conv": 1, "FusedConv": 1, "NhwcFusedConv": 1, "ConvTranspose": 1, "QLinearConv": 3, "ConvInteger": 1}
-_PRODUCTS = {"Gemm": 1, "MatMul": 1, "FusedMatMul": 1, "FusedGemm": 1, "QGemm": 3, "QLinearMatMul": 3, "MatMulInteger": 1}
+_PRODUCTS = {
+    "Gemm": 1,
+    "MatMul": 1,
+    "FusedMatMul": 1,
+    "FusedGemm": 1,
+    "QGemm": 3,
+    "QLinearMatMul": 3,
+    "MatMulInteger": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,12 @@ def _layer(node: Any, constants: Mapping[str, Any], made: Sequence[int]) -> dict
     if weights is not None:
         outputs = weights.dims[0] if node.op_type in _CONVOLUTIONS else weights.dims[-1]
         macs = int(np.prod(weights.dims)) * int(np.prod(made or [0])) // max(int(outputs), 1)
-    return {"name": node.name, "op": node.op_type, "precision": "int8" if integer else "fp16" if half else "fp32", "macs": macs}
+    return {
+        "name": node.name,
+        "op": node.op_type,
+        "precision": "int8" if integer else "fp16" if half else "fp32",
+        "macs": macs,
+    }
 
 
 class OnnxRuntimeRunner:

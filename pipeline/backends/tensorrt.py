@@ -129,7 +129,12 @@ class TensorRT:
             listed = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
         layers = listed["Layers"] if isinstance(listed, dict) else listed
         return [
-            {"name": layer["Name"], "op": layer.get("LayerType", ""), "precision": _precision(layer), "macs": _macs(layer)}
+            {
+                "name": layer["Name"],
+                "op": layer.get("LayerType", ""),
+                "precision": _precision(layer),
+                "macs": _macs(layer),
+            }
             for layer in layers
         ]
 
@@ -137,7 +142,14 @@ class TensorRT:
 def _precision(layer: dict[str, Any]) -> str:
     weights = layer.get("Weights")
     text = weights["Type"] if isinstance(weights, dict) else str((layer.get("Inputs") or [{}])[0])
-    for word, name in (("Int8", "int8"), ("BF16", "bf16"), ("BFloat16", "bf16"), ("Half", "fp16"), ("FP16", "fp16"), ("FP8", "fp8")):
+    for word, name in (
+        ("Int8", "int8"),
+        ("BF16", "bf16"),
+        ("BFloat16", "bf16"),
+        ("Half", "fp16"),
+        ("FP16", "fp16"),
+        ("FP8", "fp8"),
+    ):
         if word.lower() in text.lower():
             return name
     return "fp32"
@@ -171,7 +183,7 @@ class TensorRTRunner:
             raise _failed(f"{engine}: no execution context", "free memory of the GPU")
         # Without a GPU there is only the double, which computes in host memory.
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None
+        self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> "TensorRTRunner":
         return self
@@ -190,7 +202,10 @@ class TensorRTRunner:
         name = self.spec.input.name
         given = torch.as_tensor(images).to(self.device).contiguous()
         if not self.context.set_input_shape(name, tuple(given.shape)):
-            raise _failed(f"an input of {tuple(given.shape)} lies outside the engine's profile", "build it for that resolution and batch")
+            raise _failed(
+                f"an input of {tuple(given.shape)} lies outside the engine's profile",
+                "build it for that resolution and batch",
+            )
         self.context.set_tensor_address(name, given.data_ptr())
         fields = {}
         for field in self.spec.fields:

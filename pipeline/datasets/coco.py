@@ -33,7 +33,9 @@ def read_image(file: Path) -> NDArray[np.uint8]:
         data = np.fromfile(file, np.uint8)
     except OSError as error:
         raise UserError(f"{file}: cannot read the image ({error.strerror}); restore the file or pass strict=false") from error
-    truncated = data.size == 0 or (file.suffix.lower() in (".jpg", ".jpeg") and not data.tobytes().rstrip(b"\0").endswith(b"\xff\xd9"))
+    truncated = data.size == 0 or (
+        file.suffix.lower() in (".jpg", ".jpeg") and not data.tobytes().rstrip(b"\0").endswith(b"\xff\xd9")
+    )
     image = None if truncated else cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     if image is None:
         raise UserError(f"{file}: not a whole image ({data.size} bytes); restore the file or pass strict=false to skip it")
@@ -67,7 +69,7 @@ def load_annotations(file: Path) -> dict[str, Any]:
             f"{file}: annotations name {len(unknown)} unknown images ({', '.join(unknown[:5])}, ...); "
             "add them to 'images' or drop their annotations"
         )
-    return raw
+    return dict(raw)
 
 
 def people(annotations: Sequence[Mapping[str, Any]], K: int = len(COCO_17.names)) -> People:
@@ -123,7 +125,9 @@ class Coco:
         ]
         if wanted and len(records) < len(wanted):
             absent = sorted(wanted - {r["file_name"] for r in records})
-            raise UserError(f"{self.annotations}: the splits name {len(absent)} images it does not hold: {', '.join(absent[:5])}")
+            raise UserError(
+                f"{self.annotations}: the splits name {len(absent)} images it does not hold: {', '.join(absent[:5])}"
+            )
         return records
 
     def _unlabelled(self) -> list[dict[str, Any]]:
@@ -181,7 +185,9 @@ class Coco:
 def _read_checked(file: Path, size: Resolution) -> NDArray[np.uint8]:
     image = read_image(file)
     if image.shape[:2] != (size.height, size.width):
-        raise UserError(f"{file}: {image.shape[0]}x{image.shape[1]} pixels, but its annotations say {size}; they do not belong together")
+        raise UserError(
+            f"{file}: {image.shape[0]}x{image.shape[1]} pixels, but its annotations say {size}; they do not belong together"
+        )
     return image
 
 
@@ -212,7 +218,9 @@ def file_digests(folder: Path, names: Iterable[str], cache: Path) -> dict[str, s
             stale.append((name, stamp))
     if missing:
         more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-        raise UserError(f"{folder}: {len(missing)} images are missing: {', '.join(missing[:10])}{more}; restore them or mend the annotations")
+        raise UserError(
+            f"{folder}: {len(missing)} images are missing: {', '.join(missing[:10])}{more}; restore them, or pass strict=false"
+        )
     if stale:
         with ThreadPoolExecutor() as pool:
             for (name, stamp), digest in zip(stale, pool.map(lambda s: sha256(folder / s[0]), stale), strict=True):
@@ -240,7 +248,8 @@ class CocoSplits:
         val: likewise; these are the validation images.
         unlabelled: {"images": folder} or nothing; train and agreement images without labels are taken from it.
         splits: a file {split: {any name: [file names] or "all"}} that says what each image is for; unlabelled images that
-            it calls train become the split "unlabelled". None: of the train images, the twentieth part whose file names hash lowest is for tuning; of the unlabelled, half is for agreement.
+            it calls train become the split "unlabelled". None: of the train images, the twentieth part whose file names
+            hash lowest is for tuning; of the unlabelled, half is for agreement.
         cache: where digests are kept.
         strict: False drops images that are missing, and counts them, instead of refusing.
     """
@@ -253,7 +262,7 @@ class CocoSplits:
     strict: bool = True
     dropped: dict[str, list[str]] = field(default_factory=dict, compare=False)
 
-    def _named(self) -> dict[str, dict[str, list[str]]] | None:
+    def _named(self) -> dict[str, dict[str, Any]] | None:
         if self.splits is None:
             return None
         try:
@@ -343,7 +352,9 @@ class CocoSplits:
             for record in part.records:
                 other = ids.setdefault(str(record["id"]), split)
                 if other != split:
-                    raise UserError(f"image {record['id']} ({record['file_name']}) is in both '{other}' and '{split}'; splits must not overlap")
+                    raise UserError(
+                        f"image {record['id']} ({record['file_name']}) is in '{other}' and '{split}'; splits must not overlap"
+                    )
             present = part if self.strict else self._present(split, part)
             for name, digest in present.contents(Path(self.cache)).items():
                 other, twin = contents.setdefault(digest, (split, name))

@@ -360,7 +360,7 @@ def generate(preset: Preset, seed: Sequence[int]) -> tuple[NDArray[np.uint8], li
     canvas = _Canvas(_background(draw, size), blank, np.zeros((H, W), np.int16))
     _clutter(draw, canvas, int(draw.integers(0, preset.clutter + 1)))
     if draw.random() < preset.crowds:
-        at = draw.uniform((0.2 * W, 0.2 * H), (0.8 * W, 0.7 * H))
+        at = np.array([draw.uniform(0.2 * W, 0.8 * W), draw.uniform(0.2 * H, 0.7 * H)])
         for _ in range(int(draw.integers(4, 9))):
             small = draw.uniform(0.1, 0.16) * H
             place = np.array([*(at + draw.normal(0, 0.07, 2) * (W, 0.4 * H)), 0.0])
@@ -369,13 +369,16 @@ def generate(preset: Preset, seed: Sequence[int]) -> tuple[NDArray[np.uint8], li
     crowd = canvas.owner == _CROWD
 
     count = int(draw.integers(preset.people[0], preset.people[1] + 1))
-    heights = np.sort(np.exp(draw.uniform(*np.log(preset.heights), count))) * H  # the small stand behind
+    least, most = np.log(preset.heights).tolist()
+    heights = np.sort(np.exp(draw.uniform(least, most, count))) * H  # the small stand behind
     people: list[tuple[dict[str, F64], float]] = []
     middles: list[F64] = []
-    for owner, scale in enumerate(heights):
+    for owner, scale in enumerate(heights.tolist()):
         margin = (0.25 - preset.cut) * scale
         for _ in range(12):  # prefer a place of one's own
-            middle = draw.uniform((min(margin, W / 2), min(0.45 * scale, H / 2)), (max(W - margin, W / 2), max(H - 0.35 * scale, H / 2)))
+            low = (min(margin, W / 2), min(0.45 * scale, H / 2))
+            high = (max(W - margin, W / 2), max(H - 0.35 * scale, H / 2))
+            middle = np.array([draw.uniform(low[0], high[0]), draw.uniform(low[1], high[1])])
             if all(abs(middle[0] - m[0]) > 0.3 * scale for m in middles):
                 break
         middles.append(middle)
@@ -439,7 +442,9 @@ class Synthetic:
         """
         wrong = [s for s in self.counts if s not in SPLITS] or [s for s in SPLITS if self.counts.get(s, 0) < 1]
         if wrong:
-            raise UserError(f"data.counts.{wrong[0]}={self.counts.get(wrong[0])}: give at least one image to each of {', '.join(SPLITS)}")
+            raise UserError(
+                f"data.counts.{wrong[0]}={self.counts.get(wrong[0])}: give at least one image to each of {', '.join(SPLITS)}"
+            )
 
     @property
     def identity(self) -> str:
@@ -465,7 +470,7 @@ class Synthetic:
             "val": {"images": root / "images/validation", "annotations": root / "annotations/validation.json"},
             "unlabelled": {"images": root / "images/unlabelled"},
         }
-        return CocoSplits(**parts, splits=str(root / "splits.json"), cache=self.cache)
+        return CocoSplits(parts["train"], parts["val"], parts["unlabelled"], str(root / "splits.json"), self.cache)
 
     def open(self, split: str) -> Coco:
         """The images of a split; the set is written first if it is not there."""

@@ -34,7 +34,7 @@ class _Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
-        return x + self.rest(x)
+        return torch.add(x, self.rest(x))
 
 
 class _Heads(nn.Module):
@@ -106,19 +106,20 @@ class LightweightOpenPose(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         for head in self.ignored_layers:
             nn.init.normal_(head.weight, std=0.01)
+            assert head.bias is not None
             nn.init.zeros_(head.bias)
 
     @property
     def ignored_layers(self) -> Sequence[nn.Conv2d]:
         """The convolutions whose outputs are fields."""
         groups = [self.initial_heads, *self.refining_heads]
-        return [head[-1] for group in groups for head in (group.heatmaps, group.pafs)]  # type: ignore[index, union-attr]
+        return [head[-1] for group in groups for head in (group.heatmaps, group.pafs)]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Fields of images [B, 3, H, W]; in training those of every stage, named "heatmaps.0", "pafs.0", ..."""
         features = self.features(self.backbone(images))
         heatmaps, pafs = self.initial_heads(self.initial(features))
-        fields = {}
+        fields: dict[str, Tensor] = {}
         for stage, (refine, heads) in enumerate(zip(self.refining, self.refining_heads, strict=True)):
             if self.training:
                 fields |= {f"heatmaps.{stage}": heatmaps, f"pafs.{stage}": pafs}

@@ -23,7 +23,7 @@ _STAGES = 6
 
 
 class _SameConv2d(nn.Conv2d):
-    """A convolution padded as TensorFlow's SAME: for an even size and stride 2 the padding is below and on the right."""
+    """A convolution padded as TensorFlow's SAME: with stride 2 and an even size, below and on the right."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__(inputs, outputs, kernel, stride, kernel // 2 if stride == 1 else 0, groups=groups)
@@ -46,7 +46,7 @@ class _Inverted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x if self.expand is None else F.relu6(self.expand(x))
         y = self.project(F.relu6(self.depthwise(y)))
-        return x + y if self.residual else y
+        return torch.add(x, y) if self.residual else y
 
 
 class _Separable(nn.Module):
@@ -110,14 +110,12 @@ class MobileNetV2Paf(nn.Module):
     def _branch(inputs: int, outputs: int, first: bool) -> nn.Sequential:
         channels = (inputs, 128, 128, 128, 512 if first else 128, outputs)
         kernels = (3, 3, 3, 1, 1)
-        return nn.Sequential(
-            *(_Separable(channels[n], channels[n + 1], kernel, n == 4) for n, kernel in enumerate(kernels))
-        )
+        return nn.Sequential(*(_Separable(channels[n], channels[n + 1], kernel, n == 4) for n, kernel in enumerate(kernels)))
 
     @property
     def ignored_layers(self) -> Sequence[nn.Module]:
         """The convolutions whose outputs are fields."""
-        return [stage[name][-1].pointwise for stage in self.stages for name in ("L1", "L2")]  # type: ignore[index, union-attr]
+        return [stage[name][-1].pointwise for stage in self.stages for name in ("L1", "L2")]  # type: ignore[index]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Fields of images [B, 3, H, W]; in training those of every stage, named "heatmaps.0", "pafs.0", ..."""

@@ -27,7 +27,7 @@ def save(network: nn.Module, out: Path, make: "partial[nn.Module]", history: lis
         make: the network's class and its options.
         history: channels removed, as `pipeline.pruning` records them.
     """
-    target = f"{make.func.__module__}.{make.func.__qualname__}"  # type: ignore[attr-defined]
+    target = f"{make.func.__module__}.{make.func.__qualname__}"
     spec: NetworkSpec = network.spec  # type: ignore[assignment]
     architecture = {
         "target": target,

@@ -109,7 +109,9 @@ def observe(model: onnx.ModelProto, tensors: Sequence[str], feed: Iterable[NDArr
             try:
                 histograms[tensor].add(values)
             except ValueError as error:
-                raise UserError(f"calibration: {error} in the activation '{tensor}'; the network is broken before quantization") from error
+                raise UserError(
+                    f"calibration: {error} in the activation '{tensor}'; the network is broken before quantization"
+                ) from error
     if not seen:
         raise UserError("calibration: no images; run the stage 'sample' with more of them")
     return histograms

@@ -114,7 +114,11 @@ def place(model: onnx.ModelProto, exclude: Iterable[str] = ()) -> Placement:
             for name in (*computed, made):
                 if name not in graph.outputs:
                     ends[name] = None
-            direct = [n for n in computed if n in graph.producer and graph.producer[n].op_type == "Conv" and len(graph.consumers[n]) == 1]
+            direct = [
+                n
+                for n in computed
+                if n in graph.producer and graph.producer[n].op_type == "Conv" and len(graph.consumers[n]) == 1
+            ]
             skips[node.name] = next((n for n in computed if n not in direct[:1]), computed[1])
     return Placement(tuple(inputs), tuple(ends), skips, tuple(_joined(groups)))
 
@@ -147,7 +151,9 @@ def activation_scales(thresholds: Mapping[str, float], placement: Placement) -> 
 class _Writer:
     """Rebuilds a model's node list with Q/DQ."""
 
-    def __init__(self, model: onnx.ModelProto, scales: Mapping[str, float], lows: Mapping[str, float], flavour: Flavour) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, scales: Mapping[str, float], lows: Mapping[str, float], flavour: Flavour
+    ) -> None:
         self.graph = Graph(model)
         self.scales, self.lows, self.flavour = scales, lows, flavour
         self.nodes: list[onnx.NodeProto] = []
@@ -181,12 +187,18 @@ class _Writer:
         dtype = np.uint8 if unsigned else np.int8
         zero = 128 if unsigned and self.lows[tensor] < 0 else 0
         scale = np.float32(self.scales[tensor])
-        parts = [self.constant(f"{tensor}_scale", np.array(scale)), self.constant(f"{tensor}_zero", np.array(zero, dtype))]
+        parts = [
+            self.constant(f"{tensor}_scale", np.array(scale)),
+            self.constant(f"{tensor}_zero", np.array(zero, dtype)),
+        ]
         held = f"{tensor}_quantized"
         self.nodes.append(helper.make_node("QuantizeLinear", [source, *parts], [held], name=f"{tensor}_Q"))
         if highest is not None:
             top = dtype(min(round(highest / float(scale)), 255))
-            bounds = [self.constant(f"{tensor}_least", np.array(0, dtype)), self.constant(f"{tensor}_most", np.array(top))]
+            bounds = [
+                self.constant(f"{tensor}_least", np.array(0, dtype)),
+                self.constant(f"{tensor}_most", np.array(top)),
+            ]
             self.nodes.append(helper.make_node("Clip", [held, *bounds], [f"{held}_clipped"], name=f"{tensor}_clip"))
             held = f"{held}_clipped"
         out = f"{tensor}_dequantized"
@@ -237,7 +249,13 @@ def insert(
         """Emit the pair of a tensor that now exists; a clip at 0 is done in integers, where the kernels can fuse."""
         bounds = graph.clip(tensor) if for_cpu else None
         before = graph.producer[tensor].input[0] if bounds else tensor
-        if bounds and bounds[0] == 0 and writer.lows[tensor] >= 0 and tensor not in graph.outputs and len(graph.consumers[before]) == 1:
+        if (
+            bounds
+            and bounds[0] == 0
+            and writer.lows[tensor] >= 0
+            and tensor not in graph.outputs
+            and len(graph.consumers[before]) == 1
+        ):
             writer.nodes.pop()  # the float Clip
             writer.quantize(before, tensor, bounds[1])
         else:

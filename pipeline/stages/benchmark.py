@@ -53,7 +53,10 @@ def run(
         layers = backend.audit(engine, size)
         (job.out / "audit.json").write_text(json.dumps(list(layers), indent=1))
         ran = audit.shares(layers)
-        with tempfile.TemporaryDirectory() as folder, FileLock(Path(tempfile.gettempdir()) / "posepress-benchmark.lock"):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            FileLock(Path(tempfile.gettempdir()) / "posepress-benchmark.lock"),
+        ):
             reference = _reference(backend, job.inputs["reference"] / "model.onnx", size, batch, Path(folder))
             timed = _apart(_time, backend, engine, reference, size, batch, threads, seconds)
             memory = _apart(_memory, backend, engine, size, batch, threads)
@@ -90,7 +93,9 @@ def _images(spec: Any, size: Resolution, batch: int) -> Any:
     return noise * np.float32(spec.input.range)
 
 
-def _time(backend: Backend, engine: Path, reference: Path, size: Resolution, batch: int, threads: int, seconds: float) -> dict[str, Any]:
+def _time(
+    backend: Backend, engine: Path, reference: Path, size: Resolution, batch: int, threads: int, seconds: float
+) -> dict[str, Any]:
     with backend.load(engine, threads) as ours, backend.load(reference, threads) as theirs:
         images = _images(ours.spec, size, batch)
         mine, other = latency.in_turns([lambda: ours(images), lambda: theirs(images)], seconds)

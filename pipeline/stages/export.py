@@ -78,7 +78,10 @@ def _inputs(data: Splits, framing: Framing, spec: NetworkSpec, size: Resolution)
     step = spec.input.multiple
     sizes = [size]
     if {"height", "width"} <= spec.dynamic:
-        sizes += [Resolution(size.height + step, size.width + step), Resolution(max(size.height - step, step), size.width + 3 * step)]
+        sizes += [
+            Resolution(size.height + step, size.width + step),
+            Resolution(max(size.height - step, step), size.width + 3 * step),
+        ]
     images = data.open("train")
     made = []
     for at in sizes:

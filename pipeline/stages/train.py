@@ -1,5 +1,6 @@
 """train and retrain: weights for a network, dense or pruned."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,10 @@ def run(
         if weights is not None:
             store.load_state(model, store.read_weights(Path(weights)), Path(weights))
         elif training.steps == 0:
-            raise UserError("stages.train.training.steps=0 and no weights=FILE: an untrained network is of no use; give one of them")
-    losses = {}
+            raise UserError(
+                "stages.train.training.steps=0 and no weights=FILE: an untrained network is of no use; give one of them"
+            )
+    losses: Mapping[str, float] = {}
     if training.steps:
         losses = train(model, data.open("train"), objective, size, augment, training, job.scratch / "state.ckpt", seed)
     store.save(model, job.out, make, history)

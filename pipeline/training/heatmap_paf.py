@@ -80,7 +80,7 @@ class HeatmapPafObjective:
                 out[2 * limb, y0:y1, x0:x1] += inside * ux
                 out[2 * limb + 1, y0:y1, x0:x1] += inside * uy
                 count[limb, y0:y1, x0:x1] += inside
-        return out / np.repeat(np.maximum(count, 1), 2, axis=0)
+        return np.asarray(out / np.repeat(np.maximum(count, 1), 2, axis=0), np.float32)
 
     def loss(self, fields: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Squared errors summed over channels and averaged over cells and images, of all stages together.

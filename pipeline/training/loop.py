@@ -91,12 +91,14 @@ class _Views(TorchDataset[dict[str, Tensor]]):
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
         draw = np.random.default_rng([self.seed, 1, n])
         sample = self.data[int(order[place])]
-        view = self.augment.view(draw, sample.size, self.resolution, sample.truth)
+        truth = sample.truth
+        assert truth is not None, "train images have labels"
+        view = self.augment.view(draw, sample.size, self.resolution, truth)
         pad = (self.spec.input.pad,) * 3
         size = (view.size.width, view.size.height)
         image = cv2.warpAffine(sample.read(), view.matrix, size, flags=cv2.INTER_LINEAR, borderValue=pad)
         pixels = self.augment.pixels(draw, np.asarray(image, np.uint8))
-        fields: dict[str, NDArray[np.float32]] = dict(self.objective.targets(sample.truth, view, self.spec))
+        fields: dict[str, NDArray[np.float32]] = dict(self.objective.targets(truth, view, self.spec))
         fields["image"] = normalise(pixels, self.spec.input)
         return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in fields.items()}
 
@@ -113,7 +115,7 @@ def _averaging(most: float) -> Callable[[Any, Any, Any], None]:
     def update(averaged: list[Tensor], current: list[Tensor], count: Any) -> None:
         decay = min(most, (1 + float(count)) / (10 + float(count)))
         if averaged[0].is_floating_point():
-            torch._foreach_lerp_(averaged, current, 1 - decay)  # noqa: SLF001 - what torch's own EMA calls
+            torch._foreach_lerp_(averaged, current, 1 - decay)
         else:
             for mean, value in zip(averaged, current, strict=True):
                 mean.copy_(value)
@@ -161,30 +163,27 @@ def train(
         return {"steps": 0.0}
     from lightning_fabric import Fabric
 
-    precision = training.precision
-    if precision == "auto":
-        fast = torch.cuda.is_available() if training.accelerator != "cpu" else torch.cpu._is_amx_tile_supported()  # noqa: SLF001
-        fast = fast or (not torch.cuda.is_available() and torch.cpu._is_amx_tile_supported())  # noqa: SLF001
-        precision = "bf16-mixed" if fast else "32-true"
-    fabric = Fabric(accelerator=training.accelerator, devices=training.devices, precision=precision)  # type: ignore[arg-type]
+    fabric = Fabric(accelerator=training.accelerator, devices=training.devices, precision=_precision(training))  # type: ignore[arg-type]
     fabric.launch()
     fabric.seed_everything(seed, verbose=False)
     torch.backends.cudnn.benchmark = fabric.device.type == "cuda"
     network.train()
     pairs = normalised(network)
     model, optimiser = fabric.setup(
-        network.to(memory_format=torch.channels_last),
+        network.to(memory_format=torch.channels_last),  # type: ignore[call-overload]
         torch.optim.AdamW(network.parameters(), lr=training.lr, weight_decay=training.weight_decay),
     )
     averaged = AveragedModel(network, multi_avg_fn=_averaging(training.ema), use_buffers=True)
     state: dict[str, Any] = {"network": network, "optimiser": optimiser, "averaged": averaged, "step": 0}
     if checkpoint.exists():
         fabric.load(checkpoint, state)
+    spec: NetworkSpec = network.spec  # type: ignore[assignment]
+    views = _Views(data, objective, spec, resolution, augment, seed)
     losses: dict[str, float] = {}
     with _bar(fabric.global_rank == 0) as progress:
         task = progress.add_task("training", total=training.steps, completed=state["step"], losses="")
         try:
-            for batch in _batches(fabric, _Views(data, objective, network.spec, resolution, augment, seed), training, state["step"]):  # type: ignore[arg-type]
+            for batch in _batches(fabric, views, training, state["step"]):
                 step = int(state["step"])
                 for group in optimiser.param_groups:
                     group["lr"] = learning_rate(step, training)
@@ -211,8 +210,15 @@ def train(
             raise
     _save(fabric, checkpoint, state)
     network.load_state_dict(averaged.module.state_dict())
-    network.to("cpu", memory_format=torch.contiguous_format).eval()
+    network.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     return {**losses, "loss": sum(losses.values()), "steps": float(training.steps)}
+
+
+def _precision(training: Training) -> str:
+    if training.precision != "auto":
+        return training.precision
+    on_gpu = training.accelerator != "cpu" and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu or torch.cpu._is_amx_tile_supported() else "32-true"  # noqa: SLF001
 
 
 def _save(fabric: Any, checkpoint: Path, state: Mapping[str, Any]) -> None:

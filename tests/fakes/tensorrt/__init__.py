@@ -77,7 +77,14 @@ def _need(value, kind, where):
     return value
 
 
-_TRAMPOLINES = {"ILogger", "IProgressMonitor", "IGpuAllocator", "IOutputAllocator", "IInt8EntropyCalibrator2", "IInt8MinMaxCalibrator"}
+_TRAMPOLINES = {
+    "ILogger",
+    "IProgressMonitor",
+    "IGpuAllocator",
+    "IOutputAllocator",
+    "IInt8EntropyCalibrator2",
+    "IInt8MinMaxCalibrator",
+}
 _BEHAVIOUR = {}  # (class, method) -> function(self, **arguments)
 
 
@@ -314,10 +321,8 @@ def refusals(model):
     for node in graph.node:
         for name in node.input:
             consumers.setdefault(name, []).append(node)
-    errors = []
-    for value in graph.input:
-        if value.type.tensor_type.elem_type == onnx.TensorProto.UINT8:
-            errors.append(f"{value.name}: UINT8 network inputs need a cast before any layer")
+    unsigned = [value.name for value in graph.input if value.type.tensor_type.elem_type == onnx.TensorProto.UINT8]
+    errors = [f"{name}: UINT8 network inputs need a cast before any layer" for name in unsigned]
     for node in graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             errors += _quantization_refusals(node, constants, producer, consumers)
@@ -363,7 +368,16 @@ def _concat_refusals(node, constants, producer):
     return []
 
 
-_PRECISION_FLAGS = {"FP16", "BF16", "INT8", "FP8", "INT4", "FP4", "OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS"}
+_PRECISION_FLAGS = {
+    "FP16",
+    "BF16",
+    "INT8",
+    "FP8",
+    "INT4",
+    "FP4",
+    "OBEY_PRECISION_CONSTRAINTS",
+    "PREFER_PRECISION_CONSTRAINTS",
+}
 
 
 @_behaviour("Builder", "build_serialized_network")
@@ -378,7 +392,10 @@ def _(self, network, config, kernel_text=None):
     for value in model.graph.input:
         free = any(not d.dim_value for d in value.type.tensor_type.shape.dim)
         if free and not any(value.name in p for p in profiles):
-            return _error(logger, f"Network has dynamic or shape inputs, but no optimization profile has been defined for {value.name}")
+            return _error(
+                logger,
+                f"Network has dynamic or shape inputs, but no optimization profile has been defined for {value.name}",
+            )
     header = json.dumps({"version": __version__, "profiles": profiles}).encode()
     return IHostMemory(_MAGIC + len(header).to_bytes(4, "big") + header + model.SerializeToString())
 
@@ -400,7 +417,10 @@ def _(self, serialized_engine):
     size = int.from_bytes(blob[len(_MAGIC) : at], "big")
     header = json.loads(blob[at : at + size])
     if header["version"] != __version__:
-        return _error(self._state["logger"], f"Version tag does not match. Note: Current Version: {__version__}, Serialized Engine Version: {header['version']}")
+        return _error(
+            self._state["logger"],
+            f"Version tag does not match. Note: Current Version: {__version__}, Serialized Engine Version: {header['version']}",
+        )
     model = onnx.load_from_string(blob[at + size :])
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -408,7 +428,16 @@ def _(self, serialized_engine):
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [i.name for i in model.graph.input] + [o.name for o in model.graph.output]
-    return _made("ICudaEngine", _session=session, _names=names, _inputs=len(model.graph.input), _profiles=header["profiles"], _logger=self._state["logger"], num_io_tensors=len(names), num_optimization_profiles=len(header["profiles"]))
+    return _made(
+        "ICudaEngine",
+        _session=session,
+        _names=names,
+        _inputs=len(model.graph.input),
+        _profiles=header["profiles"],
+        _logger=self._state["logger"],
+        num_io_tensors=len(names),
+        num_optimization_profiles=len(header["profiles"]),
+    )
 
 
 @_behaviour("ICudaEngine", "get_tensor_name")
@@ -444,7 +473,10 @@ def _(self, name, shape):
     if profile is not None:
         least, _, most = profile
         if len(shape) != len(least) or not all(a <= s <= b for a, s, b in zip(least, shape, most, strict=True)):
-            _error(engine["_logger"], f"setInputShape: {tuple(shape)} is outside the profile {tuple(least)} to {tuple(most)} of {name}")
+            _error(
+                engine["_logger"],
+                f"setInputShape: {tuple(shape)} is outside the profile {tuple(least)} to {tuple(most)} of {name}",
+            )
             return False
     self._state["_shapes"][name] = tuple(shape)
     self._state["_results"] = None
