@@ -1,0 +1,186 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from pipeline.datasets.coco import Coco, CocoSplits, load_annotations, read_image
+from pipeline.errors import UserError
+
+
+@pytest.fixture
+def folder(images, tmp_path):
+    """A copy of a generated data set that can be damaged."""
+    shutil.copytree(images.folder, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def splits(folder, **options):
+    train = {"images": folder / "images/train", "annotations": folder / "annotations/train.json"}
+    val = {"images": folder / "images/validation", "annotations": folder / "annotations/validation.json"}
+    loose = {"images": folder / "images/unlabelled"}
+    made = {"splits": str(folder / "splits.json"), "cache": str(folder / "cache"), **options}
+    return CocoSplits(train, val, loose, **made)
+
+
+def edit(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def test_samples_hold_their_labels(images):
+    data = images.open("validation")
+    sample = data[3]
+    record = data.records[3]
+    assert sample.read().shape == (120, 160, 3)
+    assert len(sample.truth.keypoints) == len(record["annotations"]) == len(sample.boxes)
+    assert sample.truth.areas.tolist() == [a["area"] for a in record["annotations"]]
+    table = data.table()
+    assert table["persons"][3] == sum(a["num_keypoints"] > 0 for a in record["annotations"])
+    assert len({len(column) for column in table.values()}) == 1
+
+
+def test_a_missing_image_is_named_and_can_be_skipped(folder):
+    names = sorted(f.name for f in (folder / "images/validation").iterdir())
+    (folder / "images/validation" / names[2]).unlink()
+    with pytest.raises(UserError, match=f"1 images are missing: {names[2]}"):
+        splits(folder).open("validation")
+    loose = splits(folder, strict=False)
+    assert len(loose.open("validation")) == len(names) - 1
+    assert loose.dropped["validation"][0] == names[2]
+
+
+def test_a_corrupt_image_is_named_and_can_be_skipped(folder):
+    file = sorted((folder / "images/validation").iterdir())[0]
+    file.write_bytes(file.read_bytes()[:200])
+    sample = splits(folder).open("validation")[0]
+    with pytest.raises(UserError, match=f"{file.name}: not a whole image"):
+        sample.read()
+    assert len(splits(folder, strict=False).open("validation")) == len(list(file.parent.iterdir())) - 1
+
+
+def test_a_truncated_jpeg_is_not_taken_for_whole(tmp_path):
+    import cv2
+
+    file = tmp_path / "a.jpg"
+    cv2.imwrite(str(file), np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    assert read_image(file).shape == (64, 64, 3)
+    file.write_bytes(file.read_bytes()[:-600])
+    with pytest.raises(UserError, match="not a whole image"):
+        read_image(file)
+    with pytest.raises(UserError, match="cannot read the image"):
+        read_image(tmp_path / "none.jpg")
+
+
+def test_an_image_of_another_size_than_its_record_is_refused(folder):
+    edit(folder / "annotations/validation.json", lambda c: c["images"][0].update(height=99))
+    with pytest.raises(UserError, match="120x160 pixels, but its annotations say 99x160"):
+        splits(folder).open("validation")[0].read()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"images": [', "not JSON"),
+        ("[]", "no list 'images'"),
+        ('{"images": []}', "no list 'annotations'"),
+        ('{"images": [{"id": 1}], "annotations": []}', r"images\[0\] has no 'file_name'"),
+        ('{"images": [], "annotations": [{"id": 1}]}', r"annotations\[0\] has no 'image_id'"),
+        (
+            '{"images": [{"id": 1, "file_name": "a", "height": 1, "width": 1}], "annotations": [{"image_id": 7, "bbox": []}]}',
+            "name 1 unknown images",
+        ),
+    ],
+)
+def test_what_is_not_coco_is_refused(tmp_path, content, message):
+    file = tmp_path / "a.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_annotations(file)
+    with pytest.raises(UserError, match="cannot read the annotations"):
+        load_annotations(tmp_path / "none.json")
+
+
+def test_keypoints_of_another_skeleton_are_refused(folder):
+    edit(folder / "annotations/validation.json", lambda c: c["annotations"][0].update(keypoints=[0] * 15))
+    data = splits(folder).open("validation")
+    with pytest.raises(UserError, match="15 keypoint numbers, not 51"):
+        [data[i] for i in range(len(data))]
+
+
+def test_nobody_to_find_is_refused(folder):
+    edit(folder / "annotations/validation.json", lambda c: c.update(annotations=[]))
+    with pytest.raises(UserError, match="no person with keypoints in the split 'validation'"):
+        splits(folder).open("validation")
+    edit(folder / "annotations/validation.json", lambda c: c.update(images=[]))
+    with pytest.raises(UserError, match="images it does not hold"):
+        splits(folder).open("validation")
+    whole = splits(folder, splits=None)
+    with pytest.raises(UserError, match="no images for the split 'validation'"):
+        whole.open("validation")
+
+
+def test_splits_that_share_an_image_are_refused(folder):
+    named = json.loads((folder / "splits.json").read_text())
+    named["tune"]["synthetic"].append(named["train"]["synthetic"][0])
+    (folder / "splits.json").write_text(json.dumps(named))
+    with pytest.raises(UserError, match="is in 'train' and 'tune'"):
+        splits(folder).open("validation")
+
+
+def test_splits_that_share_content_are_refused(folder):
+    train, validation = (sorted((folder / "images" / kind).iterdir()) for kind in ("train", "validation"))
+    shutil.copyfile(train[0], validation[0])
+    with pytest.raises(UserError, match=f"{validation[0].name} of 'validation' has the same content as {train[0].name}"):
+        splits(folder).open("train")
+
+
+def test_bad_splits_files_are_refused(folder, tmp_path):
+    with pytest.raises(UserError, match="cannot read the splits"):
+        splits(folder, splits=str(tmp_path / "none.json")).open("train")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        splits(folder, splits=str(tmp_path / "broken.json")).open("train")
+    (tmp_path / "few.json").write_text('{"train": {"a": "all"}}')
+    with pytest.raises(UserError, match="no images for 'tune'"):
+        splits(folder, splits=str(tmp_path / "few.json")).open("train")
+    with pytest.raises(UserError, match="did you mean 'validation'"):
+        splits(folder).open("validatoin")
+
+
+def test_without_a_splits_file_the_tune_images_come_from_the_train_images(folder):
+    data = splits(folder, splits=None)
+    train, tune = ({r["file_name"] for r in data.open(s).records} for s in ("train", "tune"))
+    assert len(tune) == 1
+    assert not train & tune
+    assert len(data.open("agreement")) == len(data.open("unlabelled")) == 2
+
+
+def test_the_digest_follows_content_and_labels(folder):
+    before = splits(folder).digest(["validation"])
+    assert splits(folder).digest(["validation"]) == before
+    edit(folder / "annotations/validation.json", lambda c: c["annotations"][0].update(area=1.0))
+    relabelled = splits(folder).digest(["validation"])
+    file = sorted((folder / "images/validation").iterdir())[0]
+    file.write_bytes(file.read_bytes() + b"\0")
+    assert len({before, relabelled, splits(folder).digest(["validation"])}) == 3
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    data = CocoSplits({"images": tmp_path / "none"}, {"images": tmp_path / "none"}, cache=str(tmp_path))
+    with pytest.raises(UserError, match=r"data\.train\.images=.*no such folder"):
+        data.open("train")
+
+
+def test_unlabelled_images_need_no_annotations(images):
+    data = Coco(images.folder / "images" / "unlabelled")
+    assert len(data) == 4
+    assert data[0].truth is None
+    assert data[0].size.height == 120
+
+
+@pytest.mark.real
+def test_the_real_splits_are_as_large_as_they_should_be(real):
+    sizes = {split: len(real.open(split)) for split in ("train", "unlabelled", "tune", "agreement", "validation")}
+    assert sizes == {"train": 40, "unlabelled": 126, "tune": 30, "agreement": 125, "validation": 72}

@@ -1,0 +1,145 @@
+import contextlib
+import io
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from evaluation.coco import FIGURES, CocoKeypoints, Matches
+from evaluation.skeletons import COCO_17, OPENPOSE_18
+from evaluation.statistics import bootstrap, paired
+from evaluation.types import Poses
+from pipeline.datasets.coco import people
+
+
+def world(seed, images=40, ties=True):
+    """Random truth with crowds and people without keypoints, and detections near and far from it."""
+    draw = np.random.default_rng(seed)
+    truth, found = {}, {}
+    for image in range(1, images + 1):
+        records, poses, scores = [], [], []
+        for _ in range(draw.integers(0, 5)):
+            height = draw.uniform(15, 300)
+            at = draw.uniform(0, 300, 2)
+            points = at + draw.random((17, 2)) * (height * 0.5, height)
+            visible = draw.integers(0, 3, 17) * (draw.random() > 0.15)
+            keypoints = np.c_[points * (visible[:, None] > 0), visible]
+            low, size = points.min(0), np.ptp(points, axis=0)
+            record = {
+                "keypoints": np.round(keypoints, 2).ravel().tolist(),
+                "bbox": [*low, *size],
+                "area": float(np.prod(size) * 0.6),
+                "num_keypoints": int((visible > 0).sum()),
+                "iscrowd": 0,
+                "category_id": 1,
+            }
+            if draw.random() < 0.1:
+                record |= {"iscrowd": 1, "num_keypoints": 0, "keypoints": [0] * 51}
+            records.append(record)
+            for _ in range(draw.integers(0, 3)):
+                poses.append(points + draw.normal(0, height * draw.choice([0.01, 0.05, 0.2]), points.shape))
+                scores.append(round(float(draw.random()), 1 if ties else 9))
+        for _ in range(draw.integers(0, 25) if image % 7 == 0 else 1):
+            poses.append(draw.uniform(0, 400, (17, 2)))
+            scores.append(float(draw.random()))
+        truth[image] = records
+        keypoints = np.zeros((len(poses), 17, 3), np.float32)
+        if poses:
+            keypoints[..., :2], keypoints[..., 2] = poses, 0.5
+        found[image] = Poses(keypoints, np.array(scores, np.float32))
+    return truth, found
+
+
+def oracle(truth, found):
+    """pycocotools' ten figures."""
+    annotations = [{"id": 1000 * i + n + 1, "image_id": i, **r} for i, records in truth.items() for n, r in enumerate(records)]
+    coco = COCO()
+    names = {"keypoints": list(COCO_17.names), "skeleton": []}
+    coco.dataset = {"images": [{"id": i} for i in truth], "annotations": annotations, "categories": [{"id": 1, **names}], "info": {}}
+    results = [
+        {"image_id": i, "category_id": 1, "keypoints": k.astype(np.float64).ravel().tolist(), "score": float(s)}
+        for i, poses in found.items()
+        for k, s in zip(poses.keypoints, poses.scores, strict=True)
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(results), "keypoints")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats
+
+
+def evaluated(truth, found):
+    metric = CocoKeypoints(COCO_17, COCO_17)
+    for image in reversed(list(truth)):  # the order of arrival does not matter
+        metric.process(str(image), people(truth[image]), found[image])
+    return metric
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_all_ten_figures_are_those_of_pycocotools(seed):
+    truth, found = world(seed)
+    figures = evaluated(truth, found).evaluate()
+    assert np.allclose([figures[name] for name in FIGURES], oracle(truth, found), atol=1e-9, rtol=0)
+    assert 0.02 < figures["ap"] < 0.98
+
+
+def test_repeating_an_image_counts_it_twice():
+    truth, found = world(3, ties=False)  # copies of equal scores could stand in another order
+    metric = evaluated(truth, found)
+    chosen = np.array([0, 0, 5, 9, 9, 9, 20])
+    twice_truth, twice_found = {}, {}
+    for n, index in enumerate(chosen):
+        twice_truth[n + 1], twice_found[n + 1] = truth[index + 1], found[index + 1]
+    ours, theirs = metric.evaluate(chosen), evaluated(twice_truth, twice_found).evaluate()
+    assert ours == pytest.approx(theirs, abs=1e-9)
+
+
+def test_nothing_found_is_zero_and_nobody_there_is_minus_one():
+    truth, found = world(1)
+    nothing = {image: Poses(np.zeros((0, 17, 3), np.float32), np.zeros(0, np.float32)) for image in truth}
+    assert evaluated(truth, nothing).evaluate()["ap"] == 0
+    assert evaluated({1: []}, {1: found[1]}).evaluate()["ap"] == -1
+
+
+def test_bad_detections_are_refused():
+    truth, found = world(1)
+    metric = evaluated(truth, found)
+    with pytest.raises(ValueError, match="image 1 is evaluated twice"):
+        metric.process("1", people(truth[1]), found[1])
+    metric.reset()
+    poses = Poses(np.zeros((1, 17, 3), np.float32), np.array([np.nan], np.float32))
+    with pytest.raises(ValueError, match="not finite"):
+        metric.process("1", people(truth[1]), poses)
+
+
+def test_skeletons_are_joined_by_name():
+    metric = CocoKeypoints(COCO_17, OPENPOSE_18)
+    keypoints = np.zeros((1, 18, 3), np.float32)
+    keypoints[0, OPENPOSE_18.names.index("left_wrist")] = (7, 8, 0.9)
+    joined = metric.keypoints(Poses(keypoints, np.ones(1, np.float32)))
+    assert joined[0, COCO_17.names.index("left_wrist")].tolist() == pytest.approx([7, 8, 0.9])
+    assert np.count_nonzero(joined) == 3
+    other = COCO_17.__class__(("hoof", "tail"), (), (0.1, 0.1))
+    with pytest.raises(ValueError, match="share no name"):
+        CocoKeypoints(COCO_17, other)
+
+
+def test_intervals_hold_the_value_and_pair_what_is_equal(tmp_path):
+    truth, found = world(2)
+    matches = evaluated(truth, found).matches()
+    interval = bootstrap(matches, resamples=200)
+    assert interval.low < interval.value < interval.high
+    assert bootstrap(matches, resamples=50) == bootstrap(matches, resamples=50)
+    worse = {image: Poses(poses.keypoints + 3, poses.scores) for image, poses in found.items()}
+    matches.save(tmp_path / "matches.npz")
+    same = paired(Matches.load(tmp_path / "matches.npz"), matches, resamples=50)
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    drop = paired(evaluated(truth, worse).matches(), matches, resamples=200)
+    assert drop.high < 0
+    assert drop.high - drop.low < interval.high - interval.low  # pairing removes what the images share
+    fewer = evaluated({k: v for k, v in truth.items() if k > 3}, found).matches()
+    with pytest.raises(ValueError, match="different images"):
+        paired(fewer, matches)
