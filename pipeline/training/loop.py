@@ -182,32 +182,28 @@ def train(
     losses: dict[str, float] = {}
     with _bar(fabric.global_rank == 0) as progress:
         task = progress.add_task("training", total=training.steps, completed=state["step"], losses="")
-        try:
-            for batch in _batches(fabric, views, training, state["step"]):
-                step = int(state["step"])
-                for group in optimiser.param_groups:
-                    group["lr"] = learning_rate(step, training)
-                images = batch.pop("image")
-                named = objective.loss(model(images.to(memory_format=torch.channels_last)), batch)
-                total: Any = sum(named.values())
-                if training.l1:
-                    total = total + training.l1 * sum(weight.abs().sum() for weight in folded_weights(network, pairs))
-                fabric.backward(total)
-                fabric.clip_gradients(model, optimiser, max_norm=training.clip, error_if_nonfinite=False)
-                optimiser.step()
-                optimiser.zero_grad()
-                averaged.update_parameters(network)
-                state["step"] = step + 1
-                if step % 20 == 0 or step + 1 == training.steps:
-                    losses = {name: float(value.detach()) for name, value in named.items()}
-                    if not math.isfinite(sum(losses.values())):
-                        raise UserError(f"the loss is {losses} after {step} steps; lower lr={training.lr}")
-                progress.update(task, advance=1, losses=" ".join(f"{k} {v:.3f}" for k, v in losses.items()))
-                if (step + 1) % training.checkpoint_every == 0:
-                    _save(fabric, checkpoint, state)
-        except KeyboardInterrupt:
-            _save(fabric, checkpoint, state)
-            raise
+        for batch in _batches(fabric, views, training, state["step"]):
+            step = int(state["step"])
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(step, training)
+            images = batch.pop("image")
+            named = objective.loss(model(images.to(memory_format=torch.channels_last)), batch)
+            total: Any = sum(named.values())
+            if training.l1:
+                total = total + training.l1 * sum(weight.abs().sum() for weight in folded_weights(network, pairs))
+            fabric.backward(total)
+            fabric.clip_gradients(model, optimiser, max_norm=training.clip, error_if_nonfinite=False)
+            optimiser.step()
+            optimiser.zero_grad()
+            averaged.update_parameters(network)
+            state["step"] = step + 1
+            if step % 20 == 0 or step + 1 == training.steps:
+                losses = {name: float(value.detach()) for name, value in named.items()}
+                if not math.isfinite(sum(losses.values())):
+                    raise UserError(f"the loss is {losses} after {step} steps; lower lr={training.lr}")
+            progress.update(task, advance=1, losses=" ".join(f"{k} {v:.3f}" for k, v in losses.items()))
+            if (step + 1) % training.checkpoint_every == 0:
+                _save(fabric, checkpoint, state)
     _save(fabric, checkpoint, state)
     network.load_state_dict(averaged.module.state_dict())
     network.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
