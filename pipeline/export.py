@@ -181,6 +181,11 @@ def adopt(file: Path, spec: NetworkSpec, out: Path) -> None:
                 f"model.onnx={file}: outputs {outputs} ({have} channels) are neither {wanted} nor one of {sum(channels)} "
                 "channels; describe them in model.spec.fields"
             )
+        for node in graph.node:  # inner tensors make way for the fields' names
+            for names in (node.input, node.output):
+                for place, name in enumerate(names):
+                    if name in wanted:
+                        names[place] = f"inner_{name}"
         sizes = onnx.numpy_helper.from_array(np.array(channels, np.int64), "posepress_split")
         graph.initializer.append(sizes)
         graph.node.append(onnx.helper.make_node("Split", [outputs[0], sizes.name], wanted, axis=1, name="posepress_split"))

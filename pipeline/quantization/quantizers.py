@@ -59,7 +59,7 @@ class Int8:
         nodes_to_exclude: names of nodes that stay in float.
     """
 
-    calibration_method: calibration.Method = "minmax"
+    calibration_method: calibration.Method = "percentile"
     percentile: float = 99.99
     nodes_to_exclude: tuple[str, ...] = ()
 

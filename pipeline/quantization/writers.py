@@ -5,6 +5,7 @@ a residual add. ONNX Runtime's CPU kernels want uint8 and both ends of every ope
 zero point 0 where a tensor is never negative and 128 elsewhere, which is the same grid.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +18,7 @@ from onnx import helper, numpy_helper
 Flavour = Literal["tensorrt", "onnxruntime"]
 
 _WEIGHTED = ("Conv", "ConvTranspose")
-_LEAST_SCALE = 2.0**-14  # the least normal half-precision number
+_LEAST_SCALE = 2.0**-100  # far from the least normal float32 number
 
 
 class Graph:
@@ -45,9 +46,11 @@ class Graph:
             tensor = readers[0].output[0]
         return tensor
 
-    def clip(self, tensor: str) -> tuple[float, float] | None:
-        """The bounds of the Clip that makes a tensor, if it is one with constant bounds."""
+    def bounds(self, tensor: str) -> tuple[float, float] | None:
+        """The bounds of the activation that makes a tensor, if it is a ReLU or a Clip with constant bounds."""
         node = self.producer.get(tensor)
+        if node is not None and node.op_type == "Relu":
+            return 0.0, math.inf
         if node is None or node.op_type != "Clip" or len(node.input) < 3:
             return None
         bounds = [self.constants.get(name) for name in node.input[1:3]]
@@ -181,29 +184,24 @@ class _Writer:
             self.nodes.append(helper.make_node("DequantizeLinear", parts, [out], name=f"{name}_DQ", axis=axis))
         return out
 
-    def quantize(self, source: str, tensor: str, highest: float | None) -> str:
-        """Q, perhaps a clip of the integers, and DQ of `source` with the scale of `tensor`; returns the DQ's output."""
-        unsigned = self.flavour == "onnxruntime"
-        dtype = np.uint8 if unsigned else np.int8
-        zero = 128 if unsigned and self.lows[tensor] < 0 else 0
+    def zero_point(self, tensor: str) -> int:
+        """128 for an unsigned tensor that is negative somewhere, else 0."""
+        return 128 if self.flavour == "onnxruntime" and self.lows[tensor] < 0 else 0
+
+    def quantize(self, source: str, tensor: str, bounds: tuple[float, float] | None) -> None:
+        """Q, perhaps a clip of the integers to real bounds, and DQ of `source` with the scale of `tensor`."""
+        dtype = np.uint8 if self.flavour == "onnxruntime" else np.int8
+        zero = self.zero_point(tensor)
         scale = np.float32(self.scales[tensor])
-        parts = [
-            self.constant(f"{tensor}_scale", np.array(scale)),
-            self.constant(f"{tensor}_zero", np.array(zero, dtype)),
-        ]
+        parts = [self.constant(f"{tensor}_scale", np.array(scale)), self.constant(f"{tensor}_zero", np.array(zero, dtype))]
         held = f"{tensor}_quantized"
         self.nodes.append(helper.make_node("QuantizeLinear", [source, *parts], [held], name=f"{tensor}_Q"))
-        if highest is not None:
-            top = dtype(min(round(highest / float(scale)), 255))
-            bounds = [
-                self.constant(f"{tensor}_least", np.array(0, dtype)),
-                self.constant(f"{tensor}_most", np.array(top)),
-            ]
-            self.nodes.append(helper.make_node("Clip", [held, *bounds], [f"{held}_clipped"], name=f"{tensor}_clip"))
+        if bounds is not None:
+            least, most = (dtype(np.clip(np.rint(bound / float(scale)) + zero, 0, 255)) for bound in bounds)
+            ends = [self.constant(f"{tensor}_least", np.array(least)), self.constant(f"{tensor}_most", np.array(most))]
+            self.nodes.append(helper.make_node("Clip", [held, *ends], [f"{held}_clipped"], name=f"{tensor}_clip"))
             held = f"{held}_clipped"
-        out = f"{tensor}_dequantized"
-        self.nodes.append(helper.make_node("DequantizeLinear", [held, *parts], [out], name=f"{tensor}_DQ"))
-        return out
+        self.nodes.append(helper.make_node("DequantizeLinear", [held, *parts], [f"{tensor}_dequantized"], name=f"{tensor}_DQ"))
 
     def finish(self) -> onnx.ModelProto:
         model = onnx.ModelProto()
@@ -246,18 +244,17 @@ def insert(
     operators = {"Conv", "Add", "Concat"} if for_cpu else {"Conv", "ConvTranspose", "Concat"}
 
     def quantize(tensor: str) -> None:
-        """Emit the pair of a tensor that now exists; a clip at 0 is done in integers, where the kernels can fuse."""
-        bounds = graph.clip(tensor) if for_cpu else None
+        """Emit the pair of a tensor that now exists.
+
+        A float activation between an operator and its Q keeps the operator in float, but for a ReLU that the zero point 0
+        already does: the others are done on the integers.
+        """
+        bounds = graph.bounds(tensor) if for_cpu else None
         before = graph.producer[tensor].input[0] if bounds else tensor
-        if (
-            bounds
-            and bounds[0] == 0
-            and writer.lows[tensor] >= 0
-            and tensor not in graph.outputs
-            and len(graph.consumers[before]) == 1
-        ):
-            writer.nodes.pop()  # the float Clip
-            writer.quantize(before, tensor, bounds[1])
+        done = bounds == (0.0, math.inf) and writer.zero_point(tensor) == 0
+        if bounds and not done and tensor not in graph.outputs and len(graph.consumers[before]) == 1:
+            writer.nodes.pop()  # the float activation
+            writer.quantize(before, tensor, bounds)
         else:
             writer.quantize(tensor, tensor, None)
 

@@ -1,0 +1,203 @@
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import REAL
+from torch import nn
+
+from evaluation.skeletons import OPENPOSE_18
+from evaluation.types import FieldSpec, InputSpec, NetworkSpec, Resolution
+from pipeline import export
+from pipeline.errors import UserError
+from pipeline.models.lightweight_openpose import LightweightOpenPose
+from pipeline.pruning import macs
+
+SHAPES = [(1, 3, 64, 80), (2, 3, 72, 88), (1, 3, 56, 104)]
+
+
+def inputs():
+    draw = np.random.default_rng(0)
+    return [draw.normal(0, 1, shape).astype(np.float32) for shape in SHAPES]
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return LightweightOpenPose(stages=2, width=0.125).eval()
+
+
+@pytest.fixture(scope="module")
+def file(network, tmp_path_factory):
+    file = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    export.export(network, inputs()[0], 20, file)
+    return file
+
+
+def test_the_exported_network_is_torchs_at_every_shape(network, file):
+    found = export.compare(file, network.spec, export.torch_reference(network), inputs(), 1e-4)
+    assert found["max_difference"] < 1e-5
+    assert found["shapes"] == [list(s) for s in SHAPES]
+    graph = onnx.load(file)
+    assert graph.opset_import[0].version == 20
+    assert [o.name for o in graph.graph.output] == ["heatmaps", "pafs"]
+    assert [d.dim_param for d in graph.graph.input[0].type.tensor_type.shape.dim if d.dim_param] == ["batch", "height", "width"]
+
+
+def test_simplifying_keeps_the_function(network, file, tmp_path):
+    copy = tmp_path / "copy.onnx"
+    copy.write_bytes(file.read_bytes())
+    assert export.simplify(copy, 120) == "onnxsim"
+    assert list(tmp_path.iterdir()) == [copy]
+    export.compare(copy, network.spec, export.torch_reference(network), inputs(), 1e-4)
+
+
+def fail_with(monkeypatch, behaviour):
+    real_run = subprocess.run
+
+    def run(command, **options):
+        tool = command[2]
+        if behaviour.get(tool) == "crash":
+            return subprocess.CompletedProcess(command, -11, "", "Segmentation fault")
+        if behaviour.get(tool) == "hang":
+            Path(command[4]).write_bytes(b"half")
+            raise subprocess.TimeoutExpired(command, options["timeout"])
+        return real_run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+
+@pytest.mark.parametrize("how", ["crash", "hang"])
+def test_a_simplifier_that_fails_is_replaced(network, file, tmp_path, monkeypatch, how):
+    copy = tmp_path / "copy.onnx"
+    copy.write_bytes(file.read_bytes())
+    fail_with(monkeypatch, {"onnxsim": how})
+    assert export.simplify(copy, 60) == "onnxslim"
+    assert list(tmp_path.iterdir()) == [copy]
+    export.compare(copy, network.spec, export.torch_reference(network), inputs(), 1e-4)
+
+
+def test_both_simplifiers_failing_is_an_error(file, tmp_path, monkeypatch):
+    copy = tmp_path / "copy.onnx"
+    copy.write_bytes(file.read_bytes())
+    fail_with(monkeypatch, {"onnxsim": "crash", "onnxslim": "hang"})
+    with pytest.raises(UserError, match=r"onnxsim ended with -11 \(Segmentation fault\); onnxslim took more than 7 s"):
+        export.simplify(copy, 7)
+    assert list(tmp_path.iterdir()) == [copy]
+
+
+class Frozen(nn.Module):
+    """Its result depends on the parity of the input's height: an exporter freezes the branch."""
+
+    spec = NetworkSpec(InputSpec("image"), (FieldSpec("heatmaps", 1, 3), FieldSpec("pafs", 1, 3)), OPENPOSE_18)
+
+    def forward(self, images):
+        heatmaps = images * 2 if (images.shape[2] // 8) % 2 == 0 else images * 3
+        return {"heatmaps": heatmaps, "pafs": images}
+
+
+def test_a_branch_on_the_size_is_found(tmp_path):
+    network = Frozen().eval()
+    file = tmp_path / "frozen.onnx"
+    try:
+        export.export(network, inputs()[0], 20, file)
+    except Exception as error:  # some exporters refuse, which is as good
+        assert "height" in str(error) or "Constraints" in str(error)
+        return
+    with pytest.raises(UserError, match="'heatmaps' differs from its source|does not run at"):
+        export.compare(file, network.spec, export.torch_reference(network), inputs(), 1e-4)
+
+
+def test_a_difference_is_reported(network, file):
+    def louder(images):
+        return {name: field * 1.01 for name, field in export.torch_reference(network)(images).items()}
+
+    with pytest.raises(UserError, match=r"differs from its source by 0\.00?99?.*tolerance=0.0001"):
+        export.compare(file, network.spec, louder, inputs(), 1e-4)
+
+
+def test_the_description_travels_in_the_file(network, file, tmp_path):
+    copy = tmp_path / "copy.onnx"
+    copy.write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="no network description"):
+        export.stamped(copy)
+    export.stamp(copy, network.spec)
+    export.stamp(copy, network.spec)
+    assert export.stamped(copy) == network.spec
+    assert len(onnx.load(copy).metadata_props) == len({p.key for p in onnx.load(copy).metadata_props})
+
+
+def test_macs_of_the_file_are_those_of_the_network(network, file):
+    for size in (Resolution(64, 80), Resolution(96, 128)):
+        assert export.macs(onnx.load(file), size) == macs(network, size)
+
+
+RAW = {
+    "input": {"name": "image", "order": "BGR", "range": 255.0, "multiple": 16},
+    "fields": [{"name": "heatmaps", "stride": 8, "channels": 19}, {"name": "pafs", "stride": 8, "channels": 38}],
+    "labels": "openpose_18",
+}
+
+
+def joined(file, tmp_path):
+    """The network's file with its outputs joined into one, as others publish theirs."""
+    model = onnx.load(file)
+    names = [o.name for o in model.graph.output]
+    model.graph.node.append(onnx.helper.make_node("Concat", names, ["both"], axis=1))
+    del model.graph.output[:]
+    model.graph.output.append(onnx.helper.make_tensor_value_info("both", onnx.TensorProto.FLOAT, ["n", 57, "h", "w"]))
+    onnx.save(model, tmp_path / "joined.onnx")
+    return tmp_path / "joined.onnx"
+
+
+def test_a_file_with_one_output_is_adopted(network, file, tmp_path):
+    source, spec = joined(file, tmp_path), export.described(RAW)
+    export.adopt(source, spec, tmp_path / "adopted.onnx")
+    found = export.compare(tmp_path / "adopted.onnx", spec, export.onnx_reference(source, spec), inputs(), 1e-6)
+    assert found["max_difference"] == 0
+    export.compare(tmp_path / "adopted.onnx", spec, export.torch_reference(network), inputs(), 1e-4)
+
+
+def test_a_file_with_named_outputs_is_adopted_as_it_is(network, file, tmp_path):
+    spec = export.described(RAW)
+    export.adopt(file, spec, tmp_path / "adopted.onnx")
+    assert len(onnx.load(tmp_path / "adopted.onnx").graph.node) == len(onnx.load(file).graph.node)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input": {**RAW["input"], "name": "data"}}, r"its inputs are \['image'\], but model.spec.input.name=data"),
+        ({"fields": [{"name": "maps", "stride": 8, "channels": 17}]}, "neither .* nor one of 17 channels"),
+    ],
+)
+def test_a_file_that_is_not_as_described_is_refused(file, tmp_path, change, message):
+    source = joined(file, tmp_path)
+    with pytest.raises(UserError, match=message):
+        export.adopt(source, export.described({**RAW, **change}), tmp_path / "adopted.onnx")
+    assert not (tmp_path / "adopted.onnx").exists()
+
+
+def test_what_is_no_onnx_file_is_refused(tmp_path):
+    (tmp_path / "broken.onnx").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="not a valid ONNX file"):
+        export.adopt(tmp_path / "broken.onnx", export.described(RAW), tmp_path / "adopted.onnx")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"labels": "openpose_81"}, "labels=openpose_81: unknown"), ({"fields": [{"nam": "x"}]}, "not a network description")],
+)
+def test_what_is_no_description_is_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        export.described({**RAW, **change})
+
+
+@pytest.mark.real
+def test_the_published_file_is_adopted(tmp_path):
+    source, spec = REAL / "weights/bottomup_mobilenetv2_paf/mobilenetv2_w1.0_paf.onnx", export.described(RAW)
+    export.adopt(source, spec, tmp_path / "adopted.onnx")
+    images = [np.random.default_rng(0).uniform(0, 255, (1, 3, 112, 160)).astype(np.float32)]
+    assert export.compare(tmp_path / "adopted.onnx", spec, export.onnx_reference(source, spec), images, 1e-6)

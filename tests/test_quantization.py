@@ -1,0 +1,286 @@
+import json
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import FAKES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from pipeline import export
+from pipeline.errors import UserError
+from pipeline.models.lightweight_openpose import LightweightOpenPose
+from pipeline.quantization import calibration, writers
+from pipeline.quantization.quantizers import Fp16, Fp32, Int8
+from pipeline.specs import ModelFiles
+
+
+@pytest.fixture(scope="module")
+def refusals():
+    """What TensorRT refuses, from its double."""
+    sys.path.insert(0, str(FAKES))
+    try:
+        import tensorrt
+    finally:
+        sys.path.remove(str(FAKES))
+    return tensorrt.refusals
+
+
+def graph(nodes, outputs, weights=(), shape=(1, 3, 8, 8)):
+    made = helper.make_graph(
+        nodes,
+        "test",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+        [numpy_helper.from_array(value, name) for name, value in weights],
+    )
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def conv(source, out, name=None):
+    return helper.make_node("Conv", [source, f"{out}_w", f"{out}_b"], [out], name=name or out, pads=[1, 1, 1, 1])
+
+
+def kernel(out, outputs, inputs, seed=0):
+    draw = np.random.default_rng(seed)
+    return [
+        (f"{out}_w", draw.normal(0, 0.3, (outputs, inputs, 3, 3)).astype(np.float32)),
+        (f"{out}_b", draw.normal(0, 0.1, outputs).astype(np.float32)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def branches():
+    """Convolutions, ReLU, ReLU6, a residual add and a concatenation."""
+    nodes = [
+        conv("image", "a"),
+        helper.make_node("Relu", ["a"], ["ra"], name="ra"),
+        conv("ra", "b"),
+        helper.make_node("Add", ["b", "ra"], ["sum"], name="sum"),
+        helper.make_node("Clip", ["sum", "low", "high"], ["six"], name="six"),
+        conv("six", "c"),
+        helper.make_node("Clip", ["c", "low", "high"], ["c6"], name="c6"),
+        helper.make_node("Concat", ["c6", "b2", "image"], ["joined"], name="joined", axis=1),
+        conv("joined", "out"),
+    ]
+    nodes.insert(7, conv("ra", "b2"))
+    weights = kernel("a", 8, 3) + kernel("b", 8, 8, 1) + kernel("c", 8, 8, 2) + kernel("b2", 8, 8, 3) + kernel("out", 4, 19, 4)
+    weights += [("low", np.float32(0)), ("high", np.float32(6))]
+    return graph(nodes, ["out"], [(n, np.asarray(v)) for n, v in weights])
+
+
+def feed(count=8, shape=(1, 3, 8, 8), scale=3.0):
+    draw = np.random.default_rng(5)
+    return [draw.normal(0, scale, shape).astype(np.float32) for _ in range(count)]
+
+
+def written(model, flavour, exclude=(), method="minmax"):
+    placement = writers.place(model, exclude)
+    tensors = sorted({*placement.inputs, *placement.ends, *placement.skips.values()})
+    histograms = calibration.observe(model, tensors, feed())
+    scales = writers.activation_scales({t: h.threshold(method) for t, h in histograms.items()}, placement)
+    lows = {t: h.least for t, h in histograms.items()}
+    for group in placement.shared:
+        lows |= dict.fromkeys(group, min(lows[t] for t in group))
+    return writers.insert(model, placement, scales, lows, flavour, exclude), scales, placement
+
+
+def run(model, images, simulate=False):
+    options = onnxruntime.SessionOptions()
+    if simulate:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"image": images})[0]
+
+
+def relative_rms(a, b):
+    return float(np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(0.01, 1e4), min_size=1, max_size=6), st.integers(0, 1000))
+def test_a_histogram_grows_without_losing_a_value(scales, seed):
+    draw = np.random.default_rng(seed)
+    parts = [draw.normal(0, scale, 300).astype(np.float32) for scale in scales]
+    histogram = calibration.Histogram()
+    for part in parts:
+        histogram.add(part)
+    values = np.abs(np.concatenate(parts))
+    assert histogram.counts.sum() == values.size
+    assert histogram.most == max(p.max() for p in parts)
+    assert histogram.least == min(p.min() for p in parts)
+    assert histogram.threshold("minmax") == pytest.approx(values.max())
+    assert histogram.limit >= values.max()
+    width = histogram.limit / len(histogram.counts)
+    exact = np.sort(values)[int(np.ceil(0.9 * values.size)) - 1]
+    assert histogram.threshold("percentile", 90) == pytest.approx(exact, abs=2 * width)
+
+
+def test_thresholds_of_a_known_tensor():
+    histogram = calibration.Histogram()
+    histogram.add(np.r_[np.full(99_990, 1.0), np.full(10, 100.0)].astype(np.float32))
+    assert histogram.threshold("minmax") == 100
+    assert histogram.threshold("percentile", 99.9) == pytest.approx(1, abs=0.1)
+    normal = calibration.Histogram()
+    normal.add(np.random.default_rng(0).normal(0, 1, 400_000).astype(np.float32))
+    assert 3.0 < normal.threshold("mse") < normal.threshold("minmax")  # clipping some tail is worth finer steps
+
+
+def test_an_all_zero_tensor_gets_scale_one():
+    histogram = calibration.Histogram()
+    histogram.add(np.zeros(10, np.float32))
+    assert histogram.threshold("mse") == histogram.threshold("minmax") == 0
+    placement = writers.Placement(("t",), ("t",), {}, ())
+    assert writers.activation_scales({"t": 0.0}, placement) == {"t": 1.0}
+    weights = np.zeros((2, 3, 1, 1), np.float32)
+    weights[1] = 127
+    assert writers.weight_scales(weights, 0).tolist() == [1, 1]
+    tiny = np.full((1, 1, 1, 1), 1e-9, np.float32)
+    assert writers.weight_scales(tiny, 0)[0] == pytest.approx(1e-9 / 127)
+
+
+def test_values_that_are_not_finite_are_named(branches):
+    broken = onnx.ModelProto()
+    broken.CopyFrom(branches)
+    bias = next(i for i in broken.graph.initializer if i.name == "b_b")
+    bias.CopyFrom(numpy_helper.from_array(np.full(8, np.nan, np.float32), "b_b"))
+    with pytest.raises(UserError, match="NaN or infinity in the activation"):
+        written(broken, "tensorrt")
+    with pytest.raises(UserError, match="no images"):
+        calibration.observe(branches, ["a"], [])
+
+
+def test_scales_of_a_known_tensor(branches):
+    model, scales, _ = written(branches, "tensorrt")
+    peak = max(np.abs(images).max() for images in feed())
+    assert scales["image"] >= np.float32(peak / 127)  # shared with the concatenation it goes into
+    stored = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
+    kernel_ = next(v for n, v in kernel("a", 8, 3) if n == "a_w")
+    assert np.allclose(stored["a_w_scale"], np.abs(kernel_).max(axis=(1, 2, 3)) / 127)
+    assert stored["a_w_int8"].dtype == np.int8
+    assert np.abs(stored["a_w_int8"]).max() == 127
+    restored = stored["a_w_int8"] * stored["a_w_scale"][:, None, None, None]
+    assert np.abs(restored - kernel_).max() <= stored["a_w_scale"].max() / 2 + 1e-7
+    assert stored["a_b"].dtype == np.float32
+
+
+def test_a_concatenation_shares_one_scale(branches):
+    model, scales, placement = written(branches, "tensorrt")
+    assert placement.shared == (frozenset({"c6", "b2", "image", "joined"}),)
+    assert len({scales[t] for t in placement.shared[0]}) == 1
+
+
+def test_groups_that_touch_are_one():
+    assert writers._joined([{"a", "b"}, {"c"}, {"b", "c"}, {"d"}]) == [frozenset("abc"), frozenset("d")]
+
+
+@pytest.mark.parametrize("flavour", ["tensorrt", "onnxruntime"])
+def test_quantized_networks_compute_nearly_the_same(branches, flavour):
+    model, _, _ = written(branches, flavour)
+    images = feed(1)[0]
+    assert relative_rms(run(model, images), run(branches, images)) < 0.06
+
+
+def test_both_flavours_share_their_scales_and_their_error(branches):
+    trt, _, _ = written(branches, "tensorrt")
+    ort, _, _ = written(branches, "onnxruntime")
+    ours, theirs = ({i.name: i for i in m.graph.initializer} for m in (trt, ort))
+    shared = [n for n in ours if n.endswith("_scale") and n in theirs]
+    assert len(shared) >= 8
+    assert all(ours[n].raw_data == theirs[n].raw_data for n in shared)
+    images, expected = feed(1)[0], run(branches, feed(1)[0])
+    errors = [relative_rms(run(m, images, simulate=True), expected) for m in (trt, ort)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.5)
+
+
+def test_onnx_runtime_computes_all_convolutions_in_integers(branches, tmp_path):
+    model, _, _ = written(branches, "onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(model.SerializeToString(), options)
+    ops = [n.op_type for n in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    assert ops.count("QLinearConv") == 4
+    assert ops.count("QLinearAdd") == 1
+    assert ops.count("QLinearConcat") == 1
+    assert ops.count("Conv") + ops.count("FusedConv") == 1, "only the last convolution gives a float field"
+
+
+def test_tensorrt_would_take_its_flavour_and_not_the_other(branches, refusals):
+    assert refusals(written(branches, "tensorrt")[0]) == []
+    reasons = " ".join(refusals(written(branches, "onnxruntime")[0]))
+    assert "only INT8 is supported" in reasons
+
+
+def test_excluded_nodes_stay_in_float(branches, refusals):
+    model, _, _ = written(branches, "tensorrt", exclude=("a", "out"))
+    by_name = {n.name: n for n in model.graph.node}
+    assert by_name["a"].input[1] == "a_w"
+    assert by_name["out"].input[1] == "out_w"
+    assert by_name["c"].input[1] == "c_w_dequantized"
+    assert refusals(model) == []
+
+
+def test_arithmetic_on_shapes_is_left_alone():
+    nodes = [
+        conv("image", "a"),
+        helper.make_node("Shape", ["a"], ["shape"], name="shape"),
+        helper.make_node("Add", ["shape", "shape"], ["twice"], name="twice"),
+        helper.make_node("Expand", ["a", "shape"], ["out"], name="out"),
+    ]
+    placement = writers.place(graph(nodes, ["out", "twice"], [(n, np.asarray(v)) for n, v in kernel("a", 8, 3)]))
+    assert placement.skips == {}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    network = LightweightOpenPose(stages=2, width=0.125).eval()
+    export.export(network, np.zeros((1, 3, 64, 80), np.float32), 20, file)
+    export.simplify(file, 120)
+    export.stamp(file, network.spec)
+    return file
+
+
+@pytest.mark.parametrize("quantizer", [Fp32(), Fp16(), Int8(), Int8("mse"), Int8("minmax")])
+def test_every_precision_writes_both_flavours_with_the_description(exported, quantizer, tmp_path, refusals):
+    images = feed(4, (1, 3, 64, 80), 0.5)
+    quantizer.quantize(exported, lambda: iter(images), tmp_path)
+    expected = onnxruntime.InferenceSession(str(exported)).run(None, {"image": images[0]})
+    for flavour, file in ModelFiles.in_folder(tmp_path).onnx.items():
+        assert export.stamped(file) == export.stamped(exported)
+        found = onnxruntime.InferenceSession(str(file)).run(None, {"image": images[0]})
+        limit = 0.25 if isinstance(quantizer, Int8) else 0.01  # random weights: nothing is redundant
+        assert [relative_rms(a, b) < limit for a, b in zip(found, expected, strict=True)] == [True, True], flavour
+    assert refusals(onnx.load(ModelFiles.in_folder(tmp_path).onnx["tensorrt"])) == []
+
+
+def test_calibrating_twice_gives_the_same_bytes(exported, tmp_path):
+    images = feed(4, (1, 3, 64, 80), 0.5)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Int8().quantize(exported, lambda: iter(images), tmp_path / name)
+    for file in ("scales.json", "model.tensorrt.onnx", "model.onnxruntime.onnx"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    table = json.loads((tmp_path / "a" / "scales.json").read_text())
+    assert all(row["scale"] > 0 for row in table.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"calibration_method": "entropie"}, "calibration_method=entropie"), ({"percentile": 20}, "percentile=20")],
+)
+def test_impossible_quantizations_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Int8(**options)
+
+
+def test_excluding_a_node_that_is_not_there_is_refused(exported, tmp_path):
+    with pytest.raises(ValueError, match="no node named nowhere"):
+        Int8(nodes_to_exclude=("nowhere",)).quantize(exported, lambda: iter(feed(1, (1, 3, 64, 80))), tmp_path)
