@@ -56,7 +56,12 @@ def oracle(truth, found):
     annotations = [{"id": 1000 * i + n + 1, "image_id": i, **r} for i, records in truth.items() for n, r in enumerate(records)]
     coco = COCO()
     names = {"keypoints": list(COCO_17.names), "skeleton": []}
-    coco.dataset = {"images": [{"id": i} for i in truth], "annotations": annotations, "categories": [{"id": 1, **names}], "info": {}}
+    coco.dataset = {
+        "images": [{"id": i} for i in truth],
+        "annotations": annotations,
+        "categories": [{"id": 1, **names}],
+        "info": {},
+    }
     results = [
         {"image_id": i, "category_id": 1, "keypoints": k.astype(np.float64).ravel().tolist(), "score": float(s)}
         for i, poses in found.items()

@@ -55,7 +55,9 @@ def test_stages_add_fields_to_train_on(stages):
     assert len(network.ignored_layers) == 2 * stages
 
 
-@pytest.mark.parametrize(("options", "message"), [({"stages": 1}, r"stages=1"), ({"stages": 8}, "stages=8"), ({"width": 0}, "width=0")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"stages": 1}, r"stages=1"), ({"stages": 8}, "stages=8"), ({"width": 0}, "width=0")]
+)
 def test_impossible_networks_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         LightweightOpenPose(**options)

@@ -154,7 +154,18 @@ def test_the_learning_rate_warms_up_and_falls():
 
 
 def _options(**changes):
-    return Training(**{"steps": 12, "batch_size": 4, "warmup": 2, "workers": 0, "checkpoint_every": 4, "lr": 5e-3, "precision": "32-true", **changes})
+    return Training(
+        **{
+            "steps": 12,
+            "batch_size": 4,
+            "warmup": 2,
+            "workers": 0,
+            "checkpoint_every": 4,
+            "lr": 5e-3,
+            "precision": "32-true",
+            **changes,
+        }
+    )
 
 
 def _train(images, checkpoint, **changes):

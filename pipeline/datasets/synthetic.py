@@ -400,8 +400,13 @@ def generate(preset: Preset, seed: Sequence[int]) -> tuple[NDArray[np.uint8], li
     if crowd.sum() >= 24:
         annotations.append({**_annotation(crowd, None), "iscrowd": 1})
     gain, shift = draw.uniform(0.75, 1.2), draw.uniform(-15, 15)
-    image = canvas.image * gain + shift + draw.normal(0, draw.uniform(1, 7), canvas.image.shape)
-    return np.clip(np.rint(image), 0, 255).astype(np.uint8), annotations
+    grain = draw.standard_normal(canvas.image.shape, np.float32) * np.float32(draw.uniform(1, 7))
+    image = canvas.image * np.float32(gain) + np.float32(shift) + grain
+    return np.clip(np.rint(image, out=image), 0, 255, out=image).astype(np.uint8), annotations
+
+
+def _name(image_id: int) -> str:
+    return f"{image_id:012d}.jpg"
 
 
 def _write(job: tuple[Preset, Path, int, list[int], list[int]]) -> list[tuple[int, list[dict[str, Any]]]]:
@@ -411,9 +416,9 @@ def _write(job: tuple[Preset, Path, int, list[int], list[int]]) -> list[tuple[in
     found = []
     for image_id in ids:
         image, annotations = generate(preset, [*seeds, split, image_id])
-        done = cv2.imwrite(str(folder / f"{image_id:012d}.png"), image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
+        done = cv2.imwrite(str(folder / _name(image_id)), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
         if not done:
-            raise OSError(f"{folder / f'{image_id:012d}.png'}: the image could not be written; is the disk full?")
+            raise OSError(f"{folder / _name(image_id)}: the image could not be written; is the disk full?")
         found.append((image_id, annotations))
     return found
 
@@ -477,10 +482,9 @@ class Synthetic:
         return self._splits.open(split)
 
     def _jobs(self, folder: Path) -> Iterator[tuple[Preset, Path, int, list[int], list[int]]]:
-        start = 1
         for index, split in enumerate(SPLITS):
-            ids = list(range(start, start + self.counts[split]))
-            start += self.counts[split]
+            first = index * 10_000_000 + 1  # so that a split's images do not depend on the sizes of others
+            ids = list(range(first, first + self.counts[split]))
             where = folder / "images" / {"tune": "train", "agreement": "unlabelled"}.get(split, split)
             where.mkdir(parents=True, exist_ok=True)
             for at in range(0, len(ids), 32):
@@ -524,7 +528,7 @@ class Synthetic:
                         "skeleton": [[a + 1, b + 1] for a, b in COCO_17.limbs],
                     }
                 ],
-                "images": [{"id": i, "file_name": f"{i:012d}.png", **size} for i, _ in rows],
+                "images": [{"id": i, "file_name": _name(i), **size} for i, _ in rows],
                 "annotations": [
                     {"id": 1000 * i + n, "image_id": i, **annotation}
                     for i, annotations in rows
@@ -533,8 +537,8 @@ class Synthetic:
             }
             (root / "annotations" / f"{file}.json").write_text(json.dumps(content))
         named = {
-            split: {"synthetic": [f"{i:012d}.png" for i, _ in records[SPLITS.index(split)]]}
+            split: {"synthetic": [_name(i) for i, _ in records[SPLITS.index(split)]]}
             for split in ("train", "tune", "agreement", "validation")
         }
-        named["train"]["unlabelled"] = [f"{i:012d}.png" for i, _ in records[SPLITS.index("unlabelled")]]
+        named["train"]["unlabelled"] = [_name(i) for i, _ in records[SPLITS.index("unlabelled")]]
         (root / "splits.json").write_text(json.dumps(named))

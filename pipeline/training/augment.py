@@ -51,9 +51,11 @@ class Augmentation:
 
     def pixels(self, draw: np.random.Generator, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Change gain and offset of a view's pixels [H, W, 3]."""
+        import cv2
+
         gain, offset = (
             1 + draw.uniform(-self.brightness, self.brightness),
             255 * draw.uniform(-1, 1) * self.brightness / 2,
         )
         table = np.clip(np.arange(256) * gain + offset, 0, 255).astype(np.uint8)
-        return np.asarray(table[image], np.uint8)
+        return np.asarray(cv2.LUT(image, table), np.uint8)

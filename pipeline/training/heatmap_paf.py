@@ -8,11 +8,44 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from evaluation.compiled import compiled
 from evaluation.skeletons import COCO_17
 from evaluation.types import FieldSpec, NetworkSpec, People, Skeleton, View
 from evaluation.views import input_to_cells
 
 F32 = NDArray[np.float32]
+
+
+@compiled
+def _draw_pafs(cells: F32, seen: NDArray[np.bool_], limbs: NDArray[np.int64], width: np.float32, out: F32) -> None:
+    """Add the limbs [L, 2] of people [N, K, 2] to empty PAFs [2 L, h, w]; where limbs of a kind overlap, their mean."""
+    h, w = out.shape[1], out.shape[2]
+    count = np.zeros((h, w), np.int32)
+    for limb in range(limbs.shape[0]):
+        a, b = limbs[limb, 0], limbs[limb, 1]
+        count[:] = 0
+        for person in range(cells.shape[0]):
+            ax, ay = cells[person, a]
+            dx, dy = cells[person, b, 0] - ax, cells[person, b, 1] - ay
+            length = np.float32(np.hypot(dx, dy))
+            if not (seen[person, a] and seen[person, b]) or length < 1e-3:
+                continue
+            ux, uy = dx / length, dy / length
+            x0, x1 = max(int(np.floor(min(ax, ax + dx) - width)), 0), min(int(np.ceil(max(ax, ax + dx) + width)) + 1, w)
+            y0, y1 = max(int(np.floor(min(ay, ay + dy) - width)), 0), min(int(np.ceil(max(ay, ay + dy) + width)) + 1, h)
+            for y in range(y0, y1):
+                for x in range(x0, x1):
+                    px, py = np.float32(x) - ax, np.float32(y) - ay
+                    along, across = px * ux + py * uy, abs(px * uy - py * ux)
+                    if across <= width and -width <= along <= length + width:
+                        out[2 * limb, y, x] += ux
+                        out[2 * limb + 1, y, x] += uy
+                        count[y, x] += 1
+        for y in range(h):
+            for x in range(w):
+                if count[y, x] > 1:
+                    out[2 * limb, y, x] /= np.float32(count[y, x])
+                    out[2 * limb + 1, y, x] /= np.float32(count[y, x])
 
 
 @dataclass(frozen=True)
@@ -59,28 +92,10 @@ class HeatmapPafObjective:
         return out
 
     def _pafs(self, cells: NDArray[np.float64], seen: NDArray[np.bool_], skeleton: Skeleton, h: int, w: int) -> F32:
-        a, b = np.array(skeleton.limbs).T
-        out = np.zeros((2 * len(a), h, w), np.float32)
-        count = np.zeros((len(a), h, w), np.float32)
-        ys, xs = np.arange(h, dtype=np.float32)[:, None], np.arange(w, dtype=np.float32)[None, :]
-        for points, visible in zip(cells.astype(np.float32), seen, strict=True):
-            for limb in np.flatnonzero(visible[a] & visible[b]):
-                start, end = points[a[limb]], points[b[limb]]
-                length = float(np.hypot(*(end - start)))
-                if length < 1e-3:
-                    continue
-                x0, y0 = np.maximum(np.floor(np.minimum(start, end) - self.paf_width), 0).astype(int)
-                x1, y1 = (np.ceil(np.maximum(start, end) + self.paf_width) + 1).astype(int)
-                if x0 >= w or y0 >= h or x1 <= 0 or y1 <= 0:
-                    continue
-                ux, uy = (end - start) / length
-                px, py = xs[:, x0:x1] - start[0], ys[y0:y1] - start[1]
-                along, across = px * ux + py * uy, np.abs(px * uy - py * ux)
-                inside = (across <= self.paf_width) & (along >= -self.paf_width) & (along <= length + self.paf_width)
-                out[2 * limb, y0:y1, x0:x1] += inside * ux
-                out[2 * limb + 1, y0:y1, x0:x1] += inside * uy
-                count[limb, y0:y1, x0:x1] += inside
-        return np.asarray(out / np.repeat(np.maximum(count, 1), 2, axis=0), np.float32)
+        limbs = np.array(skeleton.limbs, np.int64)
+        out = np.zeros((2 * len(limbs), h, w), np.float32)
+        _draw_pafs(cells.astype(np.float32), seen, limbs, np.float32(self.paf_width), out)
+        return out
 
     def loss(self, fields: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Squared errors summed over channels and averaged over cells and images, of all stages together.
