@@ -1,0 +1,152 @@
+"""The configuration tree: every file instantiates, and says of the code what the code says."""
+
+import ast
+import functools
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+import yaml
+from conftest import ROOT
+from omegaconf import OmegaConf
+
+import pipeline.__main__ as main
+from evaluation.types import NetworkSpec
+from pipeline import export
+from pipeline.artifacts import DESCRIPTIVE, WIRING, Stage, arguments, targets
+
+CONF = ROOT / "conf"
+GROUPS = ("data", "family", "model", "pruner", "sampler", "precision", "backend", "tracking", "experiment")
+CHOICES = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
+NEEDED = ["weights=w", "data.train.images=a", "data.train.annotations=a", "data.val.images=a", "data.val.annotations=a"]
+UNTRACKED = {"pipeline/errors.py", "pipeline/specs.py", "pipeline/artifacts.py"}  # change no byte of a result
+
+
+def compose(*words):
+    with hydra.initialize_config_module("conf", version_base="1.3"):
+        return hydra.compose("config", list(words))
+
+
+def composed(group, choice):
+    extra = NEEDED if choice in ("coco", "mobilenetv2_paf_coco") else ["model.onnx=m"] if choice == "onnx" else []
+    return compose(f"{group}={choice}", *extra)
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_binds_to_its_signatures(group, choice):
+    config = composed(group, choice)
+    for name in config.stages:
+        stage = Stage.from_config(name, main._resolved(config.stages[name]))
+        for options in (arguments(stage), *[v for v in arguments(stage).values() if isinstance(v, dict)]):
+            for target in [options["_target_"]] if "_target_" in options else []:
+                function = hydra.utils.get_object(target)
+                given = {k: v for k, v in options.items() if not k.startswith("_")}
+                signature = inspect.signature(function)
+                if options.get("_partial_"):
+                    signature.bind_partial(**given)
+                elif target.startswith("pipeline.stages."):
+                    signature.bind(None, **given)
+                else:
+                    signature.bind(**given)
+
+
+@pytest.mark.parametrize(("group", "choice"), [c for c in CHOICES if c[0] not in ("tracking", "experiment", "family")])
+def test_every_component_can_be_made(group, choice):
+    if (group, choice) in {("model", "onnx"), ("pruner", "none")}:
+        return  # described by data alone
+    config = composed(group, choice)
+    component = OmegaConf.to_container(config[group], resolve=True)
+    plain = {k: v for k, v in component.items() if k not in DESCRIPTIVE}
+    made = main._instantiate({"it": plain})["it"]
+    assert made is not None
+
+
+@pytest.mark.parametrize("model", [c for g, c in CHOICES if g == "model"])
+def test_the_multiple_in_the_file_is_the_networks(model):
+    config = composed("model", model)
+    if model == "onnx":
+        spec = export.described(OmegaConf.to_container(config.model.spec, resolve=True))
+    else:
+        plain = {k: v for k, v in main._resolved(config.model).items() if k not in DESCRIPTIVE}
+        made = main._instantiate({"it": plain})["it"]
+        assert isinstance(made, functools.partial)
+        spec = made().spec
+    assert isinstance(spec, NetworkSpec)
+    assert spec.input.multiple == config.model.multiple
+
+
+def imports(file):
+    """First-party modules that a file imports, as files."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        for name in names:
+            path = ROOT / (name.replace(".", "/") + ".py")
+            if name.split(".")[0] in ("pipeline", "evaluation", "calib_samplers") and path.is_file():
+                found.add(path)
+    return found
+
+
+def closure(files):
+    done, todo = set(), set(files)
+    while todo:
+        file = todo.pop()
+        if str(file.relative_to(ROOT)) in UNTRACKED or file in done:
+            continue
+        done.add(file)
+        todo |= imports(file)
+    return {str(f.relative_to(ROOT)) for f in done}
+
+
+@pytest.mark.parametrize("name", [f.stem for f in sorted((CONF / "stages").glob("*.yaml"))])
+def test_a_stage_lists_all_code_its_result_follows_from(name):
+    listed = set()
+    for words in (["pruner=l1", "precision=int8"], ["backend=tensorrt"], ["pruner=none", "precision=fp16"]):
+        stage = Stage.from_config(name, main._resolved(compose(*words).stages[name]))
+        modules = {t.rpartition(".")[0].replace(".", "/") + ".py" for t in targets(stage.options)}
+        for entry in stage.code:
+            assert (ROOT / entry).exists(), entry
+            listed |= {str(f.relative_to(ROOT)) for f in ((ROOT / entry).rglob("*.py") if (ROOT / entry).is_dir() else [ROOT / entry])}
+        needed = closure(ROOT / m for m in modules if (ROOT / m).is_file())
+        missing = needed - listed - UNTRACKED - {m for m in needed if m.endswith("__init__.py")}
+        assert not missing, f"stages.{name}.code lacks {sorted(missing)}"
+
+
+def test_stage_files_are_short():
+    for file in (ROOT / "pipeline/stages").glob("*.py"):
+        assert len(file.read_text().splitlines()) <= 150, file
+        assert not any("stages" in str(i.relative_to(ROOT)) for i in imports(file)), f"{file} imports a stage"
+
+
+def test_wiring_is_known():
+    for file in (CONF / "stages").glob("*.yaml"):
+        (content,) = yaml.safe_load(file.read_text()).values()
+        assert set(content) >= {"_target_", "address", "inputs", "code"}
+        assert not set(content) & set(DESCRIPTIVE) - {"onnx", "spec", "name"}
+        assert all(key in WIRING for key in ("address", "inputs", "code"))
+
+
+LEAVES = ["evaluation.types", "evaluation.views", "evaluation.skeletons", "evaluation.heatmap_paf", "evaluation.coco", "evaluation.latency", "calib_samplers.stratified"]
+
+
+@pytest.mark.parametrize("module", LEAVES)
+def test_leaves_load_nothing_heavy_and_nothing_above_them(module):
+    heavy = ("torch", "cv2", "onnx", "onnxruntime", "mlflow", "tensorrt", "hydra", "pipeline", "pycocotools", "plotly")
+    code = f"import {module}, sys; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_package_data_holds_every_yaml():
+    text = (ROOT / "pyproject.toml").read_text()
+    packages = {str(p.parent.relative_to(ROOT)).replace("/", ".") for p in ROOT.glob("pipeline/**/__init__.py")}
+    assert all(f'"{p}"' in text for p in packages)
+    assert 'conf = ["**/*.yaml"]' in text
+    assert Path(CONF / "__init__.py").exists()

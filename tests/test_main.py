@@ -1,0 +1,248 @@
+"""The command: what it prints, what it refuses, what it survives."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMOKE, pipeline, refused
+
+CELL = [*SMOKE, "precision=int8"]
+
+
+def snapshot(folder):
+    files = sorted(f for f in (folder / "outputs/smoke").rglob("*") if f.is_file())
+    return {str(f.relative_to(folder)): (f.stat().st_mtime_ns, f.stat().st_size) for f in files}
+
+
+def test_help_helps_and_loads_nothing_heavy(tmp_path):
+    code = (
+        "import sys, runpy; sys.argv = ['pipeline', '--help'];\n"
+        "try: runpy.run_module('pipeline', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print('LOADED', [m for m in ('torch', 'onnx', 'onnxruntime', 'mlflow', 'cv2', 'numba') if m in sys.modules])"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("LOADED []")
+    for word in ("train", "quantize", "benchmark", "pruner: l1", "--multirun", "resolution="):
+        assert word in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["stage=trian"], "stage=trian: no such stage; did you mean 'train'"),
+        (["stage=[]"], "stage=[]: nothing to run"),
+        (["stage=prune"], "stage=prune: outside the chain of this configuration (train -> export"),
+        (["stage=sample"], "set the option that needs it, for instance precision=int8"),
+        (["precision=int9"], "precision=int9: no such choice; did you mean 'int8'; choose one of fp16, fp32, int8"),
+        (["modle=onnx"], "modle: no such option; did you mean 'model'"),
+        (["stages.train.training.step=3"], "no such option; did you mean 'stages.train.training.steps'"),
+        (["name=../elsewhere"], "name=../elsewhere: must be a plain folder name"),
+        (["resolution=100x100"], "resolution=100x100: this network takes multiples of 8; the nearest is resolution=96x96"),
+        (["resolution=big"], "resolution=big: not HEIGHTxWIDTH"),
+        (["training_resolution=65x80"], "training_resolution=65x80: this network takes multiples of 8"),
+        (["model.width=9"], "model.width=9: choose 0.1 to 4"),
+        (["keep_aspect_ratio_mode=squash"], "keep_aspect_ratio_mode=squash"),
+        (["weights=nowhere.pt"], "weights=nowhere.pt: no such file"),
+        (["stage=build"], "make it with: python -m pipeline stage=quantize experiment=smoke"),
+        (["experiment=mobilenetv2_paf_coco"], "has no value"),
+        (["model=onnx", "pruner=l1", "model.onnx=x"], "a network that is given as ONNX cannot be pruned"),
+        (["precision=int8", "precision.calibration_method=entropie"], "calibration_method=entropie: choose"),
+        (["data.counts.validation=0"], "data.counts.validation=0"),
+        (["stages.train.training.steps=0"], "no weights=FILE"),
+        (["stages.train.training.steps=-1"], "steps=-1: must be at least 0"),
+        (["outputs=/proc/nowhere"], "outputs=/proc/nowhere: cannot write there"),
+        (["batch=0"], "batch=0"),
+        (["sampler.num_images=9999", "precision=int8", "stage=sample"], "only 24 images are eligible"),
+    ],
+)
+def test_bad_input_is_refused(tmp_path, words, message):
+    done = pipeline(*SMOKE, *words, cwd=tmp_path)
+    text = refused(done)
+    assert message in text.replace("\n", " "), text
+    assert not list((tmp_path / "outputs").rglob("manifest.json")) or "batch" in message
+
+
+def test_a_finished_chain_is_not_run_again(smoke):
+    before = snapshot(smoke)
+    done = pipeline(*SMOKE, cwd=smoke, check=0)
+    fresh = [line.split()[0] for line in done.stderr.splitlines() if " fresh " in line]
+    assert fresh == ["train", "export", "quantize", "build", "evaluate", "benchmark", "report"]
+    assert snapshot(smoke) == before
+
+
+def test_a_change_runs_what_depends_on_it(smoke):
+    done = pipeline(*SMOKE, "decoder.paf_threshold=0.06", cwd=smoke, check=0)
+    ran = [line.split()[0] for line in done.stderr.splitlines() if " done " in line]
+    assert ran == ["evaluate", "report"]
+
+
+def test_a_sweep_finishes_its_cells_and_lists_those_that_failed(smoke):
+    words = ["--multirun", *SMOKE, "resolution=64x80,100x100,72x88", "stages.benchmark.seconds=0.1"]
+    done = pipeline(*words, cwd=smoke)
+    text = refused(done)
+    assert "1 of 3 cells failed" in text
+    assert "resolution=100x100" in text
+    rows = (smoke / "outputs/smoke/report/results.csv").read_text().splitlines()
+    assert any(",72x88," in row for row in rows)
+
+
+def test_two_cells_that_would_share_an_address_are_an_error(smoke):
+    done = pipeline("--multirun", *SMOKE, "decoder.paf_threshold=0.06,0.07", cwd=smoke)
+    text = refused(done)
+    assert "1 of 2 cells failed" in text
+    assert "tell them apart with tag=" in text
+
+
+def test_what_is_asked_for_is_in_the_results(finished):
+    folder = finished / "outputs/smoke/report"
+    rows = (folder / "results.csv").read_text().splitlines()
+    wanted = (
+        "network,params,macs,resolution,precision,ran,backend,device,threads,images,ap,ap_lo,ap_hi,ap50,ap75,ap_medium,ap_large,"
+        "latency_p50_ms,latency_p95_ms,engine_mb,data_digest"
+    )
+    assert set(wanted.split(",")) <= set(rows[0].split(","))
+    assert len(rows) == 5
+    page = (folder / "report.html").read_text()
+    assert page.count("<tr") == 5
+    assert "data:image/jpeg;base64," in page
+    assert "http" not in page.split("</script>")[-1].replace("http://www.w3.org", "")
+    assert (folder / "model_card.md").read_text().startswith("# smoke")
+
+
+def test_a_damaged_input_is_refused_and_nothing_else_is_lost(smoke):
+    (model,) = (smoke / "outputs/smoke/export").glob("*_dense/model.onnx")
+    model.write_bytes(model.read_bytes() + b"x")
+    before = snapshot(smoke)
+    text = refused(pipeline(*SMOKE, "stage=quantize", cwd=smoke))
+    assert "changed since it was made; make it again with: python -m pipeline stage=export" in text
+    assert snapshot(smoke) == before
+    pipeline(*SMOKE, "tracking=none", cwd=smoke, check=0)  # the chain mends it
+
+
+def test_a_damaged_image_is_named(smoke):
+    (folder,) = (smoke / "outputs/cache/synthetic").glob("v*/images/validation")
+    file = sorted(folder.iterdir())[0]
+    file.write_bytes(file.read_bytes()[:300])
+    text = refused(pipeline(*SMOKE, "stage=evaluate", "force=true", cwd=smoke))
+    assert f"{file.name}: not a whole image" in text
+
+
+def test_strict_false_skips_and_counts(images, tmp_path):
+    shutil.copytree(images.folder, tmp_path / "coco")
+    root = tmp_path / "coco"
+    victim = sorted((root / "images/validation").iterdir())[3]
+    victim.write_bytes(b"")
+    words = [
+        *SMOKE, "data=coco", f"data.train.images={root}/images/train", f"data.train.annotations={root}/annotations/train.json",
+        f"data.val.images={root}/images/validation", f"data.val.annotations={root}/annotations/validation.json",
+        "stages.benchmark.seconds=0.1",
+    ]  # fmt: skip
+    assert "not a whole image" in refused(pipeline(*words, cwd=tmp_path))
+    pipeline(*words, "strict=false", cwd=tmp_path, check=0)
+    (metrics,) = (tmp_path / "outputs/smoke/evaluate").glob("*/metrics.json")
+    content = json.loads(metrics.read_text())
+    assert (content["images"], content["images_dropped"]) == (23, 1)
+
+
+def started(words, cwd):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    env.pop("POSEPRESS_RUN", None)
+    return subprocess.Popen([sys.executable, "-m", "pipeline", *words], cwd=cwd, env=env, stderr=subprocess.PIPE, text=True)
+
+
+LONG = ["stages.train.training.steps=400", "stages.train.training.checkpoint_every=5", "force=true"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_training_goes_on(smoke, how):
+    shutil.rmtree(smoke / "outputs/cache/train", ignore_errors=True)
+    before = snapshot(smoke)
+    process = started([*SMOKE, "stage=train", *LONG], smoke)
+    until = time.monotonic() + 90
+    while not list((smoke / "outputs/cache").glob("train/*/state.ckpt")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert process.returncode == 2
+        assert "interrupted; run the same command to go on" in errors
+        assert "Traceback" not in errors
+    assert snapshot(smoke).items() >= before.items(), "the earlier result is still there"
+    words = [w for w in LONG if w != "force=true"]
+    words[0] = "stages.train.training.steps=400"
+    done = pipeline(*SMOKE, "stage=train", *words, cwd=smoke, check=0)
+    assert "done" in done.stderr
+    (manifest,) = (smoke / "outputs/smoke/train").glob("*/manifest.json")
+    assert json.loads(manifest.read_text())["summary"]["steps"] == 400
+    assert not list((smoke / "outputs/smoke/train").glob(".*"))
+
+
+def test_two_processes_on_one_address(smoke):
+    process = started([*SMOKE, "stage=train", *LONG], smoke)
+    try:
+        until = time.monotonic() + 60
+        while not list((smoke / "outputs/runs/locks/smoke").glob("train@*.holder")):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        text = refused(pipeline(*SMOKE, "stage=train", *LONG, cwd=smoke))
+        assert f"is being made by process {process.pid} on" in text
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_full_disk_leaves_the_earlier_result(smoke):
+    """/dev/full is a disk that is always full: the report's table is written there."""
+    before = snapshot(smoke)
+    site = smoke / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import pathlib\n"
+        "real = pathlib.Path.open\n"
+        "def full(self, *a, **k):\n"
+        "    return open('/dev/full', 'w') if self.name == 'results.csv' else real(self, *a, **k)\n"
+        "pathlib.Path.open = full\n"
+    )
+    env = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}"}
+    words = [sys.executable, "-m", "pipeline", *SMOKE, "stage=report", "force=true"]
+    done = subprocess.run(words, cwd=smoke, env=env, capture_output=True, text=True, check=False)
+    assert "No space left on device; free some space" in refused(done)
+    assert snapshot(smoke) == before
+
+
+def test_the_given_onnx_file_goes_through_the_chain(smoke):
+    (model,) = (smoke / "outputs/smoke/export").glob("*_dense/model.onnx")
+    words = [*SMOKE, "name=adopted", "model=onnx", f"model.onnx={model}", "model.spec.input.order=RGB"]
+    words += ["model.spec.input.range=1", "model.spec.input.mean=[.5,.5,.5]", "model.spec.input.std=[.5,.5,.5]"]
+    words += ["model.spec.input.multiple=8", "precision=int8", "stages.benchmark.seconds=0.1"]
+    pipeline(*words, cwd=smoke, check=0)
+
+    def metrics(name, label):
+        (file,) = (smoke / f"outputs/{name}/evaluate").glob(f"{label}*_int8*/metrics.json")
+        return json.loads(file.read_text())
+
+    ours, theirs = metrics("adopted", "onnx_dense"), metrics("smoke", "lwop-s2-w0.125_dense")
+    assert [ours[k] for k in ("ap", "ar", "images")] == [theirs[k] for k in ("ap", "ar", "images")]
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    done = pipeline(*SMOKE, "stage=[]", "debug=true", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+def test_results_hold_no_path_of_this_machine(finished):
+    for file in (finished / "outputs/smoke").rglob("manifest.json"):
+        assert str(finished) not in file.read_text()
+        assert str(Path.home()) not in file.read_text()
