@@ -1,5 +1,6 @@
 """The command: composes the configuration, checks everything before any work, runs stages, and turns errors into exit codes."""
 
+import errno
 import json
 import os
 import sys
@@ -40,6 +41,7 @@ class Cell:
         self.stages = {name: self._stage(name) for name in config.stages}
         self.plan = requested(_plain(config.stage), self.stages)
         self.ran: list[dict[str, Any]] = []
+        self.checked = False
 
     def _stage(self, name: str) -> Stage:
         return Stage.from_config(name, _resolved(self.config.stages[name]))
@@ -62,10 +64,16 @@ class Cell:
             raise UserError(
                 f"pruner={config.pruner.label}: a network that is given as ONNX cannot be pruned; choose pruner=none"
             )
-        for option in ("resolution", "training_resolution"):
+        for option in ("training_resolution", "resolution"):
             _check_resolution(option, str(config[option]), int(config.model.multiple))
+        if int(config.batch) < 1:
+            raise UserError(f"batch={config.batch}: choose at least 1")
         for name in self.plan:
             _require_values(self.config.stages[name], name)
+            for option in self.stages[name].files:
+                file = self.stages[name].options.get(option)
+                if file is not None and not Path(str(file)).is_file():
+                    raise UserError(f"{option}={file}: no such file; give the path of an existing one")
             for component in self._components(name):
                 for module in component.get("requires") or []:
                     if find_spec(module) is None:
@@ -109,6 +117,7 @@ class Cell:
         if self.results.fresh(stage, fingerprint) and not self.config.force:
             console.print(f"[dim]{stage.name:10} fresh  {folder}[/]", soft_wrap=True)
             return
+        self._check_components()
         with self.results.lock(stage):
             if self.results.fresh(stage, fingerprint) and not self.config.force:
                 return
@@ -137,6 +146,13 @@ class Cell:
                 }
             )
             console.print(f"[bold green]{stage.name:10}[/] done   {folder}  ({time.time() - started:.1f} s)", soft_wrap=True)
+
+    def _check_components(self) -> None:
+        """Build the components of every planned stage, so that a wrong option of the last one stops the first."""
+        if not self.checked:
+            for name in self.plan:
+                _instantiate(arguments(self.stages[name]))
+            self.checked = True
 
     def track(self, error: str | None) -> None:
         """Log what ran to MLflow."""
@@ -263,8 +279,11 @@ def _message(error: BaseException) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"an option has no value: {error}"
     if isinstance(error, OSError):
+        outputs = _outputs(sys.argv[1:])
+        if error.errno != errno.ENOSPC and error.filename and Path(error.filename).is_relative_to(outputs):
+            return f"outputs={outputs}: cannot write there ({error.strerror}); choose another folder with outputs=DIR"
         where = f"{error.filename}: " if error.filename else ""
-        fix = "; free some space and run the same command again" if error.errno == 28 else ""
+        fix = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
         return f"{where}{error.strerror or error}{fix}"
     return str(error)
 

@@ -86,7 +86,9 @@ def test_a_result_is_fresh_until_something_it_follows_from_changes(results):
     prints = {results.fingerprint(changed, {}, None, {})[0] for changed in changes}
     assert len(prints | {fingerprint}) == 4
     on_device = Stage("train", "a", stage.options, code=stage.code, device=True)
-    assert results.fingerprint(on_device, {}, None, {"cpu": "a"})[0] != results.fingerprint(on_device, {}, None, {"cpu": "b"})[0]
+    assert (
+        results.fingerprint(on_device, {}, None, {"cpu": "a"})[0] != results.fingerprint(on_device, {}, None, {"cpu": "b"})[0]
+    )
     (results.folder(stage) / "file").write_text("other")
     assert not results.fresh(stage, fingerprint)
 
@@ -94,8 +96,13 @@ def test_a_result_is_fresh_until_something_it_follows_from_changes(results):
 def test_labels_and_paths_are_not_part_of_a_fingerprint(results, tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).write_text("weights")
+
     def stage(label, file):
-        options = {"_target_": "x.y", "part": {"_target_": "pipeline.pruning.L1Pruner", "label": label}, "weights": str(tmp_path / file)}
+        options = {
+            "_target_": "x.y",
+            "part": {"_target_": "pipeline.pruning.L1Pruner", "label": label},
+            "weights": str(tmp_path / file),
+        }
         return Stage("train", "a", options, files=["weights"])
 
     first = results.fingerprint(stage("a", "one"), {}, None, {})
@@ -150,7 +157,9 @@ def test_inputs_must_be_there_and_unchanged(results):
     def command(stage):
         return f"python -m pipeline stage={stage} name=x"
 
-    with pytest.raises(UserError, match=r"export: needs .*train/a, which is not there; make it with: python -m pipeline stage=train name=x"):
+    with pytest.raises(
+        UserError, match=r"export: needs .*train/a, which is not there; make it with: python -m pipeline stage=train name=x"
+    ):
         results.input_manifests(reader, stages, command)
     make(results, upstream)
     assert results.input_manifests(reader, stages, command)["network"][0][0] == results.folder(upstream)
@@ -188,7 +197,12 @@ def test_two_processes_on_one_address(results):
 
 
 def test_components_outside_the_lists_are_watched_too():
-    stage = Stage("train", "a", {"_target_": "pipeline.stages.train.run", "x": {"_target_": "evaluation.audit.label"}}, code=["evaluation/types.py"])
+    stage = Stage(
+        "train",
+        "a",
+        {"_target_": "pipeline.stages.train.run", "x": {"_target_": "evaluation.audit.label"}},
+        code=["evaluation/types.py"],
+    )
     names = {f.name for f in source_files(stage)}
     assert names == {"train.py", "audit.py", "types.py"}
 

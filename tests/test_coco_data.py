@@ -52,7 +52,7 @@ def test_a_missing_image_is_named_and_can_be_skipped(folder):
 
 
 def test_a_corrupt_image_is_named_and_can_be_skipped(folder):
-    file = sorted((folder / "images/validation").iterdir())[0]
+    file = min((folder / "images/validation").iterdir())
     file.write_bytes(file.read_bytes()[:200])
     sample = splits(folder).open("validation")[0]
     with pytest.raises(UserError, match=f"{file.name}: not a whole image"):
@@ -162,7 +162,7 @@ def test_the_digest_follows_content_and_labels(folder):
     assert splits(folder).digest(["validation"]) == before
     edit(folder / "annotations/validation.json", lambda c: c["annotations"][0].update(area=1.0))
     relabelled = splits(folder).digest(["validation"])
-    file = sorted((folder / "images/validation").iterdir())[0]
+    file = min((folder / "images/validation").iterdir())
     file.write_bytes(file.read_bytes() + b"\0")
     assert len({before, relabelled, splits(folder).digest(["validation"])}) == 3
 

@@ -113,7 +113,9 @@ def test_a_stage_lists_all_code_its_result_follows_from(name):
         modules = {t.rpartition(".")[0].replace(".", "/") + ".py" for t in targets(stage.options)}
         for entry in stage.code:
             assert (ROOT / entry).exists(), entry
-            listed |= {str(f.relative_to(ROOT)) for f in ((ROOT / entry).rglob("*.py") if (ROOT / entry).is_dir() else [ROOT / entry])}
+            listed |= {
+                str(f.relative_to(ROOT)) for f in ((ROOT / entry).rglob("*.py") if (ROOT / entry).is_dir() else [ROOT / entry])
+            }
         needed = closure(ROOT / m for m in modules if (ROOT / m).is_file())
         missing = needed - listed - UNTRACKED - {m for m in needed if m.endswith("__init__.py")}
         assert not missing, f"stages.{name}.code lacks {sorted(missing)}"
@@ -133,7 +135,15 @@ def test_wiring_is_known():
         assert all(key in WIRING for key in ("address", "inputs", "code"))
 
 
-LEAVES = ["evaluation.types", "evaluation.views", "evaluation.skeletons", "evaluation.heatmap_paf", "evaluation.coco", "evaluation.latency", "calib_samplers.stratified"]
+LEAVES = [
+    "evaluation.types",
+    "evaluation.views",
+    "evaluation.skeletons",
+    "evaluation.heatmap_paf",
+    "evaluation.coco",
+    "evaluation.latency",
+    "calib_samplers.stratified",
+]
 
 
 @pytest.mark.parametrize("module", LEAVES)

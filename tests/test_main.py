@@ -42,7 +42,7 @@ def test_help_helps_and_loads_nothing_heavy(tmp_path):
         (["stage=[]"], "stage=[]: nothing to run"),
         (["stage=prune"], "stage=prune: outside the chain of this configuration (train -> export"),
         (["stage=sample"], "set the option that needs it, for instance precision=int8"),
-        (["precision=int9"], "precision=int9: no such choice; did you mean 'int8'; choose one of fp16, fp32, int8"),
+        (["precision=int9"], "precision=int9: no such choice; did you mean 'int8'?"),
         (["modle=onnx"], "modle: no such option; did you mean 'model'"),
         (["stages.train.training.step=3"], "no such option; did you mean 'stages.train.training.steps'"),
         (["name=../elsewhere"], "name=../elsewhere: must be a plain folder name"),
@@ -68,7 +68,7 @@ def test_bad_input_is_refused(tmp_path, words, message):
     done = pipeline(*SMOKE, *words, cwd=tmp_path)
     text = refused(done)
     assert message in text.replace("\n", " "), text
-    assert not list((tmp_path / "outputs").rglob("manifest.json")) or "batch" in message
+    assert not list((tmp_path / "outputs").rglob("manifest.json"))
 
 
 def test_a_finished_chain_is_not_run_again(smoke):
@@ -80,7 +80,7 @@ def test_a_finished_chain_is_not_run_again(smoke):
 
 
 def test_a_change_runs_what_depends_on_it(smoke):
-    done = pipeline(*SMOKE, "decoder.paf_threshold=0.06", cwd=smoke, check=0)
+    done = pipeline(*SMOKE, "stages.evaluate.pictures=2", cwd=smoke, check=0)
     ran = [line.split()[0] for line in done.stderr.splitlines() if " done " in line]
     assert ran == ["evaluate", "report"]
 
@@ -130,7 +130,7 @@ def test_a_damaged_input_is_refused_and_nothing_else_is_lost(smoke):
 
 def test_a_damaged_image_is_named(smoke):
     (folder,) = (smoke / "outputs/cache/synthetic").glob("v*/images/validation")
-    file = sorted(folder.iterdir())[0]
+    file = min(folder.iterdir())
     file.write_bytes(file.read_bytes()[:300])
     text = refused(pipeline(*SMOKE, "stage=evaluate", "force=true", cwd=smoke))
     assert f"{file.name}: not a whole image" in text
@@ -159,7 +159,7 @@ def started(words, cwd):
     return subprocess.Popen([sys.executable, "-m", "pipeline", *words], cwd=cwd, env=env, stderr=subprocess.PIPE, text=True)
 
 
-LONG = ["stages.train.training.steps=400", "stages.train.training.checkpoint_every=5", "force=true"]
+LONG = ["stages.train.training.steps=60", "stages.train.training.checkpoint_every=2", "force=true"]
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
@@ -180,11 +180,10 @@ def test_an_interrupted_training_goes_on(smoke, how):
         assert "Traceback" not in errors
     assert snapshot(smoke).items() >= before.items(), "the earlier result is still there"
     words = [w for w in LONG if w != "force=true"]
-    words[0] = "stages.train.training.steps=400"
     done = pipeline(*SMOKE, "stage=train", *words, cwd=smoke, check=0)
     assert "done" in done.stderr
     (manifest,) = (smoke / "outputs/smoke/train").glob("*/manifest.json")
-    assert json.loads(manifest.read_text())["summary"]["steps"] == 400
+    assert json.loads(manifest.read_text())["summary"]["steps"] == 60
     assert not list((smoke / "outputs/smoke/train").glob(".*"))
 
 
@@ -211,7 +210,7 @@ def test_a_full_disk_leaves_the_earlier_result(smoke):
         "import pathlib\n"
         "real = pathlib.Path.open\n"
         "def full(self, *a, **k):\n"
-        "    return open('/dev/full', 'w') if self.name == 'results.csv' else real(self, *a, **k)\n"
+        "    return open('/dev/full', 'w') if self.name == 'results.csv' and 'w' in a else real(self, *a, **k)\n"
         "pathlib.Path.open = full\n"
     )
     env = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}"}

@@ -1,3 +1,4 @@
+import contextlib
 from functools import partial
 
 import numpy as np
@@ -121,10 +122,8 @@ def test_thresholds_are_relative_to_the_greatest():
     counts = []
     for threshold in (0.2, 0.5, 0.8):
         network = trained(MAKERS[0])
-        try:
+        with contextlib.suppress(UserError):
             L1Pruner(pruning_ratio=None, pruning_threshold=threshold).prune(network)
-        except UserError:
-            pass
         counts.append(sum(p.numel() for p in network.parameters()))
     assert counts[0] >= counts[1] > counts[2]
 
@@ -159,7 +158,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     network = trained(MAKERS[0])
     file = tmp_path / "other.pt"
     state = network.state_dict()
-    first, second = list(state)[:2]
+    first, _second = list(state)[:2]
     del state[first]
     torch.save({**state, "foreign.weight": torch.zeros(1)}, file)
     with pytest.raises(UserError, match=f"1 missing: {first}; 1 left over: foreign.weight"):

@@ -170,7 +170,7 @@ def test_scales_of_a_known_tensor(branches):
 
 
 def test_a_concatenation_shares_one_scale(branches):
-    model, scales, placement = written(branches, "tensorrt")
+    _model, scales, placement = written(branches, "tensorrt")
     assert placement.shared == (frozenset({"c6", "b2", "image", "joined"}),)
     assert len({scales[t] for t in placement.shared[0]}) == 1
 

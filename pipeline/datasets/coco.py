@@ -261,6 +261,7 @@ class CocoSplits:
     cache: str = "outputs/cache"
     strict: bool = True
     dropped: dict[str, list[str]] = field(default_factory=dict, compare=False)
+    _kept: dict[str, Coco] = field(default_factory=dict, compare=False, repr=False)
 
     def _named(self) -> dict[str, dict[str, Any]] | None:
         if self.splits is None:
@@ -336,6 +337,8 @@ class CocoSplits:
     def _present(self, split: str, part: Coco) -> Coco:
         if self.strict:
             return part
+        if split in self._kept:
+            return self._kept[split]
         kept = []
         for record in part.records:
             try:
@@ -343,7 +346,8 @@ class CocoSplits:
                 kept.append(record["file_name"])
             except UserError:
                 self.dropped.setdefault(split, []).append(record["file_name"])
-        return Coco(part.images, part.annotations, tuple(kept))
+        self._kept[split] = Coco(part.images, part.annotations, tuple(kept))
+        return self._kept[split]
 
     def _check_disjoint(self) -> None:
         ids: dict[str, str] = {}
@@ -355,7 +359,7 @@ class CocoSplits:
                     raise UserError(
                         f"image {record['id']} ({record['file_name']}) is in '{other}' and '{split}'; splits must not overlap"
                     )
-            present = part if self.strict else self._present(split, part)
+            present = self._present(split, part)
             for name, digest in present.contents(Path(self.cache)).items():
                 other, twin = contents.setdefault(digest, (split, name))
                 if other != split:
@@ -368,7 +372,7 @@ class CocoSplits:
             if split not in self.parts:
                 continue
             part = self.parts[split]
-            present = part if self.strict else self._present(split, part)
+            present = self._present(split, part)
             total.update(json.dumps([split, sorted(present.contents(Path(self.cache)).items())]).encode())
             total.update(json.dumps(part.records, sort_keys=True).encode())
         return total.hexdigest()

@@ -4,7 +4,6 @@ from typing import Any
 
 from evaluation.types import Resolution
 from pipeline.artifacts import Job
-from pipeline.errors import UserError
 from pipeline.export import stamped
 from pipeline.specs import Backend, Framing, ModelFiles, Shapes
 
@@ -16,10 +15,8 @@ def run(job: Job, backend: Backend, framing: Framing, resolution: str, batch: in
         The backend that built it and the engine's size.
 
     Raises:
-        UserError: the batch is below 1, or the backend cannot build it.
+        UserError: the backend cannot build it.
     """
-    if batch < 1:
-        raise UserError(f"batch={batch}: choose at least 1")
     files = ModelFiles.in_folder(job.inputs["network"])
     size = Resolution.parse(resolution)
     spec = stamped(files.onnx["tensorrt"]).input

@@ -54,7 +54,10 @@ def run(
         model, make, history = store.load(job.inputs["network"])
     else:
         make, history = network, []
-        model = make()
+        try:
+            model = make()
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from error
         if weights is not None:
             store.load_state(model, store.read_weights(Path(weights)), Path(weights))
         elif training.steps == 0:
