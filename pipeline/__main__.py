@@ -161,9 +161,9 @@ class Cell:
         from pipeline.tracking import Tracker
 
         figures: dict[str, Any] = {}
-        for name in ("export", "evaluate", "benchmark"):
+        for name, wanted in (("export", {"params"}), ("quantize", {"macs"}), ("evaluate", None), ("benchmark", None)):
             if name in self.stages and (manifest := read_manifest(self.results.folder(self.stages[name]))):
-                figures |= manifest["summary"]
+                figures |= {key: value for key, value in manifest["summary"].items() if wanted is None or key in wanted}
         tracker = Tracker(str(self.config.tracking.uri), str(self.config.name), self.results.run)
         tracker.log_cell(_plain(self.config.axes), figures, self.ran, error)
 

@@ -152,7 +152,7 @@ def test_the_learning_rate_warms_up_and_falls():
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == pytest.approx(1.0)
     assert rates[99] == pytest.approx(0.01, abs=0.01)
-    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
 def _options(**changes):
