@@ -31,6 +31,6 @@ def describe() -> dict[str, Any]:
     }
 
 
-def name(device: dict[str, Any]) -> str:
-    """The device in one line, for a table."""
-    return f"{device['gpus'][0]}" if device["gpus"] else f"{device['cpu']} ({device['cores']} cores)"
+def name(device: dict[str, Any], on_gpu: bool) -> str:
+    """The processor or the GPU in one line, for a table."""
+    return f"{device['gpus'][0]}" if on_gpu and device["gpus"] else f"{device['cpu']} ({device['cores']} cores)"

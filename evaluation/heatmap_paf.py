@@ -7,6 +7,7 @@ parabola through the logarithm of three values, exact for a Gaussian, and PAFs a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +24,15 @@ _MOST_MISSES = 1  # so many of them may lie below the threshold: the 9-of-10 rul
 
 
 @compiled
-def _log_parabola(before: float, centre: float, after: float) -> float:
+def _log_parabola(before: np.float32, centre: np.float32, after: np.float32) -> np.float32:
     """Offset in -0.5..0.5 of the top of the parabola through three logarithms; 0 where they are not concave."""
-    a, c, b = np.log(max(before, 1e-3)), np.log(max(centre, 1e-3)), np.log(max(after, 1e-3))
-    curvature = a + b - 2.0 * c
-    if not curvature < -1e-6:
-        return 0.0
-    return float(min(max(0.5 * (a - b) / curvature, -0.5), 0.5))
+    least = np.float32(1e-3)
+    # Ratios to the centre, which is the greatest: two logarithms instead of three.
+    a, b = np.log(max(before, least) / centre), np.log(max(after, least) / centre)
+    curvature = a + b
+    if not curvature < np.float32(-1e-6):
+        return np.float32(0)
+    return min(max(np.float32(0.5) * (a - b) / curvature, np.float32(-0.5)), np.float32(0.5))
 
 
 @compiled
@@ -41,33 +44,38 @@ def _peaks(heatmap: F32, threshold: float, peaks: F32) -> int:
     """
     H, W = heatmap.shape
     room = peaks.shape[0]
-    found = np.empty((max(H * W // 2, 1), 2), np.int32)
-    values = np.empty(found.shape[0], np.float32)
+    flat = heatmap.ravel()
+    above = np.empty(H * W + 1, np.int32)
+    least = np.float32(threshold)
+    count = 0
+    for cell in range(H * W):  # without a branch: most cells are below
+        above[count] = cell
+        count += flat[cell] > least
+    found = np.empty((max(count, 1), 2), np.int32)
+    values = np.empty(max(count, 1), np.float32)
     n = 0
-    for i in range(H):
-        for j in range(W):
-            v = heatmap[i, j]
-            if not v > threshold or n == found.shape[0]:
+    for c in range(count):
+        i, j = above[c] // W, above[c] % W
+        v = flat[above[c]]
+        top = True
+        for di in range(-1, 2):
+            ii = i + di
+            if ii < 0 or ii >= H:
                 continue
-            top = True
-            for di in range(-1, 2):
-                ii = i + di
-                if ii < 0 or ii >= H:
+            for dj in range(-1, 2):
+                jj = j + dj
+                if jj < 0 or jj >= W or (di == 0 and dj == 0):
                     continue
-                for dj in range(-1, 2):
-                    jj = j + dj
-                    if jj < 0 or jj >= W or (di == 0 and dj == 0):
-                        continue
-                    u = heatmap[ii, jj]
-                    if u > v or (u == v and (di < 0 or (di == 0 and dj < 0))):
-                        top = False
-                        break
-                if not top:
+                u = heatmap[ii, jj]
+                if u > v or (u == v and (di < 0 or (di == 0 and dj < 0))):
+                    top = False
                     break
-            if top:
-                found[n, 0], found[n, 1] = i, j
-                values[n] = v
-                n += 1
+            if not top:
+                break
+        if top:
+            found[n, 0], found[n, 1] = i, j
+            values[n] = v
+            n += 1
     if n > room:
         keep = np.argsort(-values[:n])[:room]
         keep.sort()
@@ -76,7 +84,7 @@ def _peaks(heatmap: F32, threshold: float, peaks: F32) -> int:
     for k in range(n):
         i, j = found[k, 0], found[k, 1]
         v = heatmap[i, j]
-        dx = dy = 0.0
+        dx = dy = np.float32(0)
         if 0 < j < W - 1:
             dx = _log_parabola(heatmap[i, j - 1], v, heatmap[i, j + 1])
         if 0 < i < H - 1:
@@ -86,53 +94,82 @@ def _peaks(heatmap: F32, threshold: float, peaks: F32) -> int:
 
 
 @compiled
-def _along(px: F32, py: F32, x: np.float32, y: np.float32, dx: np.float32, dy: np.float32) -> np.float32:
-    """The PAF (px, py) at a point, bilinear and clamped to the map, times the direction (dx, dy)."""
+def _sample(px: F32, py: F32, x: np.float32, y: np.float32) -> tuple[np.float32, np.float32]:
+    """The PAF (px, py) at a point, bilinear and clamped to the map."""
     H, W = px.shape
     x = min(max(x, np.float32(0)), np.float32(W - 1))
     y = min(max(y, np.float32(0)), np.float32(H - 1))
-    j, i = min(int(x), max(W - 2, 0)), min(int(y), max(H - 2, 0))
+    j, i = int(x), int(y)
     fx, fy = x - np.float32(j), y - np.float32(i)
     gx, gy = np.float32(1) - fx, np.float32(1) - fy
     jj, ii = min(j + 1, W - 1), min(i + 1, H - 1)
     u = (px[i, j] * gx + px[i, jj] * fx) * gy + (px[ii, j] * gx + px[ii, jj] * fx) * fy
     v = (py[i, j] * gx + py[i, jj] * fx) * gy + (py[ii, j] * gx + py[ii, jj] * fx) * fy
-    return np.float32(u * dx + v * dy)
+    return np.float32(u), np.float32(v)
 
 
 @compiled
-def _limb_score(px: F32, py: F32, a: F32, b: F32, shift: float, threshold: float) -> float:
-    """Mean PAF along the line from peak a to peak b; 0 if the line is not a limb.
+def _score_limbs(
+    px: F32, py: F32, a: F32, nA: int, b: F32, nB: int, shift: float, threshold: float, scores: F32, pairs: I32
+) -> int:
+    """Score every pair of the first nA peaks a [P, 3] and nB peaks b: the mean PAF along their line.
 
-    The ends are sampled first and then every third point: a wrong pair mostly fails at once, and the result does not
-    depend on the order.
+    The PAF at the peaks is sampled once for all pairs, because a wrong pair mostly fails there; the inner samples come every
+    third, so that the others fail soon. Neither changes a result.
+
+    Returns:
+        How many pairs are limbs; their scores and indices are written to `scores` [nA nB] and `pairs` [nA nB, 2].
     """
     H = px.shape[0]
-    ax, ay = np.float32(a[0] + shift), np.float32(a[1] + shift)
-    dx, dy = b[0] - a[0], b[1] - a[1]
-    length = np.sqrt(dx * dx + dy * dy)
-    if not length > 1e-4:
-        return 0.0
-    least = np.float32(threshold) * length
-    total, good, missed = np.float32(0), 0, 0
+    offset, least_paf = np.float32(shift), np.float32(threshold)
+    ends_a, ends_b = np.empty((nA, 2), np.float32), np.empty((nB, 2), np.float32)
+    for k in range(nA):
+        ends_a[k, 0], ends_a[k, 1] = _sample(px, py, a[k, 0] + offset, a[k, 1] + offset)
+    for k in range(nB):
+        ends_b[k, 0], ends_b[k, 1] = _sample(px, py, b[k, 0] + offset, b[k, 1] + offset)
     inner = _SAMPLES - 2
-    for step in range(_SAMPLES):
-        at = 0
-        if step == 1:
-            at = _SAMPLES - 1
-        elif step > 1:
-            at = 1 + ((step - 2) * 3 + inner // 2) % inner
-        t = np.float32(at / (_SAMPLES - 1))
-        dot = _along(px, py, ax + t * dx, ay + t * dy, dx, dy)
-        if dot > least:
-            total += dot
-            good += 1
-        else:
-            missed += 1
+    n = 0
+    for i in range(nA):
+        ax, ay = a[i, 0], a[i, 1]
+        for j in range(nB):
+            dx, dy = b[j, 0] - ax, b[j, 1] - ay
+            length = np.float32(np.sqrt(dx * dx + dy * dy))
+            if not length > np.float32(1e-4):
+                continue
+            least = least_paf * length
+            total, good, missed = np.float32(0), 0, 0
+            at_a, at_b = ends_a[i, 0] * dx + ends_a[i, 1] * dy, ends_b[j, 0] * dx + ends_b[j, 1] * dy
+            if at_a > least:
+                total += at_a
+                good += 1
+            else:
+                missed += 1
+            if at_b > least:
+                total += at_b
+                good += 1
+            else:
+                missed += 1
+            step = 0
+            while missed <= _MOST_MISSES and step < inner:
+                t = np.float32(1 + (step * 3 + inner // 2) % inner) / np.float32(_SAMPLES - 1)
+                u, v = _sample(px, py, ax + offset + t * dx, ay + offset + t * dy)
+                dot = u * dx + v * dy
+                if dot > least:
+                    total += dot
+                    good += 1
+                else:
+                    missed += 1
+                step += 1
             if missed > _MOST_MISSES:
-                return 0.0
-    # OpenPose's penalty for limbs longer than half the map's height.
-    return float(total / (length * np.float32(good)) + min(np.float32(0), np.float32(0.5 * H) / length - np.float32(1)))
+                continue
+            # OpenPose's penalty for limbs longer than half the map's height.
+            long = min(np.float32(0), np.float32(0.5) * np.float32(H) / length - np.float32(1))
+            score = total / (length * np.float32(good)) + long
+            if score > 0:
+                scores[n] = score
+                pairs[n, 0], pairs[n, 1] = i, j
+                n += 1
+    return n
 
 
 @compiled
@@ -178,16 +215,10 @@ def _group(
         nA, nB = counts[A], counts[B]
         if nA == 0 or nB == 0:
             continue
+        px, py = pafs[channel], pafs[channel + 1]
         scores = np.empty(nA * nB, np.float32)
         pairs = np.empty((nA * nB, 2), np.int32)
-        n = 0
-        for a in range(nA):
-            for b in range(nB):
-                score = _limb_score(pafs[channel], pafs[channel + 1], peaks[A, a], peaks[B, b], shift, paf_threshold)
-                if score > 0:
-                    scores[n] = score
-                    pairs[n, 0], pairs[n, 1] = a, b
-                    n += 1
+        n = _score_limbs(px, py, peaks[A], nA, peaks[B], nB, shift, paf_threshold, scores, pairs)
         used_a, used_b = np.zeros(nA, np.bool_), np.zeros(nB, np.bool_)
         for c in np.argsort(-scores[:n], kind="mergesort"):
             a, b = pairs[c, 0], pairs[c, 1]
@@ -245,6 +276,7 @@ def _group(
     return keypoints[alive[:people]], limb_scores[:people][alive[:people]]
 
 
+@cache
 def limb_order(skeleton: Skeleton) -> tuple[I32, int]:
     """Order limbs for grouping: a spanning tree from the keypoint with most limbs outwards, then those closing cycles.
 
@@ -267,6 +299,12 @@ def limb_order(skeleton: Skeleton) -> tuple[I32, int]:
     return np.array(order, np.int32), len(tree)
 
 
+@cache
+def _counted(skeleton: Skeleton) -> F32:
+    """1 for keypoints that count in a person's score, [K]: a neck follows from the shoulders and would count them twice."""
+    return np.array([name != "neck" for name in skeleton.names], np.float32)
+
+
 @dataclass(frozen=True)
 class HeatmapPafDecoder:
     """Decoder of bottom-up networks with the fields "heatmaps" and "pafs".
@@ -287,6 +325,19 @@ class HeatmapPafDecoder:
     min_score: float = 0.2
     max_peaks: int = 128
 
+    def __post_init__(self) -> None:
+        """Check that the fields hold what the skeleton needs.
+
+        Raises:
+            ValueError: a field has too few channels, or heatmaps and PAFs have different strides.
+        """
+        heat, paf, skeleton = self.spec.field("heatmaps"), self.spec.field("pafs"), self.spec.skeleton
+        if heat.channels < len(skeleton.names) or paf.channels != 2 * len(skeleton.limbs) or heat.stride != paf.stride:
+            raise ValueError(
+                f"{heat.channels} heatmaps (stride {heat.stride}) and {paf.channels} PAF channels (stride {paf.stride}) do "
+                f"not fit a skeleton of {len(skeleton.names)} keypoints and {len(skeleton.limbs)} limbs; mend model.spec"
+            )
+
     def decode(self, fields: Mapping[str, F32], views: Sequence[View]) -> list[Poses]:
         """Find the people of each view.
 
@@ -299,8 +350,7 @@ class HeatmapPafDecoder:
         """
         heat, paf = self.spec.field("heatmaps"), self.spec.field("pafs")
         limbs, closing = limb_order(self.spec.skeleton)
-        # A neck follows from the shoulders: counting it would count them twice.
-        counts = np.array([name != "neck" for name in self.spec.skeleton.names], np.float32)
+        counts = _counted(self.spec.skeleton)
         found = []
         for heatmaps, pafs, view in zip(fields["heatmaps"], fields["pafs"], views, strict=True):
             keypoints, limb_scores = _group(

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import shlex
+import shutil
 import sys
 import time
 import traceback
@@ -20,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from evaluation.types import Resolution
+from evaluation.types import InputSpec, Resolution
 from pipeline.artifacts import Job, Results, Stage, arguments, read_manifest, requested, targets
 from pipeline.errors import UserError, nearest
 
@@ -42,6 +44,7 @@ class Cell:
         self.plan = requested(_plain(config.stage), self.stages)
         self.ran: list[dict[str, Any]] = []
         self.checked = False
+        self.summaries: dict[str, Mapping[str, Any]] = {}
 
     def _stage(self, name: str) -> Stage:
         return Stage.from_config(name, _resolved(self.config.stages[name]))
@@ -49,7 +52,7 @@ class Cell:
     def command(self, stage: str) -> str:
         """The command line that runs a stage of this cell."""
         others = [o for o in self.overrides if not o.startswith(("stage=", "hydra.", "force="))]
-        return " ".join(["python -m pipeline", f"stage={stage}", *others])
+        return shlex.join(["python", "-m", "pipeline", f"stage={stage}", *others])
 
     def preflight(self) -> None:
         """Check what can be checked before any work.
@@ -65,9 +68,11 @@ class Cell:
                 f"pruner={config.pruner.label}: a network that is given as ONNX cannot be pruned; choose pruner=none"
             )
         for option in ("training_resolution", "resolution"):
-            _check_resolution(option, str(config[option]), int(config.model.multiple))
-        if int(config.batch) < 1:
-            raise UserError(f"batch={config.batch}: choose at least 1")
+            _check_resolution(option, str(config[option]), int(config.model.multiple), int(config.model.get("offset", 0)))
+        for option, least in (("batch", 1), ("threads", 0), ("seed", 0)):
+            value = config[option]
+            if not isinstance(value, int) or value < least:
+                raise UserError(f"{option}={value}: choose a whole number, at least {least}")
         for name in self.plan:
             _require_values(self.config.stages[name], name)
             for option in self.stages[name].files:
@@ -116,6 +121,7 @@ class Cell:
             self.results.claim(stage, fingerprint)
         if self.results.fresh(stage, fingerprint) and not self.config.force:
             console.print(f"[dim]{stage.name:10} fresh  {folder}[/]", soft_wrap=True)
+            self.summaries[stage.name] = (read_manifest(folder) or {}).get("summary", {})
             return
         self._check_components()
         with self.results.lock(stage):
@@ -126,6 +132,8 @@ class Cell:
             options = _instantiate(arguments(stage))
             target = options.pop("_target_")
             scratch = self.results.cache / stage.name / fingerprint[:16]
+            if self.config.force:
+                shutil.rmtree(scratch, ignore_errors=True)
             with self.results.writing(stage) as out:
                 job = Job(
                     out=out,
@@ -135,7 +143,13 @@ class Cell:
                     cache=self.results.cache,
                 )
                 summary = hydra.utils.get_method(target)(job, **options)
+                dropped = getattr(options.get("data"), "dropped", {})
+                skipped = sum(len(names) for split, names in dropped.items() if split in stage.splits)
+                if skipped:
+                    console.print(f"[yellow]{stage.name:10} skipped {skipped} images that are missing or not whole[/]")
+                    summary = {**summary, "images_skipped": skipped}
                 self.results.finish(out, fingerprint, parts, summary)
+            self.summaries[stage.name] = summary
             self.ran.append(
                 {
                     "stage": stage.name,
@@ -162,17 +176,16 @@ class Cell:
 
         figures: dict[str, Any] = {}
         for name, wanted in (("export", {"params"}), ("quantize", {"macs"}), ("evaluate", None), ("benchmark", None)):
-            if name in self.stages and (manifest := read_manifest(self.results.folder(self.stages[name]))):
-                figures |= {key: value for key, value in manifest["summary"].items() if wanted is None or key in wanted}
+            summary = self.summaries.get(name, {})
+            figures |= {key: value for key, value in summary.items() if wanted is None or key in wanted}
         tracker = Tracker(str(self.config.tracking.uri), str(self.config.name), self.results.run)
         tracker.log_cell(_plain(self.config.axes), figures, self.ran, error)
 
 
-def _record(number: int, overrides: Sequence[str], collect: Sequence[str], error: str | None) -> None:
+def _record(number: int, content: Mapping[str, Any]) -> None:
     """Leave what became of a sweep's cell where the launching process finds it."""
     folder = _run_folder() / "cells"
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"overrides": list(overrides), "error": error, "collect": list(collect)}
     (folder / f"{number:06d}.json").write_text(json.dumps(content))
 
 
@@ -180,14 +193,16 @@ def _run_folder() -> Path:
     return _outputs(sys.argv[1:]) / "runs" / os.environ[RUN_VARIABLE]
 
 
-def _check_resolution(option: str, text: str, multiple: int) -> None:
+def _check_resolution(option: str, text: str, multiple: int, offset: int) -> None:
     try:
         resolution = Resolution.parse(text)
     except ValueError as error:
         raise UserError(f"{option}{str(error).removeprefix('resolution')}") from error
-    if resolution.height % multiple or resolution.width % multiple:
-        near = Resolution(*(max(round(n / multiple), 1) * multiple for n in (resolution.height, resolution.width)))
-        raise UserError(f"{option}={resolution}: this network takes multiples of {multiple}; the nearest is {option}={near}")
+    spec = InputSpec("", multiple=multiple, offset=offset)
+    if not spec.fits(resolution):
+        near = Resolution(*(spec.fit(n - multiple / 2) for n in (resolution.height, resolution.width)))
+        shape = f"multiples of {multiple}" + (f" plus {offset}" if offset else "")
+        raise UserError(f"{option}={resolution}: this network takes {shape}; the nearest is {option}={near}")
 
 
 def _plain(value: Any) -> Any:
@@ -260,18 +275,21 @@ def _cell(config: DictConfig) -> None:
         if config.get("debug"):
             raise
         message = _message(error)
-        if not sweep:
-            _errors.append(message)
     except Exception as error:
         if not sweep:
             raise
         traceback.print_exc()  # a bug in one cell; the others go on
         message = f"{type(error).__name__}: {error}"
+    if cell is not None:
+        try:
+            cell.track(message)
+        except UserError as error:
+            message = message or str(error)
+    if message is not None and not sweep:
+        _errors.append(message)
     if sweep:
         collect = [] if cell is None else [name for name in cell.plan if cell.stages[name].collect]
-        _record(context.job.num, overrides, collect, message)
-    if cell is not None:
-        cell.track(message)
+        _record(context.job.num, {"overrides": overrides, "error": message, "collect": collect, "name": str(config.name)})
 
 
 def _message(error: BaseException) -> str:
@@ -289,23 +307,22 @@ def _message(error: BaseException) -> str:
 
 
 def _finish_sweep() -> None:
-    """Make the report of a finished sweep once, and list the cells that failed.
+    """Make the reports of a finished sweep, one a name, and list the cells that failed.
 
     Raises:
-        UserError: a cell failed.
+        UserError: a cell or a report failed.
     """
     cells = [json.loads(file.read_text()) for file in sorted((_run_folder() / "cells").glob("*.json"))]
-    if not cells:
-        return
-    collecting = [cell for cell in cells if cell["collect"] and cell["error"] is None]
-    if collecting:
-        last = collecting[-1]
-        others = [o for o in last["overrides"] if not o.startswith("stage=")]
-        with hydra.initialize_config_module("conf", version_base="1.3"):
-            config = hydra.compose("config", [*others, f"stage=[{','.join(last['collect'])}]"])
-        report = Cell(config, others, sweep=False)
-        report.run()
     failed = [cell for cell in cells if cell["error"] is not None]
+    collecting = {cell["name"]: cell for cell in cells if cell["collect"] and cell["error"] is None}
+    for cell in collecting.values():
+        others = [o for o in cell["overrides"] if not o.startswith("stage=")]
+        with hydra.initialize_config_module("conf", version_base="1.3"):
+            config = hydra.compose("config", [*others, f"stage=[{','.join(cell['collect'])}]"])
+        try:
+            Cell(config, others, sweep=False).run()
+        except (UserError, OSError) as error:
+            failed.append({"overrides": [*others, "stage=report"], "error": _message(error)})
     if failed:
         common = set.intersection(*(set(cell["overrides"]) for cell in cells)) if len(cells) > 1 else set()
         lines = ""
@@ -330,7 +347,7 @@ def _explain(error: Exception, words: Sequence[str]) -> str:
     known = set()
     try:
         with hydra.initialize_config_module("conf", version_base="1.3"):
-            base = hydra.compose("config")
+            base = hydra.compose("config", [w for w in words if w.partition("=")[0] in groups and _is_choice(w)])
         known = set(_paths(OmegaConf.to_container(base), ""))
     except (HydraException, OmegaConfBaseException):
         known = set(groups)
@@ -345,6 +362,11 @@ def _explain(error: Exception, words: Sequence[str]) -> str:
             inside = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
             return f"{key}: no such option{nearest(key, inside) or nearest(key, known)}; `python -m pipeline --help` lists them"
     return text.split("\n\nSet the environment", maxsplit=1)[0].strip()
+
+
+def _is_choice(word: str) -> bool:
+    group, _, choice = word.partition("=")
+    return choice in _choices(group)
 
 
 def _paths(value: Any, prefix: str) -> list[str]:
@@ -369,8 +391,7 @@ def main() -> None:
     words = sys.argv[1:]
     try:
         _cell()
-        if "--multirun" in words or "-m" in words:
-            _finish_sweep()
+        _finish_sweep()
         if _errors:
             print(f"error: {_errors[0]}", file=sys.stderr)
             sys.exit(2)

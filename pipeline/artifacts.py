@@ -22,7 +22,7 @@ from pipeline.errors import UserError, nearest
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = "manifest.json"
 # Keys of a component's yaml that say something about it and are no arguments.
-DESCRIPTIVE = ("label", "weights_from", "calibration", "requires", "multiple", "name", "recipe", "onnx", "spec")
+DESCRIPTIVE = ("label", "weights_from", "calibration", "requires", "multiple", "offset", "name", "recipe", "onnx", "spec")
 # Keys of a stage's yaml that wire it and are no arguments.
 WIRING = ("address", "inputs", "code", "toolchain", "splits", "files", "collect", "device")
 
@@ -114,6 +114,16 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def current(manifest: Mapping[str, Any], root: Path) -> bool:
+    """Whether a result was made from the inputs that lie under `root`, outputs/<name>, now, and those from theirs."""
+    for inputs in manifest["inputs"].values():
+        for entry in inputs:
+            above = read_manifest(root / entry["stage"] / entry["address"])
+            if above is None or above["digest"] != entry["digest"] or not current(above, root):
+                return False
+    return True
+
+
 def closure(stages: Mapping[str, Stage], targets: Sequence[str]) -> list[str]:
     """The stages that `targets` need, inputs first.
 
@@ -137,13 +147,13 @@ def closure(stages: Mapping[str, Stage], targets: Sequence[str]) -> list[str]:
     return order
 
 
-def requested(stage: str | Sequence[str], stages: Mapping[str, Stage]) -> list[str]:
+def requested(stage: str | Sequence[str] | None, stages: Mapping[str, Stage]) -> list[str]:
     """The stages to run, in order, from the value of `stage`.
 
     Raises:
         UserError: nothing or an unknown stage is asked for, or one outside the chain of this configuration.
     """
-    wanted = [stage] if isinstance(stage, str) else list(stage)
+    wanted = [stage] if isinstance(stage, str) else list(stage or [])
     if not wanted:
         raise UserError(f"stage=[]: nothing to run; choose all or some of {', '.join(stages)}")
     for name in wanted:
@@ -216,13 +226,14 @@ class Results:
         Raises:
             UserError: the name is no plain folder name, or the folder cannot be written.
         """
-        if not re.fullmatch(r"[\w+=-][\w.+=-]*", name):
+        if not re.fullmatch(r"[\w+=-][\w.+=-]*", name) or name in ("runs", "cache"):
             raise UserError(
                 f"name={name}: must be a plain folder name (letters, digits, ._+=-), so that results stay in {outputs}/"
             )
         self.outputs, self.name = outputs, name
         self.run = outputs / "runs" / run
         self.cache = outputs / "cache"
+        self.damaged: list[Path] = []
         try:
             for folder in (self.run, self.cache):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -264,7 +275,15 @@ class Results:
                 manifest = read_manifest(folder)
                 if manifest is None:
                     raise UserError(f"{stage.name}: needs {folder}, which is not there; make it with: {command(upstream)}")
-                self.verify(folder, manifest, command(upstream))
+                try:
+                    self.verify(folder, manifest, command(upstream))
+                except UserError:
+                    if not stage.collect:
+                        raise
+                    self.damaged.append(folder)  # one damaged cell must not keep the others from a report
+                    continue
+                if not stage.collect and not current(manifest, self.outputs / self.name):
+                    raise UserError(f"{folder}: made from inputs that changed since; make it again with: {command(upstream)}")
                 checked.append((folder, manifest))
             if not checked:
                 raise UserError(f"{stage.name}: no finished '{upstream}' of {self.name}; make one with: {command(upstream)}")
@@ -310,7 +329,11 @@ class Results:
             "address": stage.address,
             "config": options,
             "inputs": {
-                role: [{"stage": m["stage"], "address": m["address"], "digest": m["digest"]} for _, m in manifests]
+                role: [
+                    {"stage": m["stage"], "address": m["address"], "digest": m["digest"]}
+                    | ({"current": current(m, self.outputs / self.name)} if stage.collect else {})
+                    for _, m in manifests
+                ]
                 for role, manifests in inputs.items()
             },
             "code": _code_digest(stage),
@@ -322,7 +345,6 @@ class Results:
     def fresh(self, stage: Stage, fingerprint: str) -> bool:
         """Whether the result is there, whole, and made from the same things."""
         folder = self.folder(stage)
-        _recover(folder)
         manifest = read_manifest(folder)
         if manifest is None or manifest["fingerprint"] != fingerprint:
             return False
@@ -336,15 +358,18 @@ class Results:
         """
         file = self.run / "claims" / f"{stage.name}@{stage.address}"
         file.parent.mkdir(parents=True, exist_ok=True)
+        mine = file.with_name(f".{file.name}.{os.getpid()}")
+        mine.write_text(fingerprint)
         try:
-            with file.open("x") as stream:
-                stream.write(fingerprint)
+            os.link(mine, file)  # exclusive, and never seen half-written
         except FileExistsError:
-            if file.read_text() not in ("", fingerprint):
+            if file.read_text() != fingerprint:
                 raise UserError(
                     f"{stage.name}: two cells of this sweep write {self.folder(stage)} with different settings; "
                     "tell them apart with tag=, for instance tag=-s${seed}"
                 ) from None
+        finally:
+            mine.unlink()
 
     @contextmanager
     def lock(self, stage: Stage) -> Iterator[None]:
@@ -366,6 +391,7 @@ class Results:
             raise UserError(f"{stage.name}: {self.folder(stage)} is being made by {who}; wait for it or stop it") from None
         try:
             holder.write_text(f"process {os.getpid()} on {os.uname().nodename}")
+            _recover(self.folder(stage))
             yield
         finally:
             holder.unlink(missing_ok=True)

@@ -112,20 +112,6 @@ def stamp(file: Path, spec: NetworkSpec) -> None:
     onnx.save(model, file)
 
 
-def stamped(file: Path) -> NetworkSpec:
-    """The description in an ONNX file's metadata.
-
-    Raises:
-        UserError: there is none.
-    """
-    for entry in onnx.load(file, load_external_data=False).metadata_props:
-        if entry.key == SPEC_KEY:
-            return NetworkSpec.from_json(entry.value)
-    raise UserError(
-        f"{file}: no network description in its metadata; make it with the stage 'export' (model=onnx adopts a file)"
-    )
-
-
 def described(raw: Mapping[str, Any]) -> NetworkSpec:
     """The description given in the configuration, `model.spec`.
 
@@ -172,6 +158,12 @@ def adopt(file: Path, spec: NetworkSpec, out: Path) -> None:
         kept = [o for o in graph.output if o.name in wanted]
         del graph.output[:]
         graph.output.extend(sorted(kept, key=lambda o: wanted.index(o.name)))
+        for output, count in zip(graph.output, channels, strict=True):
+            dims = output.type.tensor_type.shape.dim
+            if len(dims) == 4 and dims[1].dim_value not in (0, count):
+                raise UserError(
+                    f"model.onnx={file}: '{output.name}' has {dims[1].dim_value} channels, but model.spec says {count}"
+                )
     else:
         inferred = onnx.shape_inference.infer_shapes(model)
         dims = inferred.graph.output[0].type.tensor_type.shape.dim

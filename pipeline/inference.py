@@ -1,7 +1,7 @@
-"""The one loop that runs a network over images: calibration, prediction and evaluation are all made of it."""
+"""The one loop that runs a network over images: calibration and evaluation are both made of it."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.types import InputSpec, Resolution, Sample, View
-from pipeline.specs import Dataset, Decoder, Framing, Metric, Runner
+from pipeline.specs import Dataset, Decoder, Framing, Runner
 
 Found = TypeVar("Found")
 
@@ -154,22 +154,3 @@ def predict(
                 yield from finished(done, future.result())
         for done, future in decoding:
             yield from finished(done, future.result())
-
-
-def evaluate(
-    data: Dataset[Any],
-    runner: Runner,
-    framing: Framing,
-    decoder: Decoder[Found],
-    metric: Metric[Any, Found],
-    resolution: Resolution,
-    batch: int = 1,
-) -> Mapping[str, float]:
-    """Figures of a network over labelled images."""
-    from rich.progress import track
-
-    metric.reset()
-    results = predict(data, runner, framing, decoder, resolution, batch)
-    for sample, found in track(results, "evaluating", len(data), transient=True):
-        metric.process(sample.id, sample.truth, found)
-    return metric.evaluate()

@@ -94,6 +94,8 @@ class L1Pruner:
             raise UserError("pruner: give either pruning_ratio or pruning_threshold (the other null)")
         value = self.pruning_ratio if self.pruning_ratio is not None else self.pruning_threshold
         assert value is not None
+        if self.round_to < 1 or self.min_num_filters < 1:
+            raise UserError(f"pruner: round_to={self.round_to} and min_num_filters={self.min_num_filters} must be at least 1")
         if not 0 <= value < 1:
             raise UserError(f"pruner: {value} is no ratio or threshold; choose 0 to below 1")
 

@@ -11,9 +11,10 @@ from typing import Any
 
 from evaluation.coco import Matches
 from evaluation.statistics import Interval, paired
+from pipeline.artifacts import current
 
 COLUMNS = (
-    "network", "pruning", "params", "macs", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "ran",
+    "data", "network", "pruning", "params", "macs", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "ran",
     "backend", "device",
     "threads", "batch", "images", "ap", "ap_lo", "ap_hi", "ap50", "ap75", "ap_medium", "ap_large", "ap_vs_fp32",
     "ap_vs_fp32_lo", "ap_vs_fp32_hi", "ap_vs_dense", "ap_vs_dense_lo", "ap_vs_dense_hi", "latency_p50_ms", "latency_p95_ms",
@@ -62,19 +63,6 @@ def _engine(manifest: Mapping[str, Any]) -> tuple[str, str]:
     return entry["address"], entry["digest"]
 
 
-def _current(manifest: Mapping[str, Any], root: Path) -> bool:
-    """Whether a result was made from the inputs that lie there now, and those from theirs."""
-    for inputs in manifest["inputs"].values():
-        for entry in inputs:
-            folder = root / entry["stage"] / entry["address"]
-            if not (folder / "manifest.json").exists():
-                return False
-            above = _manifest(folder)
-            if above["digest"] != entry["digest"] or not _current(above, root):
-                return False
-    return True
-
-
 def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path, resamples: int) -> Table:
     """Join evaluations with benchmarks of the same engine, and compare each engine with its FP32 and its dense kin.
 
@@ -88,7 +76,7 @@ def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path,
     times: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for folder in benchmarks:
         manifest = _manifest(folder)
-        if _current(manifest, root):
+        if current(manifest, root):
             times.setdefault(_engine(manifest), []).append(manifest["summary"])
     doubles = stale = 0
     for folder in evaluations:
@@ -96,7 +84,7 @@ def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path,
         if str(manifest["summary"]["backend"]).endswith("-double"):
             doubles += 1
             continue
-        if not _current(manifest, root):
+        if not current(manifest, root):
             stale += 1
             left_out.append(f"{folder.name}: stale, made from inputs that changed since; run its cell again")
             continue
@@ -108,6 +96,7 @@ def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path,
         left_out.append(f"{doubles} evaluated with the TensorRT test double: no figures of TensorRT")
     results.sort(
         key=lambda r: (
+            r.axes["data"],
             r.axes["network"],
             r.axes["pruning"] != "dense",
             r.axes["pruning"],
@@ -206,9 +195,17 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def front(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Indices of the rows that no other beats in both AP and latency, the fastest first."""
-    timed = [n for n, row in enumerate(rows) if row["latency_p50_ms"] != ""]
+def comparable(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Indices of rows in groups that may share a plot: the same images, machine, threads and batch."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for n, row in enumerate(rows):
+        groups.setdefault(tuple(row[key] for key in ("data", "data_digest", "device", "threads", "batch")), []).append(n)
+    return list(groups.values())
+
+
+def front(rows: Sequence[Mapping[str, Any]], group: Sequence[int]) -> list[int]:
+    """The rows of a group that no other of it beats in both AP and latency, the fastest first."""
+    timed = [n for n in group if rows[n]["latency_p50_ms"] != ""]
     best, kept = -1.0, []
     for n in sorted(timed, key=lambda n: (rows[n]["latency_p50_ms"], -rows[n]["ap"])):
         if rows[n]["ap"] > best:
@@ -217,11 +214,11 @@ def front(rows: Sequence[Mapping[str, Any]]) -> list[int]:
     return kept
 
 
-def _plot(table: Table) -> str:
+def _plot(table: Table, members: Sequence[int], first: bool) -> str:
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    timed = [row for row in table.rows if row["latency_p50_ms"] != ""]
+    timed = [table.rows[n] for n in members if table.rows[n]["latency_p50_ms"] != ""]
     for group in sorted({(row["network"], row["pruning"]) for row in timed}):
         rows = [row for row in timed if (row["network"], row["pruning"]) == group]
         figure.add_trace(
@@ -240,7 +237,7 @@ def _plot(table: Table) -> str:
                 name=" ".join(group),
             )
         )
-    best = [table.rows[n] for n in front(table.rows)]
+    best = [table.rows[n] for n in front(table.rows, members)]
     figure.add_trace(
         go.Scatter(
             x=[row["latency_p50_ms"] for row in best],
@@ -258,7 +255,7 @@ def _plot(table: Table) -> str:
         legend={"orientation": "h", "y": -0.2},
         margin={"t": 20},
     )
-    text: str = figure.to_html(full_html=False, include_plotlyjs=True, config={"displaylogo": False})
+    text: str = figure.to_html(full_html=False, include_plotlyjs=first, config={"displaylogo": False})
     return text
 
 
@@ -289,7 +286,14 @@ def _pictures(result: Result) -> str:
 
 def write_html(table: Table, name: str, file: Path) -> None:
     """A page that needs nothing beside it."""
-    best = set(front(table.rows))
+    groups = comparable(table.rows)
+    best = {n for group in groups for n in front(table.rows, group)}
+    plots = ""
+    for group in groups:
+        row = table.rows[group[0]]
+        machine = f"{row['device']}, {row['threads']} thread(s), batch {row['batch']}" if row["device"] else "not timed"
+        title = f"{row['data']}, {row['images']} images; {machine}"
+        plots += f"<h2>{html.escape(title)}</h2>{_plot(table, group, not plots)}"
     shown = [cells(row) for row in table.rows]
     head = "".join(f"<th>{html.escape(column)}</th>" for column in shown[0])
     body = "".join(
@@ -313,7 +317,7 @@ def write_html(table: Table, name: str, file: Path) -> None:
     notes.append(f"AP: {html.escape('; '.join(images))}; intervals are 95 % bootstraps over images, differences are paired.")
     notes += [html.escape(line) for line in table.left_out]
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)} · Posepress</title>
-<style>{_STYLE}</style></head><body><h1>{html.escape(name)}: accuracy against latency</h1>{_plot(table)}
+<style>{_STYLE}</style></head><body><h1>{html.escape(name)}: accuracy against latency</h1>{plots}
 <h2>Engines</h2><p class="note">Green rows are on the Pareto front.</p><div class="wide">
 <table><thead><tr>{head}</tr></thead>
 <tbody>{body}</tbody></table></div>

@@ -1,13 +1,14 @@
 """What stages and components promise each other. The data itself is in `evaluation.types`."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
-from evaluation.types import Array, Fields, InputSpec, NetworkSpec, Poses, Resolution, Sample, View
+from evaluation.types import Array, Fields, InputSpec, NetworkSpec, Resolution, Sample, View
+from pipeline.errors import UserError
 
 Truth = TypeVar("Truth")
 Found = TypeVar("Found")
@@ -45,6 +46,20 @@ class ModelFiles:
     def in_folder(cls, folder: Path) -> "ModelFiles":
         """The files of a quantized network's folder."""
         return cls({flavour: folder / f"model.{flavour}.onnx" for flavour in FLAVOURS})
+
+
+def read_spec(file: Path) -> NetworkSpec:
+    """The description in an ONNX file's metadata.
+
+    Raises:
+        UserError: there is none.
+    """
+    import onnx
+
+    for entry in onnx.load(file, load_external_data=False).metadata_props:
+        if entry.key == SPEC_KEY:
+            return NetworkSpec.from_json(entry.value)
+    raise UserError(f"{file}: no network description in its metadata; the stage 'export' writes it (model=onnx adopts a file)")
 
 
 class Network(Protocol):
@@ -164,6 +179,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU computes."""
+        ...
+
+    @property
     def timeable(self) -> bool:
         """Whether latencies of this backend mean anything."""
         ...
@@ -195,6 +215,3 @@ class Sampler(Protocol):
     def sample(self, table: Mapping[str, NDArray[Any]]) -> Any:
         """Choose rows of a data set's table."""
         ...
-
-
-Predictions = Iterator[tuple[Sample[Any], Poses]]

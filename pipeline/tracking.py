@@ -31,8 +31,13 @@ class Tracker:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
         logging.getLogger("alembic").setLevel(logging.ERROR)
-        from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
+        try:
+            from mlflow import MlflowClient
+            from mlflow.exceptions import MlflowException
+        except ImportError as error:
+            raise UserError(
+                "tracking=mlflow: MLflow is not installed here; install posepress[full] or choose tracking=none"
+            ) from error
 
         folder = run.parent.parent
         if uri.startswith("sqlite:///"):

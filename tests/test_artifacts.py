@@ -42,7 +42,7 @@ def test_circles_and_unknown_inputs_are_refused():
         closure(chain(a={"x": "bild"}, build={}), ["a"])
 
 
-@pytest.mark.parametrize("name", ["..", "../other", "a/b", "", "/tmp", ".hidden"])
+@pytest.mark.parametrize("name", ["..", "../other", "a/b", "", "/tmp", ".hidden", "runs", "cache"])
 def test_names_that_leave_the_outputs_are_refused(name, tmp_path):
     with pytest.raises(UserError, match="must be a plain folder name"):
         Results(tmp_path / "outputs", name, "run")
@@ -142,6 +142,8 @@ def test_a_death_between_the_renames_loses_nothing(results):
     fingerprint = make(results, stage)
     folder = results.folder(stage)
     folder.rename(folder.parent / ".a.old")
+    with results.lock(stage):
+        pass
     assert results.fresh(stage, fingerprint)
     (folder.parent / ".a.new").mkdir()
     (folder.parent / ".a.new" / "leftover").write_text("x")
@@ -172,6 +174,13 @@ def test_inputs_must_be_there_and_unchanged(results):
     (results.folder(upstream) / MANIFEST).write_text("{")
     with pytest.raises(UserError, match="damaged"):
         results.input_manifests(reader, stages, command)
+    shutil.rmtree(results.folder(upstream))
+    make(results, upstream)
+    make(results, reader, inputs=results.input_manifests(reader, stages, command))
+    make(results, upstream, content="retrained")
+    last = Stage("build", "c", {}, {"network": "export"})
+    with pytest.raises(UserError, match="export/b: made from inputs that changed since; make it again with: .* stage=export"):
+        results.input_manifests(last, {**stages, "build": last}, command)
     shutil.rmtree(results.folder(upstream))
     collector = Stage("report", "", {}, {"all": "train"}, collect=True)
     with pytest.raises(UserError, match="no finished 'train' of x"):

@@ -44,19 +44,20 @@ def test_samples_hold_their_labels(images):
 def test_a_missing_image_is_named_and_can_be_skipped(folder):
     names = sorted(f.name for f in (folder / "images/validation").iterdir())
     (folder / "images/validation" / names[2]).unlink()
-    with pytest.raises(UserError, match=f"1 images are missing: {names[2]}"):
+    with pytest.raises(UserError, match=rf"1 images are missing or not whole: {names[2]} \(missing\)"):
         splits(folder).open("validation")
     loose = splits(folder, strict=False)
     assert len(loose.open("validation")) == len(names) - 1
-    assert loose.dropped["validation"][0] == names[2]
+    assert loose.dropped["validation"] == [names[2]]
 
 
 def test_a_corrupt_image_is_named_and_can_be_skipped(folder):
     file = min((folder / "images/validation").iterdir())
     file.write_bytes(file.read_bytes()[:200])
-    sample = splits(folder).open("validation")[0]
+    with pytest.raises(UserError, match=rf"1 images are missing or not whole: {file.name} \(not a whole image\)"):
+        splits(folder).open("validation")
     with pytest.raises(UserError, match=f"{file.name}: not a whole image"):
-        sample.read()
+        read_image(file)
     assert len(splits(folder, strict=False).open("validation")) == len(list(file.parent.iterdir())) - 1
 
 
@@ -104,9 +105,8 @@ def test_what_is_not_coco_is_refused(tmp_path, content, message):
 
 def test_keypoints_of_another_skeleton_are_refused(folder):
     edit(folder / "annotations/validation.json", lambda c: c["annotations"][0].update(keypoints=[0] * 15))
-    data = splits(folder).open("validation")
     with pytest.raises(UserError, match="15 keypoint numbers, not 51"):
-        [data[i] for i in range(len(data))]
+        splits(folder).open("validation")
 
 
 def test_nobody_to_find_is_refused(folder):
@@ -143,6 +143,9 @@ def test_bad_splits_files_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match="not JSON"):
         splits(folder, splits=str(tmp_path / "broken.json")).open("train")
     (tmp_path / "few.json").write_text('{"train": {"a": "all"}}')
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(UserError, match="not a splits file but a list"):
+        splits(folder, splits=str(tmp_path / "list.json")).open("train")
     with pytest.raises(UserError, match="no images for 'tune'"):
         splits(folder, splits=str(tmp_path / "few.json")).open("train")
     with pytest.raises(UserError, match="did you mean 'validation'"):
@@ -157,13 +160,26 @@ def test_without_a_splits_file_the_tune_images_come_from_the_train_images(folder
     assert len(data.open("agreement")) == len(data.open("unlabelled")) == 2
 
 
+def test_labels_without_areas_and_counts_are_counted(folder):
+    def strip(content):
+        for annotation in content["annotations"]:
+            annotation.pop("num_keypoints")
+            annotation.pop("area")
+
+    expected = splits(folder).open("validation").table()
+    edit(folder / "annotations/validation.json", strip)
+    found = splits(folder).open("validation").table()
+    assert (found["persons"] == expected["persons"]).all()
+    assert (found["area"] >= expected["area"]).all()
+
+
 def test_the_digest_follows_content_and_labels(folder):
     before = splits(folder).digest(["validation"])
     assert splits(folder).digest(["validation"]) == before
     edit(folder / "annotations/validation.json", lambda c: c["annotations"][0].update(area=1.0))
     relabelled = splits(folder).digest(["validation"])
     file = min((folder / "images/validation").iterdir())
-    file.write_bytes(file.read_bytes() + b"\0")
+    file.write_bytes(file.read_bytes()[:2] + file.read_bytes()[2:] + b"\0")
     assert len({before, relabelled, splits(folder).digest(["validation"])}) == 3
 
 

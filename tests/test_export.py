@@ -14,6 +14,7 @@ from pipeline import export
 from pipeline.errors import UserError
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.pruning import macs
+from pipeline.specs import read_spec
 
 SHAPES = [(1, 3, 64, 80), (2, 3, 72, 88), (1, 3, 56, 104)]
 
@@ -122,10 +123,10 @@ def test_the_description_travels_in_the_file(network, file, tmp_path):
     copy = tmp_path / "copy.onnx"
     copy.write_bytes(file.read_bytes())
     with pytest.raises(UserError, match="no network description"):
-        export.stamped(copy)
+        read_spec(copy)
     export.stamp(copy, network.spec)
     export.stamp(copy, network.spec)
-    assert export.stamped(copy) == network.spec
+    assert read_spec(copy) == network.spec
     assert len(onnx.load(copy).metadata_props) == len({p.key for p in onnx.load(copy).metadata_props})
 
 

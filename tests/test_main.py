@@ -61,6 +61,11 @@ def test_help_helps_and_loads_nothing_heavy(tmp_path):
         (["stages.train.training.steps=-1"], "steps=-1: must be at least 0"),
         (["outputs=/proc/nowhere"], "outputs=/proc/nowhere: cannot write there"),
         (["batch=0"], "batch=0"),
+        (["batch=two"], "batch=two: choose a whole number"),
+        (["seed=-1"], "seed=-1: choose a whole number"),
+        (["stage=null"], "nothing to run"),
+        (["name=cache"], "name=cache: must be a plain folder name"),
+        (["tracking=mlflow", "tracking.uri=nonsense://x", "stage=train"], "tracking.uri=nonsense://x"),
         (["sampler.num_images=9999", "precision=int8", "stage=sample"], "only 24 images are eligible"),
     ],
 )
@@ -133,7 +138,7 @@ def test_a_damaged_image_is_named(smoke):
     file = min(folder.iterdir())
     file.write_bytes(file.read_bytes()[:300])
     text = refused(pipeline(*SMOKE, "stage=evaluate", "force=true", cwd=smoke))
-    assert f"{file.name}: not a whole image" in text
+    assert f"{file.name} (not a whole image)" in text
 
 
 def test_strict_false_skips_and_counts(images, tmp_path):
@@ -147,10 +152,12 @@ def test_strict_false_skips_and_counts(images, tmp_path):
         "stages.benchmark.seconds=0.1",
     ]  # fmt: skip
     assert "not a whole image" in refused(pipeline(*words, cwd=tmp_path))
-    pipeline(*words, "strict=false", cwd=tmp_path, check=0)
+    done = pipeline(*words, "strict=false", cwd=tmp_path, check=0)
+    assert "evaluate   skipped 1 images" in done.stderr
     (metrics,) = (tmp_path / "outputs/smoke/evaluate").glob("*/metrics.json")
-    content = json.loads(metrics.read_text())
-    assert (content["images"], content["images_dropped"]) == (23, 1)
+    assert json.loads(metrics.read_text())["images"] == 23
+    manifest = json.loads((metrics.parent / "manifest.json").read_text())
+    assert manifest["summary"]["images_skipped"] == 1
 
 
 def started(words, cwd):

@@ -56,6 +56,11 @@ class OnnxRuntime:
         return "onnxruntime"
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU computes."""
+        return self.provider != "CPUExecutionProvider"
+
+    @property
     def timeable(self) -> bool:
         """Its latencies are real."""
         return True

@@ -65,6 +65,11 @@ class TensorRT:
         return "tensorrt-double" if getattr(trt, "POSEPRESS_DOUBLE", False) else "tensorrt"
 
     @property
+    def on_gpu(self) -> bool:
+        """TensorRT has nothing else."""
+        return True
+
+    @property
     def timeable(self) -> bool:
         """Whether a GPU ran it."""
         return self.name == "tensorrt"

@@ -33,10 +33,8 @@ def read_image(file: Path) -> NDArray[np.uint8]:
         data = np.fromfile(file, np.uint8)
     except OSError as error:
         raise UserError(f"{file}: cannot read the image ({error.strerror}); restore the file or pass strict=false") from error
-    truncated = data.size == 0 or (
-        file.suffix.lower() in (".jpg", ".jpeg") and not data.tobytes().rstrip(b"\0").endswith(b"\xff\xd9")
-    )
-    image = None if truncated else cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    whole = _whole(file, data.tobytes())
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION) if whole else None
     if image is None:
         raise UserError(f"{file}: not a whole image ({data.size} bytes); restore the file or pass strict=false to skip it")
     return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
@@ -87,6 +85,12 @@ def people(annotations: Sequence[Mapping[str, Any]], K: int = len(COCO_17.names)
         crowd=np.array([bool(a.get("iscrowd", 0)) for a in annotations], bool),
         masks=tuple(a.get("segmentation") for a in annotations),
     )
+
+
+def _labelled(annotation: Mapping[str, Any]) -> int:
+    """How many keypoints of a person are labelled."""
+    flat = annotation.get("keypoints") or []
+    return int(annotation.get("num_keypoints", sum(v > 0 for v in flat[2::3])))
 
 
 @dataclass(frozen=True)
@@ -161,12 +165,13 @@ class Coco:
         """
         columns: dict[str, list[Any]] = {"id": [], "file_name": [], "persons": [], "area": [], "keypoints": []}
         for record in self.records:
-            labelled = [a for a in record["annotations"] or [] if a.get("num_keypoints", 0) > 0]
+            labelled = [a for a in record["annotations"] or [] if _labelled(a) and not a.get("iscrowd")]
+            areas = people(labelled).areas
             columns["id"].append(str(record["id"]))
             columns["file_name"].append(record["file_name"])
             columns["persons"].append(len(labelled))
-            columns["area"].append(float(np.median([a["area"] for a in labelled])) if labelled else 0.0)
-            columns["keypoints"].append(float(np.mean([a["num_keypoints"] for a in labelled])) if labelled else 0.0)
+            columns["area"].append(float(np.median(areas)) if labelled else 0.0)
+            columns["keypoints"].append(float(np.mean([_labelled(a) for a in labelled])) if labelled else 0.0)
         return {name: np.array(values) for name, values in columns.items()}
 
     def contents(self, cache: Path) -> dict[str, str]:
@@ -176,10 +181,17 @@ class Coco:
             cache: folder where digests are kept, with each file's size and time.
 
         Raises:
-            UserError: files are missing; up to ten are listed.
+            UserError: files are missing or not whole; up to ten are listed.
         """
-        names = [record["file_name"] for record in self.records]
-        return file_digests(self.images, names, cache)
+        digests, wrong = inspect_files(self.images, [record["file_name"] for record in self.records], cache)
+        if wrong:
+            listed = ", ".join(f"{name} ({what})" for name, what in list(wrong.items())[:10])
+            more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+            raise UserError(
+                f"{self.images}: {len(wrong)} images are missing or not whole: {listed}{more}; "
+                "restore them, or pass strict=false to skip and count them"
+            )
+        return digests
 
 
 def _read_checked(file: Path, size: Resolution) -> NDArray[np.uint8]:
@@ -191,52 +203,63 @@ def _read_checked(file: Path, size: Resolution) -> NDArray[np.uint8]:
     return image
 
 
-def file_digests(folder: Path, names: Iterable[str], cache: Path) -> dict[str, str]:
-    """SHA-256 of files in a folder, by name; files whose size and time did not change are not read again.
+def inspect_files(folder: Path, names: Iterable[str], cache: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """SHA-256 of image files, and what is wrong with those that are missing or cut short.
 
-    Raises:
-        UserError: files are missing; up to ten are listed.
+    Args:
+        folder: of the files.
+        names: of the files.
+        cache: files whose size and time did not change since a list there was written are not read again.
+
+    Returns:
+        Digests by name, and complaints by name.
     """
     index = cache / "digests" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.json"
     try:
         known: dict[str, list[Any]] = json.loads(index.read_text())
     except (OSError, ValueError):
         known = {}
-    found: dict[str, str] = {}
-    missing: list[str] = []
+    digests: dict[str, str] = {}
+    wrong: dict[str, str] = {}
     stale: list[tuple[str, list[int]]] = []
     for name in names:
         try:
             stat = os.stat(folder / name)  # noqa: PTH116 - a hundred thousand times
         except OSError:
-            missing.append(name)
+            wrong[name] = "missing"
             continue
         stamp = [stat.st_size, stat.st_mtime_ns]
         if name in known and known[name][:2] == stamp:
-            found[name] = known[name][2]
+            digests[name] = known[name][2]
         else:
             stale.append((name, stamp))
-    if missing:
-        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-        raise UserError(
-            f"{folder}: {len(missing)} images are missing: {', '.join(missing[:10])}{more}; restore them, or pass strict=false"
-        )
     if stale:
         with ThreadPoolExecutor() as pool:
-            for (name, stamp), digest in zip(stale, pool.map(lambda s: sha256(folder / s[0]), stale), strict=True):
-                found[name] = digest
-                known[name] = [*stamp, digest]
+            found = pool.map(lambda entry: _inspect(folder / entry[0]), stale)
+            for (name, stamp), (digest, whole) in zip(stale, found, strict=True):
+                if whole:
+                    digests[name] = digest
+                    known[name] = [*stamp, digest]
+                else:
+                    wrong[name] = "not a whole image"
         index.parent.mkdir(parents=True, exist_ok=True)
-        partial_file = index.with_suffix(f".{os.getpid()}.tmp")
-        partial_file.write_text(json.dumps(known))
-        partial_file.replace(index)
-    return found
+        unfinished = index.with_suffix(f".{os.getpid()}.tmp")
+        unfinished.write_text(json.dumps(known))
+        unfinished.replace(index)
+    return digests, wrong
 
 
-def sha256(file: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _inspect(file: Path) -> tuple[str, bool]:
+    data = file.read_bytes()
+    return hashlib.sha256(data).hexdigest(), _whole(file, data)
+
+
+def _whole(file: Path, data: bytes) -> bool:
+    """Whether an image file has its end."""
+    kind = file.suffix.lower()
+    if kind in (".jpg", ".jpeg"):
+        return data[:2] == b"\xff\xd8" and data.rstrip(b"\0").endswith(b"\xff\xd9")
+    return b"IEND" in data[-16:] if kind == ".png" else len(data) > 0
 
 
 @dataclass(frozen=True)
@@ -272,6 +295,8 @@ class CocoSplits:
             raise UserError(f"{self.splits}: cannot read the splits ({error.strerror}); check data.splits") from error
         except ValueError as error:
             raise UserError(f"{self.splits}: not JSON ({error}); check data.splits") from error
+        if not isinstance(raw, dict):
+            raise UserError(f"{self.splits}: not a splits file but a {type(raw).__name__}; see data/README.md")
         return {split: groups for split, groups in raw.items() if isinstance(groups, dict)}
 
     @cached_property
@@ -339,13 +364,9 @@ class CocoSplits:
             return part
         if split in self._kept:
             return self._kept[split]
-        kept = []
-        for record in part.records:
-            try:
-                read_image(part.images / record["file_name"])
-                kept.append(record["file_name"])
-            except UserError:
-                self.dropped.setdefault(split, []).append(record["file_name"])
+        digests, wrong = inspect_files(part.images, [record["file_name"] for record in part.records], Path(self.cache))
+        self.dropped[split] = sorted(wrong)
+        kept = [record["file_name"] for record in part.records if record["file_name"] in digests]
         self._kept[split] = Coco(part.images, part.annotations, tuple(kept))
         return self._kept[split]
 

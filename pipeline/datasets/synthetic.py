@@ -416,9 +416,8 @@ def _write(job: tuple[Preset, Path, int, list[int], list[int]]) -> list[tuple[in
     found = []
     for image_id in ids:
         image, annotations = generate(preset, [*seeds, split, image_id])
-        done = cv2.imwrite(str(folder / _name(image_id)), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
-        if not done:
-            raise OSError(f"{folder / _name(image_id)}: the image could not be written; is the disk full?")
+        jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
+        (folder / _name(image_id)).write_bytes(jpeg.tobytes())
         found.append((image_id, annotations))
     return found
 

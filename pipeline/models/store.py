@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 
 from evaluation.types import NetworkSpec
@@ -38,7 +39,7 @@ def save(network: nn.Module, out: Path, make: "partial[nn.Module]", history: lis
     }
     (out / ARCHITECTURE).write_text(json.dumps(architecture))
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    save_file(state, out / WEIGHTS)
+    (out / WEIGHTS).write_bytes(to_bytes(state))  # whose failure names the file
 
 
 def load(folder: Path) -> tuple[nn.Module, "partial[nn.Module]", list[Any]]:

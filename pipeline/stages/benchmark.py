@@ -68,7 +68,7 @@ def run(
             **{f"ran_{name}": share for name, share in ran.items()},
             "ran": audit.label(ran),
             "backend": backend.name,
-            "device": device.name(machine),
+            "device": device.name(machine, backend.on_gpu),
             "threads": threads,
             "batch": batch,
         }

@@ -4,8 +4,7 @@ from typing import Any
 
 from evaluation.types import Resolution
 from pipeline.artifacts import Job
-from pipeline.export import stamped
-from pipeline.specs import Backend, Framing, ModelFiles, Shapes
+from pipeline.specs import Backend, Framing, ModelFiles, Shapes, read_spec
 
 
 def run(job: Job, backend: Backend, framing: Framing, resolution: str, batch: int) -> dict[str, Any]:
@@ -19,7 +18,7 @@ def run(job: Job, backend: Backend, framing: Framing, resolution: str, batch: in
     """
     files = ModelFiles.in_folder(job.inputs["network"])
     size = Resolution.parse(resolution)
-    spec = stamped(files.onnx["tensorrt"]).input
+    spec = read_spec(files.onnx["tensorrt"]).input
     narrow, wide = size, size
     if not framing.one_size:  # images between a third as wide as high and three times as wide
         narrow = Resolution(size.height, spec.fit(size.height / 3))

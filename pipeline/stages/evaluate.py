@@ -11,6 +11,7 @@ from evaluation import pictures as drawing
 from evaluation.statistics import bootstrap
 from evaluation.types import NetworkSpec, Resolution
 from pipeline.artifacts import Job, read_manifest
+from pipeline.errors import UserError
 from pipeline.inference import predict
 from pipeline.specs import Backend, Decoder, Framing, Splits
 
@@ -55,27 +56,29 @@ def run(
     captions = {}
     with backend.load(job.inputs["engine"] / built["summary"]["engine"]) as runner:
         spec: NetworkSpec = runner.spec
-        measure = metric(labels=images.labels, found_labels=spec.labels)
+        try:
+            measure, decode = metric(labels=images.labels, found_labels=spec.labels), decoder(spec)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         measure.reset()
-        results = predict(images, runner, framing, decoder(spec), size, batch)
+        results = predict(images, runner, framing, decode, size, batch)
         for place, (sample, found) in enumerate(track(results, "evaluating", len(images), transient=True)):
             measure.process(sample.id, sample.truth, found)
             if place in shown:
                 picture = drawing.draw(sample.read(), found, spec.skeleton)
-                cv2.imwrite(str(job.out / "pictures" / f"{sample.id}.jpg"), picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
+                jpeg = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
+                (job.out / "pictures" / f"{sample.id}.jpg").write_bytes(jpeg.tobytes())
                 captions[f"{sample.id}.jpg"] = images.records[place].get("flickr_url", "")
     (job.out / "pictures" / "captions.json").write_text(json.dumps(captions))
     figures = dict(measure.evaluate())
     interval = bootstrap(measure.matches(), measure.primary, resamples)
     measure.matches().save(job.out / "matches.npz")
     (job.out / "predictions.json").write_text(json.dumps(measure.results()))
-    dropped = len(getattr(data, "dropped", {}).get("validation", ()))
     summary = {
         **figures,
         f"{measure.primary}_lo": interval.low,
         f"{measure.primary}_hi": interval.high,
         "images": len(images),
-        "images_dropped": dropped,
         "backend": backend.name,
         "data_digest": data.digest(["validation"]),
     }

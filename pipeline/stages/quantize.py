@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from evaluation.types import Resolution
 from pipeline.artifacts import Job
 from pipeline.errors import UserError
-from pipeline.export import macs, stamped
+from pipeline.export import macs
 from pipeline.inference import batches
-from pipeline.specs import Framing, Quantizer, Splits
+from pipeline.specs import Framing, Quantizer, Splits, read_spec
 
 
 def run(job: Job, data: Splits, framing: Framing, resolution: str, quantizer: Quantizer) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def run(job: Job, data: Splits, framing: Framing, resolution: str, quantizer: Qu
         UserError: a calibration image is gone or changed, or the quantizer's options do not fit.
     """
     model = job.inputs["network"] / "model.onnx"
-    spec, size = stamped(model), Resolution.parse(resolution)
+    spec, size = read_spec(model), Resolution.parse(resolution)
 
     def feed() -> Iterator[NDArray[np.float32]]:
         from rich.progress import track

@@ -29,7 +29,7 @@ class Training:
 
     Attributes:
         steps: optimiser steps; 0 keeps the weights.
-        batch_size: images a step, over all devices.
+        batch_size: images a step.
         lr: greatest learning rate.
         weight_decay: AdamW's.
         warmup: steps of linearly growing learning rate; a cosine to a hundredth follows.
@@ -40,8 +40,7 @@ class Training:
             multiplies it (a GPU, or a CPU with AMX), else 32-true.
         workers: processes that read and augment; None is one less than the cores, 16 at most.
         checkpoint_every: steps between checkpoints.
-        accelerator: Lightning Fabric's: "auto", "cpu", "cuda".
-        devices: how many of them, or "auto".
+        accelerator: Lightning Fabric's: "auto", "cpu", "cuda"; one device is used.
     """
 
     steps: int = 1000
@@ -56,7 +55,6 @@ class Training:
     workers: int | None = None
     checkpoint_every: int = 200
     accelerator: str = "auto"
-    devices: int | str = 1
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -163,7 +161,7 @@ def train(
         return {"steps": 0.0}
     from lightning_fabric import Fabric
 
-    fabric = Fabric(accelerator=training.accelerator, devices=training.devices, precision=_precision(training))  # type: ignore[arg-type]
+    fabric = Fabric(accelerator=training.accelerator, devices=1, precision=_precision(training))  # type: ignore[arg-type]
     fabric.launch()
     fabric.seed_everything(seed, verbose=False)
     torch.backends.cudnn.benchmark = fabric.device.type == "cuda"
@@ -174,13 +172,12 @@ def train(
         torch.optim.AdamW(network.parameters(), lr=training.lr, weight_decay=training.weight_decay),
     )
     averaged = AveragedModel(network, multi_avg_fn=_averaging(training.ema), use_buffers=True)
-    state: dict[str, Any] = {"network": network, "optimiser": optimiser, "averaged": averaged, "step": 0}
+    state: dict[str, Any] = {"network": network, "optimiser": optimiser, "averaged": averaged, "step": 0, "losses": {}}
     if checkpoint.exists():
         fabric.load(checkpoint, state)
     spec: NetworkSpec = network.spec  # type: ignore[assignment]
     views = _Views(data, objective, spec, resolution, augment, seed)
-    losses: dict[str, float] = {}
-    with _bar(fabric.global_rank == 0) as progress:
+    with _bar() as progress:
         task = progress.add_task("training", total=training.steps, completed=state["step"], losses="")
         for batch in _batches(fabric, views, training, state["step"]):
             step = int(state["step"])
@@ -198,15 +195,16 @@ def train(
             averaged.update_parameters(network)
             state["step"] = step + 1
             if step % 20 == 0 or step + 1 == training.steps:
-                losses = {name: float(value.detach()) for name, value in named.items()}
-                if not math.isfinite(sum(losses.values())):
-                    raise UserError(f"the loss is {losses} after {step} steps; lower lr={training.lr}")
-            progress.update(task, advance=1, losses=" ".join(f"{k} {v:.3f}" for k, v in losses.items()))
+                state["losses"] = {name: float(value.detach()) for name, value in named.items()}
+                if not math.isfinite(sum(state["losses"].values())):
+                    raise UserError(f"the loss is {state['losses']} after {step} steps; lower lr={training.lr}")
+            progress.update(task, advance=1, losses=" ".join(f"{k} {v:.3f}" for k, v in state["losses"].items()))
             if (step + 1) % training.checkpoint_every == 0:
                 _save(fabric, checkpoint, state)
     _save(fabric, checkpoint, state)
     network.load_state_dict(averaged.module.state_dict())
     network.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+    losses: dict[str, float] = state["losses"]
     return {**losses, "loss": sum(losses.values()), "steps": float(training.steps)}
 
 
@@ -220,31 +218,37 @@ def _precision(training: Training) -> str:
 def _save(fabric: Any, checkpoint: Path, state: Mapping[str, Any]) -> None:
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     unfinished = checkpoint.with_suffix(".tmp")
-    fabric.save(unfinished, dict(state))
-    if fabric.global_rank == 0:
-        unfinished.replace(checkpoint)
+    try:
+        fabric.save(unfinished, dict(state))
+    except RuntimeError as error:  # torch's writer says so when the disk is full
+        unfinished.unlink(missing_ok=True)
+        raise UserError(
+            f"{checkpoint}: cannot write the checkpoint ({str(error).splitlines()[0]}); is the disk full?"
+        ) from error
+    unfinished.replace(checkpoint)
 
 
 def _batches(fabric: Any, views: _Views, training: Training, first: int) -> Iterator[dict[str, Tensor]]:
     workers = training.workers
     if workers is None:
         workers = max(1, min(16, (os.cpu_count() or 2) - 1))
-    each = max(training.batch_size // fabric.world_size, 1)
-    start, end = first * each * fabric.world_size, training.steps * each * fabric.world_size
     loader: DataLoader[dict[str, Tensor]] = DataLoader(
         views,
-        batch_size=each,
-        sampler=range(start + fabric.global_rank, end, fabric.world_size),
+        batch_size=training.batch_size,
+        sampler=range(first * training.batch_size, training.steps * training.batch_size),
         num_workers=workers,
         worker_init_fn=_single_threaded,
         pin_memory=fabric.device.type == "cuda",
         prefetch_factor=4 if workers else None,
     )
-    yield from fabric.setup_dataloaders(loader, use_distributed_sampler=False)
+    try:
+        yield from fabric.setup_dataloaders(loader, use_distributed_sampler=False)
+    except UserError as error:  # from a worker it comes with the worker's traceback in its message
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("pipeline.errors.UserError: ")) from error
 
 
-def _bar(shown: bool) -> Any:
+def _bar() -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[losses]}"), disable=not shown)
+    return Progress(*columns, TextColumn("{task.fields[losses]}"))
