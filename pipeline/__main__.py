@@ -31,6 +31,7 @@ os.environ.setdefault(RUN_VARIABLE, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpi
 
 
 _FRAMINGS = {None: "stretch", "pad_image_input": "pad", "adjust_network_input": "adjust"}
+_TRACKING = ("sqlite", "http", "https", "file", "postgresql", "mysql", "mssql", "databricks")  # what MLflow takes
 OmegaConf.register_new_resolver("framing_label", lambda mode: _FRAMINGS.get(mode, mode), replace=True)
 
 
@@ -73,6 +74,9 @@ class Cell:
             value = config[option]
             if not isinstance(value, int) or value < least:
                 raise UserError(f"{option}={value}: choose a whole number, at least {least}")
+        scheme = str(config.tracking.uri).partition("://")[0].partition("+")[0]
+        if config.tracking.enabled and scheme not in _TRACKING:
+            raise UserError(f"tracking.uri={config.tracking.uri}: choose one of {', '.join(_TRACKING)}://..., or tracking=none")
         for name in self.plan:
             _require_values(self.config.stages[name], name)
             for option in self.stages[name].files:
