@@ -1,5 +1,6 @@
 """Which machine this is: what latencies and engines depend on."""
 
+import json
 import os
 import platform
 from pathlib import Path
@@ -29,6 +30,16 @@ def describe() -> dict[str, Any]:
         "cores": os.cpu_count() or 1,
         "gpus": gpus,
     }
+
+
+def write(file: Path) -> dict[str, Any]:
+    """Describe this machine in a file, which is left alone if it says so already; DVC watches it."""
+    device = describe()
+    text = json.dumps(device, indent=1)
+    if not file.exists() or file.read_text() != text:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return device
 
 
 def name(device: dict[str, Any], on_gpu: bool) -> str:

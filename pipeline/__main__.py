@@ -68,6 +68,10 @@ class Cell:
             raise UserError(
                 f"pruner={config.pruner.label}: a network that is given as ONNX cannot be pruned; choose pruner=none"
             )
+        lost = [o for o in self.overrides if o.lstrip("+").startswith("pruner.")]
+        makes = any(not self.stages[name].collect for name in self.plan)
+        if lost and makes and config.pruner.weights_from == "train" and not self.sweep:
+            raise UserError(f"{lost[0]}: there is no pruner; add pruner=l1")
         for option in ("training_resolution", "resolution"):
             _check_resolution(option, str(config[option]), int(config.model.multiple), int(config.model.get("offset", 0)))
         for option, least in (("batch", 1), ("threads", 0), ("seed", 0)):
@@ -115,6 +119,8 @@ class Cell:
 
         console = Console(stderr=True, highlight=False)
         inputs = self.results.input_manifests(stage, self.stages, self.command)
+        for folder in self.results.damaged:
+            console.print(f"[yellow]left out: {folder} is damaged; run its cell again with force=true[/]", soft_wrap=True)
         data = None
         if stage.options.get("data") is not None and stage.splits:
             data = _instantiate({"data": arguments(stage)["data"]})["data"].digest(stage.splits)
@@ -249,14 +255,9 @@ def _instantiate(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _device(results: Results) -> dict[str, Any]:
     """This machine's description; outputs/cache/device.json is what DVC watches."""
-    from evaluation.device import describe
+    from evaluation.device import write
 
-    device = describe()
-    file = results.cache / "device.json"
-    text = json.dumps(device, indent=1)
-    if not file.exists() or file.read_text() != text:
-        file.write_text(text)
-    return device
+    return write(results.cache / "device.json")
 
 
 _errors: list[str] = []  # of this process's only cell; a sweep's cells leave theirs in files
@@ -364,7 +365,9 @@ def _explain(error: Exception, words: Sequence[str]) -> str:
                 return f"{key}={wrong[0]}: no such choice{hint}; choose one of {', '.join(_choices(key))}"
         elif key and not key.startswith(("hydra", "-")) and key not in known:
             inside = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
-            return f"{key}: no such option{nearest(key, inside) or nearest(key, known)}; `python -m pipeline --help` lists them"
+            return (
+                f"{key}: no such option{nearest(key, inside) or nearest(key, known)}; `python -m pipeline --cfg job` lists them"
+            )
     return text.split("\n\nSet the environment", maxsplit=1)[0].strip()
 
 

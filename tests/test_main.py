@@ -61,6 +61,7 @@ def test_help_helps_and_loads_nothing_heavy(tmp_path):
         (["stages.train.training.steps=-1"], "steps=-1: must be at least 0"),
         (["outputs=/proc/nowhere"], "outputs=/proc/nowhere: cannot write there"),
         (["batch=0"], "batch=0"),
+        (["+pruner.pruning_ratio=0.6"], "pruner.pruning_ratio=0.6: there is no pruner; add pruner=l1"),
         (["batch=two"], "batch=two: choose a whole number"),
         (["seed=-1"], "seed=-1: choose a whole number"),
         (["stage=null"], "nothing to run"),
@@ -131,6 +132,14 @@ def test_a_damaged_input_is_refused_and_nothing_else_is_lost(smoke):
     assert "changed since it was made; make it again with: python -m pipeline stage=export" in text
     assert snapshot(smoke) == before
     pipeline(*SMOKE, "tracking=none", cwd=smoke, check=0)  # the chain mends it
+
+
+def test_a_damaged_cell_is_left_out_of_the_report_and_said(smoke):
+    (file,) = (smoke / "outputs/smoke/evaluate").glob("*_dense_*fp32*/metrics.json")
+    file.write_text("{}")
+    done = pipeline(*SMOKE, "stage=report", cwd=smoke, check=0)
+    assert "is damaged; run its cell again with force=true" in done.stderr
+    assert len((smoke / "outputs/smoke/report/results.csv").read_text().splitlines()) == 4
 
 
 def test_a_damaged_image_is_named(smoke):
