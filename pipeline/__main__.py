@@ -130,12 +130,12 @@ class Cell:
         if not stage.collect:
             self.results.claim(stage, fingerprint)
         if self.results.fresh(stage, fingerprint) and not self.config.force:
-            console.print(f"[dim]{stage.name:10} fresh  {folder}[/]", soft_wrap=True)
-            self.summaries[stage.name] = (read_manifest(folder) or {}).get("summary", {})
+            self._keep(stage, console)
             return
         self._check_components()
         with self.results.lock(stage):
-            if self.results.fresh(stage, fingerprint) and not self.config.force:
+            if self.results.fresh(stage, fingerprint) and not self.config.force:  # another process was faster
+                self._keep(stage, console)
                 return
             console.print(f"[bold]{stage.name:10}[/] ...    {folder}", soft_wrap=True)
             started = time.time()
@@ -170,6 +170,12 @@ class Cell:
                 }
             )
             console.print(f"[bold green]{stage.name:10}[/] done   {folder}  ({time.time() - started:.1f} s)", soft_wrap=True)
+
+    def _keep(self, stage: Stage, console: Any) -> None:
+        """Say that a result is fresh, and take its figures."""
+        folder = self.results.folder(stage)
+        console.print(f"[dim]{stage.name:10} fresh  {folder}[/]", soft_wrap=True)
+        self.summaries[stage.name] = (read_manifest(folder) or {}).get("summary", {})
 
     def _check_components(self) -> None:
         """Build the components of every planned stage, so that a wrong option of the last one stops the first."""
