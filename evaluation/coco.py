@@ -1,13 +1,13 @@
-"""COCO keypoint metrics: the ten figures, streamed image by image, over any multiset of images.
+"""COCO keypoint metrics: the ten figures, over any multiset of images, and what they are made of.
 
 The rules are those of COCO's evaluation (https://cocodataset.org/#keypoints-eval), including how its reference code breaks
-ties; tests compare the figures with pycocotools to 1e-9. Matching is done as each image arrives, so that an interval or a
-paired comparison only accumulates again.
+ties; tests compare the figures with pycocotools to 1e-9. Images only wait when they are processed; all are matched in one
+compiled call, whose outcome serves the figures, their intervals and paired comparisons.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,14 @@ from evaluation.compiled import compiled
 from evaluation.types import People, Poses, Skeleton
 
 F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
 AREAS = {"all": (0.0, 1e10), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
 FIGURES = ("ap", "ap50", "ap75", "ap_medium", "ap_large", "ar", "ar50", "ar75", "ar_medium", "ar_large")
 MOST_FOUND = 20  # people an image that count, as in COCO
+HIT, MISS = 1, 2
 
 
 @compiled
@@ -56,62 +58,109 @@ def oks(found: F64, truth: F64, boxes: F64, areas: F64, sigmas: F64) -> F64:
 
 
 @compiled
-def _match(
-    similarity: F64, ignored: NDArray[np.bool_], crowd: NDArray[np.bool_], thresholds: F64
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Match found people, best score first, to true ones, ignored ones last.
+def match(
+    found: F64,
+    found_starts: I64,
+    truth: F64,
+    true_starts: I64,
+    boxes: F64,
+    areas: F64,
+    crowd: NDArray[np.bool_],
+    sigmas: F64,
+    ignored: NDArray[np.bool_],
+    outside: NDArray[np.bool_],
+    thresholds: F64,
+) -> NDArray[np.uint8]:
+    """Match found people, best score first, to true ones, ignored ones last, image by image.
+
+    Args:
+        found: [D, K, 2], the images one after the other, each sorted by falling score.
+        found_starts: where each image's found people begin, [I + 1].
+        truth: [G, K, 3].
+        true_starts: where each image's true people begin, [I + 1].
+        boxes: [G, 4].
+        areas: [G].
+        crowd: [G].
+        sigmas: [K].
+        ignored: [S, G], true people outside a stratum.
+        outside: [S, D], found people that are no false alarm of a stratum if nobody matches them.
+        thresholds: [T] of OKS.
 
     Returns:
-        matched and matched-to-an-ignored-person, each bool [T, D].
+        [S, D, T]: HIT, MISS (a false alarm) or 0 (does not count).
     """
-    D, G = similarity.shape
-    T = thresholds.shape[0]
-    matched, to_ignored = np.zeros((T, D), np.bool_), np.zeros((T, D), np.bool_)
-    for t in range(T):
-        taken = np.zeros(G, np.bool_)
-        for d in range(D):
-            best, at = min(thresholds[t], 1 - 1e-10), -1
-            for g in range(G):
-                if taken[g] and not crowd[g]:
-                    continue
-                if at > -1 and not ignored[at] and ignored[g]:
-                    break
-                if similarity[d, g] < best:
-                    continue
-                best, at = similarity[d, g], g
-            if at > -1:
-                taken[at] = True
-                matched[t, d] = True
-                to_ignored[t, d] = ignored[at]
-    return matched, to_ignored
+    S, T = ignored.shape[0], thresholds.shape[0]
+    outcome = np.zeros((S, found.shape[0], T), np.uint8)
+    for image in range(found_starts.shape[0] - 1):
+        d0, d1, g0, g1 = found_starts[image], found_starts[image + 1], true_starts[image], true_starts[image + 1]
+        similarity = oks(found[d0:d1], truth[g0:g1], boxes[g0:g1], areas[g0:g1], sigmas)
+        D, G = d1 - d0, g1 - g0
+        order = np.empty(G, np.int64)
+        for s in range(S):
+            n = 0
+            for last in range(2):
+                for g in range(G):
+                    if ignored[s, g0 + g] == (last == 1):
+                        order[n] = g
+                        n += 1
+            for t in range(T):
+                taken = np.zeros(G, np.bool_)
+                for d in range(D):
+                    best, at = min(thresholds[t], 1 - 1e-10), -1
+                    for g in order:
+                        if taken[g] and not crowd[g0 + g]:
+                            continue
+                        if at > -1 and not ignored[s, g0 + at] and ignored[s, g0 + g]:
+                            break
+                        if similarity[d, g] < best:
+                            continue
+                        best, at = similarity[d, g], g
+                    if at > -1:
+                        taken[at] = True
+                        if not ignored[s, g0 + at]:
+                            outcome[s, d0 + d, t] = HIT
+                    elif not outside[s, d0 + d]:
+                        outcome[s, d0 + d, t] = MISS
+    return outcome
 
 
 @compiled
-def _average_precision(
-    hits: NDArray[np.bool_], misses: NDArray[np.bool_], weights: F64, positives: float, recalls: F64
-) -> tuple[float, float]:
-    """Interpolated average precision and final recall of detections sorted by score."""
-    n = hits.shape[0]
-    precision, recall = np.empty(n), np.empty(n)
-    tp = fp = 0.0
-    for d in range(n):
-        if hits[d]:
-            tp += weights[d]
-        elif misses[d]:
-            fp += weights[d]
-        recall[d] = tp / positives
-        precision[d] = tp / (fp + tp + np.spacing(1.0))
-    for d in range(n - 2, -1, -1):
-        precision[d] = max(precision[d], precision[d + 1])
-    total = 0.0
-    d = 0
-    for r in range(recalls.shape[0]):
-        while d < n and recall[d] < recalls[r]:
-            d += 1
-        if d == n:
-            break
-        total += precision[d]
-    return total / recalls.shape[0], (recall[n - 1] if n else 0.0)
+def _precision_recall(
+    outcome: NDArray[np.uint8], image: I64, weight: F64, positives: float, recalls: F64
+) -> tuple[F64, F64]:
+    """Interpolated average precision and final recall, each [T], of found people [D, T] sorted by falling score."""
+    D, T = outcome.shape
+    tp, fp = np.zeros(T), np.zeros(T)
+    hits = np.zeros(T, np.int64)
+    at_recall, at_precision = np.empty((T, D)), np.empty((T, D))
+    for d in range(D):
+        w = weight[image[d]]
+        if w == 0:
+            continue
+        for t in range(T):
+            if outcome[d, t] == MISS:
+                fp[t] += w
+            elif outcome[d, t] == HIT:
+                # Precision only matters where recall rises, which is at hits.
+                tp[t] += w
+                at_recall[t, hits[t]] = tp[t] / positives
+                at_precision[t, hits[t]] = tp[t] / (fp[t] + tp[t] + np.spacing(1.0))
+                hits[t] += 1
+    ap, ar = np.zeros(T), np.zeros(T)
+    for t in range(T):
+        n = hits[t]
+        for d in range(n - 2, -1, -1):
+            at_precision[t, d] = max(at_precision[t, d], at_precision[t, d + 1])
+        d = 0
+        for r in range(recalls.shape[0]):
+            while d < n and at_recall[t, d] < recalls[r]:
+                d += 1
+            if d == n:
+                break
+            ap[t] += at_precision[t, d]
+        ap[t] /= recalls.shape[0]
+        ar[t] = at_recall[t, n - 1] if n else 0.0
+    return ap, ar
 
 
 @dataclass(frozen=True)
@@ -120,38 +169,42 @@ class Matches:
 
     Attributes:
         images: the ids, in order.
-        image: int64 [D], index of each detection's image.
+        image: int64 [D], index of each found person's image.
         scores: float64 [D].
-        hits: bool [A, T, D], a true person found, for each area range and threshold.
-        misses: bool [A, T, D], false alarms; the rest is ignored.
-        positives: int64 [A, I], people to be found in each image.
+        outcome: uint8 [S, D, T]: HIT, MISS or 0 (ignored), for each stratum and threshold.
+        positives: int64 [S, I], people to be found in each image.
+        strata: names of the strata.
+        primary: the figure that is resampled.
     """
 
     images: tuple[str, ...]
-    image: NDArray[np.int64]
+    image: I64
     scores: F64
-    hits: NDArray[np.bool_]
-    misses: NDArray[np.bool_]
-    positives: NDArray[np.int64]
+    outcome: NDArray[np.uint8]
+    positives: I64
+    strata: tuple[str, ...] = tuple(AREAS)
+    primary: str = "ap"
 
-    def save(self, file: Path) -> None:
-        """Write as .npz."""
-        np.savez_compressed(
-            file,
-            images=np.array(self.images, dtype=str),
-            image=self.image,
-            scores=self.scores,
-            hits=self.hits,
-            misses=self.misses,
-            positives=self.positives,
-        )
+    @cached_property
+    def _sorted(self) -> tuple[NDArray[np.uint8], I64]:
+        order = np.argsort(-self.scores, kind="mergesort")
+        return np.ascontiguousarray(self.outcome[:, order]), self.image[order]
 
-    @classmethod
-    def load(cls, file: Path) -> "Matches":
-        """Read what `save` wrote."""
-        with np.load(file, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-        return cls(images=tuple(arrays.pop("images").tolist()), **arrays)
+    def curves(self, stratum: str, counts: NDArray[Any] | None = None) -> tuple[F64, F64]:
+        """Average precision and recall at each threshold, [T]; -1 where there is nobody to find.
+
+        Args:
+            stratum: one of `strata`.
+            counts: how often each image counts, [I]; None counts each once.
+        """
+        weight = np.ones(len(self.images)) if counts is None else np.asarray(counts, np.float64)
+        s = self.strata.index(stratum)
+        outcome, image = self._sorted
+        positives = float(self.positives[s] @ weight)
+        if positives == 0:
+            nobody = np.full(len(THRESHOLDS), -1.0)
+            return nobody, nobody
+        return _precision_recall(outcome[s], image, weight, positives, RECALLS)
 
     def figures(self, counts: NDArray[Any] | None = None, names: Sequence[str] = FIGURES) -> dict[str, float]:
         """COCO's figures in 0..1; -1 where there is nobody to find.
@@ -160,30 +213,85 @@ class Matches:
             counts: how often each image counts, [I]; None counts each once.
             names: which figures, of `FIGURES`.
         """
-        weight = np.ones(len(self.images)) if counts is None else np.asarray(counts, np.float64)
-        order = np.argsort(-self.scores, kind="mergesort")
-        order = order[weight[self.image[order]] > 0]
-        weights = weight[self.image[order]]
-        table: dict[tuple[str, int], tuple[float, float]] = {}
-
-        def cell(area: str, t: int) -> tuple[float, float]:
-            if (area, t) not in table:
-                a = list(AREAS).index(area)
-                positives = float(self.positives[a] @ weight)
-                hits, misses = self.hits[a, t, order], self.misses[a, t, order]
-                table[area, t] = (
-                    _average_precision(hits, misses, weights, positives, RECALLS) if positives > 0 else (-1.0, -1.0)
-                )
-            return table[area, t]
-
+        curves: dict[str, tuple[F64, F64]] = {}
         figures = {}
         for name in names:
-            kind = int(name.startswith("ar"))
             suffix = name[2:].lstrip("_")
             area = suffix if suffix in AREAS else "all"
+            if area not in curves:
+                curves[area] = self.curves(area, counts)
             steps = {"50": [0], "75": [5]}.get(suffix, list(range(len(THRESHOLDS))))
-            figures[name] = float(np.mean([cell(area, t)[kind] for t in steps]))
+            figures[name] = float(np.mean(curves[area][int(name.startswith("ar"))][steps]))
         return figures
+
+    def resampled(self, counts: NDArray[Any]) -> F64:
+        """The primary figure of every resample; `counts` [R, I] says how often each image counts in it."""
+        return np.array([self.figures(row, [self.primary])[self.primary] for row in counts])
+
+
+@dataclass(frozen=True)
+class Everybody:
+    """All images of a data set as the compiled functions take them.
+
+    Attributes:
+        images: the ids, in order.
+        found: float64 [D, K, 2], each image sorted by falling score.
+        scores: float64 [D].
+        found_starts: int64 [I + 1].
+        truth: float64 [G, K, 3].
+        true_starts: int64 [I + 1].
+        boxes: float64 [G, 4].
+        areas: float64 [G].
+        crowd: bool [G].
+        never: bool [G], people whom nobody has to find: crowds and those without labels.
+        sigmas: float64 [K].
+    """
+
+    images: tuple[str, ...]
+    found: F64
+    scores: F64
+    found_starts: I64
+    truth: F64
+    true_starts: I64
+    boxes: F64
+    areas: F64
+    crowd: NDArray[np.bool_]
+    never: NDArray[np.bool_]
+    sigmas: F64
+
+    def matches(self, strata: Mapping[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]] | None = None) -> Matches:
+        """Match every image.
+
+        Args:
+            strata: name to (true people who do not belong to it [G], found people who are no false alarm of it [D]); None is
+                COCO's area ranges.
+        """
+        if strata is None:
+            size = np.prod(self.found.max(axis=1) - self.found.min(axis=1), axis=1)
+            strata = {
+                name: ((self.areas < least) | (self.areas > most), (size < least) | (size > most))
+                for name, (least, most) in AREAS.items()
+            }
+        ignored = np.array([self.never | away for away, _ in strata.values()])
+        outside = np.array([free for _, free in strata.values()])
+        outcome = match(
+            self.found,
+            self.found_starts,
+            self.truth,
+            self.true_starts,
+            self.boxes,
+            self.areas,
+            self.crowd,
+            self.sigmas,
+            ignored,
+            outside,
+            THRESHOLDS,
+        )
+        I = len(self.images)  # noqa: E741 - the number of images
+        image_of_true = np.repeat(np.arange(I), np.diff(self.true_starts))
+        positives = np.array([np.bincount(image_of_true[~row], minlength=I) for row in ignored], np.int64)
+        image = np.repeat(np.arange(I), np.diff(self.found_starts)).astype(np.int64)
+        return Matches(self.images, image, self.scores, outcome, positives.reshape(len(strata), I), tuple(strata))
 
 
 @dataclass
@@ -193,23 +301,31 @@ class CocoKeypoints:
     Attributes:
         labels: skeleton of the ground truth, with its sigmas.
         found_labels: skeleton of the found poses; keypoints are joined by name, others dropped.
+        most_found: so many people an image count, the surest first; COCO's 20.
     """
 
     labels: Skeleton
     found_labels: Skeleton
+    most_found: int = MOST_FOUND
     primary: str = "ap"
-    _rows: dict[str, tuple[F64, NDArray[np.bool_], NDArray[np.bool_], NDArray[np.int64]]] = field(default_factory=dict)
-    _results: list[dict[str, Any]] = field(default_factory=list)
+    _rows: dict[str, tuple[People, NDArray[np.float32], F64]] = field(default_factory=dict)
+    _dropped: int = 0
+    _not_finite: int = 0
 
     def __post_init__(self) -> None:
         """Join the two skeletons.
 
         Raises:
-            ValueError: the network has none of the ground truth's keypoints.
+            ValueError: the network has none of the ground truth's keypoints, or the labels have no sigmas.
         """
+        if len(self.labels.sigmas) != len(self.labels.names):
+            raise ValueError(
+                f"{len(self.labels.names)} keypoints but {len(self.labels.sigmas)} sigmas: OKS needs one for each; "
+                "give them in labels.sigmas"
+            )
         names = self.found_labels.names
-        self._columns = [names.index(name) if name in names else -1 for name in self.labels.names]
-        if max(self._columns) < 0:
+        self._columns = np.array([names.index(name) if name in names else -1 for name in self.labels.names])
+        if self._columns.max() < 0:
             raise ValueError(
                 f"the network's keypoints ({', '.join(names[:4])}, ...) share no name with the ground truth's "
                 f"({', '.join(self.labels.names[:4])}, ...)"
@@ -218,83 +334,92 @@ class CocoKeypoints:
     def reset(self) -> None:
         """Forget every image."""
         self._rows.clear()
-        self._results.clear()
+        self._dropped = self._not_finite = 0
 
     def keypoints(self, found: Poses) -> NDArray[np.float32]:
         """Found poses in the ground truth's skeleton, [N, K, 3]; missing keypoints are zeros."""
-        columns = np.array(self._columns)
-        return np.where((columns >= 0)[:, None], found.keypoints[:, columns], np.float32(0))
+        chosen = found.keypoints[:, self._columns]
+        chosen[:, self._columns < 0] = 0
+        return chosen
 
     def process(self, id: str, truth: People, found: Poses) -> None:  # noqa: A002
-        """Match the people found in an image.
+        """Take the people found in an image.
 
         Raises:
-            ValueError: the image came before, or a score or a point is not finite.
+            ValueError: the image came before, its labels are of another skeleton, or a score or a point is not finite.
         """
         if id in self._rows:
             raise ValueError(f"image {id} is evaluated twice")
+        if truth.keypoints.shape[1] != len(self.labels.names):
+            raise ValueError(f"image {id}: {truth.keypoints.shape[1]} keypoints a person, not {len(self.labels.names)}")
         keypoints = self.keypoints(found)
         if not (np.isfinite(found.scores).all() and np.isfinite(keypoints).all()):
             raise ValueError(f"image {id}: a found person has a score or a point that is not finite")
-        order = np.argsort(-found.scores, kind="mergesort")[:MOST_FOUND]
-        keypoints, scores = keypoints[order], found.scores[order].astype(np.float64)
-        self._results += coco_results(id, keypoints, scores)
+        order = np.argsort(-found.scores, kind="mergesort")[: self.most_found]
+        self._rows[id] = (truth, keypoints[order], found.scores[order].astype(np.float64))
+        self._dropped += found.dropped_peaks
+        self._not_finite += found.not_finite
 
-        points = keypoints[..., :2].astype(np.float64)
-        extent = np.prod(points.max(axis=1, initial=0) - points.min(axis=1, initial=np.inf), axis=1)
-        extent = np.where(np.isfinite(extent), extent, 0.0)
-        unlabelled = (truth.keypoints[..., 2] > 0).sum(axis=1) == 0
-        never = truth.crowd | unlabelled
-        sigmas = np.array(self.labels.sigmas)
-        similarity = oks(points, truth.keypoints, truth.boxes, truth.areas, sigmas)
-        hits, misses, positives = [], [], []
-        for low, high in AREAS.values():
-            ignored = never | (truth.areas < low) | (truth.areas > high)
-            last = np.argsort(ignored, kind="mergesort")
-            matched, to_ignored = _match(
-                np.ascontiguousarray(similarity[:, last]), ignored[last], truth.crowd[last], THRESHOLDS
-            )
-            outside = (extent < low) | (extent > high)
-            dropped = to_ignored | (~matched & outside)
-            hits.append(matched & ~dropped)
-            misses.append(~matched & ~dropped)
-            positives.append(int((~ignored).sum()))
-        self._rows[id] = (scores, np.array(hits), np.array(misses), np.array(positives, np.int64))
+    @property
+    def images(self) -> list[str]:
+        """The ids, in the order in which COCO's own evaluation takes them."""
+        return sorted(self._rows, key=int) if all(key.isdigit() for key in self._rows) else sorted(self._rows)
 
-    def matches(self) -> Matches:
-        """The matched images, in the order of their ids, as COCO's own evaluation takes them."""
-        numeric = all(key.isdigit() for key in self._rows)
-        ids = sorted(self._rows, key=int) if numeric else sorted(self._rows)
+    def people(self) -> Everybody:
+        """Everybody, found and true."""
+        ids = self.images
         rows = [self._rows[i] for i in ids]
-        shape = (len(AREAS), len(THRESHOLDS), 0)
-        return Matches(
+        K = len(self.labels.names)
+        truths = [truth for truth, _, _ in rows]
+
+        def joined(arrays: Sequence[NDArray[Any]], *shape: int) -> NDArray[Any]:
+            return np.concatenate([np.zeros((0, *shape)), *arrays])
+
+        truth = joined([t.keypoints for t in truths], K, 3)
+        crowd = joined([t.crowd for t in truths]).astype(bool)
+        ignored = joined([np.zeros(len(t.crowd), bool) if t.ignored is None else t.ignored for t in truths]).astype(bool)
+        return Everybody(
             images=tuple(ids),
-            image=np.repeat(np.arange(len(rows)), [len(r[0]) for r in rows]).astype(np.int64),
-            scores=np.concatenate([r[0] for r in rows] or [np.zeros(0)]),
-            hits=np.concatenate([r[1] for r in rows] or [np.zeros(shape, bool)], axis=2),
-            misses=np.concatenate([r[2] for r in rows] or [np.zeros(shape, bool)], axis=2),
-            positives=np.array([r[3] for r in rows], np.int64).reshape(-1, len(AREAS)).T,
+            found=np.ascontiguousarray(joined([k[..., :2] for _, k, _ in rows], K, 2)),
+            scores=joined([scores for _, _, scores in rows]),
+            found_starts=np.cumsum([0, *(len(scores) for _, _, scores in rows)]),
+            truth=truth,
+            true_starts=np.cumsum([0, *(len(t.crowd) for t in truths)]),
+            boxes=joined([t.boxes for t in truths], 4),
+            areas=joined([t.areas for t in truths]),
+            crowd=crowd,
+            never=crowd | ignored | ~(truth[..., 2] > 0).any(axis=1),
+            sigmas=np.array(self.labels.sigmas),
         )
 
-    def results(self) -> list[dict[str, Any]]:
-        """Everything found, in COCO's result format."""
-        return list(self._results)
+    def matches(self) -> Matches:
+        """The matched images."""
+        return self.people().matches()
 
-    def evaluate(self, images: NDArray[np.intp] | None = None) -> Mapping[str, float]:
+    def results(self) -> Iterator[dict[str, Any]]:
+        """Everything found, in COCO's result format (https://cocodataset.org/#format-results)."""
+        for id in self.images:  # noqa: A001
+            _, keypoints, scores = self._rows[id]
+            for points, score in zip(keypoints.astype(np.float64).round(3), scores.tolist(), strict=True):
+                yield {
+                    "image_id": int(id) if id.isdigit() else id,
+                    "category_id": 1,
+                    "keypoints": points.ravel().tolist(),
+                    "score": score,
+                }
+
+    def evaluate(self, images: NDArray[np.intp] | None = None) -> dict[str, float]:
         """The ten figures, over all images or over those at the given indices (repeats count)."""
         matches = self.matches()
         counts = None if images is None else np.bincount(images, minlength=len(matches.images))
         return matches.figures(counts)
 
+    def counts(self) -> dict[str, int]:
+        """What went wrong: peaks that had no room, and images in which the network returned NaN or infinity."""
+        return {"dropped_peaks": self._dropped, "images_not_finite": self._not_finite}
 
-def coco_results(id: str, keypoints: NDArray[np.float32], scores: F64) -> list[dict[str, Any]]:  # noqa: A002
-    """People of one image in COCO's result format."""
-    return [
-        {
-            "image_id": int(id) if id.isdigit() else id,
-            "category_id": 1,
-            "keypoints": [round(float(v), 3) for v in points.ravel()],
-            "score": float(score),
-        }
-        for points, score in zip(keypoints, scores, strict=True)
-    ]
+    def details(self) -> dict[str, dict[str, float]]:
+        """AP of each keypoint and stratum, and the kinds of error."""
+        from evaluation.breakdown import details
+
+        return details(self.people(), self.labels)

@@ -1,11 +1,16 @@
 """Intervals: what the images chosen for an evaluation leave uncertain."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.coco import Matches
+F64 = NDArray[np.float64]
+
+_TOGETHER = 50  # resamples drawn at once
 
 
 @dataclass(frozen=True)
@@ -20,28 +25,76 @@ class Interval:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def _interval(value: float, draws: NDArray[np.float64]) -> Interval:
-    low, high = np.percentile(draws, (2.5, 97.5))
+class Resampled(Protocol):
+    """An evaluated data set of which a figure can be had over any multiset of its images."""
+
+    @property
+    def images(self) -> Sequence[str]:
+        """The images' ids, in order."""
+        ...
+
+    def resampled(self, counts: NDArray[Any]) -> F64:
+        """The figure of every resample; `counts` [R, I] says how often each image counts in it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Draws:
+    """A figure and what it was in every resample of the images.
+
+    Two engines evaluated on the same images drew the same resamples, so the differences of their draws are paired.
+
+    Attributes:
+        images: the ids.
+        value: over all images, each once.
+        values: float64 [R], over the resamples.
+    """
+
+    images: tuple[str, ...]
+    value: float
+    values: F64
+
+    @property
+    def interval(self) -> Interval:
+        """The 95 % percentile interval (Efron 1979)."""
+        return _interval(self.value, self.values)
+
+    def save(self, file: Path) -> None:
+        """Write as .npz."""
+        np.savez_compressed(file, images=np.array(self.images, dtype=str), value=self.value, values=self.values)
+
+    @classmethod
+    def load(cls, file: Path) -> "Draws":
+        """Read what `save` wrote."""
+        with np.load(file, allow_pickle=False) as stored:
+            return cls(tuple(stored["images"].tolist()), float(stored["value"]), stored["values"])
+
+
+def _interval(value: float, draws: F64) -> Interval:
+    low, high = np.percentile(draws, (2.5, 97.5)) if len(draws) else (np.nan, np.nan)
     return Interval(value, float(low), float(high))
 
 
-def bootstrap(matches: Matches, figure: str = "ap", resamples: int = 500, seed: int = 0) -> Interval:
-    """95 % percentile bootstrap over images (Efron 1979) of a figure.
+def bootstrap(data: Resampled, resamples: int = 500, seed: int = 0) -> Draws:
+    """The figure over data sets of the same size, drawn image by image with repetition.
 
     Args:
-        matches: the evaluated data set.
-        figure: one of `evaluation.coco.FIGURES`.
-        resamples: how many data sets of the same size are drawn, with repetition.
-        seed: of the draws.
+        data: the evaluated images.
+        resamples: how many data sets are drawn.
+        seed: of the draws; the first resamples do not depend on how many follow.
     """
     draw = np.random.default_rng(seed)
-    n = len(matches.images)
-    draws = [matches.figures(np.bincount(draw.integers(0, n, n), minlength=n), [figure])[figure] for _ in range(resamples)]
-    return _interval(matches.figures(None, [figure])[figure], np.array(draws))
+    n = len(data.images)
+    values = []
+    for start in range(0, resamples if n else 0, _TOGETHER):
+        chosen = [draw.integers(0, n, n) for _ in range(min(_TOGETHER, resamples - start))]
+        values.append(data.resampled(np.array([np.bincount(c, minlength=n) for c in chosen])))
+    (value,) = data.resampled(np.ones((1, n)))
+    return Draws(tuple(data.images), float(value), np.concatenate([np.zeros(0), *values]))
 
 
-def paired(ours: Matches, theirs: Matches, figure: str = "ap", resamples: int = 500, seed: int = 0) -> Interval:
-    """The difference ours - theirs of a figure, both drawn from the same images in every resample.
+def paired(ours: Draws, theirs: Draws) -> Interval:
+    """The difference ours - theirs, both taken from the same images in every resample.
 
     Raises:
         ValueError: the two were not evaluated on the same images.
@@ -52,11 +105,5 @@ def paired(ours: Matches, theirs: Matches, figure: str = "ap", resamples: int = 
             f"the two engines were evaluated on different images ({len(ours.images)} and {len(theirs.images)}; "
             f"{len(only)} are in one only): evaluate both on the same data"
         )
-    draw = np.random.default_rng(seed)
-    n = len(ours.images)
-    draws = []
-    for _ in range(resamples):
-        counts = np.bincount(draw.integers(0, n, n), minlength=n)
-        draws.append(ours.figures(counts, [figure])[figure] - theirs.figures(counts, [figure])[figure])
-    value = ours.figures(None, [figure])[figure] - theirs.figures(None, [figure])[figure]
-    return _interval(value, np.array(draws))
+    n = min(len(ours.values), len(theirs.values))
+    return _interval(ours.value - theirs.value, ours.values[:n] - theirs.values[:n])

@@ -6,7 +6,7 @@ Sizes are (height, width). Points are (x, y) in pixels, with the centre of the f
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
@@ -241,10 +241,24 @@ class Poses:
     Attributes:
         keypoints: float32 [N, K, 3]: x and y in image pixels, and the keypoint's own score; (0, 0, 0) where none was found.
         scores: float32 [N], the greater the surer.
+        guessed: bool [N, K], keypoints that were completed rather than found; None where nothing was.
+        features: float32 [N, F], what a score can be fitted to; the first is the plain score.
+        dropped_peaks: peaks of this image that had no room.
+        not_finite: the network returned NaN or infinity.
     """
 
     keypoints: NDArray[np.float32]
     scores: NDArray[np.float32]
+    guessed: NDArray[np.bool_] | None = None
+    features: NDArray[np.float32] | None = None
+    dropped_peaks: int = 0
+    not_finite: bool = False
+
+    def as_found(self) -> "Poses":
+        """The same people without guesses, and with their plain scores."""
+        keypoints = self.keypoints if self.guessed is None else np.where(self.guessed[..., None], 0, self.keypoints)
+        scores = self.scores if self.features is None else self.features[:, 0]
+        return replace(self, keypoints=keypoints, scores=scores, guessed=None)
 
 
 @dataclass(frozen=True)
@@ -257,6 +271,7 @@ class People:
         areas: float64 [N], pixels of the person's mask.
         crowd: bool [N]; a crowd region has no keypoints.
         masks: one a person: COCO's polygons or run lengths; None where the file has none.
+        ignored: bool [N], people whom nobody has to find and nobody is blamed for finding; None is nobody.
     """
 
     keypoints: NDArray[np.float64]
@@ -264,6 +279,7 @@ class People:
     areas: NDArray[np.float64]
     crowd: NDArray[np.bool_]
     masks: tuple[Any, ...] = ()
+    ignored: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)

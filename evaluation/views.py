@@ -1,5 +1,6 @@
 """Framing: which part of an image becomes which network input, and the one place where pixel centres are shifted."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,39 +32,119 @@ def resized(size: Resolution, to: tuple[float, float]) -> NDArray[np.float64]:
     return np.array([[sx, 0, 0.5 * sx - 0.5], [0, sy, 0.5 * sy - 0.5]], np.float64)
 
 
+def mirrored(view: View, size: Resolution) -> View:
+    """The same view of the image of `size` turned left to right."""
+    turned = view.matrix.copy()
+    turned[:, 0] = -view.matrix[:, 0]
+    turned[:, 2] = view.matrix[:, 2] + view.matrix[:, 0] * (size.width - 1)
+    return View(turned, view.size, view.box, not view.flipped)
+
+
 @dataclass(frozen=True)
 class WholeImage:
-    """Framing of bottom-up networks: one view an image.
+    """Framing of bottom-up networks: one view an image, or several whose fields are averaged.
 
     Attributes:
         keep_aspect_ratio_mode: None stretches the image to the resolution; "pad_image_input" keeps the aspect and pads
             on the right and below (letterbox); "adjust_network_input" keeps the resolution's height and lets the width
             follow the image, padded on the right to what the network takes.
+        scales: of the resolution; more than [1] is a research setting, for no engine runs that way.
+        flip: see the mirrored image too; a research setting.
     """
 
     keep_aspect_ratio_mode: KeepAspectRatioMode | None = "pad_image_input"
+    scales: Sequence[float] = (1.0,)
+    flip: bool = False
 
     def __post_init__(self) -> None:
-        """Check the mode's name."""
+        """Check the mode's name and the scales."""
         known = (None, "pad_image_input", "adjust_network_input")
         if self.keep_aspect_ratio_mode not in known:
             raise ValueError(
                 f"keep_aspect_ratio_mode={self.keep_aspect_ratio_mode}: unknown; use null, pad_image_input or "
                 "adjust_network_input"
             )
+        if not self.scales or not all(0.1 <= scale <= 8 for scale in self.scales):
+            raise ValueError(f"scales={list(self.scales)}: choose at least one, each from 0.1 to 8")
 
     @property
     def one_size(self) -> bool:
         """Whether every view has the same size."""
-        return self.keep_aspect_ratio_mode != "adjust_network_input"
+        return self.keep_aspect_ratio_mode != "adjust_network_input" and len(self.scales) == 1
 
-    def views(self, size: Resolution, resolution: Resolution, spec: InputSpec) -> list[View]:
+    @property
+    def averaged(self) -> bool:
+        """Whether an image has several views."""
+        return len(self.scales) > 1 or self.flip
+
+    def views(
+        self,
+        size: Resolution,
+        resolution: Resolution,
+        spec: InputSpec,
+        boxes: NDArray[np.float64] | None = None,  # noqa: ARG002 - of people, for framings that crop
+    ) -> list[View]:
         """The views of an image of `size` for a network run at `resolution`."""
+        views = []
+        for scale in self.scales:
+            height, width = resolution.height, resolution.width
+            if scale != 1:
+                height, width = spec.fit(height * scale), spec.fit(width * scale)
+            view = self._view(size, Resolution(height, width), spec)
+            views += [view, mirrored(view, size)] if self.flip else [view]
+        return views
+
+    def _view(self, size: Resolution, resolution: Resolution, spec: InputSpec) -> View:
         if self.keep_aspect_ratio_mode is None:
-            return [View(resized(size, (resolution.height, resolution.width)), resolution)]
+            return View(resized(size, (resolution.height, resolution.width)), resolution)
         if self.keep_aspect_ratio_mode == "pad_image_input":
             scale = min(resolution.height / size.height, resolution.width / size.width)
-            inside = (round(size.height * scale), round(size.width * scale))
-            return [View(resized(size, inside), resolution)]
-        width = round(size.width * resolution.height / size.height)
-        return [View(resized(size, (resolution.height, width)), Resolution(resolution.height, spec.fit(width)))]
+            inside = (max(round(size.height * scale), 1), max(round(size.width * scale), 1))
+            return View(resized(size, inside), resolution)
+        width = max(round(size.width * resolution.height / size.height), 1)
+        return View(resized(size, (resolution.height, width)), Resolution(resolution.height, spec.fit(width)))
+
+
+@dataclass(frozen=True)
+class PersonCrops:
+    """Framing of top-down networks: one view a person, cut around the given box.
+
+    Attributes:
+        padding: the crop is the box of the network's aspect around the person's, larger by this factor.
+    """
+
+    padding: float = 1.25
+
+    @property
+    def one_size(self) -> bool:
+        """Every crop has the resolution's size."""
+        return True
+
+    @property
+    def averaged(self) -> bool:
+        """A person has one view."""
+        return False
+
+    def views(
+        self,
+        size: Resolution,  # noqa: ARG002 - of the image, for framings that see all of it
+        resolution: Resolution,
+        spec: InputSpec,  # noqa: ARG002 - for framings that choose the size
+        boxes: NDArray[np.float64] | None = None,
+    ) -> list[View]:
+        """A view for each box [N, 4] (x, y, width, height) in image pixels.
+
+        Raises:
+            ValueError: the image has no boxes, as opposed to none in it.
+        """
+        if boxes is None:
+            raise ValueError("a top-down network needs a box for each person, and these images have none")
+        views = []
+        for x, y, width, height in boxes.tolist():
+            across = max(width, height * resolution.width / resolution.height, 1.0) * self.padding
+            scale = resolution.width / across
+            middle = np.array([x + (width - 1) / 2, y + (height - 1) / 2])
+            target = np.array([(resolution.width - 1) / 2, (resolution.height - 1) / 2])
+            matrix = np.column_stack((np.eye(2) * scale, target - scale * middle))
+            views.append(View(matrix, resolution, (x, y, width, height)))
+        return views

@@ -32,7 +32,15 @@ os.environ.setdefault(RUN_VARIABLE, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpi
 
 _FRAMINGS = {None: "stretch", "pad_image_input": "pad", "adjust_network_input": "adjust"}
 _TRACKING = ("sqlite", "http", "https", "file", "postgresql", "mysql", "mssql", "databricks")  # what MLflow takes
-OmegaConf.register_new_resolver("framing_label", lambda mode: _FRAMINGS.get(mode, mode), replace=True)
+
+
+def _framing_label(mode: str | None, scales: Sequence[float], flip: bool) -> str:
+    """How images become inputs, in a word: pad, or pad-x0.5-1-1.5-2-flip where several views are averaged."""
+    several = "" if list(scales) == [1] else "-x" + "-".join(f"{scale:g}" for scale in scales)
+    return f"{_FRAMINGS.get(mode, mode)}{several}{'-flip' if flip else ''}"
+
+
+OmegaConf.register_new_resolver("framing_label", _framing_label, replace=True)
 
 
 class Cell:

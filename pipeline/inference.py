@@ -1,15 +1,21 @@
 """The one loop that runs a network over images: calibration and evaluation are both made of it."""
 
+import os
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.types import InputSpec, Resolution, Sample, View
+from evaluation.views import mirrored
 from pipeline.specs import Dataset, Decoder, Framing, Runner
 
 Found = TypeVar("Found")
@@ -34,11 +40,43 @@ class Batch:
     last: Sequence[bool]
 
 
+@dataclass
+class Watch:
+    """What the steps of a loop cost, to name the one that holds it up.
+
+    Attributes:
+        workers: how many threads share a step.
+        busy: seconds of work of each step, of all its threads.
+    """
+
+    workers: dict[str, int] = field(default_factory=dict)
+    busy: dict[str, float] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Count the time inside as work of a step."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.busy[name] = self.busy.get(name, 0.0) + time.perf_counter() - started
+
+    @property
+    def bottleneck(self) -> str:
+        """The step whose threads were busiest."""
+        return max(self.busy, key=lambda name: self.busy[name] / self.workers.get(name, 1), default="")
+
+
 def frame(image: NDArray[np.uint8], view: View, spec: InputSpec) -> NDArray[np.uint8]:
     """Cut a view [H, W, 3] from an image; outside is the network's padding."""
     import cv2
 
     height, width = view.size.height, view.size.width
+    if view.flipped:
+        image = np.ascontiguousarray(image[:, ::-1])
+        view = mirrored(view, Resolution(*image.shape[:2]))
     (sx, skew_y, x), (skew_x, sy, y) = view.matrix
     whole = skew_x == skew_y == 0 and abs(x - (0.5 * sx - 0.5)) < 1e-9 and abs(y - (0.5 * sy - 0.5)) < 1e-9
     if not whole:
@@ -75,6 +113,7 @@ def batches(
     resolution: Resolution,
     batch: int = 1,
     indices: Sequence[int] | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[Batch]:
     """Read and frame images ahead of the network, in order.
 
@@ -85,42 +124,51 @@ def batches(
         resolution: the network's input size.
         batch: most views at once; views of different sizes never share a batch.
         indices: which images; None is all.
+        watch: counts the time of the steps "reading" and "framing".
     """
+    watch = watch or Watch()
+    readers = os.cpu_count() or 1
+    watch.workers |= {"reading": readers, "framing": readers}
 
-    def prepare(index: int) -> tuple[Sample[Any], list[View], list[NDArray[np.uint8]]]:
-        sample = data[index]
-        views = framing.views(sample.size, resolution, spec)
-        image = sample.read()
-        return sample, views, [frame(image, view, spec) for view in views]
+    def prepare(index: int) -> tuple[Sample[Any], list[View], list[NDArray[np.float32]]]:
+        with watch.step("reading"):
+            sample = data[index]
+            image = sample.read()
+        with watch.step("framing"):
+            views = framing.views(sample.size, resolution, spec, sample.boxes)
+            return sample, views, [normalise(frame(image, view, spec), spec) for view in views]
 
-    waiting: list[tuple[Sample[Any], View, NDArray[np.uint8], bool]] = []
+    waiting: list[tuple[Sample[Any], View, NDArray[np.float32], bool]] = []
 
     def flush() -> Batch:
-        samples, views, pixels, last = zip(*waiting, strict=True)
+        samples, views, inputs, last = zip(*waiting, strict=True)
         waiting.clear()
-        return Batch(normalise(np.stack(pixels), spec), views, samples, last)
+        images = inputs[0][None] if len(inputs) == 1 else np.stack(inputs)
+        return Batch(images, views, samples, last)
 
     order = range(len(data)) if indices is None else indices
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        pending: deque[Future[tuple[Sample[Any], list[View], list[NDArray[np.uint8]]]]] = deque()
+    pool = ThreadPoolExecutor(readers)
+    try:
+        pending: deque[Future[tuple[Sample[Any], list[View], list[NDArray[np.float32]]]]] = deque()
         todo = iter(order)
         while True:
-            while len(pending) < _READ_AHEAD and (index := next(todo, None)) is not None:
+            while len(pending) < max(_READ_AHEAD, 2 * batch) and (index := next(todo, None)) is not None:
                 pending.append(pool.submit(prepare, index))
             if not pending:
                 break
-            try:
-                sample, views, pixels = pending.popleft().result()
-            except BaseException:
-                for future in pending:
-                    future.cancel()
-                raise
-            for n, (view, cut) in enumerate(zip(views, pixels, strict=True)):
+            sample, views, inputs = pending.popleft().result()
+            if not views:  # nobody to cut out: the image is done before any network sees it
+                if waiting:
+                    yield flush()
+                yield Batch(np.zeros((0, 3, 1, 1), np.float32), (), (sample,), ())
+            for n, (view, made) in enumerate(zip(views, inputs, strict=True)):
                 if waiting and (len(waiting) == batch or waiting[0][1].size != view.size):
                     yield flush()
-                waiting.append((sample, view, cut, n == len(views) - 1))
+                waiting.append((sample, view, made, n == len(views) - 1))
         if waiting:
             yield flush()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def predict(
@@ -130,13 +178,44 @@ def predict(
     decoder: Decoder[Found],
     resolution: Resolution,
     batch: int = 1,
+    indices: Sequence[int] | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[tuple[Sample[Any], Found]]:
-    """Find what is in each image, in order; decoding runs beside the network."""
+    """Find what is in each image, in order.
+
+    Reading and framing, the network, and decoding run side by side; between them wait a few batches at most. `runner.workers`
+    batches are in the network at once.
+
+    Args:
+        data: the images.
+        runner: a loaded engine.
+        framing: how an image becomes views.
+        decoder: of the engine's fields.
+        resolution: the network's input size.
+        batch: most views at once.
+        indices: which images; None is all.
+        watch: counts the time of the steps "reading", "framing", "network" and "decoding".
+    """
+    watch = watch or Watch()
+    watch.workers |= {"network": runner.workers, "decoding": 1}
     parts: list[Found] = []
     views: list[View] = []
-    decoding: deque[tuple[Batch, Future[list[Found]]]] = deque()
+
+    def run(ready: Batch) -> Any:
+        if not ready.views:
+            return {}
+        with watch.step("network"):
+            return runner(runner.upload(ready.images))
+
+    def decode(fields: Future[Any], ready: Batch) -> list[Found]:
+        returned = fields.result()
+        with watch.step("decoding"):
+            return decoder.decode(returned, ready.views) if ready.views else []
 
     def finished(done: Batch, found: list[Found]) -> Iterator[tuple[Sample[Any], Found]]:
+        if not done.views:
+            yield done.samples[0], decoder.merge([], [])
+            return
         for sample, view, part, last in zip(done.samples, done.views, found, done.last, strict=True):
             parts.append(part)
             views.append(view)
@@ -145,12 +224,70 @@ def predict(
                 parts.clear()
                 views.clear()
 
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        for ready in batches(data, framing, runner.spec.input, resolution, batch):
-            fields = runner(ready.images)
-            decoding.append((ready, pool.submit(decoder.decode, fields, ready.views)))
-            if len(decoding) > 2:
-                done, future = decoding.popleft()
+    networks, decoders = ThreadPoolExecutor(runner.workers), ThreadPoolExecutor(1)
+    try:
+        pending: deque[tuple[Batch, Future[list[Found]]]] = deque()
+        for ready in batches(data, framing, runner.spec.input, resolution, batch, indices, watch):
+            pending.append((ready, decoders.submit(decode, networks.submit(run, ready), ready)))
+            if len(pending) > runner.workers + 1:
+                done, future = pending.popleft()
                 yield from finished(done, future.result())
-        for done, future in decoding:
+        while pending:
+            done, future = pending.popleft()
             yield from finished(done, future.result())
+    finally:
+        networks.shutdown(cancel_futures=True)
+        decoders.shutdown(cancel_futures=True)
+
+
+def shown(results: Iterator[Found], watch: Watch, what: str, total: int) -> Iterator[Found]:
+    """Pass results on under a progress bar with images/s and the name of the step that holds them up; both are left behind."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:.1f} images/s, held up by {task.fields[by]}"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True, highlight=False)
+    started, n = time.perf_counter(), 0
+    with Progress(*columns, transient=True, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total, rate=0.0, by="nothing yet")
+        for result in results:
+            yield result
+            n += 1
+            bar.update(task, completed=n, rate=n / (time.perf_counter() - started), by=watch.bottleneck)
+    if n:
+        rate = n / (time.perf_counter() - started)
+        console.print(f"           {n} {what}, {rate:.1f} images/s, held up by {watch.bottleneck}", soft_wrap=True)
+
+
+def save_results(file: Path, results: Sequence[tuple[str, Any]]) -> None:
+    """Write what was found in images, (id, found), to an .npz file; what was found are dataclasses of `evaluation.types`."""
+    arrays: dict[str, Any] = {"ids": np.array([i for i, _ in results], dtype=str)}
+    kinds = {type(found).__name__ for _, found in results}
+    arrays["kind"] = np.array(sorted(kinds), dtype=str)
+    for n, (_, found) in enumerate(results):
+        arrays |= {f"{n}.{f.name}": getattr(found, f.name) for f in fields(found) if getattr(found, f.name) is not None}
+    unfinished = file.with_name(f".{file.name}")
+    with unfinished.open("wb") as stream:
+        np.savez_compressed(stream, **arrays)
+    unfinished.replace(file)
+
+
+def load_results(file: Path) -> dict[str, Any]:
+    """What `save_results` wrote, by image id."""
+    from evaluation import types
+
+    with np.load(file, allow_pickle=False) as stored:
+        ids, kinds = stored["ids"].tolist(), stored["kind"].tolist()
+        values: list[dict[str, Any]] = [{} for _ in ids]
+        for key in stored.files:
+            number, _, name = key.partition(".")
+            if name:
+                value = stored[key]
+                values[int(number)][name] = value if value.ndim else value.item()
+    return {i: getattr(types, kinds[0])(**found) for i, found in zip(ids, values, strict=True)}

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.coco import Matches
-from evaluation.statistics import Interval, paired
+from evaluation.statistics import Draws, Interval, paired
 from pipeline.artifacts import current
 
 COLUMNS = (
@@ -63,14 +62,13 @@ def _engine(manifest: Mapping[str, Any]) -> tuple[str, str]:
     return entry["address"], entry["digest"]
 
 
-def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path, resamples: int) -> Table:
+def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path) -> Table:
     """Join evaluations with benchmarks of the same engine, and compare each engine with its FP32 and its dense kin.
 
     Args:
         evaluations: finished folders of the stage "evaluate".
         benchmarks: and of "benchmark".
         root: outputs/<name>.
-        resamples: of the paired bootstrap.
     """
     results, left_out = [], []
     times: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -105,7 +103,7 @@ def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path,
             r.axes["precision"],
         )
     )
-    rows = [_row(result, results, resamples) for result in results]
+    rows = [_row(result, results) for result in results]
     return Table(rows, results, left_out)
 
 
@@ -134,20 +132,20 @@ def _kin(result: Result, others: Sequence[Result], **changed: str) -> Result | N
     return None
 
 
-def _difference(result: Result, other: Result | None, resamples: int) -> Interval | None:
+def _difference(result: Result, other: Result | None) -> Interval | None:
     if other is None or result.figures["data_digest"] != other.figures["data_digest"]:
         return None
-    return paired(Matches.load(result.folder / "matches.npz"), Matches.load(other.folder / "matches.npz"), resamples=resamples)
+    return paired(Draws.load(result.folder / "draws.npz"), Draws.load(other.folder / "draws.npz"))
 
 
-def _row(result: Result, results: Sequence[Result], resamples: int) -> dict[str, Any]:
+def _row(result: Result, results: Sequence[Result]) -> dict[str, Any]:
     row = {**result.axes, **result.figures}
     fp32 = _kin(result, results, precision="fp32", calibration="") if result.axes["precision"] != "fp32" else None
     dense = (
         _kin(result, results, precision="fp32", calibration="", pruning="dense") if result.axes["pruning"] != "dense" else None
     )
     for name, other in (("fp32", fp32), ("dense", dense)):
-        found = _difference(result, other, resamples)
+        found = _difference(result, other)
         if found is not None:
             row |= {f"ap_vs_{name}": found.value, f"ap_vs_{name}_lo": found.low, f"ap_vs_{name}_hi": found.high}
     if "speedup" in row and result.axes["precision"] != "fp32":

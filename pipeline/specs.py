@@ -1,12 +1,13 @@
 """What stages and components promise each other. The data itself is in `evaluation.types`."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
+from evaluation.statistics import Resampled
 from evaluation.types import Array, Fields, InputSpec, NetworkSpec, Resolution, Sample, View
 from pipeline.errors import UserError
 
@@ -38,14 +39,16 @@ class ModelFiles:
 
     Attributes:
         onnx: the typed ONNX file of each flavour, "tensorrt" and "onnxruntime".
+        checkpoint: the folder of the torch network; None where there is none.
     """
 
     onnx: Mapping[str, Path]
+    checkpoint: Path | None = None
 
     @classmethod
-    def in_folder(cls, folder: Path) -> "ModelFiles":
+    def in_folder(cls, folder: Path, checkpoint: Path | None = None) -> "ModelFiles":
         """The files of a quantized network's folder."""
-        return cls({flavour: folder / f"model.{flavour}.onnx" for flavour in FLAVOURS})
+        return cls({flavour: folder / f"model.{flavour}.onnx" for flavour in FLAVOURS}, checkpoint)
 
 
 def read_spec(file: Path) -> NetworkSpec:
@@ -96,6 +99,10 @@ class Splits(Protocol):
         """The images of a split, after checking that no other split has one of them."""
         ...
 
+    def __contains__(self, split: str) -> bool:
+        """Whether there are images for this."""
+        ...
+
     def digest(self, splits: Sequence[str]) -> str:
         """A digest of the images and labels of some splits."""
         ...
@@ -109,8 +116,15 @@ class Framing(Protocol):
         """Whether every view has the resolution's size."""
         ...
 
-    def views(self, size: Resolution, resolution: Resolution, spec: InputSpec) -> list[View]:
-        """The views of an image."""
+    @property
+    def averaged(self) -> bool:
+        """Whether the fields of an image's views are averaged before decoding."""
+        ...
+
+    def views(
+        self, size: Resolution, resolution: Resolution, spec: InputSpec, boxes: NDArray[Any] | None = None
+    ) -> list[View]:
+        """The views of an image; `boxes` [N, 4] are of its people, x, y, width, height."""
         ...
 
 
@@ -137,9 +151,17 @@ class Decoder(Protocol[Found]):
         """One result an image, from those of its views."""
         ...
 
+    def variants(self, found: Found) -> Mapping[str, Found]:
+        """Other readings of an image's result, by name; they are scored beside it."""
+        ...
+
 
 class Metric(Protocol[Truth_contra, Found_contra]):
-    """Figures of a data set, filled image by image."""
+    """Figures of a data set, filled image by image.
+
+    Attributes:
+        primary: the figure that matters most, for which intervals are made.
+    """
 
     primary: str
 
@@ -155,18 +177,48 @@ class Metric(Protocol[Truth_contra, Found_contra]):
         """The figures, of all images or of those at the given indices."""
         ...
 
+    def matches(self) -> Resampled:
+        """The images ready for resampling the primary figure."""
+        ...
+
+    def counts(self) -> Mapping[str, int]:
+        """What went wrong on the way, counted."""
+        ...
+
+    def results(self) -> Iterator[Mapping[str, Any]]:
+        """Everything found, as plain data."""
+        ...
+
+    def details(self) -> Mapping[str, Mapping[str, float]]:
+        """What the figures are made of, in named tables."""
+        ...
+
 
 class Runner(Protocol):
-    """A loaded engine."""
+    """A loaded engine.
+
+    Attributes:
+        spec: the network's description.
+        workers: how many threads may call it at once.
+    """
 
     spec: NetworkSpec
+    workers: int
 
     def __enter__(self) -> "Runner": ...
 
     def __exit__(self, *_: object) -> None: ...
 
+    def upload(self, images: NDArray[Any]) -> Array:
+        """Images float32 [B, C, H, W] where the engine reads them; they are there when it returns."""
+        ...
+
     def __call__(self, images: Array) -> Fields:
-        """Images [B, C, H, W] to fields [B, C, h, w]."""
+        """Uploaded images to fields [B, C, h, w], where the engine leaves them; they are there when it returns."""
+        ...
+
+    def download(self, fields: Fields) -> Mapping[str, NDArray[Any]]:
+        """Fields in the memory of the host."""
         ...
 
 

@@ -6,9 +6,9 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from evaluation.coco import FIGURES, CocoKeypoints, Matches
+from evaluation.coco import FIGURES, CocoKeypoints
 from evaluation.skeletons import COCO_17, OPENPOSE_18
-from evaluation.statistics import bootstrap, paired
+from evaluation.statistics import Draws, bootstrap, paired
 from evaluation.types import Poses
 from pipeline.datasets.coco import people
 
@@ -135,16 +135,18 @@ def test_skeletons_are_joined_by_name():
 def test_intervals_hold_the_value_and_pair_what_is_equal(tmp_path):
     truth, found = world(2)
     matches = evaluated(truth, found).matches()
-    interval = bootstrap(matches, resamples=200)
+    draws = bootstrap(matches, 200)
+    interval = draws.interval
     assert interval.low < interval.value < interval.high
-    assert bootstrap(matches, resamples=50) == bootstrap(matches, resamples=50)
+    assert interval.value == evaluated(truth, found).evaluate()["ap"]
+    assert np.array_equal(bootstrap(matches, 60).values, draws.values[:60])
     worse = {image: Poses(poses.keypoints + 3, poses.scores) for image, poses in found.items()}
-    matches.save(tmp_path / "matches.npz")
-    same = paired(Matches.load(tmp_path / "matches.npz"), matches, resamples=50)
+    draws.save(tmp_path / "draws.npz")
+    same = paired(Draws.load(tmp_path / "draws.npz"), draws)
     assert (same.value, same.low, same.high) == (0, 0, 0)
-    drop = paired(evaluated(truth, worse).matches(), matches, resamples=200)
+    drop = paired(bootstrap(evaluated(truth, worse).matches(), 200), draws)
     assert drop.high < 0
     assert drop.high - drop.low < interval.high - interval.low  # pairing removes what the images share
-    fewer = evaluated({k: v for k, v in truth.items() if k > 3}, found).matches()
+    fewer = bootstrap(evaluated({k: v for k, v in truth.items() if k > 3}, found).matches(), 20)
     with pytest.raises(ValueError, match="different images"):
-        paired(fewer, matches)
+        paired(fewer, draws)

@@ -1,6 +1,7 @@
 """ONNX Runtime."""
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.types import Array, NetworkSpec, Resolution
+from evaluation.types import Array, Fields, NetworkSpec, Resolution
 from pipeline.errors import UserError
 from pipeline.specs import SPEC_KEY, ModelFiles, Shapes
 
@@ -87,19 +88,20 @@ class OnnxRuntime:
         return onnxruntime.InferenceSession(str(model), options, providers=[self.provider])
 
     def load(self, engine: Path, threads: int = 0) -> "OnnxRuntimeRunner":
-        """Load an engine.
+        """Load an engine; with `threads` 0 and on a processor, as many batches as there are cores run at once, on one each.
 
         Raises:
             UserError: the file is no engine of ours.
         """
+        workers = (os.cpu_count() or 1) if threads == 0 and not self.on_gpu else 1
         try:
-            session = self._session(engine, threads)
+            session = self._session(engine, 1 if workers > 1 else threads)
         except Exception as error:
             raise UserError(f"{engine}: ONNX Runtime cannot load it ({str(error).splitlines()[0]})") from error
         metadata = session.get_modelmeta().custom_metadata_map
         if SPEC_KEY not in metadata:
             raise UserError(f"{engine}: no network description in its metadata; build it with the stage 'build'")
-        return OnnxRuntimeRunner(session, NetworkSpec.from_json(metadata[SPEC_KEY]))
+        return OnnxRuntimeRunner(session, NetworkSpec.from_json(metadata[SPEC_KEY]), workers)
 
     def audit(self, engine: Path, resolution: Resolution) -> list[dict[str, Any]]:
         """The layers of the graph as ONNX Runtime optimised it, for one image of a resolution.
@@ -147,8 +149,8 @@ def _layer(node: Any, constants: Mapping[str, Any], made: Sequence[int]) -> dict
 class OnnxRuntimeRunner:
     """A loaded ONNX file."""
 
-    def __init__(self, session: Any, spec: NetworkSpec) -> None:
-        self.session, self.spec = session, spec
+    def __init__(self, session: Any, spec: NetworkSpec, workers: int = 1) -> None:
+        self.session, self.spec, self.workers = session, spec, workers
         self._names = [field.name for field in spec.fields]
 
     def __enter__(self) -> "OnnxRuntimeRunner":
@@ -156,6 +158,14 @@ class OnnxRuntimeRunner:
 
     def __exit__(self, *_: object) -> None:
         self.session = None
+
+    def upload(self, images: NDArray[Any]) -> Array:
+        """The images themselves: ONNX Runtime reads the host's memory."""
+        return images
+
+    def download(self, fields: Fields) -> Mapping[str, NDArray[Any]]:
+        """The fields themselves."""
+        return fields
 
     def __call__(self, images: Array) -> dict[str, NDArray[np.float32]]:
         """Fields of images float32 [B, 3, H, W]."""

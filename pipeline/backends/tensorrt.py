@@ -1,11 +1,14 @@
 """TensorRT 10 and 11, strongly typed: precision is what the ONNX file says."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from evaluation.types import Array, Fields, NetworkSpec, Resolution
 from pipeline.errors import UserError
@@ -174,6 +177,8 @@ def _macs(layer: dict[str, Any]) -> int:
 class TensorRTRunner:
     """A loaded plan with its execution context; buffers are torch tensors on the GPU."""
 
+    workers = 1
+
     def __init__(self, engine: Path) -> None:
         import tensorrt as trt
         import torch
@@ -196,8 +201,18 @@ class TensorRTRunner:
     def __exit__(self, *_: object) -> None:
         self.context = self.engine = self.runtime = None
 
+    def upload(self, images: NDArray[Any]) -> Array:
+        """A contiguous tensor on the engine's device."""
+        import torch
+
+        return torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
+
+    def download(self, fields: Fields) -> Mapping[str, NDArray[Any]]:
+        """Copies in the host's memory."""
+        return {name: field.cpu().numpy() for name, field in fields.items()}
+
     def __call__(self, images: Array) -> Fields:
-        """Fields of images float32 [B, 3, H, W].
+        """Fields of uploaded images float32 [B, 3, H, W].
 
         Raises:
             UserError: the shape lies outside the plan's profile.
@@ -205,13 +220,12 @@ class TensorRTRunner:
         import torch
 
         name = self.spec.input.name
-        given = torch.as_tensor(images).to(self.device).contiguous()
-        if not self.context.set_input_shape(name, tuple(given.shape)):
+        if not self.context.set_input_shape(name, tuple(images.shape)):
             raise _failed(
-                f"an input of {tuple(given.shape)} lies outside the engine's profile",
+                f"an input of {tuple(images.shape)} lies outside the engine's profile",
                 "build it for that resolution and batch",
             )
-        self.context.set_tensor_address(name, given.data_ptr())
+        self.context.set_tensor_address(name, images.data_ptr())
         fields = {}
         for field in self.spec.fields:
             shape = tuple(self.context.get_tensor_shape(field.name))
@@ -223,4 +237,4 @@ class TensorRTRunner:
             raise _failed("the engine did not run", "check the GPU")
         if self.stream is not None:
             self.stream.synchronize()
-        return {name: field.cpu().numpy() for name, field in fields.items()}
+        return fields

@@ -386,6 +386,10 @@ class CocoSplits:
                 if other != split:
                     raise UserError(f"{name} of '{split}' has the same content as {twin} of '{other}'; splits must not overlap")
 
+    def __contains__(self, split: str) -> bool:
+        """Whether there are images for this."""
+        return split in self.parts and len(self.parts[split]) > 0
+
     def digest(self, splits: Sequence[str]) -> str:
         """SHA-256 over names, contents and labels of some splits."""
         total = hashlib.sha256()

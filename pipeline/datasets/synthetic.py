@@ -476,6 +476,10 @@ class Synthetic:
         }
         return CocoSplits(parts["train"], parts["val"], parts["unlabelled"], str(root / "splits.json"), self.cache)
 
+    def __contains__(self, split: str) -> bool:
+        """Whether there are images for this."""
+        return self.counts.get(split, 0) > 0
+
     def open(self, split: str) -> Coco:
         """The images of a split; the set is written first if it is not there."""
         return self._splits.open(split)

@@ -16,7 +16,7 @@ def run(job: Job, backend: Backend, framing: Framing, resolution: str, batch: in
     Raises:
         UserError: the backend cannot build it.
     """
-    files = ModelFiles.in_folder(job.inputs["network"])
+    files = ModelFiles.in_folder(job.inputs["network"], job.inputs.get("checkpoint"))
     size = Resolution.parse(resolution)
     spec = read_spec(files.onnx["tensorrt"]).input
     narrow, wide = size, size

@@ -1,19 +1,23 @@
-"""evaluate: what an engine finds on the validation images."""
+"""evaluate: what an engine finds on the validation images, and how far it agrees with FP32 on images without labels."""
 
 import json
-from collections.abc import Callable, Mapping
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import cv2
-from rich.progress import track
 
 from evaluation import pictures as drawing
+from evaluation.averaging import AveragedFields
 from evaluation.statistics import bootstrap
-from evaluation.types import NetworkSpec, Resolution
+from evaluation.types import Resolution
 from pipeline.artifacts import Job, read_manifest
 from pipeline.errors import UserError
-from pipeline.inference import predict
-from pipeline.specs import Backend, Decoder, Framing, Splits
+from pipeline.inference import Watch, load_results, predict, save_results, shown
+from pipeline.specs import Backend, Decoder, Framing, Metric, Splits
+
+_SAVE_EVERY = 30.0  # seconds between partial results
 
 
 def run(
@@ -22,7 +26,8 @@ def run(
     backend: Backend,
     framing: Framing,
     decoder: Callable[..., Decoder[Any]],
-    metric: Callable[..., Any],
+    metric: Callable[..., Metric[Any, Any]],
+    agreement: Callable[..., Metric[Any, Any]] | None,
     resolution: str,
     batch: int,
     axes: Mapping[str, Any],
@@ -32,12 +37,13 @@ def run(
     """Evaluate the input "engine".
 
     Args:
-        job: inputs hold "engine".
-        data: its validation images are used.
+        job: inputs hold "engine", and "tuned" where the decoder has options to tune.
+        data: its validation images are used, and its agreement images where there are some.
         backend: runs the engine.
         framing: how images become inputs.
-        decoder: made with the network's description.
+        decoder: made with the network's description and the tuned options.
         metric: made with the labels of the data and of the network.
+        agreement: made with the network's labels, its truth is what FP32 found; None measures no agreement.
         resolution: of the input.
         batch: images at once.
         axes: what tells this cell from others, for tables.
@@ -45,42 +51,88 @@ def run(
         resamples: of the bootstrap.
 
     Returns:
-        The metric's figures with the interval of the primary one, the number of images, and the backend that ran.
+        The figures, the primary one's interval, the same of the decoder's variants and of the agreement, the number of images,
+        and the backend that ran.
     """
     built = read_manifest(job.inputs["engine"])
     assert built is not None
+    tuned = job.inputs.get("tuned")
+    options = json.loads((tuned / "decoder.json").read_text())["options"] if tuned else {}
     images: Any = data.open("validation")
-    size = Resolution.parse(resolution)
+    size, watch = Resolution.parse(resolution), Watch()
     (job.out / "pictures").mkdir()
-    shown = {round(n * (len(images) - 1) / max(pictures - 1, 1)) for n in range(min(pictures, len(images)))}
+    shown_at = {round(n * (len(images) - 1) / max(pictures - 1, 1)) for n in range(min(pictures, len(images)))}
     captions = {}
     with backend.load(job.inputs["engine"] / built["summary"]["engine"]) as runner:
-        spec: NetworkSpec = runner.spec
         try:
-            measure, decode = metric(labels=images.labels, found_labels=spec.labels), decoder(spec)
-        except ValueError as error:
+            decode: Any = decoder(runner.spec, **options)
+            measures = {"": metric(labels=images.labels, found_labels=runner.spec.labels)}
+        except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
-        measure.reset()
-        results = predict(images, runner, framing, decode, size, batch)
-        for place, (sample, found) in enumerate(track(results, "evaluating", len(images), transient=True)):
-            measure.process(sample.id, sample.truth, found)
-            if place in shown:
-                picture = drawing.draw(sample.read(), found, spec.skeleton)
+        read = AveragedFields(decode, runner.spec) if framing.averaged else decode
+
+        def results(split: str) -> Iterator[tuple[int, Any, Any]]:
+            """Place, sample and what was found, of every image; an interrupted pass goes on where it was."""
+            part, file = data.open(split), job.scratch / f"{split}.npz"
+            done = load_results(file) if file.exists() else {}
+            kept = list(done.items())
+            for place, (image, found) in enumerate(kept):
+                sample = part[place]
+                assert sample.id == image
+                yield place, sample, found
+            saved = time.monotonic()
+            rest = predict(part, runner, framing, read, size, batch, range(len(kept), len(part)), watch)
+            try:
+                for sample, found in shown(rest, watch, f"{split} images", len(part) - len(kept)):
+                    kept.append((sample.id, found))
+                    yield len(kept) - 1, sample, found
+                    if time.monotonic() - saved > _SAVE_EVERY:
+                        _save(job, file, kept)
+                        saved = time.monotonic()
+            except BaseException:
+                _save(job, file, kept)
+                raise
+
+        for place, sample, found in results("validation"):
+            measures[""].process(sample.id, sample.truth, found)
+            for name, variant in decode.variants(found).items():
+                if name not in measures:
+                    measures[name] = metric(labels=images.labels, found_labels=runner.spec.labels)
+                measures[name].process(sample.id, sample.truth, variant)
+            if place in shown_at:
+                picture = drawing.draw(sample.read(), found, runner.spec.labels)
                 jpeg = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
                 (job.out / "pictures" / f"{sample.id}.jpg").write_bytes(jpeg.tobytes())
                 captions[f"{sample.id}.jpg"] = images.records[place].get("flickr_url", "")
+        if agreement is not None and tuned is not None and (tuned / "reference.npz").exists():
+            measures["agreement"] = agreement(labels=runner.spec.labels)
+            reference = load_results(tuned / "reference.npz")
+            for _, sample, found in results("agreement"):
+                measures["agreement"].process(sample.id, reference[sample.id], found)
     (job.out / "pictures" / "captions.json").write_text(json.dumps(captions))
-    figures = dict(measure.evaluate())
-    interval = bootstrap(measure.matches(), measure.primary, resamples)
-    measure.matches().save(job.out / "matches.npz")
-    (job.out / "predictions.json").write_text(json.dumps(measure.results()))
-    summary = {
-        **figures,
-        f"{measure.primary}_lo": interval.low,
-        f"{measure.primary}_hi": interval.high,
+    summary: dict[str, Any] = {}
+    for name, measure in measures.items():
+        draws = bootstrap(measure.matches(), resamples)
+        draws.save(job.out / f"draws{name and '.'}{name}.npz")
+        (job.out / f"predictions{name and '.'}{name}.json").write_text(_array(measure.results()))
+        figures = {**measure.evaluate(), f"{measure.primary}_lo": draws.interval.low, f"{measure.primary}_hi": draws.interval.high}
+        summary |= {f"{name}_{key}" if name else key: value for key, value in {**figures, **measure.counts()}.items()}
+    (job.out / "details.json").write_text(json.dumps(measures[""].details(), indent=1))
+    summary |= {
         "images": len(images),
         "backend": backend.name,
         "data_digest": data.digest(["validation"]),
     }
+    shutil.rmtree(job.scratch, ignore_errors=True)
     (job.out / "metrics.json").write_text(json.dumps({**summary, "axes": dict(axes)}, indent=1))
     return summary
+
+
+def _save(job: Job, file: Any, kept: list[tuple[str, Any]]) -> None:
+    if kept:
+        job.scratch.mkdir(parents=True, exist_ok=True)
+        save_results(file, kept)
+
+
+def _array(records: Iterator[Mapping[str, Any]]) -> str:
+    return "[" + ",\n".join(json.dumps(record) for record in records) + "]"

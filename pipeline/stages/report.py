@@ -6,10 +6,10 @@ from pipeline import report
 from pipeline.artifacts import Job
 
 
-def run(job: Job, name: str, resamples: int) -> dict[str, Any]:
+def run(job: Job, name: str) -> dict[str, Any]:
     """Write report.html, results.csv and model_card.md from every evaluation and benchmark, and print the table."""
     evaluations, benchmarks = job.collected["evaluations"], job.collected["benchmarks"]
-    table = report.collect(evaluations, benchmarks, evaluations[0].parent.parent, resamples)
+    table = report.collect(evaluations, benchmarks, evaluations[0].parent.parent)
     if table.rows:
         report.write_csv(table, job.out / "results.csv")
         report.write_html(table, name, job.out / "report.html")

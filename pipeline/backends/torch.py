@@ -1,0 +1,209 @@
+"""PyTorch itself: the network as it was trained, in floating point."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.types import Array, Fields, NetworkSpec, Resolution
+from pipeline.errors import UserError
+from pipeline.specs import ModelFiles, Shapes
+
+ENGINE = "engine.json"
+_PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class Torch:
+    """Runs the checkpoint that was exported, on a GPU where there is one.
+
+    Attributes:
+        precision: fp32, tf32, fp16 or bf16; half precisions run the weights and everything between input and fields.
+        cuda_graph: replay the network as one CUDA graph for each input shape.
+    """
+
+    precision: str = "fp32"
+    cuda_graph: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the precision.
+
+        Raises:
+            UserError: torch cannot run it.
+        """
+        if self.precision not in _PRECISIONS:
+            raise UserError(
+                f"precision={self.precision}: backend=torch runs {', '.join(_PRECISIONS)}; choose one of them or another backend"
+            )
+
+    @property
+    def name(self) -> str:
+        """What ran."""
+        return "torch"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU computes."""
+        import torch
+
+        return torch.cuda.is_available()
+
+    @property
+    def timeable(self) -> bool:
+        """Its latencies are real."""
+        return True
+
+    def build(self, files: ModelFiles, shapes: Shapes, out: Path) -> Path:  # noqa: ARG002 - torch takes any shape
+        """Copy the checkpoint and say in which precision it runs.
+
+        Raises:
+            UserError: the network was given as ONNX.
+        """
+        from pipeline.models import store
+
+        if files.checkpoint is None:
+            raise UserError("backend=torch: the network was given as ONNX and has no torch source; choose another backend")
+        for name in (store.WEIGHTS, store.ARCHITECTURE):
+            shutil.copyfile(files.checkpoint / name, out / name)
+        engine = out / ENGINE
+        engine.write_text(json.dumps({"precision": self.precision, "cuda_graph": self.cuda_graph}))
+        return engine
+
+    def load(self, engine: Path, threads: int = 0) -> "TorchRunner":
+        """Load the network; `threads` of the processor, where there is no GPU."""
+        return TorchRunner(engine.parent, json.loads(engine.read_text()), threads)
+
+    def audit(self, engine: Path, resolution: Resolution) -> Sequence[dict[str, Any]]:
+        """One record a convolution or linear layer, in the precision of all."""
+        import torch
+
+        with self.load(engine) as runner:
+            records: list[dict[str, Any]] = []
+
+            def count(name: str) -> Any:
+                def hook(layer: Any, _: Any, made: Any) -> None:
+                    area = made.shape[2:].numel() if made.dim() > 2 else 1
+                    records.append(
+                        {
+                            "name": name,
+                            "op": type(layer).__name__,
+                            "precision": self.precision,
+                            "macs": int(layer.weight.numel()) * int(area),
+                        }
+                    )
+
+                return hook
+
+            hooks = [
+                layer.register_forward_hook(count(name))
+                for name, layer in runner.network.named_modules()
+                if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))
+            ]
+            with torch.inference_mode():
+                zeros = np.zeros((1, 3, resolution.height, resolution.width), np.float32)
+                runner.forward(runner.upload(zeros))
+            for hook in hooks:
+                hook.remove()
+        return records
+
+
+class TorchRunner:
+    """A loaded network; each thread that calls it has a CUDA stream of its own."""
+
+    def __init__(self, folder: Path, options: Mapping[str, Any], threads: int) -> None:
+        import threading
+
+        import torch
+
+        from pipeline.models import store
+
+        network, _, _ = store.load(folder)
+        self.spec: NetworkSpec = network.spec  # type: ignore[assignment]
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.workers = 2 if self.device.type == "cuda" else 1
+        self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(options["precision"], torch.float32)
+        if threads:
+            torch.set_num_threads(threads)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options["precision"] == "tf32"
+        self.network = network.eval().to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.graphs: dict[tuple[int, tuple[int, ...]], Any] | None = (
+            {} if options["cuda_graph"] and self.device.type == "cuda" else None
+        )
+        self.local = threading.local()
+        self.lock = threading.Lock()
+
+    def __enter__(self) -> "TorchRunner":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.graphs = None
+        del self.network
+
+    @property
+    def _stream(self) -> Any:
+        import torch
+
+        if not hasattr(self.local, "stream"):
+            self.local.stream = torch.cuda.Stream() if self.device.type == "cuda" else None
+        return self.local.stream
+
+    def upload(self, images: NDArray[Any]) -> Array:
+        """Images on the device, in the network's precision."""
+        import torch
+
+        given = torch.from_numpy(np.ascontiguousarray(images))
+        if self._stream is None:
+            return given.to(self.dtype, memory_format=torch.channels_last)
+        with torch.cuda.stream(self._stream):
+            there = given.pin_memory().to(self.device, non_blocking=True)
+            there = there.to(self.dtype, memory_format=torch.channels_last)
+            self._stream.synchronize()
+        return there
+
+    def forward(self, images: Array) -> dict[str, Any]:
+        """The network's fields, float32."""
+        return {name: made.float() for name, made in self.network(images).items() if "." not in name}
+
+    def __call__(self, images: Array) -> Fields:
+        """Fields of uploaded images [B, 3, H, W], float32, where the network ran."""
+        import torch
+
+        with torch.inference_mode():
+            if self._stream is None:
+                return self.forward(images)
+            with torch.cuda.stream(self._stream):
+                made = self.forward(images) if self.graphs is None else self._replay(images)
+                self._stream.synchronize()
+        return made
+
+    def _replay(self, images: Any) -> dict[str, Any]:
+        """Run as a CUDA graph, captured when a thread first sees a shape."""
+        import threading
+
+        import torch
+
+        assert self.graphs is not None
+        key = (threading.get_ident(), tuple(images.shape))
+        if key not in self.graphs:
+            with self.lock:  # capturing forbids other work that allocates
+                given = images.clone(memory_format=torch.channels_last)
+                for _ in range(2):
+                    self.forward(given)
+                self._stream.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                    made = self.forward(given)
+                self.graphs[key] = (graph, given, made)
+        graph, given, made = self.graphs[key]
+        given.copy_(images)
+        graph.replay()
+        return {name: field.clone() for name, field in made.items()}
+
+    def download(self, fields: Fields) -> Mapping[str, NDArray[Any]]:
+        """Copies in the host's memory."""
+        return {name: field.cpu().numpy() for name, field in fields.items()}

@@ -1,0 +1,100 @@
+"""tune: the decoder's thresholds and the person score, chosen on tune images, and what FP32 finds on agreement images."""
+
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console
+
+from evaluation import scores
+from evaluation.averaging import AveragedFields
+from evaluation.together import Together
+from evaluation.types import Resolution
+from pipeline.artifacts import Job
+from pipeline.errors import UserError
+from pipeline.inference import Watch, predict, save_results, shown
+from pipeline.specs import Backend, Decoder, Framing, Splits
+
+FITTED = "tuned"  # the value of an option that is fitted here
+
+
+def candidates(options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every combination of the options that are lists of candidates, the first of each list first."""
+    lists = {name: value for name, value in options.items() if isinstance(value, (list, tuple)) and name != "score_weights"}
+    return [dict(zip(lists, chosen, strict=True)) for chosen in itertools.product(*lists.values())]
+
+
+def run(
+    job: Job,
+    data: Splits,
+    backend: Backend,
+    framing: Framing,
+    decoder: Callable[..., Decoder[Any]],
+    metric: Callable[..., Any],
+    resolution: str,
+) -> dict[str, Any]:
+    """Tune decoding on the input "network" in FP32, which all its engines share.
+
+    Args:
+        job: inputs hold "network", an exported one.
+        data: its tune images, and its agreement images where there are some.
+        backend: runs the ONNX file.
+        framing: of the engines.
+        decoder: its options that are lists are candidates; `score_weights=tuned` is fitted.
+        metric: its primary figure decides.
+        resolution: of the input.
+
+    Returns:
+        What was chosen, and the primary figure on the tune images before and after the scores were fitted.
+    """
+    options: Mapping[str, Any] = decoder.keywords  # type: ignore[attr-defined]
+    tried = candidates(options)
+    fitted = options.get("score_weights") == FITTED
+    plain = {"score_weights": None} if fitted else {}
+    size = Resolution.parse(resolution)
+
+    def passed(split: str, decode: Any) -> Any:
+        watch = Watch()
+        images = data.open(split)
+        read = AveragedFields(decode, runner.spec) if framing.averaged else decode
+        return shown(predict(images, runner, framing, read, size, 1, None, watch), watch, f"{split} images", len(images))
+
+    with backend.load(job.inputs["network"] / "model.onnx") as runner:
+        try:
+            decoders = [decoder(runner.spec, **plain, **chosen) for chosen in tried]
+            measures = [metric(labels=data.open("tune").labels, found_labels=runner.spec.labels) for _ in tried]
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        results: list[list[Any]] = [[] for _ in tried]
+        for sample, found in passed("tune", Together(decoders)):
+            for measure, kept, poses in zip(measures, results, found, strict=True):
+                measure.process(sample.id, sample.truth, poses)
+                kept.append((sample.id, sample.truth, poses))
+        figures = [measure.evaluate()[measure.primary] for measure in measures]
+        best = max(range(len(tried)), key=lambda n: figures[n])
+        chosen = {**tried[best], **plain}
+        summary: dict[str, Any] = {**tried[best], "tune_images": len(results[best]), "tune_ap": figures[best]}
+        weights = scores.fit(measures[best], [(truth, poses) for _, truth, poses in results[best]]) if fitted else None
+        if weights is not None:
+            chosen["score_weights"] = weights
+            summary["tune_ap_fitted"] = _refitted(measures[best], results[best], weights)
+        reference = decoder(runner.spec, **chosen)
+        if "agreement" in data:
+            people = [(sample.id, found.as_found()) for sample, found in passed("agreement", reference)]
+            save_results(job.out / "reference.npz", people)
+    table = [{**options, "figure": figure} for options, figure in zip(tried, figures, strict=True)]
+    (job.out / "decoder.json").write_text(json.dumps({"options": chosen, "tried": table}, indent=1))
+    words = ", ".join(f"{name} {value:.4g}" for name, value in summary.items())
+    Console(stderr=True, highlight=False).print(f"[bold]tune[/]       {words}", soft_wrap=True)
+    return summary
+
+
+def _refitted(measure: Any, results: list[Any], weights: list[float]) -> float:
+    """The primary figure with the fitted scores, on the images they were fitted to."""
+    from dataclasses import replace
+
+    measure.reset()
+    for image, truth, poses in results:
+        measure.process(image, truth, replace(poses, scores=poses.features @ weights))
+    return float(measure.evaluate()[measure.primary])
