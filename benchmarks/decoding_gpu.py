@@ -1,0 +1,77 @@
+"""Decoding on a GPU up to limb scores, and grouping on the host: `python benchmarks/decoding_gpu.py [--batch 32]`.
+
+Planted fields of 5 people; the GPU's part is timed with CUDA events over calls one after the other, the rest on the host's
+clock. The people must be those that the processor decodes, to 1e-3 pixels.
+"""
+
+import argparse
+import time
+
+import numpy as np
+import torch
+from planted import STRIDE, H, W, plant
+from rich.console import Console
+from rich.table import Table
+
+from evaluation.heatmap_paf import HeatmapPafDecoder, limb_order
+from evaluation.heatmap_paf_torch import TOP, to_candidates, to_scores
+from evaluation.skeletons import OPENPOSE_18
+from evaluation.types import FieldSpec, InputSpec, NetworkSpec, Resolution
+from evaluation.views import WholeImage
+
+SPEC = NetworkSpec(InputSpec("image"), (FieldSpec("heatmaps", 8, 19), FieldSpec("pafs", 8, 38)), OPENPOSE_18)
+CALLS = 200
+
+
+def main() -> None:
+    """Print the table."""
+    words = argparse.ArgumentParser(description=__doc__)
+    words.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    size = Resolution(H * STRIDE, W * STRIDE)
+    (view,) = WholeImage(None).views(size, size, SPEC.input)
+    decoder = HeatmapPafDecoder(SPEC, heatmap_threshold=0.1)
+    limbs, _ = limb_order(OPENPOSE_18)
+    table = Table("batch", "GPU, us an image", "copy to host, us", "grouping, us", "CPU alone, us", "largest difference, px", "dropped")
+    for batch in words.parse_args().batch:
+        images = [plant(5, seed) for seed in range(batch)]
+        heatmaps = np.stack([image.heatmaps for image in images])
+        pafs = np.stack([image.pafs for image in images])
+        on_gpu = torch.from_numpy(heatmaps[:, :18]).cuda().contiguous(), torch.from_numpy(pafs).cuda()
+        options = (limbs, 0.0, decoder.heatmap_threshold, decoder.paf_threshold, TOP)
+        for _ in range(5):
+            to_scores(*on_gpu, *options)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(CALLS):
+            made = to_scores(*on_gpu, *options)
+        end.record()
+        torch.cuda.synchronize()
+        gpu = start.elapsed_time(end) / CALLS * 1e3 / batch
+        begin = time.perf_counter()
+        for _ in range(20):
+            host = [tensor.cpu().numpy() for tensor in (*made, on_gpu[0])]
+        copied = (time.perf_counter() - begin) / 20 * 1e6 / batch
+        times = []
+        for _ in range(10):
+            begin = time.perf_counter()
+            candidates = list(to_candidates(*host[:4]))
+            found = [decoder.people(c, maps, view) for c, maps in zip(candidates, host[4], strict=True)]
+            times.append(time.perf_counter() - begin)
+        worst = 0.0
+        on_cpu = decoder.decode({"heatmaps": heatmaps, "pafs": pafs}, [view] * batch)
+        begin = time.perf_counter()
+        decoder.decode({"heatmaps": heatmaps, "pafs": pafs}, [view] * batch)
+        cpu = (time.perf_counter() - begin) * 1e6 / batch
+        for ours, theirs in zip(found, on_cpu, strict=True):
+            assert len(ours.scores) == len(theirs.scores), "the GPU found other people than the processor"
+            first, second = (poses.keypoints[np.argsort(poses.keypoints[..., 0].sum(1))] for poses in (ours, theirs))
+            worst = max(worst, float(np.abs(first - second).max(initial=0)))
+        dropped = sum(c.dropped for c in candidates)
+        figures = (gpu, copied, min(times) * 1e6 / batch, cpu)
+        table.add_row(str(batch), *(f"{figure:.1f}" for figure in figures), f"{worst:.1e}", str(dropped))
+    Console().print(torch.cuda.get_device_name(), f"torch {torch.__version__}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

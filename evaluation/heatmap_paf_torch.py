@@ -1,0 +1,180 @@
+"""Peaks and limb scores of heatmaps and PAFs in torch, for fields in the memory of a GPU.
+
+The formulas are those of `evaluation.peaks` and `evaluation.limbs`; only the work of a map's top cells and of all pairs of
+peaks is done at once. Grouping stays with the processor.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from evaluation.heatmap_paf import Candidates
+from evaluation.limbs import MOST_MISSES, SAMPLES
+
+TOP = 32  # peaks kept in a map
+
+
+def _offset(before: Tensor, centre: Tensor, after: Tensor) -> Tensor:
+    """See `evaluation.peaks.log_parabola`."""
+    a, b = (torch.log(torch.clamp(side, min=1e-3) / centre) for side in (before, after))
+    curvature = a + b
+    top = (0.5 * (a - b) / torch.where(curvature < -1e-6, curvature, -1.0)).clamp(-0.5, 0.5)
+    return torch.where(curvature < -1e-6, top, 0.0)
+
+
+def find_peaks(heatmaps: Tensor, threshold: float, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Local maxima of maps [B, K, H, W].
+
+    Returns:
+        Peaks [B, K, top, 3] as x, y in cells and the value, the highest first, and 0 where there are no more; how many there
+        are in each map [B, K], which may be more than `top`; and whether an image's maps hold NaN or infinity [B].
+    """
+    B, K, H, W = heatmaps.shape
+    finite = torch.isfinite(heatmaps)
+    padded = F.pad(torch.where(torch.isnan(heatmaps), -torch.inf, heatmaps), (1, 1, 1, 1), value=-torch.inf)
+    centre = padded[..., 1:-1, 1:-1]
+    is_top = finite & (centre > max(threshold, 0.0))
+    for di, dj in ((0, 0), (0, 1), (0, 2), (1, 0)):  # of equal neighbours the first in reading order counts
+        is_top &= ~(padded[..., di : di + H, dj : dj + W] >= centre)
+    for di, dj in ((1, 2), (2, 0), (2, 1), (2, 2)):
+        is_top &= ~(padded[..., di : di + H, dj : dj + W] > centre)
+    counts = is_top.flatten(2).sum(-1)
+    values, cells = torch.where(is_top, centre, 0.0).flatten(2).topk(min(top, H * W), dim=-1)
+    i, j = cells // W, cells % W
+    flat = padded.flatten(2)
+    at = (i + 1) * (W + 2) + j + 1
+    left, right, above, below = (flat.gather(2, at + step) for step in (-1, 1, -W - 2, W + 2))
+    safe = torch.where(values > 0, values, 1.0)
+    dx = torch.where((j > 0) & (j < W - 1), _offset(left, safe, right), 0.0)
+    dy = torch.where((i > 0) & (i < H - 1), _offset(above, safe, below), 0.0)
+    present = values > 0
+    peaks = torch.stack((j + dx, i + dy, values), dim=-1) * present[..., None]
+    return peaks, counts, ~finite.flatten(1).all(-1)
+
+
+def score_limbs(pafs: Tensor, peaks: Tensor, limbs: Tensor, shift: float, threshold: float) -> Tensor:
+    """Scores [B, L, top, top] of all pairs of peaks that each limb can join; 0 for those that are no limb.
+
+    Args:
+        pafs: [B, 2 L, H, W].
+        peaks: [B, K, top, 3].
+        limbs: [L, 3]: keypoint, keypoint, index of the limb's PAF.
+        shift: from heatmap cells to PAF cells.
+        threshold: least projection of a PAF sample.
+    """
+    B, _, H, W = pafs.shape
+    L, top = limbs.shape[0], peaks.shape[2]
+    maps = pafs.reshape(B, L, 2, H * W)[:, limbs[:, 2]]
+    a, b = peaks[:, limbs[:, 0], :, None], peaks[:, limbs[:, 1], None]
+    d = (b - a)[..., :2]
+    length = torch.sqrt((d * d).sum(-1))
+    total = torch.zeros((B, L, top, top), device=pafs.device)
+    good = torch.zeros((B, L, top, top), device=pafs.device)
+    for step in range(SAMPLES):
+        at = a[..., :2] + shift + d * (step / (SAMPLES - 1))
+        x, y = at[..., 0].clamp(0, W - 1), at[..., 1].clamp(0, H - 1)
+        j, i = x.long(), y.long()
+        fx, fy = x - j, y - i
+        jj, ii = (j + 1).clamp(max=W - 1), (i + 1).clamp(max=H - 1)
+        dot = torch.zeros_like(total)
+        for axis in range(2):
+            flat = maps[:, :, axis]
+
+            def read(row: Tensor, column: Tensor, flat: Tensor = flat) -> Tensor:
+                return flat.gather(2, (row * W + column).flatten(2)).view(B, L, top, top)
+
+            upper = read(i, j) * (1 - fx) + read(i, jj) * fx
+            lower = read(ii, j) * (1 - fx) + read(ii, jj) * fx
+            dot = dot + (upper * (1 - fy) + lower * fy) * d[..., axis]
+        hit = dot > threshold * length
+        total = total + torch.where(hit, dot, 0.0)
+        good = good + hit
+    score = total / (length * good).clamp(min=1e-9) + torch.clamp(0.5 * H / length - 1, max=0)
+    there = (a[..., 2] > 0) & (b[..., 2] > 0) & (length > 1e-4) & (good >= SAMPLES - MOST_MISSES)
+    return torch.where(there & (score > 0) & torch.isfinite(score), score, 0.0)
+
+
+def _fields_to_scores(
+    heatmaps: Tensor, pafs: Tensor, limbs: Tensor, shift: float, heatmap_threshold: float, paf_threshold: float, top: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    peaks, counts, strange = find_peaks(heatmaps, heatmap_threshold, top)
+    return peaks, counts, strange, score_limbs(pafs, peaks, limbs, shift, paf_threshold)
+
+
+@cache
+def _compiled(shift: float, heatmap_threshold: float, paf_threshold: float, top: int) -> Callable[..., Any]:
+    """The function of fields and limbs, fused by torch's compiler where a GPU runs it."""
+    options = {"shift": shift, "heatmap_threshold": heatmap_threshold, "paf_threshold": paf_threshold, "top": top}
+    return torch.compile(partial(_fields_to_scores, **options), dynamic=False)
+
+
+@cache
+def _on(device: torch.device, limbs: tuple[tuple[int, ...], ...]) -> Tensor:
+    return torch.tensor(limbs, device=device)
+
+
+def to_scores(
+    heatmaps: Tensor,
+    pafs: Tensor,
+    limbs: NDArray[np.int32],
+    shift: float,
+    heatmap_threshold: float,
+    paf_threshold: float,
+    top: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Peaks, their counts, whether maps hold NaN, and limb scores of a batch of fields, left on their device."""
+    there = _on(heatmaps.device, tuple(map(tuple, limbs.tolist())))
+    options = (shift, heatmap_threshold, paf_threshold, top)
+    with torch.inference_mode():
+        if heatmaps.is_cuda:
+            made: tuple[Tensor, Tensor, Tensor, Tensor] = _compiled(*options)(heatmaps, pafs, there)
+            return made
+        return _fields_to_scores(heatmaps, pafs, there, *options)
+
+
+def to_candidates(peaks: Any, counts: Any, strange: Any, scores: Any) -> Iterator[Candidates]:
+    """Each image's candidates, from the tensors of `to_scores` in the host's memory."""
+    top = peaks.shape[2]
+    for n in range(len(peaks)):
+        limb, a, b = np.nonzero(scores[n])
+        starts = np.searchsorted(limb, np.arange(scores.shape[1] + 1)).astype(np.int32)
+        yield Candidates(
+            peaks=peaks[n],
+            counts=np.minimum(counts[n], top).astype(np.int32),
+            scores=scores[n][limb, a, b],
+            pairs=np.stack((a, b), axis=-1).astype(np.int32),
+            starts=starts,
+            dropped=int(np.maximum(counts[n] - top, 0).sum()),
+            not_finite=bool(strange[n]),
+        )
+
+
+def candidates(
+    heatmaps: Tensor,
+    pafs: Tensor,
+    limbs: NDArray[np.int32],
+    shift: float,
+    heatmap_threshold: float,
+    paf_threshold: float,
+    max_peaks: int,
+) -> Iterator[tuple[Candidates, NDArray[np.float32]]]:
+    """Each image's candidates and heatmaps [K, H, W], the latter for completing poses on the host.
+
+    Args:
+        heatmaps: [B, K, H, W], without the background.
+        pafs: [B, 2 L, H, W].
+        limbs: [L, 3]: keypoint, keypoint, index of the limb's PAF.
+        shift: from heatmap cells to PAF cells.
+        heatmap_threshold: least value of a peak.
+        paf_threshold: least projection of a PAF sample.
+        max_peaks: at most `TOP` of these are kept in a map; the rest is counted.
+    """
+    made = to_scores(heatmaps, pafs, limbs, shift, heatmap_threshold, paf_threshold, min(max_peaks, TOP))
+    peaks, counts, strange, scores, maps = (tensor.cpu().numpy() for tensor in (*made, heatmaps))
+    yield from zip(to_candidates(peaks, counts, strange, scores), maps, strict=True)
