@@ -4,8 +4,10 @@ The formulas are those of `evaluation.peaks` and `evaluation.limbs`; only the wo
 peaks is done at once. Grouping stays with the processor.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,9 @@ from evaluation.heatmap_paf import Candidates
 from evaluation.limbs import MOST_MISSES, SAMPLES
 
 TOP = 32  # peaks kept in a map
+_MOST_COMPILED = 4  # input shapes for which the functions are fused
+_compiling = Lock()  # torch's compiler serves one thread at a time
+_seen: Counter[tuple[float, ...]] = Counter()
 
 
 def _offset(before: Tensor, centre: Tensor, after: Tensor) -> Tensor:
@@ -131,8 +136,11 @@ def to_scores(
     """Peaks, their counts, whether maps hold NaN, and limb scores of a batch of fields, left on their device."""
     there = _on(heatmaps.device, tuple(map(tuple, limbs.tolist())))
     options = (shift, heatmap_threshold, paf_threshold, top)
-    with torch.inference_mode():
-        if heatmaps.is_cuda:
+    with torch.inference_mode(), _compiling:
+        shape = (*heatmaps.shape, *options)
+        _seen[shape] += 1
+        often = [known for known, times in _seen.items() if times > 1][:_MOST_COMPILED]
+        if heatmaps.is_cuda and shape in often:  # not for the last batch of a data set, nor for every width
             made: tuple[Tensor, Tensor, Tensor, Tensor] = _compiled(*options)(heatmaps, pafs, there)
             return made
         return _fields_to_scores(heatmaps, pafs, there, *options)

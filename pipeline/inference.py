@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation.compiled import compiled
 from evaluation.types import InputSpec, Resolution, Sample, View
 from evaluation.views import mirrored
 from pipeline.specs import Dataset, Decoder, Framing, Runner
@@ -93,17 +94,28 @@ def frame(image: NDArray[np.uint8], view: View, spec: InputSpec) -> NDArray[np.u
     return out
 
 
+@compiled
+def _planes(
+    images: NDArray[np.uint8], order: NDArray[np.int64], factor: NDArray[np.float32], offset: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    N, P, C = images.shape
+    out = np.empty((N, C, P), np.float32)
+    for n in range(N):
+        for c in range(C):
+            source, f, o = order[c], factor[c], offset[c]
+            for p in range(P):
+                out[n, c, p] = np.float32(images[n, p, source]) * f - o
+    return out
+
+
 def normalise(images: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.float32]:
     """RGB pixels [..., H, W, 3] to the network's input form [..., 3, H, W]."""
-    ordered = images if spec.order == "RGB" else images[..., ::-1]
+    *before, height, width, channels = images.shape
+    order = np.arange(channels) if spec.order == "RGB" else np.arange(channels)[::-1].copy()
     factor = np.float32(spec.range / 255) / np.asarray(spec.std, np.float32)
     offset = np.asarray(spec.mean, np.float32) / np.asarray(spec.std, np.float32)
-    out = np.empty((*images.shape[:-3], 3, *images.shape[-3:-1]), np.float32)
-    for channel in range(3):
-        np.multiply(ordered[..., channel], factor[channel], out=out[..., channel, :, :])
-        if offset[channel]:
-            out[..., channel, :, :] -= offset[channel]
-    return out
+    flat = np.ascontiguousarray(images).reshape(-1, height * width, channels)
+    return _planes(flat, order, factor, offset).reshape(*before, channels, height, width)
 
 
 def batches(
@@ -126,6 +138,9 @@ def batches(
         indices: which images; None is all.
         watch: counts the time of the steps "reading" and "framing".
     """
+    import cv2
+
+    cv2.setNumThreads(1)  # the readers are the threads
     watch = watch or Watch()
     readers = os.cpu_count() or 1
     watch.workers |= {"reading": readers, "framing": readers}
@@ -197,7 +212,8 @@ def predict(
         watch: counts the time of the steps "reading", "framing", "network" and "decoding".
     """
     watch = watch or Watch()
-    watch.workers |= {"network": runner.workers, "decoding": 1}
+    decoding = max((os.cpu_count() or 1) // 4, 1)
+    watch.workers |= {"network": runner.workers, "decoding": decoding}
     parts: list[Found] = []
     views: list[View] = []
 
@@ -224,12 +240,12 @@ def predict(
                 parts.clear()
                 views.clear()
 
-    networks, decoders = ThreadPoolExecutor(runner.workers), ThreadPoolExecutor(1)
+    networks, decoders = ThreadPoolExecutor(runner.workers), ThreadPoolExecutor(decoding)
     try:
         pending: deque[tuple[Batch, Future[list[Found]]]] = deque()
         for ready in batches(data, framing, runner.spec.input, resolution, batch, indices, watch):
             pending.append((ready, decoders.submit(decode, networks.submit(run, ready), ready)))
-            if len(pending) > runner.workers + 1:
+            if len(pending) > runner.workers + decoding:
                 done, future = pending.popleft()
                 yield from finished(done, future.result())
         while pending:

@@ -2,9 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from queue import LifoQueue
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -113,11 +116,9 @@ class Torch:
 
 
 class TorchRunner:
-    """A loaded network; each thread that calls it has a CUDA stream of its own."""
+    """A loaded network; as many calls as it has workers run at once, on a GPU each on a stream of its own."""
 
     def __init__(self, folder: Path, options: Mapping[str, Any], threads: int) -> None:
-        import threading
-
         import torch
 
         from pipeline.models import store
@@ -125,45 +126,47 @@ class TorchRunner:
         network, _, _ = store.load(folder)
         self.spec: NetworkSpec = network.spec  # type: ignore[assignment]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.workers = 2 if self.device.type == "cuda" else 1
+        on_gpu = self.device.type == "cuda"
+        self.workers = 2 if on_gpu else 1
         self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(options["precision"], torch.float32)
         if threads:
             torch.set_num_threads(threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options["precision"] == "tf32"
         self.network = network.eval().to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.graphs: dict[tuple[int, tuple[int, ...]], Any] | None = (
-            {} if options["cuda_graph"] and self.device.type == "cuda" else None
-        )
-        self.local = threading.local()
-        self.lock = threading.Lock()
+        self.cuda_graph = bool(options["cuda_graph"]) and on_gpu
+        self.capturing = Lock()
+        self.slots: LifoQueue[_Slot] = LifoQueue()
+        for _ in range(self.workers):
+            self.slots.put(_Slot(torch.cuda.Stream() if on_gpu else None, {}))
 
     def __enter__(self) -> "TorchRunner":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.graphs = None
-        del self.network
+        del self.slots, self.network
 
-    @property
-    def _stream(self) -> Any:
+    @contextmanager
+    def _slot(self) -> Iterator["_Slot"]:
+        """A free stream, made the current one."""
         import torch
 
-        if not hasattr(self.local, "stream"):
-            self.local.stream = torch.cuda.Stream() if self.device.type == "cuda" else None
-        return self.local.stream
+        slot = self.slots.get()
+        try:
+            with torch.inference_mode(), torch.cuda.stream(slot.stream) if slot.stream else nullcontext():
+                yield slot
+                if slot.stream:
+                    slot.stream.synchronize()
+        finally:
+            self.slots.put(slot)
 
     def upload(self, images: NDArray[Any]) -> Array:
         """Images on the device, in the network's precision."""
         import torch
 
         given = torch.from_numpy(np.ascontiguousarray(images))
-        if self._stream is None:
-            return given.to(self.dtype, memory_format=torch.channels_last)
-        with torch.cuda.stream(self._stream):
-            there = given.pin_memory().to(self.device, non_blocking=True)
-            there = there.to(self.dtype, memory_format=torch.channels_last)
-            self._stream.synchronize()
-        return there
+        with self._slot() as slot:
+            there = given.pin_memory().to(self.device, non_blocking=True) if slot.stream else given
+            return there.to(self.dtype, memory_format=torch.channels_last)
 
     def forward(self, images: Array) -> dict[str, Any]:
         """The network's fields, float32."""
@@ -171,35 +174,25 @@ class TorchRunner:
 
     def __call__(self, images: Array) -> Fields:
         """Fields of uploaded images [B, 3, H, W], float32, where the network ran."""
+        with self._slot() as slot:
+            return self._replay(slot, images) if self.cuda_graph else self.forward(images)
+
+    def _replay(self, slot: "_Slot", images: Any) -> dict[str, Any]:
+        """Run as a CUDA graph, captured when a stream first sees a shape."""
         import torch
 
-        with torch.inference_mode():
-            if self._stream is None:
-                return self.forward(images)
-            with torch.cuda.stream(self._stream):
-                made = self.forward(images) if self.graphs is None else self._replay(images)
-                self._stream.synchronize()
-        return made
-
-    def _replay(self, images: Any) -> dict[str, Any]:
-        """Run as a CUDA graph, captured when a thread first sees a shape."""
-        import threading
-
-        import torch
-
-        assert self.graphs is not None
-        key = (threading.get_ident(), tuple(images.shape))
-        if key not in self.graphs:
-            with self.lock:  # capturing forbids other work that allocates
+        key = tuple(images.shape)
+        if key not in slot.graphs:
+            with self.capturing:
                 given = images.clone(memory_format=torch.channels_last)
                 for _ in range(2):
                     self.forward(given)
-                self._stream.synchronize()
+                slot.stream.synchronize()
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, stream=slot.stream, capture_error_mode="thread_local"):
                     made = self.forward(given)
-                self.graphs[key] = (graph, given, made)
-        graph, given, made = self.graphs[key]
+                slot.graphs[key] = (graph, given, made)
+        graph, given, made = slot.graphs[key]
         given.copy_(images)
         graph.replay()
         return {name: field.clone() for name, field in made.items()}
@@ -207,3 +200,11 @@ class TorchRunner:
     def download(self, fields: Fields) -> Mapping[str, NDArray[Any]]:
         """Copies in the host's memory."""
         return {name: field.cpu().numpy() for name, field in fields.items()}
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """What one call at a time uses: a CUDA stream, and the graphs captured on it by input shape."""
+
+    stream: Any
+    graphs: dict[tuple[int, ...], Any]

@@ -21,11 +21,19 @@ SPLITS = ("train", "unlabelled", "tune", "agreement", "validation")
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
-def read_image(file: Path) -> NDArray[np.uint8]:
-    """Read an image file as uint8 [H, W, 3], RGB.
+MOST_PIXELS = 100_000_000  # of an image; OpenCV refuses larger ones before it decodes them
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MOST_PIXELS))
+
+
+def read_image(file: Path, upright: bool = False) -> NDArray[np.uint8]:
+    """Read an image file as uint8 [H, W, 3], RGB; grey, CMYK and 16-bit files too.
+
+    Args:
+        file: of the image.
+        upright: turn it as its EXIF orientation says; COCO's annotations are of the pixels as they are stored.
 
     Raises:
-        UserError: the file is missing or no image can be read from it.
+        UserError: the file is missing, larger than `MOST_PIXELS`, or no image can be read from it.
     """
     import cv2
 
@@ -33,11 +41,18 @@ def read_image(file: Path) -> NDArray[np.uint8]:
         data = np.fromfile(file, np.uint8)
     except OSError as error:
         raise UserError(f"{file}: cannot read the image ({error.strerror}); restore the file or pass strict=false") from error
-    whole = _whole(file, data.tobytes())
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION) if whole else None
+    flags = cv2.IMREAD_COLOR_RGB | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
+    try:
+        image = cv2.imdecode(data, flags) if _whole(file, memoryview(data)) else None
+    except cv2.error as error:
+        if "pixels" in str(error).lower():
+            raise UserError(
+                f"{file}: more than {MOST_PIXELS // 10**6} megapixels; scale it down or pass strict=false to skip it"
+            ) from error
+        image = None
     if image is None:
         raise UserError(f"{file}: not a whole image ({data.size} bytes); restore the file or pass strict=false to skip it")
-    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
+    return np.asarray(image, np.uint8)
 
 
 def load_annotations(file: Path) -> dict[str, Any]:
@@ -154,8 +169,8 @@ class Coco:
             size = Resolution(record["height"], record["width"])
             read: Callable[[], NDArray[np.uint8]] = partial(_read_checked, file, size)
         else:
-            height, width = read_image(file).shape[:2]
-            size, read = Resolution(height, width), partial(read_image, file)
+            image = read_image(file, upright=True)  # once: nothing else knows its size
+            size, read = Resolution(*image.shape[:2]), lambda: image
         return Sample(str(record["id"]), size, read, truth, None if truth is None else truth.boxes)
 
     def table(self) -> dict[str, NDArray[Any]]:
@@ -196,6 +211,8 @@ class Coco:
 
 def _read_checked(file: Path, size: Resolution) -> NDArray[np.uint8]:
     image = read_image(file)
+    if image.shape[:2] == (size.width, size.height) != (size.height, size.width):
+        image = read_image(file, upright=True)  # annotated as it is shown
     if image.shape[:2] != (size.height, size.width):
         raise UserError(
             f"{file}: {image.shape[0]}x{image.shape[1]} pixels, but its annotations say {size}; they do not belong together"
@@ -254,12 +271,12 @@ def _inspect(file: Path) -> tuple[str, bool]:
     return hashlib.sha256(data).hexdigest(), _whole(file, data)
 
 
-def _whole(file: Path, data: bytes) -> bool:
+def _whole(file: Path, data: bytes | memoryview) -> bool:
     """Whether an image file has its end."""
-    kind = file.suffix.lower()
+    kind, end = file.suffix.lower(), bytes(data[-4096:])
     if kind in (".jpg", ".jpeg"):
-        return data[:2] == b"\xff\xd8" and data.rstrip(b"\0").endswith(b"\xff\xd9")
-    return b"IEND" in data[-16:] if kind == ".png" else len(data) > 0
+        return bytes(data[:2]) == b"\xff\xd8" and end.rstrip(b"\0").endswith(b"\xff\xd9")
+    return b"IEND" in end[-16:] if kind == ".png" else len(data) > 0
 
 
 @dataclass(frozen=True)
