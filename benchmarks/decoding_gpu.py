@@ -31,7 +31,9 @@ def main() -> None:
     (view,) = WholeImage(None).views(size, size, SPEC.input)
     decoder = HeatmapPafDecoder(SPEC, heatmap_threshold=0.1)
     limbs, _ = limb_order(OPENPOSE_18)
-    table = Table("batch", "GPU, us an image", "copy to host, us", "grouping, us", "CPU alone, us", "largest difference, px", "dropped")
+    table = Table(
+        "batch", "GPU, us an image", "copy to host, us", "grouping, us", "CPU alone, us", "largest difference, px", "dropped"
+    )
     for batch in words.parse_args().batch:
         images = [plant(5, seed) for seed in range(batch)]
         heatmaps = np.stack([image.heatmaps for image in images])

@@ -19,7 +19,7 @@ def reference_people(found: Poses) -> People:
     Found keypoints count as labelled. The area is half the box of these. People whose keypoints' mean score is below `SURE`
     are ignored: nobody has to find them, and nobody is blamed for finding them.
     """
-    seen = found.keypoints[..., 2] > 0
+    seen: NDArray[np.bool_] = np.asarray(found.keypoints[..., 2] > 0)
     points = found.keypoints[..., :2].astype(np.float64)
     low = np.where(seen[..., None], points, np.inf).min(axis=1, initial=np.inf)
     high = np.where(seen[..., None], points, -np.inf).max(axis=1, initial=-np.inf)

@@ -1,28 +1,39 @@
-"""Which precision really ran: shares of the multiply-accumulates of an engine."""
+"""Which precision really ran: shares of an engine's layers, multiply-accumulates and time, and what fell back."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+KINDS = ("layers", "macs", "time")
 
-def shares(layers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The part of all MACs that ran in each precision, the greatest first.
+
+def shares(layers: Sequence[Mapping[str, Any]], of: str = "macs") -> dict[str, float]:
+    """The part of an engine that ran in each precision, the greatest first.
 
     Args:
-        layers: records with "precision" and "macs", as a backend's `audit` returns them.
+        layers: records with "precision", "macs" and, if it was measured, "us", as a backend's `audit` returns them.
+        of: "layers" (those that have MACs), "macs", or "time" (of all layers, reformatting and the rest included).
 
     Raises:
         ValueError: no layer has MACs.
     """
-    totals: dict[str, int] = {}
+    totals: dict[str, float] = {}
     for layer in layers:
-        if layer["macs"]:
-            totals[layer["precision"]] = totals.get(layer["precision"], 0) + int(layer["macs"])
+        weight = {"layers": float(layer["macs"] > 0), "macs": float(layer["macs"]), "time": float(layer.get("us", 0.0))}[of]
+        if weight:
+            totals[layer["precision"]] = totals.get(layer["precision"], 0) + weight
     every = sum(totals.values())
-    if every == 0:
+    if every == 0 and of != "time":
         raise ValueError("no layer of the engine has multiply-accumulates: nothing to audit")
-    return {name: macs / every for name, macs in sorted(totals.items(), key=lambda item: -item[1])}
+    return {name: total / every for name, total in sorted(totals.items(), key=lambda item: -item[1])}
 
 
 def label(found: Mapping[str, float]) -> str:
     """The shares in a few words: "int8 99.1%, fp32 0.9%"."""
     return ", ".join(f"{name} {100 * share:.3g}%" for name, share in found.items())
+
+
+def fallen(layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The layers with MACs that did not run in INT8, in an engine of which some did; those of most MACs first."""
+    if not any(layer["precision"] == "int8" for layer in layers):
+        return []
+    return sorted((x for x in layers if x["macs"] and x["precision"] != "int8"), key=lambda layer: -layer["macs"])

@@ -34,7 +34,7 @@ def _mirror(field: F32, spec: FieldSpec, network: NetworkSpec) -> F32:
         turned[:, 0] *= -1
         return turned.reshape(field.shape)
     flip = network.labels.flip
-    return field[[*flip, *range(len(flip), len(field))]]
+    return np.take(field, [*flip, *range(len(flip), len(field))], axis=0)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class AveragedFields:
                 cells = input_to_cells(view.to_input(image), field)
                 across = _interpolation(cells[:w, 0], source.shape[2])
                 down = _interpolation(cells[:h, 1], source.shape[1])
-                read = down @ source @ across.T
+                read: F32 = (down @ source @ across.T).astype(np.float32)
                 total += _mirror(read, field, self.spec) if view.flipped else read
             mean[field.name] = total[None] / len(parts)
         decoded = self.decoder.decode(mean, [largest])

@@ -125,9 +125,7 @@ def match(
 
 
 @compiled
-def _precision_recall(
-    outcome: NDArray[np.uint8], image: I64, weight: F64, positives: float, recalls: F64
-) -> tuple[F64, F64]:
+def _precision_recall(outcome: NDArray[np.uint8], image: I64, weight: F64, positives: float, recalls: F64) -> tuple[F64, F64]:
     """Interpolated average precision and final recall, each [T], of found people [D, T] sorted by falling score."""
     D, T = outcome.shape
     tp, fp = np.zeros(T), np.zeros(T)

@@ -159,9 +159,7 @@ class HeatmapPafDecoder:
         if self.complete_poses:
             complete(heatmaps, keypoints, self.box_margin)
         to_image = self._to_image(view)
-        points, scores, guessed, features = finish(
-            keypoints, present, limb_scores, _counted(skeleton), self._weights, to_image
-        )
+        points, scores, guessed, features = finish(keypoints, present, limb_scores, _counted(skeleton), self._weights, to_image)
         return Poses(points, scores, guessed, features, found.dropped, found.not_finite)
 
     @cached_property
@@ -184,10 +182,7 @@ class HeatmapPafDecoder:
         Returns:
             Poses in image pixels, one a view, in the network's own skeleton.
         """
-        return [
-            self.people(found, heatmaps, view)
-            for (found, heatmaps), view in zip(self._every(fields), views, strict=True)
-        ]
+        return [self.people(found, heatmaps, view) for (found, heatmaps), view in zip(self._every(fields), views, strict=True)]
 
     def _every(self, fields: Mapping[str, Any]) -> Iterator[tuple[Candidates, F32]]:
         heatmaps, pafs = fields["heatmaps"], fields["pafs"]

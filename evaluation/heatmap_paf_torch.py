@@ -40,7 +40,7 @@ def find_peaks(heatmaps: Tensor, threshold: float, top: int) -> tuple[Tensor, Te
         Peaks [B, K, top, 3] as x, y in cells and the value, the highest first, and 0 where there are no more; how many there
         are in each map [B, K], which may be more than `top`; and whether an image's maps hold NaN or infinity [B].
     """
-    B, K, H, W = heatmaps.shape
+    H, W = heatmaps.shape[2:]
     finite = torch.isfinite(heatmaps)
     padded = F.pad(torch.where(torch.isnan(heatmaps), -torch.inf, heatmaps), (1, 1, 1, 1), value=-torch.inf)
     centre = padded[..., 1:-1, 1:-1]
@@ -115,8 +115,10 @@ def _fields_to_scores(
 @cache
 def _compiled(shift: float, heatmap_threshold: float, paf_threshold: float, top: int) -> Callable[..., Any]:
     """The function of fields and limbs, fused by torch's compiler where a GPU runs it."""
-    options = {"shift": shift, "heatmap_threshold": heatmap_threshold, "paf_threshold": paf_threshold, "top": top}
-    return torch.compile(partial(_fields_to_scores, **options), dynamic=False)
+    function = partial(
+        _fields_to_scores, shift=shift, heatmap_threshold=heatmap_threshold, paf_threshold=paf_threshold, top=top
+    )
+    return torch.compile(function, dynamic=False)
 
 
 @cache

@@ -1,10 +1,11 @@
-"""How long a network takes: repeats in blocks, two engines in turns, intervals from the blocks."""
+"""How long things take: repeats in blocks, engines in turns, intervals from the blocks."""
 
 import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,69 +14,109 @@ from evaluation.statistics import Interval
 
 F64 = NDArray[np.float64]
 
+NARROW = 0.02  # width of the median's interval over the median, at which timing ends
 _BLOCK = 0.08  # seconds of one engine before it is the other's turn
+_RESAMPLES = 400
+
+Steps = Sequence[Callable[[Any], Any]]  # each takes what the one before it returned
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of every call, block by block.
+    """Seconds of every step of every call, block by block.
 
     Attributes:
-        blocks: one array a block.
+        blocks: one array [calls, steps] a block.
+        warm_up: calls before the first block.
     """
 
     blocks: tuple[F64, ...]
+    warm_up: int = 0
 
     @property
     def calls(self) -> int:
         """How many calls were timed."""
         return sum(len(block) for block in self.blocks)
 
-    def percentile(self, q: float) -> float:
-        """Milliseconds below which q per cent of the calls lie."""
-        return float(np.percentile(np.concatenate(self.blocks), q) * 1e3)
+    def percentile(self, q: float, step: int = 0) -> Interval:
+        """Milliseconds below which q per cent of a step's times lie; 95 % bootstrap interval over the blocks."""
+        blocks = [block[:, step] * 1e3 for block in self.blocks]
+        draw = np.random.default_rng(0)
+        draws = [
+            np.percentile(np.concatenate([blocks[b] for b in draw.integers(0, len(blocks), len(blocks))]), q)
+            for _ in range(_RESAMPLES)
+        ]
+        low, high = np.percentile(draws, (2.5, 97.5))
+        return Interval(float(np.percentile(np.concatenate(blocks), q)), float(low), float(high))
+
+    def width(self, step: int = 0) -> float:
+        """Width of the median's interval over the median."""
+        median = self.percentile(50, step)
+        return (median.high - median.low) / max(median.value, 1e-12)
 
 
-def warm_up(call: Callable[[], object], least: int = 3, seconds: float = 0.5) -> None:
-    """Call until the last call is no faster than the best before it, at least `least` times and at most `seconds`."""
-    best, started, calls = np.inf, time.perf_counter(), 0
+def once(steps: Steps) -> list[float]:
+    """Run steps one after the other; the seconds of each."""
+    value: Any = None
+    seconds = []
+    for step in steps:
+        started = time.perf_counter()
+        value = step(value)
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def warm_up(steps: Steps, least: int = 5, seconds: float = 3.0) -> int:
+    """Call until the last third of the calls is no faster than the third before it; how many calls that took.
+
+    Args:
+        steps: of a call.
+        least: calls at least.
+        seconds: at most, unless `least` takes longer.
+    """
+    started, times = time.perf_counter(), list[float]()
     while True:
-        begin = time.perf_counter()
-        call()
-        now = time.perf_counter()
-        calls += 1
-        settled = now - begin > 0.98 * best
-        best = min(best, now - begin)
-        if calls >= least and (settled or now - started > seconds):
-            return
+        times.append(sum(once(steps)))
+        third = len(times) // 3
+        if len(times) < least:
+            continue
+        if third and np.median(times[-third:]) > 0.98 * np.median(times[-2 * third : -third]):
+            return len(times)
+        if time.perf_counter() - started > seconds:
+            return len(times)
 
 
-def in_turns(calls: Sequence[Callable[[], object]], seconds: float) -> list[Timing]:
+def in_turns(calls: Sequence[Steps], seconds: float, watched: int = 0) -> list[Timing]:
     """Time several engines in alternating blocks, so that what disturbs the machine disturbs them all.
 
     Args:
-        calls: one call each.
-        seconds: for all of them together; each gets at least four blocks.
+        calls: the steps of one call of each.
+        seconds: for all of them together, at most; it ends as soon as every engine's median is known to `NARROW`. Each gets
+            at least eight blocks.
+        watched: the step whose median decides.
     """
-    for call in calls:
-        warm_up(call)
+    warm = [warm_up(steps) for steps in calls]
     blocks: list[list[F64]] = [[] for _ in calls]
-    started = time.perf_counter()
-    while time.perf_counter() - started < seconds or len(blocks[0]) < 4:
-        for call, found in zip(calls, blocks, strict=True):
-            times: list[float] = []
+    started, turns = time.perf_counter(), 0
+    while True:
+        for steps, found in zip(calls, blocks, strict=True):
+            times: list[list[float]] = []
             begin = time.perf_counter()
             while not times or time.perf_counter() - begin < _BLOCK:
-                before = time.perf_counter()
-                call()
-                times.append(time.perf_counter() - before)
+                times.append(once(steps))
             found.append(np.array(times))
-    return [Timing(tuple(found)) for found in blocks]
+        turns += 1
+        timings = [Timing(tuple(found), n) for found, n in zip(blocks, warm, strict=True)]
+        if turns < 8:
+            continue
+        narrow = turns % 8 == 0 and all(t.width(watched) < NARROW for t in timings)
+        if narrow or time.perf_counter() - started > seconds:
+            return timings
 
 
-def speedup(ours: Timing, theirs: Timing, resamples: int = 1000, seed: int = 0) -> Interval:
-    """How many times faster ours is: the median over turns of theirs / ours, with its bootstrap interval."""
-    ratios = np.array([np.median(b) / np.median(a) for a, b in zip(ours.blocks, theirs.blocks, strict=True)])
+def speedup(ours: Timing, theirs: Timing, step: int = 0, resamples: int = 1000, seed: int = 0) -> Interval:
+    """How many times faster a step of ours is than the same of theirs: the median over turns, with its bootstrap interval."""
+    ratios = np.array([np.median(b[:, step]) / np.median(a[:, step]) for a, b in zip(ours.blocks, theirs.blocks, strict=True)])
     draw = np.random.default_rng(seed)
     draws = np.median(ratios[draw.integers(0, len(ratios), (resamples, len(ratios)))], axis=1)
     low, high = np.percentile(draws, (2.5, 97.5))

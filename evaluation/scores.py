@@ -32,7 +32,8 @@ def fit(metric: CocoKeypoints, results: Sequence[tuple[People, Poses]]) -> list[
     Returns:
         One weight a feature; None if too few people were found to fit any.
     """
-    features = np.concatenate([found.features for _, found in results if found.features is not None] or [np.zeros((0, 1))])
+    known = [found.features for _, found in results if found.features is not None]
+    features = np.concatenate(known or [np.zeros((0, 1), np.float32)])
     target = np.concatenate([placed(metric, truth, found) for truth, found in results] or [np.zeros(0)])
     counted = np.isfinite(target)
     if counted.sum() < _LEAST:

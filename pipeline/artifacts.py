@@ -22,7 +22,19 @@ from pipeline.errors import UserError, nearest
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = "manifest.json"
 # Keys of a component's yaml that say something about it and are no arguments.
-DESCRIPTIVE = ("label", "weights_from", "calibration", "checkpoint", "requires", "multiple", "offset", "name", "recipe", "onnx", "spec")
+DESCRIPTIVE = (
+    "label",
+    "weights_from",
+    "calibration",
+    "checkpoint",
+    "requires",
+    "multiple",
+    "offset",
+    "name",
+    "recipe",
+    "onnx",
+    "spec",
+)
 # Keys of a stage's yaml that wire it and are no arguments.
 WIRING = ("address", "inputs", "code", "toolchain", "splits", "files", "collect", "device")
 

@@ -112,8 +112,8 @@ def normalise(images: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.float32]
     """RGB pixels [..., H, W, 3] to the network's input form [..., 3, H, W]."""
     *before, height, width, channels = images.shape
     order = np.arange(channels) if spec.order == "RGB" else np.arange(channels)[::-1].copy()
-    factor = np.float32(spec.range / 255) / np.asarray(spec.std, np.float32)
-    offset = np.asarray(spec.mean, np.float32) / np.asarray(spec.std, np.float32)
+    factor = (np.float32(spec.range / 255) / np.asarray(spec.std, np.float32)).astype(np.float32)
+    offset = (np.asarray(spec.mean, np.float32) / np.asarray(spec.std, np.float32)).astype(np.float32)
     flat = np.ascontiguousarray(images).reshape(-1, height * width, channels)
     return _planes(flat, order, factor, offset).reshape(*before, channels, height, width)
 

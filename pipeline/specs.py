@@ -121,9 +121,7 @@ class Framing(Protocol):
         """Whether the fields of an image's views are averaged before decoding."""
         ...
 
-    def views(
-        self, size: Resolution, resolution: Resolution, spec: InputSpec, boxes: NDArray[Any] | None = None
-    ) -> list[View]:
+    def views(self, size: Resolution, resolution: Resolution, spec: InputSpec, boxes: NDArray[Any] | None = None) -> list[View]:
         """The views of an image; `boxes` [N, 4] are of its people, x, y, width, height."""
         ...
 

@@ -111,7 +111,7 @@ def closure(files):
 @pytest.mark.parametrize("name", [f.stem for f in sorted((CONF / "stages").glob("*.yaml"))])
 def test_a_stage_lists_all_code_its_result_follows_from(name):
     listed = set()
-    for words in (["pruner=l1", "precision=int8"], ["backend=tensorrt"], ["pruner=none", "precision=fp16"]):
+    for words in (["pruner=l1", "precision=int8"], ["backend=tensorrt"], ["backend=torch"], ["pruner=none", "precision=fp16"]):
         stage = Stage.from_config(name, main._resolved(compose(*words).stages[name]))
         modules = {t.rpartition(".")[0].replace(".", "/") + ".py" for t in targets(stage.options)}
         for entry in stage.code:

@@ -18,6 +18,7 @@ from pipeline.specs import SPEC_KEY, ModelFiles, Shapes
 
 ENGINE = "engine.onnx"
 _CONVOLUTIONS = {"Conv": 1, "FusedConv": 1, "NhwcFusedConv": 1, "ConvTranspose": 1, "QLinearConv": 3, "ConvInteger": 1}
+_PROFILED = 5  # runs of which the least time counts
 _PRODUCTS = {
     "Gemm": 1,
     "MatMul": 1,
@@ -107,24 +108,55 @@ class OnnxRuntime:
         """The layers of the graph as ONNX Runtime optimised it, for one image of a resolution.
 
         Returns:
-            A record a node: "name", "op", "precision" ("int8", "fp16", "fp32"), "macs" (0 where none are counted).
+            A record a node: "name", "op", "precision" ("int8", "fp16", "fp32"), "macs" (0 where none are counted), "us" (the
+            least of some runs on one thread) and "reason" (why a layer with weights does not compute in integers).
         """
         import onnx
 
         with tempfile.TemporaryDirectory() as folder:
             session = self._session(engine, 1, Path(folder))
             name = session.get_inputs()[0].name
-            session.run(None, {name: np.zeros((1, 3, resolution.height, resolution.width), np.float32)})
-            # The graph knows weights and node names, the profile of one run the shapes that came out.
+            for _ in range(_PROFILED):
+                session.run(None, {name: np.zeros((1, 3, resolution.height, resolution.width), np.float32)})
+            # The graph knows weights and node names, the profile the shapes that came out and the times.
             events = json.loads(Path(session.end_profiling()).read_text())
             graph = onnx.load(Path(folder) / "optimised.onnx").graph
-        made = {
-            event["name"].removesuffix("_kernel_time"): next(iter(event["args"]["output_type_shape"][0].values()))
-            for event in events
-            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["args"]["output_type_shape"]
-        }
+        made: dict[str, list[int]] = {}
+        times: dict[str, float] = {}
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                node = event["name"].removesuffix("_kernel_time")
+                times[node] = min(times.get(node, np.inf), float(event["dur"]))
+                if event["args"]["output_type_shape"]:
+                    made[node] = next(iter(event["args"]["output_type_shape"][0].values()))
         constants = {i.name: i for i in graph.initializer}
-        return [_layer(node, constants, made.get(node.name, [])) for node in graph.node]
+        makers = {output: node.op_type for node in graph.node for output in node.output}
+        return [
+            {
+                **_layer(node, constants, made.get(node.name, [])),
+                "us": times.get(node.name, 0.0),
+                "reason": _reason(node, makers),
+            }
+            for node in graph.node
+        ]
+
+
+def _reason(node: Any, makers: Mapping[str, str]) -> str:
+    """Why a layer with weights does not compute in integers; empty for others."""
+    if node.op_type not in (*_CONVOLUTIONS, *_PRODUCTS) or _integer(node.op_type):
+        return ""
+    if node.op_type == "ConvTranspose":
+        return "ONNX Runtime has no INT8 kernel for ConvTranspose"
+    dequantized = [makers.get(name) == "DequantizeLinear" for name in node.input[:2]]
+    if not any(dequantized):
+        return "not quantized: excluded, or nothing around it is"
+    if not all(dequantized):
+        return "only its weights are quantized" if dequantized[1] else "only its input is quantized"
+    return "its output is not quantized, so that it cannot be fused into one integer kernel"
+
+
+def _integer(op: str) -> bool:
+    return op.startswith("QLinear") or op.endswith("Integer") or op == "QGemm"
 
 
 def _layer(node: Any, constants: Mapping[str, Any], made: Sequence[int]) -> dict[str, Any]:
@@ -132,7 +164,6 @@ def _layer(node: Any, constants: Mapping[str, Any], made: Sequence[int]) -> dict
 
     place = {**_CONVOLUTIONS, **_PRODUCTS}.get(node.op_type)
     weights = constants.get(node.input[place]) if place is not None and len(node.input) > place else None
-    integer = node.op_type.startswith("QLinear") or node.op_type.endswith("Integer") or node.op_type == "QGemm"
     half = weights is not None and weights.data_type == onnx.TensorProto.FLOAT16
     macs = 0
     if weights is not None:
@@ -141,7 +172,7 @@ def _layer(node: Any, constants: Mapping[str, Any], made: Sequence[int]) -> dict
     return {
         "name": node.name,
         "op": node.op_type,
-        "precision": "int8" if integer else "fp16" if half else "fp32",
+        "precision": "int8" if _integer(node.op_type) else "fp16" if half else "fp32",
         "macs": macs,
     }
 

@@ -41,7 +41,7 @@ class Torch:
         """
         if self.precision not in _PRECISIONS:
             raise UserError(
-                f"precision={self.precision}: backend=torch runs {', '.join(_PRECISIONS)}; choose one of them or another backend"
+                f"precision={self.precision}: backend=torch runs {', '.join(_PRECISIONS)}; choose one or another backend"
             )
 
     @property
@@ -137,7 +137,7 @@ class TorchRunner:
         self.capturing = Lock()
         self.slots: LifoQueue[_Slot] = LifoQueue()
         for _ in range(self.workers):
-            self.slots.put(_Slot(torch.cuda.Stream() if on_gpu else None, {}))
+            self.slots.put(_Slot(torch.cuda.Stream() if on_gpu else None, {}))  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> "TorchRunner":
         return self

@@ -43,7 +43,7 @@ def read_image(file: Path, upright: bool = False) -> NDArray[np.uint8]:
         raise UserError(f"{file}: cannot read the image ({error.strerror}); restore the file or pass strict=false") from error
     flags = cv2.IMREAD_COLOR_RGB | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
     try:
-        image = cv2.imdecode(data, flags) if _whole(file, memoryview(data)) else None
+        image = cv2.imdecode(data, flags) if _whole(file, data.data) else None
     except cv2.error as error:
         if "pixels" in str(error).lower():
             raise UserError(

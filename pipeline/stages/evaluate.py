@@ -115,7 +115,11 @@ def run(
         draws = bootstrap(measure.matches(), resamples)
         draws.save(job.out / f"draws{name and '.'}{name}.npz")
         (job.out / f"predictions{name and '.'}{name}.json").write_text(_array(measure.results()))
-        figures = {**measure.evaluate(), f"{measure.primary}_lo": draws.interval.low, f"{measure.primary}_hi": draws.interval.high}
+        figures = {
+            **measure.evaluate(),
+            f"{measure.primary}_lo": draws.interval.low,
+            f"{measure.primary}_hi": draws.interval.high,
+        }
         summary |= {f"{name}_{key}" if name else key: value for key, value in {**figures, **measure.counts()}.items()}
     (job.out / "details.json").write_text(json.dumps(measures[""].details(), indent=1))
     summary |= {

@@ -52,6 +52,7 @@ def run(
     tried = candidates(options)
     fitted = options.get("score_weights") == FITTED
     plain = {"score_weights": None} if fitted else {}
+    labels: Any = data.open("tune").labels  # type: ignore[attr-defined] # which skeleton or palette is the data set's
     size = Resolution.parse(resolution)
 
     def passed(split: str, decode: Any) -> Any:
@@ -63,7 +64,7 @@ def run(
     with backend.load(job.inputs["network"] / "model.onnx") as runner:
         try:
             decoders = [decoder(runner.spec, **plain, **chosen) for chosen in tried]
-            measures = [metric(labels=data.open("tune").labels, found_labels=runner.spec.labels) for _ in tried]
+            measures = [metric(labels=labels, found_labels=runner.spec.labels) for _ in tried]
         except ValueError as error:
             raise UserError(str(error)) from error
         results: list[list[Any]] = [[] for _ in tried]

@@ -1,0 +1,118 @@
+"""Time, energy and memory of an engine with all that stands around it, each in a process of its own."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import cycle
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation import latency, power
+from evaluation.types import Resolution
+from pipeline.inference import frame, normalise
+from pipeline.specs import Backend, Decoder, Framing, Runner
+
+STEPS = ("framing", "upload", "network", "download", "decoding")
+_NETWORK = STEPS.index("network")
+_ENERGY_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an engine is timed at.
+
+    Attributes:
+        backend: runs the engine.
+        images: uint8 [H, W, 3], RGB, seen in turns.
+        framing: how an image becomes an input; its first view is used.
+        decoder: made with the network's description and `options`.
+        options: of the decoder.
+        resolution: of the input.
+        batch: so many copies of a view at once.
+        threads: of the processor.
+    """
+
+    backend: Backend
+    images: Sequence[NDArray[np.uint8]]
+    framing: Framing
+    decoder: Callable[..., Decoder[Any]]
+    options: Mapping[str, Any]
+    resolution: Resolution
+    batch: int
+    threads: int
+
+    def steps(self, runner: Runner) -> list[Callable[[Any], Any]]:
+        """The steps of a call, in the order of `STEPS`; each call takes the next image."""
+        spec, decode = runner.spec.input, self.decoder(runner.spec, **self.options)
+        views = [self.framing.views(Resolution(*image.shape[:2]), self.resolution, spec)[0] for image in self.images]
+        order, at = cycle(range(len(views))), 0
+
+        def framed(_: Any) -> Any:
+            nonlocal at
+            at = next(order)
+            return np.stack([normalise(frame(self.images[at], views[at], spec), spec) for _ in range(self.batch)])
+
+        def decoded(fields: Any) -> Any:
+            return decode.decode(fields, [views[at]] * self.batch)
+
+        return [framed, runner.upload, runner, runner.download, decoded]
+
+
+def apart(function: Any, *values: Any) -> dict[str, Any]:
+    """Call in a fresh process, whose memory and threads nothing else has touched."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        result: dict[str, Any] = pool.submit(function, *values).result()
+        return result
+
+
+def time_of(work: Work, engine: Path, reference: Path, seconds: float) -> dict[str, Any]:
+    """Percentiles of every step in ms, with intervals, and how much faster the engine's network is than the reference's.
+
+    Both run all steps, in turns, so that neither has warmer caches.
+    """
+    import cv2
+
+    cv2.setNumThreads(1)
+    with work.backend.load(engine, work.threads) as ours, work.backend.load(reference, work.threads) as theirs:
+        steps = work.steps(ours)
+        mine, other = latency.in_turns([steps, work.steps(theirs)], seconds, _NETWORK)
+        inputs = ours.upload(steps[0](None))
+        calls = max(int(_ENERGY_SECONDS * 1e3 / max(mine.percentile(50, _NETWORK).value, 0.1)), 1)
+        with power.EnergyMeter(work.backend.on_gpu) as meter:
+            for _ in range(calls):
+                ours(inputs)
+    faster = latency.speedup(mine, other, _NETWORK)
+    figures: dict[str, Any] = {}
+    for step, name in enumerate(STEPS):
+        prefix = "latency" if step == _NETWORK else name
+        for q in (50, 95, 99):
+            found = mine.percentile(q, step)
+            figures |= {f"{prefix}_p{q}_ms": found.value, f"{prefix}_p{q}_ms_lo": found.low, f"{prefix}_p{q}_ms_hi": found.high}
+    if meter.joules is not None:
+        figures |= {"joules_per_image": meter.joules / calls / work.batch, "energy_by": meter.source}
+    return {
+        **figures,
+        "latency_width": mine.width(_NETWORK),
+        "fp32_p50_ms": other.percentile(50, _NETWORK).value,
+        "speedup": faster.value,
+        "speedup_lo": faster.low,
+        "speedup_hi": faster.high,
+        "calls": mine.calls,
+        "warm_up_calls": mine.warm_up,
+    }
+
+
+def memory_of(work: Work, engine: Path) -> dict[str, Any]:
+    """Memory in MiB: the process's peak, what the engine added to it, and what it took of a GPU where NVML answers."""
+    before, on_gpu = latency.peak_rss_mb(), power.gpu_state().get("gpu_memory_mb")
+    with work.backend.load(engine, work.threads) as runner:
+        steps = work.steps(runner)
+        for _ in range(3):
+            runner(runner.upload(steps[0](None)))
+        used = power.gpu_state().get("gpu_memory_mb") if work.backend.on_gpu else None
+    grown = {"device_mb": used - on_gpu} if used is not None and on_gpu is not None else {}
+    return {"peak_rss_mb": latency.peak_rss_mb(), "engine_rss_mb": latency.peak_rss_mb() - before, **grown}
