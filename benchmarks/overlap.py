@@ -82,9 +82,8 @@ def main() -> None:
     least = min(count / best["loader alone"], calls * given.batch / best["network alone"])
     print(f"the loop reaches {count / best['whole loop'] / least:.3f} of the slower of the two; held up by {watch.bottleneck}")
     ratios = np.array(times["whole loop"]) / np.array(times["network alone"])
-    print(
-        f"wall over network's, each turn: {', '.join(f'{r:.3f}' for r in ratios)}; peak memory {memory[0]:.0f} -> {memory[-1]:.0f} MiB"
-    )
+    turns = ", ".join(f"{r:.3f}" for r in ratios)
+    print(f"wall over network's, each turn: {turns}; peak memory {memory[0]:.0f} -> {memory[-1]:.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def _crowd(draw: np.random.Generator, count: int) -> NDArray[np.float64]:
     while len(people) < count:
         height = draw.uniform(*HEIGHTS[count])
         corner = np.array([draw.uniform(0.22 * height, W * STRIDE - 0.22 * height), draw.uniform(0, H * STRIDE - height - 2)])
-        middle = corner + (0, height / 2)
+        middle = corner + np.array([0, height / 2])
         apart *= 0.97 ** (1 / 200)
         if all(np.hypot(*(middle - other)) >= apart for other in middles):
             people.append(_person(draw, height, corner))

@@ -19,13 +19,14 @@ def reference_people(found: Poses) -> People:
     Found keypoints count as labelled. The area is half the box of these. People whose keypoints' mean score is below `SURE`
     are ignored: nobody has to find them, and nobody is blamed for finding them.
     """
-    seen: NDArray[np.bool_] = np.asarray(found.keypoints[..., 2] > 0)
+    seen = np.array(found.keypoints[..., 2] > 0, dtype=np.bool_, ndmin=2)
     points = found.keypoints[..., :2].astype(np.float64)
     low = np.where(seen[..., None], points, np.inf).min(axis=1, initial=np.inf)
     high = np.where(seen[..., None], points, -np.inf).max(axis=1, initial=-np.inf)
-    some = seen.any(axis=1)
+    count = seen.sum(axis=1)
+    some = count > 0
     size = np.where(some[:, None], high - low, 0)
-    scores = np.where(seen, found.keypoints[..., 2], 0).sum(axis=1) / np.maximum(seen.sum(axis=1), 1)
+    scores = np.where(seen, found.keypoints[..., 2], 0).sum(axis=1) / np.maximum(count, 1)
     return People(
         keypoints=np.concatenate([np.where(seen[..., None], points, 0), 2.0 * seen[..., None]], axis=-1),
         boxes=np.concatenate([np.where(some[:, None], low, 0), size], axis=1),

@@ -32,9 +32,11 @@ def _mirror(field: F32, spec: FieldSpec, network: NetworkSpec) -> F32:
         limbs = np.array(network.labels.limb_flip)
         turned = field.reshape(-1, 2, *field.shape[1:])[limbs]
         turned[:, 0] *= -1
-        return turned.reshape(field.shape)
+        straight: F32 = turned.reshape(field.shape)
+        return straight
     flip = network.labels.flip
-    return np.take(field, [*flip, *range(len(flip), len(field))], axis=0)
+    ordered: F32 = np.take(field, [*flip, *range(len(flip), len(field))], axis=0)
+    return ordered
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,8 @@ def errors(everybody: Everybody, labels: Skeleton) -> dict[str, float]:
     partners = np.full(len(everybody.scores), -1, np.int64)
     kinds = np.full(everybody.found.shape[:2], 255, np.uint8)
     background = np.zeros(len(partners), bool)
-    starts = zip(everybody.found_starts[:-1], everybody.found_starts[1:], everybody.true_starts[:-1], everybody.true_starts[1:])
+    sides = (everybody.found_starts, everybody.true_starts)
+    starts = zip(*(side for starts in sides for side in (starts[:-1], starts[1:])), strict=True)
     for d0, d1, g0, g1 in starts:
         if d0 == d1:
             continue

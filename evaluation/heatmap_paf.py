@@ -195,8 +195,8 @@ class HeatmapPafDecoder:
                 heatmaps[:, :K], pafs, limbs, self._shift, self.heatmap_threshold, self.paf_threshold, self.max_peaks
             )
             return
-        for maps, limb_maps in zip(heatmaps, pafs, strict=True):
-            maps, limb_maps = np.ascontiguousarray(maps, np.float32), np.ascontiguousarray(limb_maps, np.float32)
+        for n in range(len(heatmaps)):
+            maps, limb_maps = (np.ascontiguousarray(field[n], np.float32) for field in (heatmaps, pafs))
             yield self.candidates(maps, limb_maps), maps
 
     def merge(self, parts: Sequence[Poses], views: Sequence[View]) -> Poses:  # noqa: ARG002

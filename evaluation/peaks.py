@@ -68,7 +68,7 @@ def _inner_tops(flat: F32, W: int, least: np.float32, mask: NDArray[np.uint8], t
             mask[c] = top
             some |= np.uint8(top)
             odd |= np.uint8(not abs(x) < infinite)
-        strange = strange or odd > 0
+        strange |= bool(odd > 0)
         if some == 0:
             continue
         for c in range(at * block - start, block):

@@ -137,12 +137,14 @@ class Cell:
         folder = self.results.folder(stage)
         if not stage.collect:
             self.results.claim(stage, fingerprint)
-        if self.results.fresh(stage, fingerprint) and not self.config.force:
+        if self.results.fresh(stage, fingerprint) and not self.config.force and not stage.aside:
             self._keep(stage, console)
             return
         self._check_components()
         with self.results.lock(stage):
-            if self.results.fresh(stage, fingerprint) and not self.config.force:  # another process was faster
+            if (
+                self.results.fresh(stage, fingerprint) and not self.config.force and not stage.aside
+            ):  # another process was faster
                 self._keep(stage, console)
                 return
             console.print(f"[bold]{stage.name:10}[/] ...    {folder}", soft_wrap=True)

@@ -36,7 +36,7 @@ DESCRIPTIVE = (
     "spec",
 )
 # Keys of a stage's yaml that wire it and are no arguments.
-WIRING = ("address", "inputs", "code", "toolchain", "splits", "files", "collect", "device")
+WIRING = ("address", "inputs", "code", "toolchain", "splits", "files", "collect", "device", "aside")
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Stage:
         files: options that name files of the user.
         collect: reads every finished result of its inputs, not one.
         device: its result belongs to this machine.
+        aside: it belongs to no chain, and always runs when it is asked for.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Stage:
     files: Sequence[str] = ()
     collect: bool = False
     device: bool = False
+    aside: bool = False
 
     @classmethod
     def from_config(cls, name: str, config: Mapping[str, Any]) -> "Stage":
@@ -173,6 +175,8 @@ def requested(stage: str | Sequence[str] | None, stages: Mapping[str, Stage]) ->
             raise UserError(
                 f"stage={name}: no such stage{nearest(str(name), stages)}; choose all or some of {', '.join(stages)}"
             )
+    if wanted and all(name in stages and stages[name].aside for name in wanted):
+        return wanted
     chain = closure(stages, ["report"])
     for name in wanted:
         if name != "all" and name not in chain:

@@ -4,10 +4,13 @@ import base64
 import csv
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from evaluation.statistics import Draws, Interval, paired
 from pipeline.artifacts import current
@@ -15,8 +18,12 @@ from pipeline.artifacts import current
 COLUMNS = (
     "data", "network", "pruning", "params", "macs", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "ran",
     "backend", "device",
-    "threads", "batch", "images", "ap", "ap_lo", "ap_hi", "ap50", "ap75", "ap_medium", "ap_large", "ap_vs_fp32",
-    "ap_vs_fp32_lo", "ap_vs_fp32_hi", "ap_vs_dense", "ap_vs_dense_lo", "ap_vs_dense_hi", "latency_p50_ms", "latency_p95_ms",
+    "threads", "batch", "images", "ap", "ap_lo", "ap_hi", "ap50", "ap75", "ap_medium", "ap_large", "as_found_ap",
+    "as_found_ap_lo", "as_found_ap_hi", "agreement_ap", "agreement_ap_lo", "agreement_ap_hi", "agreement_people",
+    "dropped_peaks", "images_not_finite", "ap_vs_fp32",
+    "ap_vs_fp32_lo", "ap_vs_fp32_hi", "ap_vs_dense", "ap_vs_dense_lo", "ap_vs_dense_hi", "latency_p50_ms",
+    "latency_p50_ms_lo", "latency_p50_ms_hi", "latency_p95_ms", "latency_p99_ms", "framing_p50_ms", "upload_p50_ms",
+    "download_p50_ms", "decoding_p50_ms", "joules_per_image",
     "speedup_vs_fp32", "speedup_vs_fp32_lo", "speedup_vs_fp32_hi", "engine_mb", "peak_rss_mb", "data_digest",
 )  # fmt: skip
 
@@ -184,13 +191,102 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
         "ran": str(row["ran"]),
         "GMACs": _number(row["macs"], 3, 1e-9),
         "AP [95 %]": between("ap", 3),
+        "as found": _number(row["as_found_ap"], 3),
+        "agreement": _number(row["agreement_ap"], 3) if row["agreement_ap"] != -1 else "–",
         "AP − FP32": between("ap_vs_fp32", 3, "+"),
         "AP − dense FP32": between("ap_vs_dense", 3, "+"),
         "p50 ms": _number(row["latency_p50_ms"], 2),
         "p95 ms": _number(row["latency_p95_ms"], 2),
+        "decoding ms": _number(row["decoding_p50_ms"], 3),
         "× FP32": between("speedup_vs_fp32", 2),
         "MiB": _number(row["engine_mb"], 2),
     }
+
+
+def rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Spearman's correlation of agreement with AP, over engines evaluated on the same images; None below four engines."""
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["agreement_ap"] not in ("", -1):
+            groups.setdefault((row["data"], row["data_digest"]), []).append(row)
+    group = max(groups.values(), key=len, default=[])
+    if len(group) < 4:
+        return None
+
+    def ranks(key: str) -> NDArray[np.float64]:
+        values = np.array([row[key] for row in group], np.float64)
+        below, equal = (values[:, None] > values).sum(1), (values[:, None] == values).sum(1)
+        positions: NDArray[np.float64] = below + (equal + 1) / 2
+        return positions
+
+    ours, theirs = ranks("agreement_ap"), ranks("ap")
+    if ours.std() == 0 or theirs.std() == 0:
+        return None
+    return float(np.corrcoef(ours, theirs)[0, 1])
+
+
+_STEPS: tuple[tuple[str, Callable[[Mapping[str, Any]], bool]], ...] = (
+    ("several scales, torch", lambda a: a["backend"] == "torch" and _averaged(a) and a["precision"] == "fp32"),
+    ("one scale, torch", lambda a: _torch_fp32(a) and a["keep_aspect_ratio_mode"] in ("adjust", "stretch")),
+    ("strict letterbox, torch", lambda a: _torch_fp32(a) and a["keep_aspect_ratio_mode"] == "pad"),
+    ("ONNX", lambda a: a["backend"] == "onnxruntime" and a["keep_aspect_ratio_mode"] == "pad" and a["precision"] == "fp32"),
+    ("FP16", lambda a: a["backend"] == "torch" and a["keep_aspect_ratio_mode"] == "pad" and a["precision"] == "fp16"),
+    ("INT8", lambda a: a["backend"] == "onnxruntime" and a["keep_aspect_ratio_mode"] == "pad" and a["precision"] == "int8"),
+)
+
+
+def _averaged(axes: Mapping[str, Any]) -> bool:
+    return "-x" in axes["keep_aspect_ratio_mode"] or axes["keep_aspect_ratio_mode"].endswith("-flip")
+
+
+def _torch_fp32(axes: Mapping[str, Any]) -> bool:
+    return bool(axes["backend"] == "torch" and axes["precision"] == "fp32")
+
+
+def waterfalls(results: Sequence[Result]) -> dict[str, list[tuple[str, str, str]]]:
+    """From research settings to the deployed engine: for each network, (step, AP, paired difference to the step before).
+
+    A network of which fewer than two steps are measured has none; a step that is not measured says so.
+    """
+    found = {}
+    for key in sorted({(r.axes["data"], r.axes["network"], r.axes["pruning"], r.axes["resolution"]) for r in results}):
+        kin = [r for r in results if (r.axes["data"], r.axes["network"], r.axes["pruning"], r.axes["resolution"]) == key]
+        rows: list[tuple[str, str, str]] = []
+        before: Result | None = None
+        for name, wanted in _STEPS:
+            result = next((r for r in kin if wanted(r.axes)), None)
+            if result is None:
+                rows.append((name, "not measured", ""))
+                continue
+            draws = Draws.load(result.folder / "draws.npz")
+            difference = _difference(result, before) if before else None
+            shown = f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]" if difference else ""
+            rows.append((name, str(draws.interval), shown))
+            before = result
+        if sum(ap != "not measured" for _, ap, _ in rows) > 1:
+            found[" · ".join(key)] = rows
+    return found
+
+
+def _waterfall_html(results: Sequence[Result]) -> str:
+    text = ""
+    for name, rows in waterfalls(results).items():
+        body = "".join(f"<tr><td>{html.escape(s)}</td><td>{ap}</td><td>{d}</td></tr>" for s, ap, d in rows)
+        text += (
+            f"<h2>Where AP goes: {html.escape(name)}</h2><table><thead><tr><th>step</th><th>AP [95 %]</th>"
+            f"<th>against the step before, paired</th></tr></thead><tbody>{body}</tbody></table>"
+        )
+    return text
+
+
+def _details_html(result: Result) -> str:
+    """AP by keypoint and stratum, and the kinds of error, of one engine."""
+    tables = json.loads((result.folder / "details.json").read_text())
+    text = ""
+    for name, table in tables.items():
+        lines = "".join(f"<tr><td>{html.escape(key)}</td><td>{value:.3f}</td></tr>" for key, value in table.items())
+        text += f"<div><h3>{html.escape(name)}</h3><table><tbody>{lines}</tbody></table></div>"
+    return f'<div class="details">{text}</div>'
 
 
 def comparable(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
@@ -265,6 +361,7 @@ th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right
 th:first-child, td:first-child { text-align: left; } tr.front td { background: #eef7ee; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: .8rem; }
 .pictures img { width: 100%; } figure { margin: 0; } figcaption { font-size: 12px; color: #666; overflow-wrap: anywhere; }
+.details { display: flex; flex-wrap: wrap; gap: 2rem; align-items: flex-start; } h3 { font-size: 1rem; }
 .note { color: #666; font-size: 13px; }
 """
 
@@ -303,7 +400,7 @@ def write_html(table: Table, name: str, file: Path) -> None:
     sections = []
     for n in sorted(best) or [0]:
         title = html.escape(f"{shown[n]['network']} · {shown[n]['precision']} · {shown[n]['input']}")
-        sections.append(f"<h2>What {title} finds</h2>{_pictures(table.results[n])}")
+        sections.append(f"<h2>What {title} finds</h2>{_pictures(table.results[n])}{_details_html(table.results[n])}")
     devices = sorted(
         {f"{row['device']}, {row['threads']} thread(s), batch {row['batch']}" for row in table.rows if row["device"]}
     )
@@ -313,13 +410,20 @@ def write_html(table: Table, name: str, file: Path) -> None:
     ]
     images = sorted({f"{row['images']} validation images, data {row['data_digest'][:12]}" for row in table.rows})
     notes.append(f"AP: {html.escape('; '.join(images))}; intervals are 95 % bootstraps over images, differences are paired.")
+    correlation = rank_correlation(table.rows)
+    notes.append(
+        "as found: missing keypoints left out and plain scores. agreement: AP against the people that the FP32 network finds "
+        "in unlabelled images; its rank correlation with AP over these engines: "
+        + ("fewer than four engines, or all alike" if correlation is None else f"{correlation:.2f}")
+        + "."
+    )
     notes += [html.escape(line) for line in table.left_out]
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)} · Posepress</title>
 <style>{_STYLE}</style></head><body><h1>{html.escape(name)}: accuracy against latency</h1>{plots}
 <h2>Engines</h2><p class="note">Green rows are on the Pareto front.</p><div class="wide">
 <table><thead><tr>{head}</tr></thead>
 <tbody>{body}</tbody></table></div>
-{"".join(f'<p class="note">{note}</p>' for note in notes)}{"".join(sections)}</body></html>"""
+{"".join(f'<p class="note">{note}</p>' for note in notes)}{_waterfall_html(table.results)}{"".join(sections)}</body></html>"""
     file.write_text(page, encoding="utf-8")
 
 

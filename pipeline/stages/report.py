@@ -24,7 +24,7 @@ def _print(table: report.Table, name: str) -> None:
     from rich.table import Table
 
     shown = [report.cells(row) for row in table.rows]
-    console = Console(width=None if Console().is_terminal else 200)
+    console = Console(width=None if Console().is_terminal else 240)
     if shown:
         grid = Table(title=name, header_style="bold")
         for n, column in enumerate(shown[0]):
@@ -32,5 +32,12 @@ def _print(table: report.Table, name: str) -> None:
         for row in shown:
             grid.add_row(*row.values())
         console.print(grid)
+    for title, steps in report.waterfalls(table.results).items():
+        falls = Table(title=f"where AP goes: {title}", header_style="bold")
+        for column in ("step", "AP [95 %]", "against the step before, paired"):
+            falls.add_column(column)
+        for step in steps:
+            falls.add_row(*step)
+        console.print(falls)
     for line in table.left_out:
         console.print(f"left out: {line}")
