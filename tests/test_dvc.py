@@ -109,7 +109,7 @@ def repro(project, *words):
 
 def test_repro_runs_what_changed_and_nothing_else(project):
     first = repro(project)
-    assert len(first) == len(set(first)) == 9
+    assert len(first) == len(set(first)) == 10
     assert first[-1] == "report"
     table = project / "outputs/smoke/report/results.csv"
     assert len(table.read_text().splitlines()) == 2
@@ -118,8 +118,8 @@ def test_repro_runs_what_changed_and_nothing_else(project):
     next(v for v in content["vars"] if "resolutions" in v)["resolutions"] = ["64x80", "72x88"]
     (project / "dvc.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     added = repro(project)
-    assert {name.partition("@")[0] for name in added} == {"quantize", "build", "measure", "report"}
-    assert len(added) == 4
+    assert {name.partition("@")[0] for name in added} == {"quantize", "build", "tune", "measure", "report"}
+    assert len(added) == 5
     assert all("72x88" in name for name in added if name != "report")
     assert len(table.read_text().splitlines()) == 3
     manifest = json.loads((project / "outputs/smoke/report/manifest.json").read_text())

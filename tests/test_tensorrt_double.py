@@ -89,7 +89,7 @@ def test_an_engine_gives_what_its_file_says(trt, finished, precision, tmp_path):
     engine = backend.build(files, shapes(2), tmp_path)
     images = np.random.default_rng(0).normal(0, 1, (2, 3, 64, 80)).astype(np.float32)
     with backend.load(engine) as ours:
-        found = ours(images)
+        found = ours.download(ours(ours.upload(images)))
     (tmp_path / "ort").mkdir()
     reference = OnnxRuntime().load(OnnxRuntime().build(files, shapes(2), tmp_path / "ort"))(images)
     assert list(found) == list(reference) == ["heatmaps", "pafs"]
@@ -101,7 +101,8 @@ def test_an_engine_gives_what_its_file_says(trt, finished, precision, tmp_path):
 def test_an_input_outside_the_profile_is_refused(trt, finished, tmp_path):
     engine = TensorRT().build(quantized(finished, "fp32"), shapes(1), tmp_path)
     with pytest.raises(UserError, match="outside the engine's profile.*build it for that resolution"):
-        TensorRTRunner(engine)(np.zeros((2, 3, 64, 80), np.float32))
+        runner = TensorRTRunner(engine)
+        runner(runner.upload(np.zeros((2, 3, 64, 80), np.float32)))
 
 
 def test_a_foreign_or_damaged_plan_is_refused(trt, finished, tmp_path):

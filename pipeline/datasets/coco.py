@@ -171,7 +171,7 @@ class Coco:
         else:
             image = read_image(file, upright=True)  # once: nothing else knows its size
             size, read = Resolution(*image.shape[:2]), lambda: image
-        return Sample(str(record["id"]), size, read, truth, None if truth is None else truth.boxes)
+        return Sample(str(record["id"]), size, read, truth, None if truth is None else truth.boxes[~truth.crowd])
 
     def table(self) -> dict[str, NDArray[Any]]:
         """Columns id, file_name, persons, area and keypoints.

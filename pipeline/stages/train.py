@@ -23,7 +23,7 @@ def run(
     network: "partial[nn.Module] | None",
     weights: str | None,
     data: Splits,
-    objective: Objective[Any],
+    objective: Objective[Any] | None,
     resolution: str,
     seed: int,
     augment: Augmentation,
@@ -36,7 +36,7 @@ def run(
         network: class and options; None takes the input.
         weights: a state file to begin from.
         data: its train images are used, unless there are 0 steps.
-        objective: what is learnt.
+        objective: what is learnt; None where the family has none yet.
         resolution: of the views.
         seed: of the weights, the order and the views.
         augment: how views are drawn.
@@ -66,6 +66,11 @@ def run(
             )
     losses: Mapping[str, float] = {}
     if training.steps:
+        if objective is None:
+            raise UserError(
+                "this family's networks are not trained here: give model=onnx model.onnx=FILE, or "
+                "stages.train.training.steps=0 and weights=FILE"
+            )
         losses = train(model, data.open("train"), objective, size, augment, training, job.scratch / "state.ckpt", seed)
     store.save(model, job.out, make, history)
     params = sum(p.numel() for p in model.parameters())
