@@ -6,6 +6,7 @@ peaks is done at once. Grouping stays with the processor.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cache, partial
 from threading import Lock
 from typing import Any
@@ -20,7 +21,8 @@ from evaluation.heatmap_paf import Candidates
 from evaluation.limbs import MOST_MISSES, SAMPLES
 
 TOP = 32  # peaks kept in a map
-_MOST_COMPILED = 4  # input shapes for which the functions are fused
+OFTEN = 20  # batches of one shape after which fusing the functions, some seconds, is worth while
+_MOST_COMPILED = 4  # shapes for which they are fused
 _compiling = Lock()  # torch's compiler serves one thread at a time
 _seen: Counter[tuple[float, ...]] = Counter()
 
@@ -74,32 +76,29 @@ def score_limbs(pafs: Tensor, peaks: Tensor, limbs: Tensor, shift: float, thresh
         threshold: least projection of a PAF sample.
     """
     B, _, H, W = pafs.shape
-    L, top = limbs.shape[0], peaks.shape[2]
+    L = limbs.shape[0]
     maps = pafs.reshape(B, L, 2, H * W)[:, limbs[:, 2]]
     a, b = peaks[:, limbs[:, 0], :, None], peaks[:, limbs[:, 1], None]
     d = (b - a)[..., :2]
     length = torch.sqrt((d * d).sum(-1))
-    total = torch.zeros((B, L, top, top), device=pafs.device)
-    good = torch.zeros((B, L, top, top), device=pafs.device)
-    for step in range(SAMPLES):
-        at = a[..., :2] + shift + d * (step / (SAMPLES - 1))
-        x, y = at[..., 0].clamp(0, W - 1), at[..., 1].clamp(0, H - 1)
-        j, i = x.long(), y.long()
-        fx, fy = x - j, y - i
-        jj, ii = (j + 1).clamp(max=W - 1), (i + 1).clamp(max=H - 1)
-        dot = torch.zeros_like(total)
-        for axis in range(2):
-            flat = maps[:, :, axis]
+    along = torch.arange(SAMPLES, device=pafs.device)[:, None, None, None] / (SAMPLES - 1)
+    at = (a[..., :2] + shift)[:, :, None] + d[:, :, None] * along  # [B, L, samples, top, top, 2]
+    x, y = at[..., 0].clamp(0, W - 1), at[..., 1].clamp(0, H - 1)
+    j, i = x.long(), y.long()
+    fx, fy = x - j, y - i
+    jj, ii = (j + 1).clamp(max=W - 1), (i + 1).clamp(max=H - 1)
+    dot = torch.zeros_like(x)
+    for axis in range(2):
+        flat = maps[:, :, axis]
 
-            def read(row: Tensor, column: Tensor, flat: Tensor = flat) -> Tensor:
-                return flat.gather(2, (row * W + column).flatten(2)).view(B, L, top, top)
+        def read(row: Tensor, column: Tensor, flat: Tensor = flat) -> Tensor:
+            return flat.gather(2, (row * W + column).flatten(2)).view(x.shape)
 
-            upper = read(i, j) * (1 - fx) + read(i, jj) * fx
-            lower = read(ii, j) * (1 - fx) + read(ii, jj) * fx
-            dot = dot + (upper * (1 - fy) + lower * fy) * d[..., axis]
-        hit = dot > threshold * length
-        total = total + torch.where(hit, dot, 0.0)
-        good = good + hit
+        upper = read(i, j) * (1 - fx) + read(i, jj) * fx
+        lower = read(ii, j) * (1 - fx) + read(ii, jj) * fx
+        dot = dot + (upper * (1 - fy) + lower * fy) * d[:, :, None][..., axis]
+    hit = dot > (threshold * length)[:, :, None]
+    total, good = torch.where(hit, dot, 0.0).sum(2), hit.sum(2)
     score = total / (length * good).clamp(min=1e-9) + torch.clamp(0.5 * H / length - 1, max=0)
     there = (a[..., 2] > 0) & (b[..., 2] > 0) & (length > 1e-4) & (good >= SAMPLES - MOST_MISSES)
     return torch.where(there & (score > 0) & torch.isfinite(score), score, 0.0)
@@ -126,6 +125,12 @@ def _on(device: torch.device, limbs: tuple[tuple[int, ...], ...]) -> Tensor:
     return torch.tensor(limbs, device=device)
 
 
+@cache
+def _ahead(device: torch.device) -> torch.cuda.Stream:
+    """A stream whose short work is done before that of networks which wait for the same GPU."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
 def to_scores(
     heatmaps: Tensor,
     pafs: Tensor,
@@ -138,14 +143,27 @@ def to_scores(
     """Peaks, their counts, whether maps hold NaN, and limb scores of a batch of fields, left on their device."""
     there = _on(heatmaps.device, tuple(map(tuple, limbs.tolist())))
     options = (shift, heatmap_threshold, paf_threshold, top)
-    with torch.inference_mode(), _compiling:
-        shape = (*heatmaps.shape, *options)
-        _seen[shape] += 1
-        often = [known for known, times in _seen.items() if times > 1][:_MOST_COMPILED]
-        if heatmaps.is_cuda and shape in often:  # not for the last batch of a data set, nor for every width
-            made: tuple[Tensor, Tensor, Tensor, Tensor] = _compiled(*options)(heatmaps, pafs, there)
-            return made
+    with torch.inference_mode():
+        if heatmaps.is_cuda:
+            shape = (*heatmaps.shape, *options)
+            with _compiling:
+                _seen[shape] += 1
+                often = [known for known, times in _seen.items() if times > OFTEN][:_MOST_COMPILED]
+                if shape in often:
+                    made: tuple[Tensor, Tensor, Tensor, Tensor] = _compiled(*options)(heatmaps, pafs, there)
+                    return made
         return _fields_to_scores(heatmaps, pafs, there, *options)
+
+
+def to_host(*tensors: Tensor) -> list[NDArray[Any]]:
+    """Copies in the host's memory; from a GPU through pinned memory, all at once."""
+    if not tensors[0].is_cuda:
+        return [tensor.numpy() for tensor in tensors]
+    copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+    for copy, tensor in zip(copies, tensors, strict=True):
+        copy.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream().synchronize()
+    return [copy.numpy() for copy in copies]
 
 
 def to_candidates(peaks: Any, counts: Any, strange: Any, scores: Any) -> Iterator[Candidates]:
@@ -185,6 +203,7 @@ def candidates(
         paf_threshold: least projection of a PAF sample.
         max_peaks: at most `TOP` of these are kept in a map; the rest is counted.
     """
-    made = to_scores(heatmaps, pafs, limbs, shift, heatmap_threshold, paf_threshold, min(max_peaks, TOP))
-    peaks, counts, strange, scores, maps = (tensor.cpu().numpy() for tensor in (*made, heatmaps))
+    with torch.cuda.stream(_ahead(heatmaps.device)) if heatmaps.is_cuda else nullcontext():
+        made = to_scores(heatmaps, pafs, limbs, shift, heatmap_threshold, paf_threshold, min(max_peaks, TOP))
+        peaks, counts, strange, scores, maps = to_host(*made, heatmaps)
     yield from zip(to_candidates(peaks, counts, strange, scores), maps, strict=True)

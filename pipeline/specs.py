@@ -238,6 +238,10 @@ class Backend(Protocol):
         """Whether latencies of this backend mean anything."""
         ...
 
+    def in_fp32(self) -> "Backend":
+        """The same for FP32 networks."""
+        ...
+
     def build(self, files: ModelFiles, shapes: Shapes, out: Path) -> Path:
         """Build an engine into the folder `out`; returns its file."""
         ...

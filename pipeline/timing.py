@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from evaluation import latency, power
 from evaluation.types import Resolution
+from pipeline.errors import UserError
 from pipeline.inference import frame, normalise
 from pipeline.specs import Backend, Decoder, Framing, Runner
 
@@ -27,7 +28,7 @@ class Work:
 
     Attributes:
         backend: runs the engine.
-        images: uint8 [H, W, 3], RGB, seen in turns.
+        images: uint8 [H, W, 3], RGB, and people's boxes [N, 4] where known; seen in turns, but for those without views.
         framing: how an image becomes an input; its first view is used.
         decoder: made with the network's description and `options`.
         options: of the decoder.
@@ -37,7 +38,7 @@ class Work:
     """
 
     backend: Backend
-    images: Sequence[NDArray[np.uint8]]
+    images: Sequence[tuple[NDArray[np.uint8], NDArray[np.float64] | None]]
     framing: Framing
     decoder: Callable[..., Decoder[Any]]
     options: Mapping[str, Any]
@@ -48,16 +49,22 @@ class Work:
     def steps(self, runner: Runner) -> list[Callable[[Any], Any]]:
         """The steps of a call, in the order of `STEPS`; each call takes the next image."""
         spec, decode = runner.spec.input, self.decoder(runner.spec, **self.options)
-        views = [self.framing.views(Resolution(*image.shape[:2]), self.resolution, spec)[0] for image in self.images]
-        order, at = cycle(range(len(views))), 0
+        seen = [
+            (image, view)
+            for image, boxes in self.images
+            for view in self.framing.views(Resolution(*image.shape[:2]), self.resolution, spec, boxes)[:1]
+        ]
+        if not seen:
+            raise UserError("none of the first validation images has a person to cut out: the network cannot be timed on them")
+        order, at = cycle(range(len(seen))), 0
 
         def framed(_: Any) -> Any:
             nonlocal at
             at = next(order)
-            return np.stack([normalise(frame(self.images[at], views[at], spec), spec) for _ in range(self.batch)])
+            return np.stack([normalise(frame(seen[at][0], seen[at][1], spec), spec) for _ in range(self.batch)])
 
         def decoded(fields: Any) -> Any:
-            return decode.decode(fields, [views[at]] * self.batch)
+            return decode.decode(fields, [seen[at][1]] * self.batch)
 
         return [framed, runner.upload, runner, runner.download, decoded]
 

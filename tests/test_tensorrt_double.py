@@ -100,9 +100,10 @@ def test_an_engine_gives_what_its_file_says(trt, finished, precision, tmp_path):
 
 def test_an_input_outside_the_profile_is_refused(trt, finished, tmp_path):
     engine = TensorRT().build(quantized(finished, "fp32"), shapes(1), tmp_path)
+    runner = TensorRTRunner(engine)
+    images = runner.upload(np.zeros((2, 3, 64, 80), np.float32))
     with pytest.raises(UserError, match="outside the engine's profile.*build it for that resolution"):
-        runner = TensorRTRunner(engine)
-        runner(runner.upload(np.zeros((2, 3, 64, 80), np.float32)))
+        runner(images)
 
 
 def test_a_foreign_or_damaged_plan_is_refused(trt, finished, tmp_path):

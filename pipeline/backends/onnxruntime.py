@@ -67,6 +67,10 @@ class OnnxRuntime:
         """Its latencies are real."""
         return True
 
+    def in_fp32(self) -> "OnnxRuntime":
+        """Itself: precision is in the ONNX file."""
+        return self
+
     def build(self, files: ModelFiles, shapes: Shapes, out: Path) -> Path:  # noqa: ARG002
         """Copy the uint8 flavour and make sure that it loads; ONNX Runtime optimises when it loads."""
         engine = out / ENGINE

@@ -77,6 +77,10 @@ class TensorRT:
         """Whether a GPU ran it."""
         return self.name == "tensorrt"
 
+    def in_fp32(self) -> "TensorRT":
+        """Itself: precision is in the ONNX file."""
+        return self
+
     def build(self, files: ModelFiles, shapes: Shapes, out: Path) -> Path:
         """Parse the typed network and build a plan with one optimisation profile.
 

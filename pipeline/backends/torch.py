@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import LifoQueue
 from threading import Lock
@@ -60,6 +60,10 @@ class Torch:
     def timeable(self) -> bool:
         """Its latencies are real."""
         return True
+
+    def in_fp32(self) -> "Torch":
+        """The same, as FP32 networks are built."""
+        return replace(self, precision="fp32")
 
     def build(self, files: ModelFiles, shapes: Shapes, out: Path) -> Path:  # noqa: ARG002 - torch takes any shape
         """Copy the checkpoint and say in which precision it runs.

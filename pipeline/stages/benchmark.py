@@ -69,7 +69,7 @@ def run(
                 + (f"; not in INT8: {lost}" if lost else "; build it with precision=int8")
             )
         images = data.open("validation")
-        some = [images[n].read() for n in range(min(_IMAGES, len(images)))]
+        some = [(sample.read(), sample.boxes) for sample in (images[n] for n in range(min(_IMAGES, len(images))))]
         tuned = job.inputs.get("tuned")
         options = json.loads((tuned / "decoder.json").read_text())["options"] if tuned else {}
         work = Work(backend, some, framing, decoder, options, size, batch, threads)
@@ -100,8 +100,5 @@ def run(
 
 def _reference(backend: Backend, job: Job, size: Resolution, batch: int, folder: Path) -> Path:
     model = job.inputs["reference"] / "model.onnx"
-    built = read_manifest(job.inputs["engine"]) or {}
-    if backend.name == "torch":  # its engine is the network itself
-        return job.inputs["engine"] / str(built["summary"]["engine"])
-    files = ModelFiles({"tensorrt": model, "onnxruntime": model})
-    return backend.build(files, Shapes((size, size, size), (1, batch, batch)), folder)
+    files = ModelFiles({"tensorrt": model, "onnxruntime": model}, checkpoint=job.inputs["engine"])
+    return backend.in_fp32().build(files, Shapes((size, size, size), (1, batch, batch)), folder)
