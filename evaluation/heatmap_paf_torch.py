@@ -128,7 +128,7 @@ def _on(device: torch.device, limbs: tuple[tuple[int, ...], ...]) -> Tensor:
 @cache
 def _ahead(device: torch.device) -> torch.cuda.Stream:
     """A stream whose short work is done before that of networks which wait for the same GPU."""
-    return torch.cuda.Stream(device, priority=-1)
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 def to_scores(
