@@ -120,13 +120,15 @@ class Recovery:
     Attributes:
         keypoints: how many were planted.
         recovered: of them, those that some found person has within `NEAR` pixels.
-        wrong: found keypoints that belong to another person than most of their person's.
+        whole: planted people of whom one found person has at least four keypoints in five.
+        wrong: found keypoints that are not near the planted person to whom most of theirs belong.
         error: sum of the recovered ones' distances, pixels.
         people: how many people were found.
     """
 
     keypoints: int
     recovered: int
+    whole: int
     wrong: int
     error: float
     people: int
@@ -135,17 +137,16 @@ class Recovery:
 def recovery(planted: Planted, found: NDArray[np.float32]) -> Recovery:
     """Compare found people [N, 18, 3] (x, y in input pixels, 0 in the third where missing) with the planted ones."""
     nearest = np.full(planted.present.shape, np.inf)
+    best = np.zeros(len(planted.points), int)
     wrong = 0
     for person in found:
-        owners = np.full(18, -1)
-        for k in np.flatnonzero(person[:, 2] > 0):
-            distance = np.where(planted.present[:, k], np.hypot(*(planted.points[:, k] - person[k, :2]).T), np.inf)
-            n = int(distance.argmin())
-            if distance[n] <= NEAR:
-                nearest[n, k] = min(nearest[n, k], distance[n])
-                owners[k] = n
-        owned = owners[owners >= 0]
-        if len(owned):
-            wrong += int((owned != np.bincount(owned).argmax()).sum())
-    near = np.isfinite(nearest)
-    return Recovery(int(planted.present.sum()), int(near.sum()), wrong, float(nearest[near].sum()), len(found))
+        there = person[:, 2] > 0
+        away = np.hypot(*(planted.points - person[:, :2]).transpose(2, 0, 1))
+        away = np.where(planted.present & there, away, np.inf)
+        nearest = np.minimum(nearest, away)
+        hits = (away <= NEAR).sum(axis=1)
+        best = np.maximum(best, hits)
+        wrong += int(there.sum() - hits.max(initial=0))
+    near = nearest <= NEAR
+    whole = int((best >= 0.8 * planted.present.sum(axis=1)).sum())
+    return Recovery(int(planted.present.sum()), int(near.sum()), whole, wrong, float(nearest[near].sum()), len(found))
