@@ -319,7 +319,7 @@ class CocoKeypoints:
         if len(self.labels.sigmas) != len(self.labels.names):
             raise ValueError(
                 f"{len(self.labels.names)} keypoints but {len(self.labels.sigmas)} sigmas: OKS needs one for each; "
-                "give them in labels.sigmas"
+                'add "sigmas": [...] to the category in the annotation file'
             )
         names = self.found_labels.names
         self._columns = np.array([names.index(name) if name in names else -1 for name in self.labels.names])

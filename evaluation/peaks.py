@@ -16,7 +16,9 @@ def log_parabola(before: np.float32, centre: np.float32, after: np.float32) -> n
     """Offset in -0.5..0.5 of the top of the parabola through three logarithms, exact for a Gaussian; 0 if not concave."""
     least = np.float32(1e-3)
     # Ratios to the centre, which is the greatest: two logarithms instead of three.
-    a, b = np.log(max(before, least) / centre), np.log(max(after, least) / centre)
+    # Comparisons that NaN fails, so that such a neighbour counts as the least; max() may return it.
+    a = np.log((before if before > least else least) / centre)  # noqa: FURB136
+    b = np.log((after if after > least else least) / centre)  # noqa: FURB136
     curvature = a + b
     if not curvature < np.float32(-1e-6):
         return np.float32(0)
@@ -185,7 +187,7 @@ def complete(heatmaps: F32, keypoints: F32, margin: float) -> None:
             best, at_i, at_j = np.float32(0), -1, -1
             for i in range(top, bottom + 1):
                 for j in range(left, right + 1):
-                    if heatmap[i, j] > best:
+                    if best < heatmap[i, j] < np.inf:
                         best, at_i, at_j = heatmap[i, j], i, j
             if at_i >= 0:
                 dx, dy = refine(heatmap, at_i, at_j)

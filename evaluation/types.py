@@ -110,8 +110,9 @@ class Skeleton:
 
     @property
     def flip(self) -> tuple[int, ...]:
-        """Index of each keypoint's mirror image."""
-        return tuple(self.names.index(_mirrored(name)) for name in self.names)
+        """Index of each keypoint's mirror image; its own where it has none."""
+        at = {name: n for n, name in enumerate(self.names)}
+        return tuple(at.get(_mirrored(name), n) for n, name in enumerate(self.names))
 
     @property
     def limb_flip(self) -> tuple[int, ...]:

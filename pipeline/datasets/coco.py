@@ -1,5 +1,6 @@
 """Data sets in COCO's format, and their splits."""
 
+import gc
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from evaluation.skeletons import COCO_17
@@ -55,18 +57,32 @@ def read_image(file: Path, upright: bool = False) -> NDArray[np.uint8]:
     return np.asarray(image, np.uint8)
 
 
+def read_json(file: Path, fix: str) -> Any:
+    """The content of a large JSON file.
+
+    Raises:
+        UserError: it cannot be read, for which `fix` is the advice, or it is not JSON.
+    """
+    collecting = gc.isenabled()
+    gc.disable()  # it would look at millions of new numbers again and again, four times the work of reading them
+    try:
+        return orjson.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file}: cannot read it ({error.strerror}); {fix}") from error
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); it may be truncated, or hold NaN: download or export it again") from error
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def load_annotations(file: Path) -> dict[str, Any]:
     """Read and check a COCO keypoint annotation file.
 
     Raises:
         UserError: the file is missing, is not JSON, lacks COCO's lists, or its annotations name unknown images.
     """
-    try:
-        raw = json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{file}: cannot read the annotations ({error.strerror}); check data.*.annotations") from error
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); it may be truncated: download or export it again") from error
+    raw = read_json(file, "check data.*.annotations")
     missing = [key for key in ("images", "annotations") if not isinstance(raw, dict) or not isinstance(raw.get(key), list)]
     if missing:
         raise UserError(f"{file}: no list '{missing[0]}', so not COCO's format; expected images, annotations, categories")
@@ -85,13 +101,26 @@ def load_annotations(file: Path) -> dict[str, Any]:
     return dict(raw)
 
 
+def skeleton_of(raw: Mapping[str, Any]) -> Skeleton:
+    """The keypoints that an annotation file's category names, with its "sigmas" where it has them; COCO's if it names none."""
+    for category in raw.get("categories") or []:
+        names = tuple(category.get("keypoints") or ())
+        if names and names != COCO_17.names:
+            limbs = tuple((a - 1, b - 1) for a, b in category.get("skeleton") or [])
+            return Skeleton(names, limbs, tuple(category.get("sigmas") or ()))
+    return COCO_17
+
+
 def people(annotations: Sequence[Mapping[str, Any]], K: int = len(COCO_17.names)) -> People:
     """The ground truth of an image from its COCO records."""
     keypoints = np.zeros((len(annotations), K, 3))
     for row, record in enumerate(annotations):
         flat = record.get("keypoints") or [0] * (3 * K)
         if len(flat) != 3 * K:
-            raise UserError(f"annotation {record.get('id')}: {len(flat)} keypoint numbers, not {3 * K} (COCO's {K} keypoints)")
+            raise UserError(
+                f"annotation {record.get('id')}: {len(flat)} keypoint numbers, not {3 * K} ({K} keypoints, as the file's "
+                "category names them, or COCO's)"
+            )
         keypoints[row] = np.asarray(flat, np.float64).reshape(K, 3)
     return People(
         keypoints=keypoints,
@@ -124,14 +153,18 @@ class Coco:
 
     @property
     def labels(self) -> Skeleton:
-        """The skeleton of the keypoints."""
-        return COCO_17
+        """The skeleton of the keypoints, COCO's unless the file's category names others."""
+        return self._content[1]
 
-    @cached_property
+    @property
     def records(self) -> list[dict[str, Any]]:
         """COCO's image records, each with its `annotations` (None where unlabelled), in the order of their ids."""
+        return self._content[0]
+
+    @cached_property
+    def _content(self) -> tuple[list[dict[str, Any]], Skeleton]:
         if self.annotations is None:
-            return self._unlabelled()
+            return self._unlabelled(), COCO_17
         raw = load_annotations(self.annotations)
         by_image: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in raw["images"]}
         for record in raw["annotations"]:
@@ -147,7 +180,7 @@ class Coco:
             raise UserError(
                 f"{self.annotations}: the splits name {len(absent)} images it does not hold: {', '.join(absent[:5])}"
             )
-        return records
+        return records, skeleton_of(raw)
 
     def _unlabelled(self) -> list[dict[str, Any]]:
         if self.names is not None:
@@ -164,7 +197,7 @@ class Coco:
     def __getitem__(self, index: int) -> Sample[People]:
         record = self.records[index]
         file = self.images / record["file_name"]
-        truth = None if record["annotations"] is None else people(record["annotations"])
+        truth = None if record["annotations"] is None else people(record["annotations"], len(self.labels.names))
         if "height" in record:
             size = Resolution(record["height"], record["width"])
             read: Callable[[], NDArray[np.uint8]] = partial(_read_checked, file, size)
@@ -181,7 +214,7 @@ class Coco:
         columns: dict[str, list[Any]] = {"id": [], "file_name": [], "persons": [], "area": [], "keypoints": []}
         for record in self.records:
             labelled = [a for a in record["annotations"] or [] if _labelled(a) and not a.get("iscrowd")]
-            areas = people(labelled).areas
+            areas = people(labelled, len(self.labels.names)).areas
             columns["id"].append(str(record["id"]))
             columns["file_name"].append(record["file_name"])
             columns["persons"].append(len(labelled))

@@ -4,9 +4,9 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import numpy as np
-import orjson
 
 from evaluation.types import Poses, Skeleton
+from pipeline.datasets.coco import read_json
 from pipeline.errors import UserError
 
 
@@ -25,42 +25,44 @@ def load_results(file: Path, labels: Skeleton, images: AbstractSet[str]) -> dict
         UserError: the file is missing or no such list; an image is unknown, keypoints are missing or too many, a number is
             not finite, a score is negative, or a person is there twice.
     """
-    try:
-        raw = orjson.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{file}: cannot read the results ({error.strerror}); check the path") from error
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); NaN and Infinity are none either") from error
+    raw = read_json(file, "check the path of the results")
     if not isinstance(raw, list) or not all(isinstance(record, dict) for record in raw):
         raise UserError(f"{file}: not a list of results; see https://cocodataset.org/#format-results")
     K = len(labels.names)
-    for position, record in enumerate(raw):
-        for key in ("image_id", "keypoints", "score"):
-            if key not in record:
-                raise UserError(f"{file}: result {position} has no '{key}'; each needs image_id, keypoints and score")
-        if len(record["keypoints"]) != 3 * K:
-            raise UserError(
-                f"{file}: result {position} has {len(record['keypoints'])} keypoint numbers, not {3 * K} ({K} keypoints)"
-            )
+    for key in ("image_id", "keypoints", "score"):
+        absent = next((n for n, record in enumerate(raw) if key not in record), None)
+        if absent is not None:
+            raise UserError(f"{file}: result {absent} has no '{key}'; each needs image_id, keypoints and score")
+    lists = [record["keypoints"] for record in raw]
+    wrong = next((n for n, flat in enumerate(lists) if not isinstance(flat, list) or len(flat) != 3 * K), None)
+    if wrong is not None:
+        many = len(lists[wrong]) if isinstance(lists[wrong], list) else "no list of"
+        raise UserError(f"{file}: result {wrong} has {many} keypoint numbers, not {3 * K} ({K} keypoints)")
     try:
-        keypoints = np.array([record["keypoints"] for record in raw], np.float32).reshape(-1, K, 3)
+        keypoints = np.array(lists, np.float32).reshape(-1, K, 3)
         scores = np.array([record["score"] for record in raw], np.float32).reshape(-1)
     except (TypeError, ValueError) as error:
         raise UserError(f"{file}: keypoints and scores must be numbers ({error})") from error
-    wrong = np.flatnonzero(~np.isfinite(scores) | ~np.isfinite(keypoints).all(axis=(1, 2)) | (scores < 0))
-    if len(wrong):
+    bad = np.flatnonzero(~np.isfinite(scores) | ~np.isfinite(keypoints).all(axis=(1, 2)) | (scores < 0))
+    if len(bad):
         raise UserError(
-            f"{file}: result {wrong[0]} has a score or a point that is negative or not finite: {raw[wrong[0]]['score']}"
+            f"{file}: result {bad[0]} has a score or a point that is negative or not finite: {raw[bad[0]]['score']}"
         )
-    ids = [str(record["image_id"]) for record in raw]
-    unknown = sorted(set(ids) - set(images))
-    if unknown:
-        raise UserError(f"{file}: {len(unknown)} image ids are not of the validation images: {', '.join(unknown[:5])}")
     places: dict[str, list[int]] = {image: [] for image in images}
-    seen: dict[tuple[str, bytes], int] = {}
-    for n, image in enumerate(ids):
-        other = seen.setdefault((image, keypoints[n].tobytes() + scores[n].tobytes()), n)
-        if other != n:
-            raise UserError(f"{file}: results {other} and {n} are the same person of image {image}; drop one of them")
-        places[image].append(n)
+    unknown = set()
+    for n, record in enumerate(raw):
+        image = str(record["image_id"])
+        if image in places:
+            places[image].append(n)
+        else:
+            unknown.add(image)
+    if unknown:
+        listed = ", ".join(sorted(unknown)[:5])
+        raise UserError(f"{file}: {len(unknown)} image ids are not of the validation images: {listed}")
+    for image, rows in places.items():
+        seen: dict[bytes, int] = {}
+        for n in rows:
+            other = seen.setdefault(keypoints[n].tobytes() + scores[n].tobytes(), n)
+            if other != n:
+                raise UserError(f"{file}: results {other} and {n} are the same person of image {image}; drop one of them")
     return {image: Poses(keypoints[rows], scores[rows]) for image, rows in places.items()}

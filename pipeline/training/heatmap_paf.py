@@ -12,6 +12,7 @@ from evaluation.compiled import compiled
 from evaluation.skeletons import COCO_17
 from evaluation.types import FieldSpec, NetworkSpec, People, Skeleton, View
 from evaluation.views import input_to_cells
+from pipeline.errors import UserError
 
 F32 = NDArray[np.float32]
 
@@ -124,8 +125,13 @@ def named_keypoints(truth: People, view: View, skeleton: Skeleton) -> tuple[NDAr
 
     Returns:
         Points [N, K, 2], and which of them are labelled [N, K]. A neck is the middle of two labelled shoulders.
+
+    Raises:
+        UserError: the labels are of another skeleton than COCO's.
     """
     keypoints = truth.keypoints[~truth.crowd]
+    if keypoints.shape[1] != len(COCO_17.names):
+        raise UserError(f"training needs COCO's {len(COCO_17.names)} keypoints; these annotations have {keypoints.shape[1]}")
     points = view.to_input(keypoints[..., :2])
     seen = keypoints[..., 2] > 0
     if view.flipped:
