@@ -34,7 +34,8 @@ def test_samples_hold_their_labels(images):
     sample = data[3]
     record = data.records[3]
     assert sample.read().shape == (120, 160, 3)
-    assert len(sample.truth.keypoints) == len(record["annotations"]) == len(sample.boxes)
+    assert len(sample.truth.keypoints) == len(record["annotations"])
+    assert len(sample.boxes) == sum(not a["iscrowd"] for a in record["annotations"]), "a crowd is nobody to cut out"
     assert sample.truth.areas.tolist() == [a["area"] for a in record["annotations"]]
     table = data.table()
     assert table["persons"][3] == sum(a["num_keypoints"] > 0 for a in record["annotations"])
@@ -99,7 +100,7 @@ def test_what_is_not_coco_is_refused(tmp_path, content, message):
     file.write_text(content)
     with pytest.raises(UserError, match=message):
         load_annotations(file)
-    with pytest.raises(UserError, match="cannot read the annotations"):
+    with pytest.raises(UserError, match="cannot read it"):
         load_annotations(tmp_path / "none.json")
 
 
@@ -200,3 +201,95 @@ def test_unlabelled_images_need_no_annotations(images):
 def test_the_real_splits_are_as_large_as_they_should_be(real):
     sizes = {split: len(real.open(split)) for split in ("train", "unlabelled", "tune", "agreement", "validation")}
     assert sizes == {"train": 40, "unlabelled": 126, "tune": 30, "agreement": 125, "validation": 72}
+
+
+# --- what images can be ----------------------------------------------------------------------------------------------------
+
+
+def test_grey_sixteen_bit_cmyk_and_transparent_files_are_read_as_rgb(tmp_path):
+    import cv2
+    from PIL import Image
+
+    draw = np.random.default_rng(0)
+    smooth = cv2.resize(draw.integers(0, 255, (6, 8, 3), np.uint8), (64, 48), interpolation=cv2.INTER_CUBIC)
+    grey = smooth[..., 0]
+    cv2.imwrite(str(tmp_path / "grey.png"), grey)
+    cv2.imwrite(str(tmp_path / "deep.png"), grey.astype(np.uint16) * 257)
+    Image.fromarray(smooth).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    Image.fromarray(np.dstack([smooth, np.full((48, 64), 9, np.uint8)])).save(tmp_path / "clear.png")
+    for name in ("grey.png", "deep.png"):
+        assert np.array_equal(read_image(tmp_path / name), np.repeat(grey[..., None], 3, axis=2)), name
+    assert np.array_equal(read_image(tmp_path / "clear.png"), smooth)
+    assert np.abs(read_image(tmp_path / "cmyk.jpg").astype(int) - smooth).mean() < 12
+
+
+def turned(file, orientation):
+    """A JPEG whose EXIF says that it was taken with the camera turned."""
+    from PIL import Image
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(file, exif=exif, quality=95)
+
+
+def test_exif_orientation_follows_the_annotations(tmp_path):
+    turned(tmp_path / "a.jpg", 6)
+    assert read_image(tmp_path / "a.jpg").shape == (40, 60, 3)
+    assert read_image(tmp_path / "a.jpg", upright=True).shape == (60, 40, 3)
+
+    def annotated(height, width):
+        record = {"id": 1, "file_name": "a.jpg", "height": height, "width": width}
+        (tmp_path / "a.json").write_text(json.dumps({"images": [record], "annotations": []}))
+        return Coco(tmp_path, tmp_path / "a.json")[0].read()
+
+    assert annotated(40, 60).shape == (40, 60, 3)
+    assert np.array_equal(annotated(60, 40), read_image(tmp_path / "a.jpg", upright=True))
+    with pytest.raises(UserError, match="they do not belong together"):
+        annotated(50, 50)
+    assert Coco(tmp_path)[0].size.height == 60, "without labels an image is seen as it is shown"
+
+
+def test_an_image_above_a_hundred_megapixels_is_refused(tmp_path):
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None
+    Image.new("L", (10100, 10000)).save(tmp_path / "vast.png")
+    with pytest.raises(UserError, match=r"vast\.png.*100"):
+        read_image(tmp_path / "vast.png")
+
+
+def test_a_skeleton_of_its_own_needs_sigmas(folder):
+    from evaluation.coco import CocoKeypoints
+
+    names = ["nose", "left_eye", "right_eye", "left_ear", "right_ear"]
+
+    def five(content, **more):
+        for annotation in content["annotations"]:
+            annotation["keypoints"] = annotation["keypoints"][:15]
+        content["categories"] = [{"id": 1, "name": "face", "keypoints": names, "skeleton": [[1, 2]], **more}]
+
+    edit(folder / "annotations/validation.json", five)
+    data = splits(folder).open("validation")
+    assert data.labels.names == tuple(names)
+    assert data.labels.flip == (0, 2, 1, 4, 3)
+    assert data[0].truth.keypoints.shape[1] == 5
+    with pytest.raises(ValueError, match='5 keypoints but 0 sigmas.*add "sigmas"'):
+        CocoKeypoints(data.labels, data.labels)
+    edit(folder / "annotations/validation.json", lambda c: c["categories"][0].update(sigmas=[0.03] * 5))
+    assert CocoKeypoints(splits(folder).open("validation").labels, data.labels).evaluate()["ap"] == -1
+
+
+def test_a_ground_truth_without_persons_is_refused_and_has_no_figure(folder):
+    from evaluation.coco import CocoKeypoints
+    from evaluation.types import Poses
+
+    edit(folder / "annotations/validation.json", lambda c: c.update(annotations=[]))
+    with pytest.raises(UserError, match=r"validation\.json: no person with keypoints in the split 'validation'"):
+        splits(folder).open("validation")
+    data = Coco(folder / "images/validation", folder / "annotations/validation.json")
+    metric = CocoKeypoints(data.labels, data.labels)
+    for n in range(len(data)):
+        metric.process(data[n].id, data[n].truth, Poses(np.ones((1, 17, 3), np.float32), np.ones(1, np.float32)))
+    assert metric.evaluate()["ap"] == -1
+    assert metric.details()["errors"]["background"] == 1

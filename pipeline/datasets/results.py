@@ -45,9 +45,8 @@ def load_results(file: Path, labels: Skeleton, images: AbstractSet[str]) -> dict
         raise UserError(f"{file}: keypoints and scores must be numbers ({error})") from error
     bad = np.flatnonzero(~np.isfinite(scores) | ~np.isfinite(keypoints).all(axis=(1, 2)) | (scores < 0))
     if len(bad):
-        raise UserError(
-            f"{file}: result {bad[0]} has a score or a point that is negative or not finite: {raw[bad[0]]['score']}"
-        )
+        score = raw[bad[0]]["score"]
+        raise UserError(f"{file}: result {bad[0]} (score {score}) has a negative score, or a score or point that is not finite")
     places: dict[str, list[int]] = {image: [] for image in images}
     unknown = set()
     for n, record in enumerate(raw):

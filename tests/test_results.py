@@ -1,0 +1,82 @@
+"""Results in COCO's format, in and out."""
+
+import json
+
+import numpy as np
+import pytest
+
+from evaluation.coco import CocoKeypoints
+from evaluation.skeletons import COCO_17
+from evaluation.types import Poses
+from pipeline.datasets.coco import people
+from pipeline.datasets.results import load_results
+from pipeline.errors import UserError
+
+IMAGES = {"1", "7"}
+
+
+def result(**changes):
+    return {"image_id": 7, "category_id": 1, "keypoints": [1.5, 2.5, 0.5] * 17, "score": 0.7, **changes}
+
+
+def test_results_are_read_and_every_image_is_there(tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps([result(), result(score=0.2)]))
+    found = load_results(tmp_path / "r.json", COCO_17, IMAGES)
+    assert set(found) == IMAGES
+    assert len(found["1"].scores) == 0
+    assert found["7"].scores.tolist() == pytest.approx([0.7, 0.2])
+    assert found["7"].keypoints.shape == (2, 17, 3)
+
+
+def test_nothing_found_is_an_ap_of_zero(tmp_path):
+    (tmp_path / "r.json").write_text("[]")
+    found = load_results(tmp_path / "r.json", COCO_17, {"1"})
+    metric = CocoKeypoints(COCO_17, COCO_17)
+    box = {"bbox": [0, 0, 50, 100], "area": 4000, "keypoints": [5, 5, 2] * 17}
+    metric.process("1", people([box]), found["1"])
+    assert metric.evaluate()["ap"] == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not JSON"),
+        ("{}", "not a list of results"),
+        ("[1]", "not a list of results"),
+        ('[{"image_id": 7, "keypoints": [], "score": NaN}]', "not JSON"),
+        ([{"image_id": 7, "score": 1}], "result 0 has no 'keypoints'"),
+        ([result(), {"keypoints": [0] * 51, "score": 1}], "result 1 has no 'image_id'"),
+        ([{"image_id": 7, "keypoints": [0] * 51}], "result 0 has no 'score'"),
+        ([result(keypoints=[0] * 48)], r"result 0 has 48 keypoint numbers, not 51 \(17 keypoints\)"),
+        ([result(keypoints=[0] * 54)], "result 0 has 54 keypoint numbers"),
+        ([result(keypoints=None)], "result 0 has no list of keypoint numbers"),
+        ([result(keypoints=["x"] * 51)], "keypoints and scores must be numbers"),
+        ([result(score=None)], "negative score, or a score or point that is not finite|must be numbers"),
+        ([result(), result(score=-0.1)], r"result 1 \(score -0\.1\) has a negative score"),
+        ([result(keypoints=[1e39] * 51)], "not finite"),
+        ([result(image_id=8), result(image_id=9)], "2 image ids are not of the validation images: 8, 9"),
+        ([result(score=0.1), result(), result()], "results 1 and 2 are the same person of image 7"),
+    ],
+)
+def test_bad_results_are_refused(tmp_path, content, message):
+    file = tmp_path / "r.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError, match=message) as caught:
+        load_results(file, COCO_17, IMAGES)
+    assert str(file) in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none\.json: cannot read it.*check the path"):
+        load_results(tmp_path / "none.json", COCO_17, IMAGES)
+
+
+def test_what_is_written_reads_the_same(tmp_path):
+    draw = np.random.default_rng(0)
+    metric = CocoKeypoints(COCO_17, COCO_17)
+    keypoints = draw.uniform(0, 400, (3, 17, 3)).astype(np.float32)
+    metric.process("7", people([]), Poses(keypoints, np.array([0.9, 0.5, 0.4], np.float32)))
+    (tmp_path / "r.json").write_text(json.dumps(list(metric.results())))
+    found = load_results(tmp_path / "r.json", COCO_17, IMAGES)["7"]
+    assert np.abs(found.keypoints - keypoints).max() < 1e-3
+    assert found.scores == pytest.approx([0.9, 0.5, 0.4])
