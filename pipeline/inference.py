@@ -14,9 +14,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.compiled import compiled
+from evaluation.pixels import frame
 from evaluation.types import InputSpec, Resolution, Sample, View
-from evaluation.views import mirrored
 from pipeline.specs import Dataset, Decoder, Framing, Runner
 
 Found = TypeVar("Found")
@@ -29,13 +28,13 @@ class Batch:
     """Network inputs of one size.
 
     Attributes:
-        images: float32 [B, 3, H, W], in the network's input form.
+        images: uint8 [B, H, W, 3], RGB; `Runner.upload` gives them the network's input form.
         views: B views.
         samples: the image each view is of.
         last: whether a view is the last of its image.
     """
 
-    images: NDArray[np.float32]
+    images: NDArray[np.uint8]
     views: Sequence[View]
     samples: Sequence[Sample[Any]]
     last: Sequence[bool]
@@ -70,54 +69,6 @@ class Watch:
         return max(self.busy, key=lambda name: self.busy[name] / self.workers.get(name, 1), default="")
 
 
-def frame(image: NDArray[np.uint8], view: View, spec: InputSpec) -> NDArray[np.uint8]:
-    """Cut a view [H, W, 3] from an image; outside is the network's padding."""
-    import cv2
-
-    height, width = view.size.height, view.size.width
-    if view.flipped:
-        image = np.ascontiguousarray(image[:, ::-1])
-        view = mirrored(view, Resolution(*image.shape[:2]))
-    (sx, skew_y, x), (skew_x, sy, y) = view.matrix
-    whole = skew_x == skew_y == 0 and abs(x - (0.5 * sx - 0.5)) < 1e-9 and abs(y - (0.5 * sy - 0.5)) < 1e-9
-    if not whole:
-        pad = (spec.pad,) * 3
-        warped = cv2.warpAffine(image, view.matrix, (width, height), flags=cv2.INTER_LINEAR, borderValue=pad)
-        return np.asarray(warped, np.uint8)
-    # A resize keeps its coefficients in more bits than a warp does.
-    inside = (round(image.shape[1] * sx), round(image.shape[0] * sy))
-    resized = cv2.resize(image, inside, interpolation=cv2.INTER_LINEAR)
-    if inside == (width, height):
-        return np.asarray(resized, np.uint8)
-    out = np.full((height, width, 3), spec.pad, np.uint8)
-    out[: inside[1], : inside[0]] = resized[:height, :width]
-    return out
-
-
-@compiled
-def _planes(
-    images: NDArray[np.uint8], order: NDArray[np.int64], factor: NDArray[np.float32], offset: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    N, P, C = images.shape
-    out = np.empty((N, C, P), np.float32)
-    for n in range(N):
-        for c in range(C):
-            source, f, o = order[c], factor[c], offset[c]
-            for p in range(P):
-                out[n, c, p] = np.float32(images[n, p, source]) * f - o
-    return out
-
-
-def normalise(images: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.float32]:
-    """RGB pixels [..., H, W, 3] to the network's input form [..., 3, H, W]."""
-    *before, height, width, channels = images.shape
-    order = np.arange(channels) if spec.order == "RGB" else np.arange(channels)[::-1].copy()
-    factor = (np.float32(spec.range / 255) / np.asarray(spec.std, np.float32)).astype(np.float32)
-    offset = (np.asarray(spec.mean, np.float32) / np.asarray(spec.std, np.float32)).astype(np.float32)
-    flat = np.ascontiguousarray(images).reshape(-1, height * width, channels)
-    return _planes(flat, order, factor, offset).reshape(*before, channels, height, width)
-
-
 def batches(
     data: Dataset[Any],
     framing: Framing,
@@ -145,15 +96,15 @@ def batches(
     readers = os.cpu_count() or 1
     watch.workers |= {"reading": readers, "framing": readers}
 
-    def prepare(index: int) -> tuple[Sample[Any], list[View], list[NDArray[np.float32]]]:
+    def prepare(index: int) -> tuple[Sample[Any], list[View], list[NDArray[np.uint8]]]:
         with watch.step("reading"):
             sample = data[index]
             image = sample.read()
         with watch.step("framing"):
             views = framing.views(sample.size, resolution, spec, sample.boxes)
-            return sample, views, [normalise(frame(image, view, spec), spec) for view in views]
+            return sample, views, [frame(image, view, spec) for view in views]
 
-    waiting: list[tuple[Sample[Any], View, NDArray[np.float32], bool]] = []
+    waiting: list[tuple[Sample[Any], View, NDArray[np.uint8], bool]] = []
 
     def flush() -> Batch:
         samples, views, inputs, last = zip(*waiting, strict=True)
@@ -164,7 +115,7 @@ def batches(
     order = range(len(data)) if indices is None else indices
     pool = ThreadPoolExecutor(readers)
     try:
-        pending: deque[Future[tuple[Sample[Any], list[View], list[NDArray[np.float32]]]]] = deque()
+        pending: deque[Future[tuple[Sample[Any], list[View], list[NDArray[np.uint8]]]]] = deque()
         todo = iter(order)
         while True:
             while len(pending) < max(_READ_AHEAD, 2 * batch) and (index := next(todo, None)) is not None:
@@ -175,7 +126,7 @@ def batches(
             if not views:  # nobody to cut out: the image is done before any network sees it
                 if waiting:
                     yield flush()
-                yield Batch(np.zeros((0, 3, 1, 1), np.float32), (), (sample,), ())
+                yield Batch(np.zeros((0, 1, 1, 3), np.uint8), (), (sample,), ())
             for n, (view, made) in enumerate(zip(views, inputs, strict=True)):
                 if waiting and (len(waiting) == batch or waiting[0][1].size != view.size):
                     yield flush()

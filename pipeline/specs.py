@@ -208,7 +208,7 @@ class Runner(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
     def upload(self, images: NDArray[Any]) -> Array:
-        """Images float32 [B, C, H, W] where the engine reads them; they are there when it returns."""
+        """RGB images uint8 [B, H, W, 3] in the network's input form where the engine reads them; there when it returns."""
         ...
 
     def __call__(self, images: Array) -> Fields:

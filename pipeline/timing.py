@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation import latency, power
+from evaluation.pixels import frame
 from evaluation.types import Resolution
 from pipeline.errors import UserError
-from pipeline.inference import frame, normalise
 from pipeline.specs import Backend, Decoder, Framing, Runner
 
 STEPS = ("framing", "upload", "network", "download", "decoding")
@@ -61,7 +61,7 @@ class Work:
         def framed(_: Any) -> Any:
             nonlocal at
             at = next(order)
-            return np.stack([normalise(frame(seen[at][0], seen[at][1], spec), spec) for _ in range(self.batch)])
+            return np.stack([frame(seen[at][0], seen[at][1], spec) for _ in range(self.batch)])
 
         def decoded(fields: Any) -> Any:
             return decode.decode(fields, [seen[at][1]] * self.batch)

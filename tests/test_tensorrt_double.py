@@ -87,11 +87,12 @@ def test_an_engine_gives_what_its_file_says(trt, finished, precision, tmp_path):
     backend = TensorRT()
     assert (backend.name, backend.timeable) == ("tensorrt-double", False)
     engine = backend.build(files, shapes(2), tmp_path)
-    images = np.random.default_rng(0).normal(0, 1, (2, 3, 64, 80)).astype(np.float32)
+    images = np.random.default_rng(0).integers(0, 255, (2, 64, 80, 3), np.uint8)
     with backend.load(engine) as ours:
         found = ours.download(ours(ours.upload(images)))
     (tmp_path / "ort").mkdir()
-    reference = OnnxRuntime().load(OnnxRuntime().build(files, shapes(2), tmp_path / "ort"))(images)
+    runner = OnnxRuntime().load(OnnxRuntime().build(files, shapes(2), tmp_path / "ort"))
+    reference = runner(runner.upload(images))
     assert list(found) == list(reference) == ["heatmaps", "pafs"]
     limit = 1e-6 if precision == "fp32" else 0.1
     for name, field in found.items():
@@ -101,7 +102,7 @@ def test_an_engine_gives_what_its_file_says(trt, finished, precision, tmp_path):
 def test_an_input_outside_the_profile_is_refused(trt, finished, tmp_path):
     engine = TensorRT().build(quantized(finished, "fp32"), shapes(1), tmp_path)
     runner = TensorRTRunner(engine)
-    images = runner.upload(np.zeros((2, 3, 64, 80), np.float32))
+    images = runner.upload(np.zeros((2, 64, 80, 3), np.uint8))
     with pytest.raises(UserError, match="outside the engine's profile.*build it for that resolution"):
         runner(images)
 

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from evaluation.pixels import frame, normalise
+from evaluation.pixels_torch import normalise as normalise_torch
 from evaluation.skeletons import COCO_17, OPENPOSE_18
 from evaluation.types import People, Resolution, View
 from evaluation.views import WholeImage, resized
 from pipeline.errors import UserError
-from pipeline.inference import frame, normalise
 from pipeline.models.lightweight_openpose import LightweightOpenPose
+from pipeline.models.mobilenetv2_paf import MobileNetV2Paf
 from pipeline.training.augment import Augmentation
 from pipeline.training.heatmap_paf import HeatmapPafObjective, named_keypoints
 from pipeline.training.loop import Training, learning_rate, train
@@ -129,7 +131,6 @@ def test_pixels_arrive_as_the_network_wants_them():
     assert rgb.shape == (3, 4, 6)
     assert rgb[0].max() == pytest.approx(1)
     assert rgb[1].max() == pytest.approx(-1)
-    from pipeline.models.mobilenetv2_paf import MobileNetV2Paf
 
     bgr = normalise(image[None], MobileNetV2Paf.spec.input)
     assert bgr.shape == (1, 3, 4, 6)
@@ -240,3 +241,11 @@ def test_a_loss_that_is_not_finite_is_reported(images, tmp_path):
 def test_impossible_trainings_are_refused(option):
     with pytest.raises(UserError, match=f"{option}=-1"):
         Training(**{option: -1})
+
+
+@pytest.mark.parametrize("network", [LightweightOpenPose, MobileNetV2Paf])
+def test_torch_makes_the_same_input_form(network):
+    images = np.random.default_rng(0).integers(0, 255, (2, 9, 14, 3), np.uint8)
+    ours = normalise_torch(images, network.spec.input, torch.device("cpu"))
+    assert ours.shape == (2, 3, 9, 14)
+    assert np.allclose(ours.numpy(), normalise(images, network.spec.input), rtol=1e-6, atol=1e-5)

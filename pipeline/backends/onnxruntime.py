@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation.pixels import normalise
 from evaluation.types import Array, Fields, NetworkSpec, Resolution
 from pipeline.errors import UserError
 from pipeline.specs import SPEC_KEY, ModelFiles, Shapes
@@ -195,13 +196,13 @@ class OnnxRuntimeRunner:
         self.session = None
 
     def upload(self, images: NDArray[Any]) -> Array:
-        """The images themselves: ONNX Runtime reads the host's memory."""
-        return images
+        """The network's input form, in the host's memory."""
+        return normalise(images, self.spec.input)
 
     def download(self, fields: Fields) -> Mapping[str, NDArray[Any]]:
         """The fields themselves."""
         return fields
 
     def __call__(self, images: Array) -> dict[str, NDArray[np.float32]]:
-        """Fields of images float32 [B, 3, H, W]."""
+        """Fields of uploaded images, float32 [B, 3, H, W]."""
         return dict(zip(self._names, self.session.run(self._names, {self.spec.input.name: images}), strict=True))

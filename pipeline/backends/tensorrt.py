@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.types import Array, Fields, NetworkSpec, Resolution
@@ -206,10 +205,15 @@ class TensorRTRunner:
         self.context = self.engine = self.runtime = None
 
     def upload(self, images: NDArray[Any]) -> Array:
-        """A contiguous tensor on the engine's device."""
+        """The network's input form, contiguous on the engine's device."""
         import torch
 
-        return torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
+        from evaluation.pixels_torch import normalise
+
+        made = normalise(images, self.spec.input, self.device).contiguous()
+        if self.stream is not None:
+            torch.cuda.current_stream().synchronize()
+        return made
 
     def download(self, fields: Fields) -> Mapping[str, NDArray[Any]]:
         """Copies in the host's memory."""

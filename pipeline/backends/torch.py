@@ -112,7 +112,7 @@ class Torch:
                 if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))
             ]
             with torch.inference_mode():
-                zeros = np.zeros((1, 3, resolution.height, resolution.width), np.float32)
+                zeros = np.zeros((1, resolution.height, resolution.width, 3), np.uint8)
                 runner.forward(runner.upload(zeros))
             for hook in hooks:
                 hook.remove()
@@ -167,10 +167,10 @@ class TorchRunner:
         """Images on the device, in the network's precision."""
         import torch
 
-        given = torch.from_numpy(np.ascontiguousarray(images))
-        with self._slot() as slot:
-            there = given.pin_memory().to(self.device, non_blocking=True) if slot.stream else given
-            return there.to(self.dtype, memory_format=torch.channels_last)
+        from evaluation.pixels_torch import normalise
+
+        with self._slot():
+            return normalise(images, self.spec.input, self.device).to(self.dtype, memory_format=torch.channels_last)
 
     def forward(self, images: Array) -> dict[str, Any]:
         """The network's fields, float32."""

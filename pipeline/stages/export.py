@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation.pixels import normalise
 from evaluation.types import NetworkSpec, Resolution
 from pipeline import export as onnx_export
 from pipeline.artifacts import Job
@@ -85,7 +86,8 @@ def _inputs(data: Splits, framing: Framing, spec: NetworkSpec, size: Resolution)
     images = data.open("train")
     made = []
     for at in sizes:
-        made += [b.images for b in batches(images, framing, spec.input, at, 1, range(min(2, len(images))))]
+        few = batches(images, framing, spec.input, at, 1, range(min(2, len(images))))
+        made += [normalise(batch.images, spec.input) for batch in few]
     if "batch" in spec.dynamic:
         made.append(np.concatenate([made[0], made[0][:, :, ::-1]]))
     return made

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from evaluation.pixels import normalise
 from evaluation.types import Resolution
 from pipeline.artifacts import Job
 from pipeline.errors import UserError
@@ -37,7 +38,7 @@ def run(job: Job, data: Splits, framing: Framing, resolution: str, quantizer: Qu
         place = {record["file_name"]: n for n, record in enumerate(train.records)}
         order = [place[i["file_name"]] for i in listed]
         for batch in track(batches(train, framing, spec.input, size, 1, order), "calibrating", len(order), transient=True):
-            yield batch.images
+            yield normalise(batch.images, spec.input)
 
     try:
         report = dict(quantizer.quantize(model, feed, job.out))

@@ -15,9 +15,9 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from evaluation.pixels import normalise
 from evaluation.types import NetworkSpec, Resolution
 from pipeline.errors import UserError
-from pipeline.inference import normalise
 from pipeline.pruning import folded_weights, normalised
 from pipeline.specs import Dataset, Objective
 from pipeline.training.augment import Augmentation
