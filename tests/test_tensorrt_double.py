@@ -94,7 +94,7 @@ def test_an_engine_gives_what_its_file_says(trt, finished, precision, tmp_path):
     runner = OnnxRuntime().load(OnnxRuntime().build(files, shapes(2), tmp_path / "ort"))
     reference = runner(runner.upload(images))
     assert list(found) == list(reference) == ["heatmaps", "pafs"]
-    limit = 1e-6 if precision == "fp32" else 0.1
+    limit = 1e-6 if precision == "fp32" else 0.15
     for name, field in found.items():
         assert np.abs(field - reference[name]).max() <= limit * np.abs(reference[name]).max()
 
