@@ -56,7 +56,7 @@ def main() -> None:
         times = []
         for _ in range(10):
             begin = time.perf_counter()
-            candidates = list(to_candidates(*host[:4]))
+            candidates = list(to_candidates(*host[:4], limbs))
             found = [decoder.people(c, maps, view) for c, maps in zip(candidates, host[4], strict=True)]
             times.append(time.perf_counter() - begin)
         worst = 0.0

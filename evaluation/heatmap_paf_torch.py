@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from evaluation.compiled import compiled
 from evaluation.heatmap_paf import Candidates
 from evaluation.limbs import MOST_MISSES, SAMPLES
 
@@ -166,21 +167,45 @@ def to_host(*tensors: Tensor) -> list[NDArray[Any]]:
     return [copy.numpy() for copy in copies]
 
 
-def to_candidates(peaks: Any, counts: Any, strange: Any, scores: Any) -> Iterator[Candidates]:
+@compiled
+def _pairs(
+    scores: NDArray[np.float32], limbs: NDArray[np.int32], counts: NDArray[np.int64], kept: NDArray[np.int32]
+) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.int32], int]:
+    """The pairs of an image that are limbs, as `evaluation.limbs.score_limbs` returns them, and how many peaks had no room.
+
+    Args:
+        scores: [L, top, top].
+        limbs: [L, 3].
+        counts: peaks that each map has, [K].
+        kept: becomes how many of them there is room for, [K].
+    """
+    L, top = scores.shape[0], scores.shape[1]
+    dropped = 0
+    for k in range(counts.shape[0]):
+        kept[k] = min(counts[k], top)
+        dropped += counts[k] - kept[k]
+    room = 0
+    for at in range(L):
+        room += kept[limbs[at, 0]] * kept[limbs[at, 1]]
+    values, pairs, starts = np.empty(room, np.float32), np.empty((room, 2), np.int32), np.zeros(L + 1, np.int32)
+    n = 0
+    for at in range(L):
+        for i in range(kept[limbs[at, 0]]):
+            for j in range(kept[limbs[at, 1]]):
+                if scores[at, i, j] > 0:
+                    values[n] = scores[at, i, j]
+                    pairs[n, 0], pairs[n, 1] = i, j
+                    n += 1
+        starts[at + 1] = n
+    return values[:n], pairs[:n], starts, dropped
+
+
+def to_candidates(peaks: Any, counts: Any, strange: Any, scores: Any, limbs: NDArray[np.int32]) -> Iterator[Candidates]:
     """Each image's candidates, from the tensors of `to_scores` in the host's memory."""
-    top = peaks.shape[2]
     for n in range(len(peaks)):
-        limb, a, b = np.nonzero(scores[n])
-        starts = np.searchsorted(limb, np.arange(scores.shape[1] + 1)).astype(np.int32)
-        yield Candidates(
-            peaks=peaks[n],
-            counts=np.minimum(counts[n], top).astype(np.int32),
-            scores=scores[n][limb, a, b],
-            pairs=np.stack((a, b), axis=-1).astype(np.int32),
-            starts=starts,
-            dropped=int(np.maximum(counts[n] - top, 0).sum()),
-            not_finite=bool(strange[n]),
-        )
+        kept = np.empty(counts.shape[1], np.int32)
+        values, pairs, starts, dropped = _pairs(scores[n], limbs, counts[n], kept)
+        yield Candidates(peaks[n], kept, values, pairs, starts, dropped, bool(strange[n]))
 
 
 def candidates(
@@ -206,4 +231,4 @@ def candidates(
     with torch.cuda.stream(_ahead(heatmaps.device)) if heatmaps.is_cuda else nullcontext():
         made = to_scores(heatmaps, pafs, limbs, shift, heatmap_threshold, paf_threshold, min(max_peaks, TOP))
         peaks, counts, strange, scores, maps = to_host(*made, heatmaps)
-    yield from zip(to_candidates(peaks, counts, strange, scores), maps, strict=True)
+    yield from zip(to_candidates(peaks, counts, strange, scores, limbs), maps, strict=True)
