@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import io
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evaluation.coco import FIGURES, CocoKeypoints
+from evaluation.latency import peak_rss_mb
 from evaluation.skeletons import COCO_17
 from evaluation.statistics import bootstrap
 from evaluation.types import Poses
@@ -117,8 +117,7 @@ def alone(name: str, folder: Path) -> None:
     started = time.perf_counter()
     figures = ours(folder)[0] if name == "posepress" else theirs(name, folder)
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "mib": peak, "figures": figures}))
+    print(json.dumps({"seconds": seconds, "mib": peak_rss_mb(), "figures": figures}))
 
 
 def main() -> None:

@@ -65,9 +65,8 @@ def main() -> None:
     passes = {"loader alone": loader, "network alone": network, "whole loop": loop}
     times: dict[str, list[float]] = {name: [] for name in passes}
     network()
-    started = time.perf_counter()
     loop()
-    warm = time.perf_counter() - started
+    watch.busy.clear()
     memory = []
     for _ in range(given.repeats):
         for name, run in passes.items():
@@ -83,9 +82,7 @@ def main() -> None:
     Console().print(table)
     least = min(count / best["loader alone"], calls * given.batch / best["network alone"])
     print(f"the loop reaches {count / best['whole loop'] / least:.3f} of the slower of the two; held up by {watch.bottleneck}")
-    shares = {
-        name: seconds / watch.workers.get(name, 1) / (sum(times["whole loop"]) + warm) for name, seconds in watch.busy.items()
-    }
+    shares = {name: seconds / watch.workers.get(name, 1) / sum(times["whole loop"]) for name, seconds in watch.busy.items()}
     print("busy, a thread's part of the wall: " + ", ".join(f"{name} {share:.2f}" for name, share in shares.items()))
     ratios = np.array(times["whole loop"]) / np.array(times["network alone"])
     turns = ", ".join(f"{r:.3f}" for r in ratios)

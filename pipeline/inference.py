@@ -21,6 +21,8 @@ from pipeline.specs import Dataset, Decoder, Framing, Runner
 Found = TypeVar("Found")
 
 _READ_AHEAD = 16  # images being read or waiting: bounds the memory
+# More threads than these only wait for each other's turn in Python: on 16 cores and a GPU, 16 and 4 of them lost a tenth.
+_MOST_READERS, _MOST_DECODERS = 8, 2
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def batches(
 
     cv2.setNumThreads(1)  # the readers are the threads
     watch = watch or Watch()
-    readers = os.cpu_count() or 1
+    readers = min(os.cpu_count() or 1, _MOST_READERS)
     watch.workers |= {"reading": readers, "framing": readers}
 
     def prepare(index: int) -> tuple[Sample[Any], list[View], list[NDArray[np.uint8]]]:
@@ -163,7 +165,7 @@ def predict(
         watch: counts the time of the steps "reading", "framing", "network" and "decoding".
     """
     watch = watch or Watch()
-    decoding = max((os.cpu_count() or 1) // 4, 1)
+    decoding = min(max((os.cpu_count() or 1) // 4, 1), _MOST_DECODERS)
     watch.workers |= {"network": runner.workers, "decoding": decoding}
     parts: list[Found] = []
     views: list[View] = []

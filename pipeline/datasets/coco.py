@@ -4,8 +4,9 @@ import gc
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -57,23 +58,41 @@ def read_image(file: Path, upright: bool = False) -> NDArray[np.uint8]:
     return np.asarray(image, np.uint8)
 
 
-def read_json(file: Path, fix: str) -> Any:
-    """The content of a large JSON file.
-
-    Raises:
-        UserError: it cannot be read, for which `fix` is the advice, or it is not JSON.
-    """
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """No garbage collection: it would look at millions of new numbers again and again, four times the work of reading them."""
     collecting = gc.isenabled()
-    gc.disable()  # it would look at millions of new numbers again and again, four times the work of reading them
+    gc.disable()
     try:
-        return orjson.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{file}: cannot read it ({error.strerror}); {fix}") from error
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); it may be truncated, or hold NaN: download or export it again") from error
+        yield
     finally:
         if collecting:
             gc.enable()
+
+
+def read_file(file: Path, fix: str) -> bytes:
+    """The content of a file.
+
+    Raises:
+        UserError: it cannot be read, for which `fix` is the advice.
+    """
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot read it ({error.strerror}); {fix}") from error
+
+
+def read_json(content: bytes, file: Path) -> Any:
+    """What a large JSON file holds.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    try:
+        with unwatched():
+            return orjson.loads(content)
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); it may be truncated, or hold NaN: download or export it again") from error
 
 
 def load_annotations(file: Path) -> dict[str, Any]:
@@ -82,7 +101,7 @@ def load_annotations(file: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, is not JSON, lacks COCO's lists, or its annotations name unknown images.
     """
-    raw = read_json(file, "check data.*.annotations")
+    raw = read_json(read_file(file, "check data.*.annotations"), file)
     missing = [key for key in ("images", "annotations") if not isinstance(raw, dict) or not isinstance(raw.get(key), list)]
     if missing:
         raise UserError(f"{file}: no list '{missing[0]}', so not COCO's format; expected images, annotations, categories")
