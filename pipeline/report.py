@@ -176,8 +176,25 @@ def _number(value: Any, digits: int, scale: float = 1.0) -> str:
     return f"{value * scale:.{digits}f}" if isinstance(value, (int, float)) else "–"
 
 
-def cells(row: Mapping[str, Any]) -> dict[str, str]:
-    """A row as the tables show it."""
+def tabulated(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Rows as the tables show them; of what they mostly share, only the columns that differ."""
+    varied = {
+        name: column
+        for name, column in (
+            ("data", "data"),
+            ("calibration", "calibration"),
+            ("backend", "backend"),
+            ("device", "device"),
+            ("threads", "threads"),
+            ("batch", "batch"),
+            ("images", "images"),
+        )
+        if len({row[column] for row in rows if row[column] != ""}) > 1
+    }
+    return [{**_cells(row), **{name: str(row[column]) or "–" for name, column in varied.items()}} for row in rows]
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, str]:
 
     def between(name: str, digits: int, sign: str = "") -> str:
         if row[name] == "":
@@ -389,7 +406,7 @@ def write_html(table: Table, name: str, file: Path) -> None:
         machine = f"{row['device']}, {row['threads']} thread(s), batch {row['batch']}" if row["device"] else "not timed"
         title = f"{row['data']}, {row['images']} images; {machine}"
         plots += f"<h2>{html.escape(title)}</h2>{_plot(table, group, not plots)}"
-    shown = [cells(row) for row in table.rows]
+    shown = tabulated(table.rows)
     head = "".join(f"<th>{html.escape(column)}</th>" for column in shown[0])
     body = "".join(
         f"<tr{' class=front' if n in best else ''}>"
@@ -430,7 +447,7 @@ def write_html(table: Table, name: str, file: Path) -> None:
 def write_card(table: Table, name: str, file: Path) -> None:
     """A model card in Markdown: what the engines are, how they were measured, what is not known."""
     lines = [f"# {name}", "", "Pose-estimation engines made and measured by Posepress.", "", "## Engines", ""]
-    shown = [cells(row) for row in table.rows]
+    shown = tabulated(table.rows)
     lines += ["| " + " | ".join(shown[0]) + " |", "|" + " --- |" * len(shown[0])]
     lines += ["| " + " | ".join(row.values()) + " |" for row in shown]
     first = table.rows[0]

@@ -24,4 +24,5 @@ def run(job: Job, backend: Backend, framing: Framing, resolution: str, batch: in
         narrow = Resolution(size.height, spec.fit(size.height / 3))
         wide = Resolution(size.height, max(spec.fit(size.height * 3), size.width))
     engine = backend.build(files, Shapes((narrow, size, wide), (1, batch, batch)), job.out)
-    return {"backend": backend.name, "engine_mb": engine.stat().st_size / 2**20, "engine": engine.name}
+    bytes_ = sum(file.stat().st_size for file in job.out.iterdir())
+    return {"backend": backend.name, "engine_mb": bytes_ / 2**20, "engine": engine.name}

@@ -23,7 +23,7 @@ def _print(table: report.Table, name: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = [report.cells(row) for row in table.rows]
+    shown = report.tabulated(table.rows)
     console = Console(width=None if Console().is_terminal else 240)
     if shown:
         grid = Table(title=name, header_style="bold")
