@@ -157,7 +157,7 @@ class Cell:
             with self.results.writing(stage) as out:
                 job = Job(
                     out=out,
-                    inputs={role: found[0][0] for role, found in inputs.items()},
+                    inputs={} if stage.collect else {role: found[0][0] for role, found in inputs.items()},
                     collected={role: [f for f, _ in found] for role, found in inputs.items()} if stage.collect else {},
                     scratch=scratch,
                     cache=self.results.cache,

@@ -54,7 +54,7 @@ class Stage:
         files: options that name files of the user.
         collect: reads every finished result of its inputs, not one.
         device: its result belongs to this machine.
-        aside: it belongs to no chain, and always runs when it is asked for.
+        aside: it belongs to no chain, and always runs when it is asked for; who collects it does without where it is missing.
     """
 
     name: str
@@ -153,7 +153,8 @@ def closure(stages: Mapping[str, Stage], targets: Sequence[str]) -> list[str]:
             raise UserError(f"stages.{above[-1]}.inputs: no stage '{name}'{nearest(name, stages)}")
         if name not in order:
             for upstream in stages[name].inputs.values():
-                visit(upstream, (*above, name))
+                if not (upstream in stages and stages[upstream].aside):
+                    visit(upstream, (*above, name))
             order.append(name)
 
     for target in targets:
@@ -284,6 +285,8 @@ class Results:
                 parent = self.outputs / self.name / upstream
                 folders = sorted(f.parent for f in parent.glob(f"*/{MANIFEST}")) if parent.is_dir() else []
                 folders = [f for f in folders if not f.name.startswith(".")]
+                if stages[upstream].aside and (parent / MANIFEST).is_file():
+                    folders.append(parent)
             else:
                 folders = [self.folder(stages[upstream])]
             checked = []
@@ -301,7 +304,7 @@ class Results:
                 if not stage.collect and not current(manifest, self.outputs / self.name):
                     raise UserError(f"{folder}: made from inputs that changed since; make it again with: {command(upstream)}")
                 checked.append((folder, manifest))
-            if not checked:
+            if not checked and not stages[upstream].aside:
                 raise UserError(f"{stage.name}: no finished '{upstream}' of {self.name}; make one with: {command(upstream)}")
             found[role] = checked
         return found

@@ -4,7 +4,7 @@ import base64
 import csv
 import html
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -221,10 +221,13 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Spearman's correlation of agreement with AP, over engines evaluated on the same images; None below four engines."""
+    """Spearman's correlation of agreement with AP, over engines evaluated on the same images; None below four engines.
+
+    Research settings, which no engine runs, do not count.
+    """
     groups: dict[Any, list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row["agreement_ap"] not in ("", -1):
+        if row["agreement_ap"] not in ("", -1) and not _averaged(row):
             groups.setdefault((row["data"], row["data_digest"]), []).append(row)
     group = max(groups.values(), key=len, default=[])
     if len(group) < 4:
@@ -341,9 +344,11 @@ def _plot(table: Table, members: Sequence[int], first: bool) -> str:
                     "arrayminus": [row["ap"] - row["ap_lo"] for row in rows],
                     "thickness": 1,
                 },
-                mode="markers+text",
+                mode="markers+text" if len(timed) < 9 else "markers",
                 marker={"size": 11},
-                text=[f"{row['precision'].split('-')[0]} {row['resolution']}" for row in rows],
+                text=[
+                    f"{row['precision']} {row['resolution']} {row['keep_aspect_ratio_mode']} {row['backend']}" for row in rows
+                ],
                 textposition="top center",
                 name=" ".join(group),
             )
@@ -396,15 +401,58 @@ def _pictures(result: Result) -> str:
     return f'<div class="pictures">{"".join(figures)}</div>'
 
 
-def write_html(table: Table, name: str, file: Path) -> None:
-    """A page that needs nothing beside it."""
+def differences(engines: Sequence[str], pairs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """A comparison as tables: title, columns and rows; of two engines every figure, of two sweeps AP and latency."""
+
+    def change(row: Mapping[str, Any]) -> str:
+        if "apart" in row:
+            return f"not compared: {row['apart']}"
+        interval = f" [{row['low']:+.4f}, {row['high']:+.4f}]" if "low" in row else ""
+        return f"{row['difference']:+.4f}{interval}"
+
+    title = f"{engines[0]} -> {engines[1]}"
+    if len(pairs) == 1 and not pairs[0]["name"]:
+        rows = [[r["figure"], f"{r['first']:.4f}", f"{r['second']:.4f}", change(r)] for r in pairs[0]["figures"]]
+        yield title, ["figure", "first", "second", "second - first [95 %, paired]"], rows
+        return
+    for figure in ("ap", "agreement_ap", "latency_p50_ms"):
+        found = [(pair["name"], row) for pair in pairs for row in pair["figures"] if row["figure"] == figure]
+        rows = [[name, f"{r['first']:.4f}", f"{r['second']:.4f}", change(r)] for name, r in found]
+        if rows:
+            yield f"{title}: {figure}", ["engine", "first", "second", "second - first [95 %, paired]"], rows
+
+
+def _comparisons_html(folders: Sequence[Path]) -> str:
+    text = ""
+    for folder in folders:
+        content = json.loads((folder / "comparison.json").read_text())
+        for title, columns, rows in differences(content["engines"], content["pairs"]):
+            head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+            body = "".join("<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row) + "</tr>" for row in rows)
+            text += (
+                f'<h2>{html.escape(title)}</h2><div class="wide"><table><thead><tr>{head}</tr></thead>'
+                f"<tbody>{body}</tbody></table></div>"
+            )
+    return text
+
+
+def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] = ()) -> None:
+    """A page that needs nothing beside it.
+
+    Args:
+        table: what it shows.
+        name: of the sweep.
+        file: of the page.
+        comparisons: finished folders of the stage "compare".
+    """
     groups = comparable(table.rows)
     best = {n for group in groups for n in front(table.rows, group)}
     plots = ""
     for group in groups:
         row = table.rows[group[0]]
-        machine = f"{row['device']}, {row['threads']} thread(s), batch {row['batch']}" if row["device"] else "not timed"
-        title = f"{row['data']}, {row['images']} images; {machine}"
+        if not row["device"]:
+            continue
+        title = f"{row['data']}, {row['images']} images; {row['device']}, {row['threads']} thread(s), batch {row['batch']}"
         plots += f"<h2>{html.escape(title)}</h2>{_plot(table, group, not plots)}"
     shown = tabulated(table.rows)
     head = "".join(f"<th>{html.escape(column)}</th>" for column in shown[0])
@@ -434,13 +482,16 @@ def write_html(table: Table, name: str, file: Path) -> None:
         + ("fewer than four engines, or all alike" if correlation is None else f"{correlation:.2f}")
         + "."
     )
+    if any(_averaged(row) for row in table.rows):
+        notes.append("Inputs with -x… or -flip average the fields of several views: research settings, which no engine runs.")
     notes += [html.escape(line) for line in table.left_out]
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)} · Posepress</title>
 <style>{_STYLE}</style></head><body><h1>{html.escape(name)}: accuracy against latency</h1>{plots}
 <h2>Engines</h2><p class="note">Green rows are on the Pareto front.</p><div class="wide">
 <table><thead><tr>{head}</tr></thead>
 <tbody>{body}</tbody></table></div>
-{"".join(f'<p class="note">{note}</p>' for note in notes)}{_waterfall_html(table.results)}{"".join(sections)}</body></html>"""
+{"".join(f'<p class="note">{note}</p>' for note in notes)}{_waterfall_html(table.results)}{_comparisons_html(comparisons)}
+{"".join(sections)}</body></html>"""
     file.write_text(page, encoding="utf-8")
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -240,7 +241,7 @@ def test_two_engines_are_compared(smoke):
     done = pipeline(*SMOKE, "stage=compare", f"engines=[{first},{second}]", cwd=smoke, check=0)
     assert "second - first" in done.stdout
     content = json.loads((smoke / "outputs/smoke/compare/comparison.json").read_text())
-    ap = next(row for row in content["figures"] if row["figure"] == "ap")
+    ap = next(row for row in content["pairs"][0]["figures"] if row["figure"] == "ap")
     assert ap["difference"] == pytest.approx(ap["second"] - ap["first"])
     assert ap["low"] <= ap["difference"] <= ap["high"]
 
@@ -251,7 +252,7 @@ def test_a_result_file_is_compared_with_an_engine_and_with_itself(smoke):
     done = pipeline(*SMOKE, "stage=compare", f"engines=[{address},{file}]", cwd=smoke, check=0)
     assert "predictions.json" in done.stdout
     content = json.loads((smoke / "outputs/smoke/compare/comparison.json").read_text())
-    ap = next(row for row in content["figures"] if row["figure"] == "ap")
+    ap = next(row for row in content["pairs"][0]["figures"] if row["figure"] == "ap")
     assert (ap["difference"], ap["low"], ap["high"]) == pytest.approx((0, 0, 0), abs=1e-9)
 
 
@@ -273,6 +274,30 @@ def test_what_cannot_be_compared_is_refused(smoke):
         text = refused(pipeline(*SMOKE, "stage=compare", *words, cwd=smoke)).replace("\n", " ")
         assert message in text, text
     assert not (smoke / "outputs/smoke/compare").exists()
+
+
+def test_sweeps_are_compared_address_by_address_and_the_report_shows_it(smoke):
+    shutil.copytree(smoke / "outputs/smoke", smoke / "outputs/later")
+    (benchmark,) = (smoke / "outputs/later/benchmark").glob("*dense*int8*/manifest.json")
+    content = json.loads(benchmark.read_text())
+    content["summary"]["device"] = "another machine"
+    benchmark.write_text(json.dumps(content))
+    shutil.rmtree(next((smoke / "outputs/later/evaluate").glob("*l1*int8*")))
+    done = pipeline(*SMOKE, "stage=compare", "engines=[smoke,later]", cwd=smoke, check=0)
+    assert "in one sweep only:" in done.stdout
+    content = json.loads((smoke / "outputs/smoke/compare/comparison.json").read_text())
+    assert len(content["pairs"]) == 3
+    assert len(content["alone"]) == 1
+    times = {p["name"]: next(r for r in p["figures"] if r["figure"] == "latency_p50_ms") for p in content["pairs"]}
+    apart = [name for name, row in times.items() if "apart" in row]
+    assert len(apart) == 1
+    assert "dense" in apart[0]
+    assert "int8" in apart[0]
+    pipeline(*SMOKE, "stage=report", cwd=smoke, check=0)
+    page = (smoke / "outputs/smoke/report/report.html").read_text()
+    assert "smoke -&gt; later: ap" in page
+    assert "not compared:" in page
+    assert "another machine, 1 thread(s), batch 1" in page
 
 
 # --- report ----------------------------------------------------------------------------------------------------------------
@@ -318,7 +343,8 @@ def test_the_rank_correlation_is_spearmans():
     draw = np.random.default_rng(0)
     ap = draw.integers(0, 6, 9) / 10
     agreement = ap + draw.integers(-2, 3, 9) / 10 + 0.5
-    rows = [{"data": "d", "data_digest": "x", "ap": a, "agreement_ap": b} for a, b in zip(ap, agreement, strict=True)]
+    seen = {"data": "d", "data_digest": "x", "keep_aspect_ratio_mode": "pad"}
+    rows = [{**seen, "ap": a, "agreement_ap": b} for a, b in zip(ap, agreement, strict=True)]
     assert report.rank_correlation(rows) == pytest.approx(spearmanr(ap, agreement).statistic)
     assert report.rank_correlation(rows[:3]) is None
     assert report.rank_correlation([{**row, "ap": 0.3} for row in rows]) is None

@@ -12,7 +12,7 @@ def run(job: Job, name: str) -> dict[str, Any]:
     table = report.collect(evaluations, benchmarks, evaluations[0].parent.parent)
     if table.rows:
         report.write_csv(table, job.out / "results.csv")
-        report.write_html(table, name, job.out / "report.html")
+        report.write_html(table, name, job.out / "report.html", job.collected["comparisons"])
         report.write_card(table, name, job.out / "model_card.md")
     (job.out / "left_out.txt").write_text("\n".join(table.left_out))
     _print(table, name)
