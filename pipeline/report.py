@@ -191,7 +191,12 @@ def tabulated(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         )
         if len({row[column] for row in rows if row[column] != ""}) > 1
     }
-    return [{**_cells(row), **{name: str(row[column]) or "–" for name, column in varied.items()}} for row in rows]
+    shown = []
+    for row in rows:
+        cells = list(_cells(row).items())
+        cells[4:4] = [(name, str(row[column]) or "–") for name, column in varied.items()]
+        shown.append(dict(cells))
+    return shown
 
 
 def _cells(row: Mapping[str, Any]) -> dict[str, str]:
@@ -344,7 +349,7 @@ def _plot(table: Table, members: Sequence[int], first: bool) -> str:
                     "arrayminus": [row["ap"] - row["ap_lo"] for row in rows],
                     "thickness": 1,
                 },
-                mode="markers+text" if len(timed) < 9 else "markers",
+                mode="markers+text" if len(timed) < 7 else "markers",
                 marker={"size": 11},
                 text=[
                     f"{row['precision']} {row['resolution']} {row['keep_aspect_ratio_mode']} {row['backend']}" for row in rows

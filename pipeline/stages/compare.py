@@ -76,11 +76,11 @@ def _found(root: Path, name: str, entry: str) -> Path:
 def _evaluated(folder: Path) -> Side:
     manifest = read_manifest(folder) or {}
     draws = {file.stem.partition(".")[2]: Draws.load(file) for file in folder.glob("draws*.npz")}
-    engine = manifest["inputs"]["engine"][0]["digest"]
+    (engine,) = manifest["inputs"]["engine"]
     timed: Mapping[str, Any] = {}
     for file in (folder.parent.parent / "benchmark").glob("[!.]*/manifest.json"):
         other = read_manifest(file.parent) or {}
-        if other["inputs"]["engine"][0]["digest"] == engine and other["summary"].get("timed"):
+        if other["inputs"]["engine"] == [engine] and other["summary"].get("timed"):
             timed = other["summary"]
     return Side(manifest["summary"], draws, timed)
 
