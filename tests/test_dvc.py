@@ -60,6 +60,8 @@ def test_every_command_makes_its_outputs_from_its_dependencies(command, deps, ou
     for name in names:
         needed |= set(stages[name].code)
         for upstream in stages[name].inputs.values():
+            if stages[upstream].aside:
+                continue  # DVC's chain has none
             address = "" if stages[name].collect else stages[upstream].address
             needed.add(f"{root}/{upstream}/{address}".rstrip("/"))
         if stages[name].device:
