@@ -29,8 +29,8 @@ def _mirror(field: F32, spec: FieldSpec, network: NetworkSpec) -> F32:
     if not isinstance(network.labels, Skeleton):
         return field
     if spec.name == "pafs":
-        limbs = np.array(network.labels.limb_flip)
-        turned = field.reshape(-1, 2, *field.shape[1:])[limbs]
+        limbs, signs = network.labels.limb_flip
+        turned = field.reshape(-1, 2, *field.shape[1:])[list(limbs)] * np.array(signs, np.float32)[:, None, None, None]
         turned[:, 0] *= -1
         straight: F32 = turned.reshape(field.shape)
         return straight
@@ -64,7 +64,7 @@ class AveragedFields:
         largest = max((view for view in views if not view.flipped), key=lambda view: view.size.height * view.size.width)
         mean = {}
         for field in self.spec.fields:
-            h, w = (n // field.stride for n in (largest.size.height, largest.size.width))
+            h, w = next(part[field.name].shape[1:] for part, view in zip(parts, views, strict=True) if view is largest)
             total = np.zeros((field.channels, h, w), np.float32)
             for part, view in zip(parts, views, strict=True):
                 source = part[field.name]
@@ -78,6 +78,11 @@ class AveragedFields:
             mean[field.name] = total[None] / len(parts)
         decoded = self.decoder.decode(mean, [largest])
         return self.decoder.merge(decoded, [largest])
+
+    def draw(self, image: NDArray[np.uint8], found: Any) -> NDArray[np.uint8]:
+        """As the decoder's own."""
+        drawn: NDArray[np.uint8] = self.decoder.draw(image, found)
+        return drawn
 
     def variants(self, found: Any) -> Mapping[str, Any]:
         """As the decoder's own."""

@@ -223,8 +223,12 @@ class Matches:
         return figures
 
     def resampled(self, counts: NDArray[Any]) -> F64:
-        """The primary figure of every resample; `counts` [R, I] says how often each image counts in it."""
-        return np.array([self.figures(row, [self.primary])[self.primary] for row in counts])
+        """The primary figure of every resample; `counts` [R, I] says how often each image counts in it.
+
+        NaN where a resample has nobody to find, as opposed to the -1 of a data set.
+        """
+        values = np.array([self.figures(row, [self.primary])[self.primary] for row in counts])
+        return np.where(values < 0, np.nan, values)
 
 
 @dataclass(frozen=True)
@@ -306,7 +310,7 @@ class CocoKeypoints:
     found_labels: Skeleton
     most_found: int = MOST_FOUND
     primary: str = "ap"
-    _rows: dict[str, tuple[People, NDArray[np.float32], F64]] = field(default_factory=dict)
+    _rows: dict[str, tuple[People, NDArray[Any], F64]] = field(default_factory=dict)
     _dropped: int = 0
     _not_finite: int = 0
 
@@ -334,7 +338,7 @@ class CocoKeypoints:
         self._rows.clear()
         self._dropped = self._not_finite = 0
 
-    def keypoints(self, found: Poses) -> NDArray[np.float32]:
+    def keypoints(self, found: Poses) -> NDArray[Any]:
         """Found poses in the ground truth's skeleton, [N, K, 3]; missing keypoints are zeros."""
         chosen = found.keypoints[:, self._columns]
         chosen[:, self._columns < 0] = 0

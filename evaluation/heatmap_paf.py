@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from evaluation.grouping import FEATURES, finish, group
 from evaluation.limbs import score_limbs
 from evaluation.peaks import complete, find_peaks
+from evaluation.pictures import draw
 from evaluation.types import Array, NetworkSpec, Poses, Skeleton, View
 from evaluation.views import cells_to_input
 
@@ -56,16 +57,19 @@ def limb_order(skeleton: Skeleton) -> tuple[I32, int]:
         [L, 3]: keypoint, keypoint, index in `skeleton.limbs`; and how many limbs the tree has.
     """
     degree = np.bincount(np.array(skeleton.limbs).ravel(), minlength=len(skeleton.names))
-    reached, tree = {int(degree.argmax())}, []
-    while True:
-        grown = []
-        for index, (a, b) in enumerate(skeleton.limbs):
-            if index not in tree and (a in reached) != (b in reached):
-                grown.append(index)
-                reached |= {a, b}
-        if not grown:
-            break
-        tree += grown
+    reached: set[int] = set()
+    tree: list[int] = []
+    while len(reached) < np.count_nonzero(degree):  # a tree for each part of the skeleton
+        reached.add(max((k for k in range(len(degree)) if k not in reached), key=lambda k: degree[k]))
+        while True:
+            grown = []
+            for index, (a, b) in enumerate(skeleton.limbs):
+                if index not in tree and (a in reached) != (b in reached):
+                    grown.append(index)
+                    reached |= {a, b}
+            if not grown:
+                break
+            tree += grown
     rest = [i for i in range(len(skeleton.limbs)) if i not in tree]
     order = [(*skeleton.limbs[i], i) for i in tree + rest]
     return np.array(order, np.int32), len(tree)
@@ -93,7 +97,8 @@ class HeatmapPafDecoder:
         assignment: "greedy" takes a limb's best pairs first, as OpenPose does; "hungarian" maximises their sum.
         complete_poses: a missing keypoint takes the best value of its map inside the person's box, instead of (0, 0).
         box_margin: that box is the found keypoints', larger by this part of its longer side on each side.
-        score_weights: of a person's score, one for each of `evaluation.grouping.FEATURES`; None is the sum of its peaks.
+        score_weights: of a person's score, one for each of `evaluation.grouping.FEATURES`, brought to 0..1 by a logistic
+            function; None is the sum of its peaks.
     """
 
     spec: NetworkSpec
@@ -118,8 +123,8 @@ class HeatmapPafDecoder:
             raise ValueError(f"decoder.assignment={self.assignment}: unknown; use greedy or hungarian")
         if self.score_weights is not None and len(self.score_weights) != len(FEATURES):
             raise ValueError(f"decoder.score_weights: {len(self.score_weights)} numbers; it takes {len(FEATURES)}: {FEATURES}")
-        if not 1 <= self.max_peaks <= 1024:
-            raise ValueError(f"decoder.max_peaks={self.max_peaks}: choose 1 to 1024")
+        if not 1 <= self.max_peaks <= 256:
+            raise ValueError(f"decoder.max_peaks={self.max_peaks}: choose 1 to 256")
         heat, paf, skeleton = self.spec.field("heatmaps"), self.spec.field("pafs"), self.spec.skeleton
         if heat.channels < len(skeleton.names) or paf.channels != 2 * len(skeleton.limbs) or heat.stride != paf.stride:
             raise ValueError(
@@ -160,6 +165,8 @@ class HeatmapPafDecoder:
             complete(heatmaps, keypoints, self.box_margin)
         to_image = self._to_image(view)
         points, scores, guessed, features = finish(keypoints, present, limb_scores, _counted(skeleton), self._weights, to_image)
+        if self.score_weights is not None:  # a fit is linear and may be negative; order is all that AP asks for
+            scores = (1 / (1 + np.exp(-scores))).astype(np.float32)
         return Poses(points, scores, guessed, features, found.dropped, found.not_finite)
 
     @cached_property
@@ -191,9 +198,11 @@ class HeatmapPafDecoder:
 
             limbs, _ = limb_order(self.spec.skeleton)
             K = len(self.spec.skeleton.names)
-            yield from candidates(
+            made = candidates(
                 heatmaps[:, :K], pafs, limbs, self._shift, self.heatmap_threshold, self.paf_threshold, self.max_peaks
             )
+            for n, (found, maps) in enumerate(made):
+                yield found or self.candidates(maps, pafs[n].float().cpu().numpy()), maps
             return
         for n in range(len(heatmaps)):
             maps, limb_maps = (np.ascontiguousarray(field[n], np.float32) for field in (heatmaps, pafs))
@@ -203,6 +212,10 @@ class HeatmapPafDecoder:
         """One result an image: a bottom-up network sees each image in one view."""
         (poses,) = parts
         return poses
+
+    def draw(self, image: NDArray[np.uint8], found: Poses) -> NDArray[np.uint8]:
+        """The people drawn over their image [H, W, 3]."""
+        return draw(image, found, self.spec.skeleton)
 
     def variants(self, found: Poses) -> dict[str, Poses]:
         """Other readings of what was found, scored beside it: "as_found" has no guesses and the plain score."""

@@ -21,7 +21,7 @@ from evaluation.compiled import compiled
 from evaluation.heatmap_paf import Candidates
 from evaluation.limbs import MOST_MISSES, SAMPLES
 
-TOP = 32  # peaks kept in a map
+TOP = 32  # peaks kept in a map; the host decodes an image that has more
 OFTEN = 20  # batches of one shape after which fusing the functions, some seconds, is worth while
 _MOST_COMPILED = 4  # shapes for which they are fused
 _compiling = Lock()  # torch's compiler serves one thread at a time
@@ -216,8 +216,10 @@ def candidates(
     heatmap_threshold: float,
     paf_threshold: float,
     max_peaks: int,
-) -> Iterator[tuple[Candidates, NDArray[np.float32]]]:
+) -> Iterator[tuple[Candidates | None, NDArray[np.float32]]]:
     """Each image's candidates and heatmaps [K, H, W], the latter for completing poses on the host.
+
+    An image with more than `TOP` peaks in a map, a crowd, has no candidates: the host must look for them.
 
     Args:
         heatmaps: [B, K, H, W], without the background.
@@ -226,9 +228,11 @@ def candidates(
         shift: from heatmap cells to PAF cells.
         heatmap_threshold: least value of a peak.
         paf_threshold: least projection of a PAF sample.
-        max_peaks: at most `TOP` of these are kept in a map; the rest is counted.
+        max_peaks: most peaks kept in a map; the rest is counted.
     """
     with torch.cuda.stream(_ahead(heatmaps.device)) if heatmaps.is_cuda else nullcontext():
         made = to_scores(heatmaps, pafs, limbs, shift, heatmap_threshold, paf_threshold, min(max_peaks, TOP))
         peaks, counts, strange, scores, maps = to_host(*made, heatmaps)
-    yield from zip(to_candidates(peaks, counts, strange, scores, limbs), maps, strict=True)
+    crowded = np.any(counts > TOP, axis=1) if max_peaks > TOP else np.zeros(len(counts), bool)
+    for found, full, fields in zip(to_candidates(peaks, counts, strange, scores, limbs), crowded, maps, strict=True):
+        yield None if full else found, fields

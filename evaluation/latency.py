@@ -15,6 +15,7 @@ from evaluation.statistics import Interval
 F64 = NDArray[np.float64]
 
 NARROW = 0.02  # width of the median's interval over the median, at which timing ends
+LEAST_CALLS = 200  # of each engine before timing may end early: two of them lie above the 99th percentile
 _BLOCK = 0.08  # seconds of one engine before it is the other's turn
 _RESAMPLES = 400
 
@@ -91,8 +92,8 @@ def in_turns(calls: Sequence[Steps], seconds: float, watched: int = 0) -> list[T
 
     Args:
         calls: the steps of one call of each.
-        seconds: for all of them together, at most; it ends as soon as every engine's median is known to `NARROW`. Each gets
-            at least eight blocks.
+        seconds: for all of them together, at most; it ends as soon as every engine's median is known to `NARROW` and it was
+            called `LEAST_CALLS` times. Each gets at least eight blocks.
         watched: the step whose median decides.
     """
     warm = [warm_up(steps) for steps in calls]
@@ -109,7 +110,7 @@ def in_turns(calls: Sequence[Steps], seconds: float, watched: int = 0) -> list[T
         timings = [Timing(tuple(found), n) for found, n in zip(blocks, warm, strict=True)]
         if turns < 8:
             continue
-        narrow = turns % 8 == 0 and all(t.width(watched) < NARROW for t in timings)
+        narrow = turns % 8 == 0 and all(t.calls >= LEAST_CALLS and t.width(watched) < NARROW for t in timings)
         if narrow or time.perf_counter() - started > seconds:
             return timings
 

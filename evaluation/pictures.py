@@ -3,16 +3,15 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.types import Palette, Poses, Skeleton
+from evaluation.types import Poses, Skeleton
 
 _COLOURS = ((255, 120, 40), (60, 180, 255), (120, 220, 80), (230, 90, 200), (250, 210, 60), (110, 110, 255))
 
 
-def draw(image: NDArray[np.uint8], found: Poses, labels: Skeleton | Palette) -> NDArray[np.uint8]:
+def draw(image: NDArray[np.uint8], found: Poses, labels: Skeleton) -> NDArray[np.uint8]:
     """Draw limbs and found keypoints of every person, in a colour each, on a copy of an RGB image [H, W, 3]; no guesses."""
     import cv2
 
-    assert isinstance(labels, Skeleton)
     out = image.copy()
     thick = max(1, round(max(image.shape) / 320))
     for n, keypoints in enumerate(found.as_found().keypoints):

@@ -16,6 +16,13 @@ def _number(file: Path) -> float | None:
         return None
 
 
+def _text(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""
+
+
 def rails(system: Path = _SYSTEM) -> list[tuple[str, tuple[Path, ...]]]:
     """The input rails of a Jetson's power monitors: a name, and the files whose product is the power.
 
@@ -97,6 +104,7 @@ class EnergyMeter:
             self.source = "nvml"
             return float(energy)
         packages = sorted(self.system.glob("class/powercap/intel-rapl:?"))
+        packages = [zone for zone in packages if _text(zone / "name").startswith("package")]  # psys holds them once more
         values = [_number(package / "energy_uj") for package in packages]
         known = [value for value in values if value is not None]
         if not known:

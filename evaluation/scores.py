@@ -30,7 +30,7 @@ def fit(metric: CocoKeypoints, results: Sequence[tuple[People, Poses]]) -> list[
         results: truth and found people of each tune image; the found ones have features, the last of which is one.
 
     Returns:
-        One weight a feature; None if too few people were found to fit any.
+        One weight a feature; None if too few people were found to fit any. Weighted features may be negative.
     """
     known = [found.features for _, found in results if found.features is not None]
     features = np.concatenate(known or [np.zeros((0, 1), np.float32)])

@@ -34,7 +34,7 @@ class Resampled(Protocol):
         ...
 
     def resampled(self, counts: NDArray[Any]) -> F64:
-        """The figure of every resample; `counts` [R, I] says how often each image counts in it."""
+        """The figure of every resample, NaN where it has none; `counts` [R, I] says how often each image counts in it."""
         ...
 
 
@@ -46,8 +46,8 @@ class Draws:
 
     Attributes:
         images: the ids.
-        value: over all images, each once.
-        values: float64 [R], over the resamples.
+        value: over all images, each once; -1 where there is none.
+        values: float64 [R], over the resamples; NaN where there is none.
     """
 
     images: tuple[str, ...]
@@ -71,7 +71,8 @@ class Draws:
 
 
 def _interval(value: float, draws: F64) -> Interval:
-    low, high = np.percentile(draws, (2.5, 97.5)) if len(draws) else (np.nan, np.nan)
+    known = draws[np.isfinite(draws)]
+    low, high = np.percentile(known, (2.5, 97.5)) if len(known) else (value, value)
     return Interval(value, float(low), float(high))
 
 
@@ -90,7 +91,7 @@ def bootstrap(data: Resampled, resamples: int = 500, seed: int = 0) -> Draws:
         chosen = [draw.integers(0, n, n) for _ in range(min(_TOGETHER, resamples - start))]
         values.append(data.resampled(np.array([np.bincount(c, minlength=n) for c in chosen])))
     (value,) = data.resampled(np.ones((1, n)))
-    return Draws(tuple(data.images), float(value), np.concatenate([np.zeros(0), *values]))
+    return Draws(tuple(data.images), float(value) if np.isfinite(value) else -1.0, np.concatenate([np.zeros(0), *values]))
 
 
 def paired(ours: Draws, theirs: Draws) -> Interval:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.compiled import compiled
+from evaluation.pictures import draw
 from evaluation.types import Array, NetworkSpec, Poses, View
 from evaluation.views import cells_to_input
 
@@ -158,6 +159,10 @@ class TopDownDecoder:
             np.concatenate([np.zeros(0, np.float32), *(part.scores for part in parts)]),
             not_finite=any(part.not_finite for part in parts),
         )
+
+    def draw(self, image: NDArray[np.uint8], found: Poses) -> NDArray[np.uint8]:
+        """The people drawn over their image [H, W, 3]."""
+        return draw(image, found, self.spec.skeleton)
 
     def variants(self, found: Poses) -> dict[str, Poses]:  # noqa: ARG002 - there is one reading
         """None."""

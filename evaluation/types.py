@@ -115,10 +115,22 @@ class Skeleton:
         return tuple(at.get(_mirrored(name), n) for n, name in enumerate(self.names))
 
     @property
-    def limb_flip(self) -> tuple[int, ...]:
-        """Index of each limb's mirror image."""
-        flip = self.flip
-        return tuple(self.limbs.index((flip[a], flip[b])) for a, b in self.limbs)
+    def limb_flip(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Index of each limb's mirror image, and -1 where that runs the other way, else 1.
+
+        Raises:
+            ValueError: a limb has no mirror image.
+        """
+        at = {limb: n for n, limb in enumerate(self.limbs)}
+        indices, signs = [], []
+        for a, b in self.limbs:
+            mirror = (self.flip[a], self.flip[b])
+            straight = mirror in at
+            if not straight and mirror[::-1] not in at:
+                raise ValueError(f"the limb {self.names[a]} - {self.names[b]} has no mirror image, so flip=true cannot be used")
+            indices.append(at[mirror if straight else mirror[::-1]])
+            signs.append(1 if straight else -1)
+        return tuple(indices), tuple(signs)
 
 
 def _mirrored(name: str) -> str:
@@ -241,6 +253,7 @@ class Poses:
 
     Attributes:
         keypoints: float32 [N, K, 3]: x and y in image pixels, and the keypoint's own score; (0, 0, 0) where none was found.
+            Like the scores, float64 where they come from a file, whose order must not suffer from rounding.
         scores: float32 [N], the greater the surer.
         guessed: bool [N, K], keypoints that were completed rather than found; None where nothing was.
         features: float32 [N, F], what a score can be fitted to; the first is the plain score.

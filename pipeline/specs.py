@@ -149,6 +149,10 @@ class Decoder(Protocol[Found]):
         """One result an image, from those of its views."""
         ...
 
+    def draw(self, image: NDArray[Any], found: Found) -> NDArray[Any]:
+        """What was found, drawn over its image uint8 [H, W, 3]."""
+        ...
+
     def variants(self, found: Found) -> Mapping[str, Found]:
         """Other readings of an image's result, by name; they are scored beside it."""
         ...

@@ -66,7 +66,11 @@ class Work:
         def decoded(fields: Any) -> Any:
             return decode.decode(fields, [seen[at][1]] * self.batch)
 
-        return [framed, runner.upload, runner, runner.download, decoded]
+        def downloaded(fields: Any) -> Any:
+            host = runner.download(fields)
+            return fields if self.backend.on_gpu else host  # decoding begins where the fields are, as it does in evaluation
+
+        return [framed, runner.upload, runner, downloaded, decoded]
 
 
 def apart(function: Any, *values: Any) -> dict[str, Any]:
@@ -79,7 +83,8 @@ def apart(function: Any, *values: Any) -> dict[str, Any]:
 def time_of(work: Work, engine: Path, reference: Path, seconds: float) -> dict[str, Any]:
     """Percentiles of every step in ms, with intervals, and how much faster the engine's network is than the reference's.
 
-    Both run all steps, in turns, so that neither has warmer caches.
+    A percentile above which no call can be expected is left out; "gpu" is the GPU's state at the end. Both
+    run all steps, in turns, so that neither has warmer caches.
     """
     import cv2
 
@@ -92,11 +97,14 @@ def time_of(work: Work, engine: Path, reference: Path, seconds: float) -> dict[s
         with power.EnergyMeter(work.backend.on_gpu) as meter:
             for _ in range(calls):
                 ours(inputs)
+        state = power.gpu_state() if work.backend.on_gpu else {}  # before it cools down
     faster = latency.speedup(mine, other, _NETWORK)
     figures: dict[str, Any] = {}
     for step, name in enumerate(STEPS):
         prefix = "latency" if step == _NETWORK else name
         for q in (50, 95, 99):
+            if mine.calls * (100 - q) < 100:  # no call lies above it
+                continue
             found = mine.percentile(q, step)
             figures |= {f"{prefix}_p{q}_ms": found.value, f"{prefix}_p{q}_ms_lo": found.low, f"{prefix}_p{q}_ms_hi": found.high}
     if meter.joules is not None:
@@ -110,6 +118,7 @@ def time_of(work: Work, engine: Path, reference: Path, seconds: float) -> dict[s
         "speedup_hi": faster.high,
         "calls": mine.calls,
         "warm_up_calls": mine.warm_up,
+        "gpu": state,
     }
 
 

@@ -215,6 +215,18 @@ def test_who_stands_on_an_ignored_person_teaches_nothing():
     assert np.isnan(scores.placed(metric, truth, poses_of(person))).all()
 
 
+def test_fitted_scores_are_positive_and_keep_their_order():
+    from test_heatmap_paf import crowd, fields
+
+    truth = crowd(3)
+    (view,) = WholeImage(None).views(Resolution(368, 496), Resolution(368, 496), SPEC.input)
+    weights = [-1.0, 0.0, 0.0, 0.0, 0.0, 0.0, -2.0]
+    (plain,) = HeatmapPafDecoder(SPEC).decode(fields(truth, view), [view])
+    (fitted,) = HeatmapPafDecoder(SPEC, score_weights=weights).decode(fields(truth, view), [view])
+    assert ((fitted.scores > 0) & (fitted.scores < 1)).all()
+    assert np.array_equal(np.argsort(fitted.scores), np.argsort(-plain.scores))
+
+
 # --- several views ---------------------------------------------------------------------------------------------------------
 
 SPEC = NetworkSpec(InputSpec("image", multiple=8), (FieldSpec("heatmaps", 8, 19), FieldSpec("pafs", 8, 38)), OPENPOSE_18)

@@ -293,3 +293,20 @@ def test_a_ground_truth_without_persons_is_refused_and_has_no_figure(folder):
         metric.process(data[n].id, data[n].truth, Poses(np.ones((1, 17, 3), np.float32), np.ones(1, np.float32)))
     assert metric.evaluate()["ap"] == -1
     assert metric.details()["errors"]["background"] == 1
+
+
+def test_a_phones_trailer_and_a_wrong_suffix_do_not_matter(tmp_path):
+    import cv2
+
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    cv2.imwrite(str(tmp_path / "a.jpg"), pixels)
+    whole = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(whole + b"a short film" * 1000)
+    assert read_image(tmp_path / "a.jpg").shape == (64, 64, 3)
+    cv2.imwrite(str(tmp_path / "b.png"), pixels)
+    (tmp_path / "b.jpg").write_bytes((tmp_path / "b.png").read_bytes())
+    assert np.array_equal(read_image(tmp_path / "b.jpg"), pixels[..., ::-1])
+    thumbnail = b"\xff\xe1" + (len(whole) + 2).to_bytes(2, "big") + whole if len(whole) < 65000 else b""
+    (tmp_path / "c.jpg").write_bytes(whole[:2] + thumbnail + whole[2:-600])
+    with pytest.raises(UserError, match="not a whole image"):
+        read_image(tmp_path / "c.jpg")

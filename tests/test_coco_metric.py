@@ -150,3 +150,17 @@ def test_intervals_hold_the_value_and_pair_what_is_equal(tmp_path):
     fewer = bootstrap(evaluated({k: v for k, v in truth.items() if k > 3}, found).matches(), 20)
     with pytest.raises(ValueError, match="different images"):
         paired(fewer, draws)
+
+
+def test_resamples_without_people_do_not_count():
+    truth, found = world(1, images=12, ties=False)
+    empty = {image: [] for image in truth}
+    person = next(records for records in truth.values() if any(r["num_keypoints"] for r in records))
+    empty[1] = person
+    draws = bootstrap(evaluated(empty, found).matches(), 200)
+    assert np.isnan(draws.values).any()
+    assert 0 <= draws.interval.low <= draws.interval.high <= 1
+    nobody = bootstrap(evaluated({image: [] for image in truth}, found).matches(), 20)
+    assert (nobody.value, nobody.interval.low, nobody.interval.high) == (-1, -1, -1)
+    difference = paired(nobody, nobody)
+    assert (difference.value, difference.low, difference.high) == (0, 0, 0)

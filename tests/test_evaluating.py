@@ -14,6 +14,7 @@ from evaluation.agreement import PoseAgreement
 from evaluation.coco import CocoKeypoints
 from evaluation.heatmap_paf import HeatmapPafDecoder
 from evaluation.statistics import Draws
+from evaluation.types import Poses
 from evaluation.views import WholeImage
 from pipeline import inference, report
 from pipeline.artifacts import Job
@@ -105,6 +106,26 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(chain):
     assert not second.scratch.exists(), "a finished evaluation keeps no partial result"
 
 
+class InterruptedLater(PoseAgreement):
+    """Ctrl-C in the agreement images, when the validation images are done."""
+
+    def process(self, *image):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_in_the_agreement_images_keeps_the_validation_images(chain):
+    job, data = chain
+    first = job("first")
+    nobody = Poses(np.zeros((0, 18, 3), np.float32), np.zeros(0, np.float32))
+    tuned = first.out.parent / "tuned"
+    shutil.copytree(first.inputs["tuned"], tuned)
+    save_results(tuned / "reference.npz", [(data.open("agreement")[n].id, nobody) for n in range(2)])
+    first = replace(first, inputs={**first.inputs, "tuned": tuned})
+    with pytest.raises(KeyboardInterrupt):
+        run(first, data, agreement=InterruptedLater)
+    assert len(load_results(first.scratch / "validation.npz")) == len(data.open("validation"))
+
+
 def test_results_come_in_order_whatever_the_batch_and_the_threads(chain, finished):
     _, data = chain
     (engine,) = (finished / "outputs/smoke/build").glob("*dense*fp32*")
@@ -151,8 +172,6 @@ def test_memory_does_not_grow_with_the_images(chain, finished):
 
 
 def test_found_people_survive_a_file(chain, tmp_path):
-    from evaluation.types import Poses
-
     some = Poses(
         np.ones((2, 18, 3), np.float32), np.ones(2, np.float32), np.zeros((2, 18), bool), np.ones((2, 7), np.float32), 3, True
     )
@@ -198,9 +217,10 @@ def test_what_scores_best_on_the_tune_images_is_chosen(chain, exported, wanted, 
         def __init__(self, spec, threshold):
             self.threshold = threshold
 
-    def results(part, runner, framing, decoder, *_):
-        from evaluation.types import Poses
+        def variants(self, found):
+            return {}
 
+    def results(part, runner, framing, decoder, *_):
         for n in range(len(part)):
             sample = part[n]
             found = []
@@ -307,7 +327,14 @@ def result(tmp_path, name, values, **axes):
     folder = tmp_path / name
     folder.mkdir()
     Draws(("1", "2"), float(values[0]), np.array(values[1:])).save(folder / "draws.npz")
-    common = {"data": "coco", "network": "n", "pruning": "dense", "resolution": "368x432", "precision": "fp32"}
+    common = {
+        "calibration": "",
+        "data": "coco",
+        "network": "n",
+        "pruning": "dense",
+        "resolution": "368x432",
+        "precision": "fp32",
+    }
     figures = {"data_digest": "d", "ap": values[0]}
     return report.Result(folder, {**common, "keep_aspect_ratio_mode": "pad", "backend": "onnxruntime", **axes}, figures)
 
@@ -318,19 +345,23 @@ def test_the_waterfall_pairs_each_step_with_the_one_before(tmp_path):
         result(tmp_path, "b", [0.30, 0.31, 0.29], backend="torch", keep_aspect_ratio_mode="adjust"),
         result(tmp_path, "c", [0.28, 0.28, 0.28], backend="torch"),
         result(tmp_path, "d", [0.28, 0.28, 0.28]),
-        result(tmp_path, "e", [0.27, 0.27, 0.26], precision="int8"),
+        result(tmp_path, "f", [0.10, 0.10, 0.10], precision="int8", calibration="bad"),
+        result(tmp_path, "e", [0.27, 0.27, 0.26], precision="int8", calibration="good"),
+        result(tmp_path, "g", [0.33, 0.33, 0.33], backend="torch", keep_aspect_ratio_mode="pad-flip"),
     ]
     ((title, rows),) = report.waterfalls(results).items()
     assert "368x432" in title
     assert [name for name, _, _ in rows] == [
-        "several scales, torch", "one scale, torch", "strict letterbox, torch", "ONNX", "FP16", "INT8",
+        "several scales, torch: adjust-x0.5-1-1.5-2-flip", "one scale, torch: adjust", "strict letterbox, torch: pad",
+        "ONNX: pad", "FP16", "INT8: pad good",
     ]  # fmt: skip
-    found = {name: (ap, difference) for name, ap, difference in rows}
+    found = {name.partition(":")[0]: (ap, difference) for name, ap, difference in rows}
     assert found["several scales, torch"][1] == ""
     assert found["one scale, torch"][1].startswith("-0.050 [-0.050, -0.050]")
     assert found["ONNX"][1].startswith("+0.000")
     assert found["FP16"][0] == "not measured"
     assert found["INT8"][1].startswith("-0.010 [-0.0")
+    assert found["INT8"][1].endswith("to ONNX"), "FP16 was not measured"
     assert report.waterfalls(results[:1]) == {}
     foreign = replace(results[3], figures={"data_digest": "other"})
     ((_, rows),) = report.waterfalls([*results[:3], foreign]).items()
@@ -343,11 +374,19 @@ def test_the_rank_correlation_is_spearmans():
     draw = np.random.default_rng(0)
     ap = draw.integers(0, 6, 9) / 10
     agreement = ap + draw.integers(-2, 3, 9) / 10 + 0.5
-    seen = {"data": "d", "data_digest": "x", "keep_aspect_ratio_mode": "pad"}
-    rows = [{**seen, "ap": a, "agreement_ap": b} for a, b in zip(ap, agreement, strict=True)]
+    seen = {"data": "d", "data_digest": "x", "keep_aspect_ratio_mode": "pad", "precision": "int8"}
+    seen |= dict.fromkeys(("network", "pruning", "resolution", "calibration", "backend"), "")
+    rows = [
+        {**seen, "calibration": n, "ap_vs_fp32": a, "agreement_ap": b}
+        for n, (a, b) in enumerate(zip(ap, agreement, strict=True))
+    ]
     assert report.rank_correlation(rows) == pytest.approx(spearmanr(ap, agreement).statistic)
+    assert report.rank_correlation([*rows, *rows]) == report.rank_correlation(rows), "timed twice, counted once"
     assert report.rank_correlation(rows[:3]) is None
-    assert report.rank_correlation([{**row, "ap": 0.3} for row in rows]) is None
+    assert report.rank_correlation([*rows[:3], *rows[:3]]) is None
+    assert report.rank_correlation([{**row, "ap_vs_fp32": -0.3} for row in rows]) is None
+    research = [{**row, "keep_aspect_ratio_mode": "pad-flip"} for row in rows]
+    assert report.rank_correlation(research) is None
     none = [{**row, "agreement_ap": -1} for row in rows]
     assert report.rank_correlation(none) is None
 
@@ -371,7 +410,7 @@ def test_torch_runs_what_was_exported(smoke):
     )
     assert float(ours["ap"]) == pytest.approx(float(theirs["ap"]), abs=1e-3)
     text = refused(pipeline(*SMOKE, "backend=torch", "precision=int8", cwd=smoke))
-    assert "precision=int8: backend=torch runs fp32, tf32, fp16, bf16" in text.replace("\n", " ")
+    assert "precision=int8: backend=torch runs fp32, fp16, bf16" in text.replace("\n", " ")
 
 
 def test_too_little_int8_fails_the_benchmark(smoke):
@@ -420,3 +459,21 @@ def test_a_topdown_network_goes_through_the_chain(tmp_path):
 def test_a_family_without_training_says_so(tmp_path):
     text = refused(pipeline(*SMOKE, "family=topdown", cwd=tmp_path)).replace("\n", " ")
     assert "networks are not trained here: give model=onnx" in text
+
+
+def test_several_views_are_not_timed(smoke):
+    done = pipeline(*SMOKE, "flip=true", "stage=[quantize,build,tune,evaluate,benchmark]", cwd=smoke, check=0)
+    (folder,) = (smoke / "outputs/smoke/benchmark").glob("*pad-flip*")
+    assert json.loads((folder / "latency.json").read_text())["timed"] == 0
+    assert "p50" not in done.stderr
+
+
+def test_the_audit_counts_the_macs_of_the_file(finished):
+    import onnx
+
+    from pipeline.export import macs
+
+    for engine in (finished / "outputs/smoke/build").glob("*fp32*/engine.onnx"):
+        size = evaluate.Resolution(64, 80)
+        layers = OnnxRuntime().audit(engine, size)
+        assert sum(layer["macs"] for layer in layers) == macs(onnx.load(engine), size), "padded channels are no work"

@@ -15,7 +15,7 @@ from evaluation import heatmap_paf_torch, peaks
 from evaluation.grouping import _greedy, _hungarian
 from evaluation.heatmap_paf import HeatmapPafDecoder, limb_order
 from evaluation.skeletons import OPENPOSE_18
-from evaluation.types import FieldSpec, InputSpec, NetworkSpec, Resolution, View
+from evaluation.types import FieldSpec, InputSpec, NetworkSpec, Resolution, Skeleton, View
 from evaluation.views import WholeImage
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -166,10 +166,11 @@ def by_torch(decoder, heatmaps, pafs, view):
     limbs, _ = limb_order(SPEC.skeleton)
     options = (limbs, 0.0, decoder.heatmap_threshold, decoder.paf_threshold, decoder.max_peaks)
     maps, limb_maps = torch.from_numpy(heatmaps[:, :18].copy()), torch.from_numpy(pafs.copy())
-    return [decoder.people(found, h, view) for found, h in heatmap_paf_torch.candidates(maps, limb_maps, *options)]
+    made = enumerate(heatmap_paf_torch.candidates(maps, limb_maps, *options))
+    return [decoder.people(found or decoder.candidates(h, pafs[n]), h, view) for n, (found, h) in made]
 
 
-@pytest.mark.parametrize("count", [1, 5, 20])
+@pytest.mark.parametrize("count", [1, 5, 20, 50])
 def test_torch_and_numba_find_the_same_people(count):
     images = [plant(count, seed) for seed in range(2)]
     heatmaps, pafs = (np.stack([getattr(i, name) for i in images]) for name in ("heatmaps", "pafs"))
@@ -227,3 +228,21 @@ def test_no_field_breaks_the_decoder(seed, h, w):
         (found,) = HeatmapPafDecoder(SPEC, assignment=assignment).decode({"heatmaps": heatmaps, "pafs": pafs}, [view])
         assert np.isfinite(found.keypoints).all()
         assert np.isfinite(found.scores).all()
+
+
+def test_a_crowd_goes_to_the_host():
+    crowd, few = plant(50, 0), plant(1, 0)
+    fields = [torch.from_numpy(np.stack([getattr(i, name) for i in (crowd, few)])) for name in ("heatmaps", "pafs")]
+    limbs, _ = limb_order(SPEC.skeleton)
+    (first, _), (second, _) = heatmap_paf_torch.candidates(fields[0][:, :18], fields[1], limbs, 0.0, 0.1, 0.05, 128)
+    assert first is None
+    assert second is not None
+    (kept, _), _ = heatmap_paf_torch.candidates(fields[0][:, :18], fields[1], limbs, 0.0, 0.1, 0.05, 8)
+    assert kept.dropped > 100
+
+
+def test_a_skeleton_of_two_parts_has_a_tree_in_each():
+    skeleton = Skeleton(("a", "b", "c", "d", "e"), ((0, 1), (2, 3), (3, 4)), (0.1,) * 5)
+    order, tree = limb_order(skeleton)
+    assert tree == 3
+    assert sorted(order[:, 2].tolist()) == [0, 1, 2]

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluation.skeletons import COCO_17, OPENPOSE_18
-from evaluation.types import FieldSpec, InputSpec, NetworkSpec, Resolution, View
+from evaluation.types import FieldSpec, InputSpec, NetworkSpec, Resolution, Skeleton, View
 from evaluation.views import WholeImage, cells_to_input, input_to_cells, resized
 
 SPEC = InputSpec("image", multiple=16)
@@ -89,8 +89,14 @@ def test_skeletons_are_their_own_mirror_twice(skeleton):
 
 
 def test_limbs_mirror():
-    flip = OPENPOSE_18.limb_flip
+    flip, signs = OPENPOSE_18.limb_flip
     assert OPENPOSE_18.limbs[flip[7]] == (5, 6)  # the right upper arm's mirror is the left one
+    assert set(signs) == {1}
+    flip, signs = COCO_17.limb_flip
+    shoulders = COCO_17.limbs.index((5, 6))
+    assert (flip[shoulders], signs[shoulders]) == (shoulders, -1)
+    with pytest.raises(ValueError, match="left_a - nose has no mirror image"):
+        Skeleton(("nose", "left_a", "right_a"), ((1, 0),), (0.1,) * 3).limb_flip
 
 
 def test_a_description_survives_json():

@@ -19,6 +19,7 @@ from pipeline.specs import SPEC_KEY, ModelFiles, Shapes
 
 ENGINE = "engine.onnx"
 _CONVOLUTIONS = {"Conv": 1, "FusedConv": 1, "NhwcFusedConv": 1, "ConvTranspose": 1, "QLinearConv": 3, "ConvInteger": 1}
+_FUSED = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid")
 _PROFILED = 5  # runs of which the least time counts
 _PRODUCTS = {
     "Gemm": 1,
@@ -126,19 +127,21 @@ class OnnxRuntime:
             # The graph knows weights and node names, the profile the shapes that came out and the times.
             events = json.loads(Path(session.end_profiling()).read_text())
             graph = onnx.load(Path(folder) / "optimised.onnx").graph
-        made: dict[str, list[int]] = {}
+        made: dict[str, tuple[list[int], list[int]]] = {}
         times: dict[str, float] = {}
         for event in events:
             if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
                 node = event["name"].removesuffix("_kernel_time")
                 times[node] = min(times.get(node, np.inf), float(event["dur"]))
-                if event["args"]["output_type_shape"]:
-                    made[node] = next(iter(event["args"]["output_type_shape"][0].values()))
+                shapes = [event["args"].get(f"{side}_type_shape") for side in ("input", "output")]
+                if all(shapes):
+                    made[node] = tuple(next(iter(shape[0].values())) for shape in shapes)
         constants = {i.name: i for i in graph.initializer}
+        given = _weights(onnx.load(engine).graph)
         makers = {output: node.op_type for node in graph.node for output in node.output}
         return [
             {
-                **_layer(node, constants, made.get(node.name, [])),
+                **_layer(node, constants, given, made.get(node.name)),
                 "us": times.get(node.name, 0.0),
                 "reason": _reason(node, makers),
             }
@@ -164,16 +167,29 @@ def _integer(op: str) -> bool:
     return op.startswith("QLinear") or op.endswith("Integer") or op == "QGemm"
 
 
-def _layer(node: Any, constants: Mapping[str, Any], made: Sequence[int]) -> dict[str, Any]:
+def _weights(graph: Any) -> dict[str, int]:
+    """How many weights made each tensor that a float convolution returns, or an activation that is fused into it."""
+    constants = {i.name: int(np.prod(i.dims)) for i in graph.initializer}
+    counts = {n.output[0]: constants[n.input[1]] for n in graph.node if n.op_type == "Conv" and n.input[1] in constants}
+    return counts | {n.output[0]: counts[n.input[0]] for n in graph.node if n.op_type in _FUSED and n.input[0] in counts}
+
+
+def _layer(
+    node: Any, constants: Mapping[str, Any], given: Mapping[str, int], made: tuple[Sequence[int], Sequence[int]] | None
+) -> dict[str, Any]:
+    """A record of an optimised node; `given` are weights by tensor as they were, `made` its input's and output's shape."""
     import onnx
 
     place = {**_CONVOLUTIONS, **_PRODUCTS}.get(node.op_type)
     weights = constants.get(node.input[place]) if place is not None and len(node.input) > place else None
     half = weights is not None and weights.data_type == onnx.TensorProto.FLOAT16
     macs = 0
-    if weights is not None:
-        outputs = weights.dims[0] if node.op_type in _CONVOLUTIONS else weights.dims[-1]
-        macs = int(np.prod(weights.dims)) * int(np.prod(made or [0])) // max(int(outputs), 1)
+    if weights is not None and made is not None:
+        source, result = made
+        # The blocked layout names a node by its tensor, and pads channels of weights and result, which is no work asked for.
+        count = given.get(node.name.removesuffix("_nchwc"), int(np.prod(weights.dims)))
+        across = weights.dims[0] if node.op_type in _CONVOLUTIONS else weights.dims[-1]
+        macs = count * int(np.prod(source if node.op_type == "ConvTranspose" else result)) // max(int(across), 1)
     return {
         "name": node.name,
         "op": node.op_type,

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.specs import ModelFiles, Shapes
 
 ENGINE = "engine.json"
-_PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+_PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Torch:
     """Runs the checkpoint that was exported, on a GPU where there is one.
 
     Attributes:
-        precision: fp32, tf32, fp16 or bf16; half precisions run the weights and everything between input and fields.
+        precision: fp32, fp16 or bf16; half precisions run the weights and everything between input and fields.
         cuda_graph: replay the network as one CUDA graph for each input shape.
     """
 
@@ -135,7 +135,7 @@ class TorchRunner:
         self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(options["precision"], torch.float32)
         if threads:
             torch.set_num_threads(threads)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options["precision"] == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self.network = network.eval().to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.cuda_graph = bool(options["cuda_graph"]) and on_gpu
         self.capturing = Lock()

@@ -18,14 +18,11 @@ from numpy.typing import NDArray
 
 from evaluation.skeletons import COCO_17
 from evaluation.types import People, Resolution, Sample, Skeleton
+from pipeline import MOST_PIXELS
 from pipeline.errors import UserError, nearest
 
 SPLITS = ("train", "unlabelled", "tune", "agreement", "validation")
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-
-
-MOST_PIXELS = 100_000_000  # of an image; OpenCV refuses larger ones before it decodes them
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MOST_PIXELS))
 
 
 def read_image(file: Path, upright: bool = False) -> NDArray[np.uint8]:
@@ -325,10 +322,17 @@ def _inspect(file: Path) -> tuple[str, bool]:
 
 def _whole(file: Path, data: bytes | memoryview) -> bool:
     """Whether an image file has its end."""
-    kind, end = file.suffix.lower(), bytes(data[-4096:])
-    if kind in (".jpg", ".jpeg"):
-        return bytes(data[:2]) == b"\xff\xd8" and end.rstrip(b"\0").endswith(b"\xff\xd9")
-    return b"IEND" in end[-16:] if kind == ".png" else len(data) > 0
+    content = bytes(data)
+    if content[:4] == b"\x89PNG":
+        return b"IEND" in content
+    if content[:2] != b"\xff\xd8":
+        return len(content) > 0 and file.suffix.lower() not in (".jpg", ".jpeg", ".png")
+    # JPEG: past the headers, one of which may hold a whole thumbnail, to the first scan; in it no byte pair looks like the end.
+    # Phones append more after the end.
+    at = 2
+    while content[at : at + 1] == b"\xff" and content[at + 1 : at + 2] != b"\xda":
+        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+    return content.find(b"\xff\xd9", at) > 0
 
 
 @dataclass(frozen=True)

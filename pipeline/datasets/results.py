@@ -35,10 +35,10 @@ def _pieces(content: bytes) -> Iterator[list[Any]]:
             raise ValueError
 
 
-def _arrays(pieces: Iterator[Any], file: Path, K: int) -> tuple[list[Any], NDArray[np.float32], NDArray[np.float32]]:
+def _arrays(pieces: Iterator[Any], file: Path, K: int) -> tuple[list[Any], NDArray[Any], NDArray[Any]]:
     """Image ids, keypoints [N, K, 3] and scores [N] of checked records."""
     ids: list[Any] = []
-    keypoints, scores = [np.zeros((0, K, 3), np.float32)], [np.zeros(0, np.float32)]
+    keypoints, scores = [np.zeros((0, K, 3), np.float64)], [np.zeros(0, np.float64)]
     for piece in pieces:
         if not isinstance(piece, list) or not all(isinstance(record, dict) for record in piece):
             raise UserError(f"{file}: not a list of results; see https://cocodataset.org/#format-results")
@@ -52,11 +52,12 @@ def _arrays(pieces: Iterator[Any], file: Path, K: int) -> tuple[list[Any], NDArr
             many = len(lists[wrong]) if isinstance(lists[wrong], list) else "no list of"
             raise UserError(f"{file}: result {len(ids) + wrong} has {many} keypoint numbers, not {3 * K} ({K} keypoints)")
         try:
-            with np.errstate(over="ignore"):  # too large becomes infinite, and is refused
-                points = np.array(lists, np.float32).reshape(-1, K, 3)
-                values = np.array([record["score"] for record in piece], np.float32).reshape(-1)
+            points, values = np.array(lists), np.array([record["score"] for record in piece])
         except (TypeError, ValueError) as error:
             raise UserError(f"{file}: keypoints and scores must be numbers ({error})") from error
+        if points.size and (points.ndim != 2 or values.ndim != 1 or any(a.dtype.kind not in "if" for a in (points, values))):
+            raise UserError(f"{file}: keypoints and scores must be numbers, not words, lists or null")
+        points, values = points.reshape(-1, K, 3).astype(np.float64), values.astype(np.float64)
         bad = np.flatnonzero(~np.isfinite(values) | ~np.isfinite(points).all(axis=(1, 2)) | (values < 0))
         if len(bad):
             at, score = len(ids) + bad[0], piece[bad[0]]["score"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from rich.console import Console
 
 from evaluation import audit, device, power
 from evaluation.types import Resolution
@@ -58,8 +59,10 @@ def run(
     engine, size = job.inputs["engine"] / built["summary"]["engine"], Resolution.parse(resolution)
     machine = device.describe()
     summary: dict[str, Any] = {"timed": 0, "backend": backend.name}
-    if backend.timeable:
-        layers = backend.audit(engine, size)
+    lock = FileLock(Path(tempfile.gettempdir()) / "posepress-benchmark.lock")
+    if backend.timeable and not framing.averaged:  # nobody runs an engine over several views of an image
+        with lock:
+            layers = backend.audit(engine, size)
         (job.out / "audit.json").write_text(json.dumps(list(layers), indent=1))
         ran = audit.shares(layers)
         if min_int8_share is not None and ran.get("int8", 0.0) < min_int8_share:
@@ -73,13 +76,16 @@ def run(
         tuned = job.inputs.get("tuned")
         options = json.loads((tuned / "decoder.json").read_text())["options"] if tuned else {}
         work = Work(backend, some, framing, decoder, options, size, batch, threads)
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            FileLock(Path(tempfile.gettempdir()) / "posepress-benchmark.lock"),
-        ):
+        with tempfile.TemporaryDirectory() as folder, lock:
             reference = _reference(backend, job, size, batch, Path(folder))
             timed = apart(time_of, work, engine, reference, seconds)
             memory = apart(memory_of, work, engine)
+        machine |= timed.pop("gpu")
+        Console(stderr=True, highlight=False).print(
+            f"           p50 {timed['latency_p50_ms']:.2f} ms, interval {timed['latency_width']:.1%} wide, "
+            f"{timed['calls']} calls after {timed['warm_up_calls']} to warm up; decoding {timed['decoding_p50_ms']:.2f} ms",
+            soft_wrap=True,
+        )
         summary = {
             "timed": 1,
             **timed,
@@ -93,7 +99,7 @@ def run(
             "threads": threads,
             "batch": batch,
         }
-    machine |= power.gpu_state() | ({"nvpmodel": mode} if (mode := power.nvpmodel()) else {})
+    machine |= {"nvpmodel": mode} if (mode := power.nvpmodel()) else {}
     (job.out / "latency.json").write_text(json.dumps({**summary, "machine": machine, "axes": dict(axes)}, indent=1))
     return summary
 

@@ -1,25 +1,14 @@
 """compare: two engines, two sweeps or two files of COCO results, side by side on the same images."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.statistics import Draws, Interval, bootstrap, paired
-from pipeline.artifacts import Job, read_manifest
-from pipeline.datasets.results import load_results
-from pipeline.errors import UserError, nearest
+from pipeline.artifacts import Job
+from pipeline.comparison import evaluated, find, rows_of, scored
+from pipeline.errors import UserError
 from pipeline.specs import Splits
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of the two: its figures, the draws of each kind ("" is the primary figure's), and its benchmark if it has one."""
-
-    figures: Mapping[str, Any]
-    draws: Mapping[str, Draws]
-    timed: Mapping[str, Any]
 
 
 def run(
@@ -50,80 +39,18 @@ def run(
         ours, theirs = ({f.parent.name for f in folder.glob("[!.]*/manifest.json")} for folder in sweeps)
         if not ours & theirs:
             raise UserError(f"engines={list(engines)}: the two sweeps share no address, so there is nothing to compare")
-        sides = {at: tuple(_evaluated(folder / at) for folder in sweeps) for at in sorted(ours & theirs)}
+        sides = {at: tuple(evaluated(folder / at) for folder in sweeps) for at in sorted(ours & theirs)}
         alone = sorted(ours ^ theirs)
     else:
         both = tuple(
-            _scored(Path(entry), data, metric, resamples) if entry.endswith(".json") else _evaluated(_found(root, name, entry))
+            scored(Path(entry), data, metric, resamples) if entry.endswith(".json") else evaluated(find(root, name, entry))
             for entry in engines
         )
         sides, alone = {"": both}, []
-    pairs = [{"name": at, "figures": _rows(first, second, engines)} for at, (first, second) in sides.items()]
+    pairs = [{"name": at, "figures": rows_of(first, second, engines)} for at, (first, second) in sides.items()]
     (job.out / "comparison.json").write_text(json.dumps({"engines": list(engines), "pairs": pairs, "alone": alone}, indent=1))
     _print(engines, pairs, alone)
     return {"pairs": len(pairs), "alone": len(alone)}
-
-
-def _found(root: Path, name: str, entry: str) -> Path:
-    folder, _, address = entry.rpartition("/")
-    at = root / (folder or name) / "evaluate"
-    if read_manifest(at / address) is None or not address:
-        known = {f.parent.name for f in at.glob("[!.]*/manifest.json")}
-        raise UserError(f"engines: no evaluation {at / address}{nearest(address, known)}; there are {len(known)} in {at}")
-    return at / address
-
-
-def _evaluated(folder: Path) -> Side:
-    manifest = read_manifest(folder) or {}
-    draws = {file.stem.partition(".")[2]: Draws.load(file) for file in folder.glob("draws*.npz")}
-    (engine,) = manifest["inputs"]["engine"]
-    timed: Mapping[str, Any] = {}
-    for file in (folder.parent.parent / "benchmark").glob("[!.]*/manifest.json"):
-        other = read_manifest(file.parent) or {}
-        if other["inputs"]["engine"] == [engine] and other["summary"].get("timed"):
-            timed = other["summary"]
-    return Side(manifest["summary"], draws, timed)
-
-
-def _scored(file: Path, data: Splits, metric: Callable[..., Any], resamples: int) -> Side:
-    images: Any = data.open("validation")
-    found = load_results(file, images.labels, {str(record["id"]) for record in images.records})
-    measure = metric(labels=images.labels, found_labels=images.labels)
-    for n in range(len(images)):
-        sample = images[n]
-        measure.process(sample.id, sample.truth, found[sample.id])
-    return Side(dict(measure.evaluate()), {"": bootstrap(measure.matches(), resamples)}, {})
-
-
-def _rows(first: Side, second: Side, engines: Sequence[str]) -> list[dict[str, Any]]:
-    """Every figure that both have; differences are second - first, paired where there are draws of both."""
-    labels = {side.figures["data_digest"] for side in (first, second) if "data_digest" in side.figures}
-    if len(labels) > 1:
-        raise UserError(
-            f"{engines[0]} and {engines[1]}: evaluated on different images or labels; evaluate both on the same data"
-        )
-    differences: dict[str, Interval] = {}
-    for kind in sorted(set(first.draws) & set(second.draws)):
-        try:
-            differences[f"{kind}_ap" if kind else "ap"] = paired(second.draws[kind], first.draws[kind])
-        except ValueError as error:
-            if not kind:
-                raise UserError(f"{engines[0]} and {engines[1]}: {error}") from error
-    rows = []
-    for key, value in first.figures.items():
-        other = second.figures.get(key)
-        if isinstance(value, float) and isinstance(other, float) and not key.endswith(("_lo", "_hi")):
-            interval = differences.get(key)
-            known = {"low": interval.low, "high": interval.high} if interval else {}
-            rows.append({"figure": key, "first": value, "second": other, "difference": other - value, **known})
-    where = [[side.timed.get(key) for key in ("device", "threads", "batch")] for side in (first, second)]
-    for key in ("latency_p50_ms", "decoding_p50_ms", "engine_mb") if first.timed and second.timed else ():
-        row = {"figure": key, "first": first.timed[key], "second": second.timed[key]}
-        if where[0] == where[1] or key == "engine_mb":
-            rows.append({**row, "difference": row["second"] - row["first"]})
-        else:
-            rows.append({**row, "apart": " / ".join(f"{device}, {t} thread(s), batch {b}" for device, t, b in where)})
-    return rows
 
 
 def _print(engines: Sequence[str], pairs: Sequence[dict[str, Any]], alone: Sequence[str]) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import cv2
 
-from evaluation import pictures as drawing
 from evaluation.averaging import AveragedFields
 from evaluation.statistics import bootstrap
 from evaluation.types import Resolution
@@ -89,9 +88,8 @@ def run(
                     if time.monotonic() - saved > _SAVE_EVERY:
                         _save(job, file, kept)
                         saved = time.monotonic()
-            except BaseException:
+            finally:
                 _save(job, file, kept)
-                raise
 
         for place, sample, found in results("validation"):
             measures[""].process(sample.id, sample.truth, found)
@@ -100,7 +98,7 @@ def run(
                     measures[name] = metric(labels=images.labels, found_labels=runner.spec.labels)
                 measures[name].process(sample.id, sample.truth, variant)
             if place in shown_at:
-                picture = drawing.draw(sample.read(), found, runner.spec.labels)
+                picture = read.draw(sample.read(), found)
                 jpeg = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
                 (job.out / "pictures" / f"{sample.id}.jpg").write_bytes(jpeg.tobytes())
                 captions[f"{sample.id}.jpg"] = images.records[place].get("flickr_url", "")
@@ -123,6 +121,7 @@ def run(
         summary |= {f"{name}_{key}" if name else key: value for key, value in {**figures, **measure.counts()}.items()}
     (job.out / "details.json").write_text(json.dumps(measures[""].details(), indent=1))
     summary |= {
+        "primary": measures[""].primary,
         "images": len(images),
         "backend": backend.name,
         "data_digest": data.digest(["validation"]),

@@ -34,7 +34,7 @@ def _print(table: report.Table, name: str) -> None:
         console.print(grid)
     for title, steps in report.waterfalls(table.results).items():
         falls = Table(title=f"where AP goes: {title}", header_style="bold")
-        for column in ("step", "AP [95 %]", "against the step before, paired"):
+        for column in ("step", "AP [95 %]", "difference, paired"):
             falls.add_column(column)
         for step in steps:
             falls.add_row(*step)

@@ -78,11 +78,13 @@ def run(
         summary: dict[str, Any] = {**tried[best], "tune_images": len(results[best]), "tune_ap": figures[best]}
         weights = scores.fit(measures[best], [(truth, poses) for _, truth, poses in results[best]]) if fitted else None
         if weights is not None:
-            chosen["score_weights"] = weights
             summary["tune_ap_fitted"] = _refitted(measures[best], results[best], weights)
+            if summary["tune_ap_fitted"] >= summary["tune_ap"]:
+                chosen["score_weights"] = weights
         reference = decoder(runner.spec, **chosen)
         if "agreement" in data:
-            people = [(sample.id, found.as_found()) for sample, found in passed("agreement", reference)]
+            found = passed("agreement", reference)
+            people = [(sample.id, reference.variants(poses).get("as_found", poses)) for sample, poses in found]
             save_results(job.out / "reference.npz", people)
     table = [{**options, "figure": figure} for options, figure in zip(tried, figures, strict=True)]
     (job.out / "decoder.json").write_text(json.dumps({"options": chosen, "tried": table}, indent=1))
