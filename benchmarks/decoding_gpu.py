@@ -1,6 +1,6 @@
-"""Decoding on a GPU up to limb scores, and grouping on the host: `python benchmarks/decoding_gpu.py [--batch 32]`.
+"""Decoding on a GPU up to limb scores, and grouping on the host: `python benchmarks/decoding_gpu.py [--batch 32] [--people 5]`.
 
-Planted fields of 5 people; the GPU's part is timed with CUDA events over calls one after the other, the rest on the host's
+Planted fields; the GPU's part is timed with CUDA events over calls one after the other, the rest on the host's
 clock. The people must be those that the processor decodes, to 1e-3 pixels.
 """
 
@@ -27,6 +27,8 @@ def main() -> None:
     """Print the table."""
     words = argparse.ArgumentParser(description=__doc__)
     words.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    words.add_argument("--people", type=int, default=5)
+    given = words.parse_args()
     size = Resolution(H * STRIDE, W * STRIDE)
     (view,) = WholeImage(None).views(size, size, SPEC.input)
     decoder = HeatmapPafDecoder(SPEC, heatmap_threshold=0.1)
@@ -34,8 +36,8 @@ def main() -> None:
     table = Table(
         "batch", "GPU, us an image", "copy to host, us", "grouping, us", "CPU alone, us", "largest difference, px", "dropped"
     )
-    for batch in words.parse_args().batch:
-        images = [plant(5, seed) for seed in range(batch)]
+    for batch in given.batch:
+        images = [plant(given.people, seed) for seed in range(batch)]
         heatmaps = np.stack([image.heatmaps for image in images])
         pafs = np.stack([image.pafs for image in images])
         on_gpu = torch.from_numpy(heatmaps[:, :18]).cuda().contiguous(), torch.from_numpy(pafs).cuda()
@@ -60,11 +62,12 @@ def main() -> None:
             found = [decoder.people(c, maps, view) for c, maps in zip(candidates, host[4], strict=True)]
             times.append(time.perf_counter() - begin)
         worst = 0.0
+        whole = decoder.decode({"heatmaps": torch.from_numpy(heatmaps).cuda(), "pafs": on_gpu[1]}, [view] * batch)
         on_cpu = decoder.decode({"heatmaps": heatmaps, "pafs": pafs}, [view] * batch)
         begin = time.perf_counter()
         decoder.decode({"heatmaps": heatmaps, "pafs": pafs}, [view] * batch)
         cpu = (time.perf_counter() - begin) * 1e6 / batch
-        for ours, theirs in zip(found, on_cpu, strict=True):
+        for ours, theirs in zip(whole, on_cpu, strict=True):
             assert len(ours.scores) == len(theirs.scores), "the GPU found other people than the processor"
             first, second = (poses.keypoints[np.argsort(poses.keypoints[..., 0].sum(1))] for poses in (ours, theirs))
             worst = max(worst, float(np.abs(first - second).max(initial=0)))
