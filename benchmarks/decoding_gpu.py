@@ -59,7 +59,8 @@ def main() -> None:
         for _ in range(10):
             begin = time.perf_counter()
             candidates = list(to_candidates(*host[:4], limbs))
-            found = [decoder.people(c, maps, view) for c, maps in zip(candidates, host[4], strict=True)]
+            for c, maps in zip(candidates, host[4], strict=True):
+                decoder.people(c, maps, view)
             times.append(time.perf_counter() - begin)
         worst = 0.0
         whole = decoder.decode({"heatmaps": torch.from_numpy(heatmaps).cuda(), "pafs": on_gpu[1]}, [view] * batch)
