@@ -64,6 +64,8 @@ class WholeImage:
                 f"keep_aspect_ratio_mode={self.keep_aspect_ratio_mode}: unknown; use null, pad_image_input or "
                 "adjust_network_input"
             )
+        if isinstance(self.scales, (int, float)):
+            raise ValueError(f"scales={self.scales}: give a list, like 'scales=[{self.scales}]'")  # noqa: TRY004
         if not self.scales or not all(0.1 <= scale <= 8 for scale in self.scales):
             raise ValueError(f"scales={list(self.scales)}: choose at least one, each from 0.1 to 8")
 

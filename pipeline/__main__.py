@@ -34,8 +34,9 @@ _FRAMINGS = {None: "stretch", "pad_image_input": "pad", "adjust_network_input": 
 _TRACKING = ("sqlite", "http", "https", "file", "postgresql", "mysql", "mssql", "databricks")  # what MLflow takes
 
 
-def _framing_label(mode: str | None, scales: Sequence[float], flip: bool) -> str:
+def _framing_label(mode: str | None, scales: Any, flip: bool) -> str:
     """How images become inputs, in a word: pad, or pad-x0.5-1-1.5-2-flip where several views are averaged."""
+    scales = scales if isinstance(scales, Sequence) else [scales]  # which the framing then refuses
     several = "" if list(scales) == [1] else "-x" + "-".join(f"{scale:g}" for scale in scales)
     return f"{_FRAMINGS.get(mode, mode)}{several}{'-flip' if flip else ''}"
 
@@ -86,6 +87,9 @@ class Cell:
             value = config[option]
             if not isinstance(value, int) or value < least:
                 raise UserError(f"{option}={value}: choose a whole number, at least {least}")
+        share = config.stages.benchmark.min_int8_share
+        if share is not None and not 0 <= share <= 1:
+            raise UserError(f"stages.benchmark.min_int8_share={share}: choose 0 to 1, a part of the MACs")
         scheme = str(config.tracking.uri).partition("://")[0].partition("+")[0]
         if config.tracking.enabled and scheme not in _TRACKING:
             raise UserError(f"tracking.uri={config.tracking.uri}: choose one of {', '.join(_TRACKING)}://..., or tracking=none")
@@ -100,7 +104,7 @@ class Cell:
                     if find_spec(module) is None:
                         raise UserError(
                             f"{component.get('label', name)}: the Python package '{module}' is not installed here; "
-                            f"install it (pip install 'posepress[{module}]') or choose another backend"
+                            f"install it (pip install -e '.[{module}]') or choose another backend"
                         )
         for name in self.plan:
             stage = self.stages[name]

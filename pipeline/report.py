@@ -320,7 +320,8 @@ def _details_html(result: Result) -> str:
     tables = json.loads((result.folder / "details.json").read_text())
     text = ""
     for name, table in tables.items():
-        lines = "".join(f"<tr><td>{html.escape(key)}</td><td>{value:.3f}</td></tr>" for key, value in table.items())
+        shown = {key: "–" if value == -1 else f"{value:.3f}" for key, value in table.items()}
+        lines = "".join(f"<tr><td>{html.escape(key)}</td><td>{value}</td></tr>" for key, value in shown.items())
         text += f"<div><h3>{html.escape(name)}</h3><table><tbody>{lines}</tbody></table></div>"
     return f'<div class="details">{text}</div>'
 
@@ -362,9 +363,8 @@ def _plot(table: Table, members: Sequence[int], first: bool) -> str:
                 },
                 mode="markers+text" if len(timed) < 7 else "markers",
                 marker={"size": 11},
-                text=[
-                    f"{row['precision']} {row['resolution']} {row['keep_aspect_ratio_mode']} {row['backend']}" for row in rows
-                ],
+                text=[str(row["precision"]) for row in rows],
+                hovertext=[f"{row['resolution']} {row['keep_aspect_ratio_mode']} {row['backend']}" for row in rows],
                 textposition="top center",
                 name=" ".join(group),
             )
@@ -417,25 +417,36 @@ def _pictures(result: Result) -> str:
     return f'<div class="pictures">{"".join(figures)}</div>'
 
 
+def _figure(value: float) -> str:
+    return "–" if value == -1 else f"{value:.4f}"  # -1 says that there was nobody to find
+
+
 def differences(engines: Sequence[str], pairs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """A comparison as tables: title, columns and rows; of two engines every figure, of two sweeps AP and latency."""
 
     def change(row: Mapping[str, Any]) -> str:
         if "apart" in row:
             return f"not compared: {row['apart']}"
+        if -1 in (row["first"], row["second"]):
+            return "–"
         interval = f" [{row['low']:+.4f}, {row['high']:+.4f}]" if "low" in row else ""
         return f"{row['difference']:+.4f}{interval}" + (f" ({row['where']})" if "where" in row else "")
 
     title = f"{engines[0]} -> {engines[1]}"
     if len(pairs) == 1 and not pairs[0]["name"]:
-        rows = [[r["figure"], f"{r['first']:.4f}", f"{r['second']:.4f}", change(r)] for r in pairs[0]["figures"]]
+        rows = [[r["figure"], _figure(r["first"]), _figure(r["second"]), change(r)] for r in pairs[0]["figures"]]
         yield title, ["figure", "first", "second", "second - first [95 %, paired]"], rows
         return
     for figure in ("ap", "agreement_ap", "latency_p50_ms"):
         found = [(pair["name"], row) for pair in pairs for row in pair["figures"] if row["figure"] == figure]
-        rows = [[name, f"{r['first']:.4f}", f"{r['second']:.4f}", change(r)] for name, r in found]
+        rows = [[name, _figure(r["first"]), _figure(r["second"]), change(r)] for name, r in found]
         if rows:
             yield f"{title}: {figure}", ["engine", "first", "second", "second - first [95 %, paired]"], rows
+
+
+def _devices(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where and how the rows that were timed were timed."""
+    return sorted({f"{row['device']}, {row['threads']} thread(s), batch {row['batch']}" for row in rows if row["device"]})
 
 
 def _comparisons_html(folders: Sequence[Path]) -> str:
@@ -482,9 +493,7 @@ def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] 
     for n in sorted(best) or [0]:
         title = html.escape(f"{shown[n]['network']} · {shown[n]['precision']} · {shown[n]['input']}")
         sections.append(f"<h2>What {title} finds</h2>{_pictures(table.results[n])}{_details_html(table.results[n])}")
-    devices = sorted(
-        {f"{row['device']}, {row['threads']} thread(s), batch {row['batch']}" for row in table.rows if row["device"]}
-    )
+    devices = _devices(table.rows)
     notes = [
         f"Latency: network only, on {html.escape('; '.join(devices) or 'no machine yet')}. "
         "× FP32: against the same network in FP32, in turns in one run."
@@ -500,6 +509,8 @@ def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] 
     )
     if any(_averaged(row) for row in table.rows):
         notes.append("Inputs with -x… or -flip average the fields of several views: research settings, which no engine runs.")
+    if any(row["pruning"] != "dense" for row in table.rows):
+        notes.append(_MORE_STEPS)
     notes += [html.escape(line) for line in table.left_out]
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)} · Posepress</title>
 <style>{_STYLE}</style></head><body><h1>{html.escape(name)}: accuracy against latency</h1>{plots}
@@ -509,6 +520,9 @@ def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] 
 {"".join(f'<p class="note">{note}</p>' for note in notes)}{_waterfall_html(table.results)}{_comparisons_html(comparisons)}
 {"".join(sections)}</body></html>"""
     file.write_text(page, encoding="utf-8")
+
+
+_MORE_STEPS = "A pruned network was trained further than its dense one: AP − dense FP32 does not tell what pruning alone does."
 
 
 def write_card(table: Table, name: str, file: Path) -> None:
@@ -525,13 +539,13 @@ def write_card(table: Table, name: str, file: Path) -> None:
         f"- AP: COCO keypoint AP (OKS 0.50:0.95) on {first['images']} validation images, digest `{first['data_digest']}`; "
         "95 % bootstrap intervals over images.",
         "- Differences: paired bootstrap over the same images.",
-        f"- Latency: the network alone, batch {first['batch']}, {first['threads'] or 'no'} thread(s), "
-        f"{first['device'] or 'not measured'}.",
+        f"- Latency: the network alone, on {'; '.join(_devices(table.rows)) or 'no machine yet'}.",
         "- ran: share of multiply-accumulates in each precision, read from the graph as the runtime optimised it.",
         "",
         "## Limits",
         "",
         "- People in images unlike the validation images, and latency on other machines, were not measured.",
+        *([f"- {_MORE_STEPS}"] if any(row["pruning"] != "dense" for row in table.rows) else []),
         *[f"- {line}" for line in table.left_out],
     ]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")

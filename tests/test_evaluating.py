@@ -290,6 +290,7 @@ def test_what_cannot_be_compared_is_refused(smoke):
         ([f"engines=[{address},{addresses(smoke)[1]}]"], "evaluated on different images"),
         ([f"engines=[{address},{bad}]"], "result 0 has 0 keypoint numbers, not 51"),
         ([f"engines=[{address},none.json]"], "none.json: cannot read it"),
+        (["engines=[smoke,smoek]"], "one is a sweep, but there is no sweep smoek; did you mean 'smoke'?"),
     ):
         text = refused(pipeline(*SMOKE, "stage=compare", *words, cwd=smoke)).replace("\n", " ")
         assert message in text, text

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.artifacts import Job
 from pipeline.comparison import evaluated, find, rows_of, scored
-from pipeline.errors import UserError
+from pipeline.errors import UserError, nearest
 from pipeline.specs import Splits
 
 
@@ -35,7 +35,13 @@ def run(
         )
     root = Path(outputs)
     sweeps = [root / entry / "evaluate" for entry in engines]
-    if all(folder.is_dir() for folder in sweeps):
+    missing = [entry for entry, folder in zip(engines, sweeps, strict=True) if not folder.is_dir()]
+    if len(missing) == 1 and "/" not in missing[0] and not missing[0].endswith(".json"):
+        known = {folder.parent.name for folder in root.glob("*/evaluate")}
+        raise UserError(
+            f"engines={list(engines)}: one is a sweep, but there is no sweep {missing[0]}{nearest(missing[0], known)}"
+        )
+    if not missing:
         ours, theirs = ({f.parent.name for f in folder.glob("[!.]*/manifest.json")} for folder in sweeps)
         if not ours & theirs:
             raise UserError(f"engines={list(engines)}: the two sweeps share no address, so there is nothing to compare")
