@@ -179,7 +179,7 @@ def started(words, cwd):
     return subprocess.Popen([sys.executable, "-m", "pipeline", *words], cwd=cwd, env=env, stderr=subprocess.PIPE, text=True)
 
 
-LONG = ["stages.train.training.steps=60", "stages.train.training.checkpoint_every=2", "force=true"]
+LONG = ["stages.train.training.steps=240", "stages.train.training.checkpoint_every=2", "force=true"]
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
@@ -203,7 +203,7 @@ def test_an_interrupted_training_goes_on(smoke, how):
     done = pipeline(*SMOKE, "stage=train", *words, cwd=smoke, check=0)
     assert "done" in done.stderr
     (manifest,) = (smoke / "outputs/smoke/train").glob("*/manifest.json")
-    assert json.loads(manifest.read_text())["summary"]["steps"] == 60
+    assert json.loads(manifest.read_text())["summary"]["steps"] == 240
     assert not list((smoke / "outputs/smoke/train").glob(".*"))
 
 
