@@ -2,16 +2,22 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-_PERSONS = ((1, "1"), (2, "2-4"), (5, "5+"))
-_AREAS = ((0.0, "small"), (32.0**2, "medium"), (96.0**2, "large"))  # COCO's
-_KEYPOINTS = ((0.0, "few"), (6.0, "some"), (12.0, "most"))
+Allocation = Literal["proportional", "equal", "square_root"]
+
+UNKNOWN = -1  # persons of an image that nobody labelled
+_BINS: Mapping[str, tuple[tuple[float, str], ...]] = {
+    "persons": ((1, "1"), (2, "2-4"), (5, "5+")),
+    "area": ((0.0, "small"), (32.0**2, "medium"), (96.0**2, "large")),  # COCO's
+    "keypoints": ((0.0, "few"), (6.0, "some"), (12.0, "most")),
+    "coverage": ((0.0, "part"), (0.6, "much"), (1.0, "all")),
+}
 
 
 @dataclass(frozen=True)
@@ -19,18 +25,45 @@ class CalibrationSet:
     """The chosen images.
 
     Attributes:
-        ids: chosen images, in the data set's order.
+        ids: chosen images, in the table's order.
         file_names: likewise.
-        strata: the stratum of each, "persons/size/keypoints".
+        rows: their places in the table.
+        strata: the stratum of each.
         quotas: for each stratum: images eligible, asked for and met.
         seed: of the draw.
     """
 
     ids: tuple[str, ...]
     file_names: tuple[str, ...]
+    rows: tuple[int, ...]
     strata: tuple[str, ...]
     quotas: dict[str, dict[str, int]]
     seed: int
+
+    @classmethod
+    def of(
+        cls,
+        table: Mapping[str, NDArray[Any]],
+        names: NDArray[np.str_],
+        eligible: NDArray[np.intp],
+        chosen: Sequence[int],
+        quota: Mapping[str, int],
+        seed: int,
+    ) -> "CalibrationSet":
+        """The set of chosen rows of a table, with what was asked of each stratum."""
+        rows = sorted(chosen)
+        available, met = (dict(zip(*np.unique(names[some], return_counts=True), strict=True)) for some in (eligible, rows))
+        return cls(
+            ids=tuple(str(table["id"][row]) for row in rows),
+            file_names=tuple(str(table["file_name"][row]) for row in rows),
+            rows=tuple(int(row) for row in rows),
+            strata=tuple(str(names[row]) for row in rows),
+            quotas={
+                str(n): {"eligible": int(available[n]), "asked": int(quota.get(str(n), 0)), "met": int(met.get(n, 0))}
+                for n in sorted(available)
+            },
+            seed=seed,
+        )
 
     @property
     def digest(self) -> str:
@@ -38,96 +71,131 @@ class CalibrationSet:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
-def strata(table: Mapping[str, NDArray[Any]]) -> NDArray[np.str_]:
-    """The stratum of each image: persons an image x median person size x mean visible keypoints a person.
+def strata(table: Mapping[str, NDArray[Any]], columns: Sequence[str] = tuple(_BINS)) -> NDArray[np.str_]:
+    """The stratum of each image: the bin of each column, joined by "/"; "unlabelled" where nobody labelled it.
 
     Args:
-        table: columns "persons", "area" (pixels) and "keypoints".
+        table: columns "persons" (-1 where unknown), "area" (median, pixels), "keypoints" (mean visible ones a person) and
+            "coverage" (the part, 0 to 1, of keypoint types of which one is visible somewhere in the image).
+        columns: which of them; none puts all labelled images into the stratum "all".
     """
+    count = len(table["persons"])
+    parts = []
+    for column in columns:
+        lows, words = zip(*_BINS[column], strict=True)
+        places = np.searchsorted(lows, table[column], side="right") - 1
+        parts.append(np.array(words)[np.maximum(places, 0)])
+    names = parts[0].astype(object) if parts else np.full(count, "all", object)
+    for part in parts[1:]:
+        names = names + "/" + part.astype(object)
+    names[np.asarray(table["persons"]) == UNKNOWN] = "unlabelled"
+    return names.astype(str)
 
-    def named(values: NDArray[Any], bounds: tuple[tuple[float, str], ...]) -> list[str]:
-        places = np.searchsorted([low for low, _ in bounds], values, side="right") - 1
-        return [bounds[max(int(place), 0)][1] for place in places]
 
-    columns = (
-        named(table["persons"], _PERSONS),
-        named(table["area"], _AREAS),
-        named(table["keypoints"], _KEYPOINTS),
-    )
-    return np.array(["/".join(parts) for parts in zip(*columns, strict=True)])
+def allocate(sizes: Mapping[str, int], count: int, allocation: Allocation = "proportional") -> dict[str, int]:
+    """Share `count` among strata; the remainder goes to the largest fractions.
 
+    No stratum is asked for more than it has, as long as `count` is at most their sum: what one lacks the others get.
 
-def allocate(sizes: Mapping[str, int], count: int) -> dict[str, int]:
-    """Share `count` among strata in proportion to their sizes; the remainder goes to the largest fractions.
-
-    No stratum is asked for more than it has, as long as `count` is at most their sum.
+    Args:
+        sizes: of the strata.
+        count: to share.
+        allocation: in proportion to the sizes, to their square roots, or the same for each.
     """
-    total = sum(sizes.values())
-    exact = {name: count * size / total for name, size in sizes.items()}
-    quota = {name: int(share) for name, share in exact.items()}
-    by_fraction = sorted(sizes, key=lambda name: (-(exact[name] - quota[name]), name))
-    for name in by_fraction[: count - sum(quota.values())]:
+    power = {"proportional": 1.0, "square_root": 0.5, "equal": 0.0}[allocation]
+    quota: dict[str, int] = {}
+    left, rest = dict(sizes), count
+    while left:
+        weight = {name: size**power for name, size in left.items()}
+        total = sum(weight.values())
+        exact = {name: rest * w / total for name, w in weight.items()}
+        full = [name for name in left if exact[name] > left[name]]
+        if not full:
+            break
+        for name in full:
+            quota[name] = left.pop(name)
+            rest -= quota[name]
+    else:
+        return quota
+    quota |= {name: int(share) for name, share in exact.items()}
+    spare = count - sum(quota.values())
+    by_fraction = sorted((n for n in left if quota[n] < left[n]), key=lambda name: (-(exact[name] - int(exact[name])), name))
+    for name in by_fraction[:spare]:
         quota[name] += 1
     return quota
 
 
+def eligible_rows(
+    table: Mapping[str, NDArray[Any]], min_persons: int, min_keypoints: float, num_images: int
+) -> NDArray[np.intp]:
+    """Rows with enough people and keypoints; images that nobody labelled always count.
+
+    Raises:
+        ValueError: they are fewer than `num_images`; each stratum's count is listed.
+    """
+    persons = np.asarray(table["persons"])
+    enough = (persons >= min_persons) & (np.asarray(table["keypoints"]) >= min_keypoints)
+    eligible = np.flatnonzero(enough | (persons == UNKNOWN))
+    if num_images > len(eligible):
+        names, counts = np.unique(strata(table)[eligible], return_counts=True)
+        listed = ", ".join(f"{name}: {size}" for name, size in zip(names, counts, strict=True)) or "none"
+        raise ValueError(
+            f"sampler.num_images={num_images}: only {len(eligible)} of {len(persons)} images are eligible ({listed}); "
+            f"ask for at most {len(eligible)}, or lower min_persons_per_image={min_persons} and min_kpts_per_person={min_keypoints}"
+        )
+    return eligible
+
+
 @dataclass(frozen=True)
 class Stratified:
-    """Draws images in proportion to their strata.
+    """Draws images from every stratum; with no columns, from all alike.
 
     Attributes:
         num_images: how many.
+        columns: of the strata: "persons", "area", "keypoints", "coverage".
+        allocation: "proportional" to the strata, their "square_root", or "equal".
         min_persons_per_image: images with fewer labelled people are not eligible.
-        min_kpts_per_person: images whose people have fewer labelled keypoints on average are not eligible.
+        min_kpts_per_person: images whose people have fewer visible keypoints on average are not eligible.
         seed: of the draw.
     """
 
     num_images: int = 64
+    columns: Sequence[str] = tuple(_BINS)
+    allocation: Allocation = "proportional"
     min_persons_per_image: int = 1
     min_kpts_per_person: float = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the count.
+        """Check the options.
 
         Raises:
-            ValueError: it is below 1.
+            ValueError: one is out of range or unknown.
         """
         if self.num_images < 1:
             raise ValueError(f"sampler.num_images={self.num_images}: choose at least 1")
+        if self.allocation not in get_args(Allocation):
+            raise ValueError(f"sampler.allocation={self.allocation}: choose {', '.join(get_args(Allocation))}")
+        unknown = [column for column in self.columns if column not in _BINS]
+        if unknown:
+            raise ValueError(f"sampler.columns={list(self.columns)}: choose some of {', '.join(_BINS)}")
 
     def sample(self, table: Mapping[str, NDArray[Any]]) -> CalibrationSet:
         """Choose rows of a table.
 
         Args:
-            table: columns "id", "file_name", "persons", "area", "keypoints", one row an image.
+            table: columns "id", "file_name" and those of `strata`, one row an image.
 
         Raises:
             ValueError: fewer images are eligible than asked for; the strata are listed.
         """
-        enough = (table["persons"] >= self.min_persons_per_image) & (table["keypoints"] >= self.min_kpts_per_person)
-        eligible = np.flatnonzero(enough)
-        names = strata(table)
+        eligible = eligible_rows(table, self.min_persons_per_image, self.min_kpts_per_person, self.num_images)
+        names = strata(table, self.columns)
         found, sizes = np.unique(names[eligible], return_counts=True)
-        available = {str(name): int(size) for name, size in zip(found, sizes, strict=True)}
-        if self.num_images > len(eligible):
-            listed = ", ".join(f"{name}: {size}" for name, size in available.items()) or "none"
-            raise ValueError(
-                f"sampler.num_images={self.num_images}: only {len(eligible)} images are eligible ({listed}); "
-                f"ask for at most {len(eligible)}"
-            )
-        quota = allocate(available, self.num_images)
+        quota = allocate({str(n): int(s) for n, s in zip(found, sizes, strict=True)}, self.num_images, self.allocation)
         draw = np.random.default_rng(self.seed)
         chosen: list[int] = []
-        for name in sorted(available):
+        for name in sorted(quota):
             members = eligible[names[eligible] == name]
             chosen += draw.permutation(members)[: quota[name]].tolist()
-        chosen.sort()
-        met = {name: int((names[chosen] == name).sum()) for name in available}
-        return CalibrationSet(
-            ids=tuple(str(table["id"][row]) for row in chosen),
-            file_names=tuple(str(table["file_name"][row]) for row in chosen),
-            strata=tuple(str(names[row]) for row in chosen),
-            quotas={n: {"eligible": available[n], "asked": quota[n], "met": met[n]} for n in sorted(available)},
-            seed=self.seed,
-        )
+        return CalibrationSet.of(table, names, eligible, chosen, quota, self.seed)

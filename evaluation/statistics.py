@@ -108,3 +108,16 @@ def paired(ours: Draws, theirs: Draws) -> Interval:
         )
     n = min(len(ours.values), len(theirs.values))
     return _interval(ours.value - theirs.value, ours.values[:n] - theirs.values[:n])
+
+
+def spearman(one: F64, other: F64) -> float | None:
+    """Spearman's rank correlation, ties at their mean rank; None where one of them is constant, or below three values."""
+
+    def ranks(values: F64) -> F64:
+        below, equal = (values[:, None] > values).sum(1), (values[:, None] == values).sum(1)
+        positions: F64 = below + (equal + 1) / 2
+        return positions
+
+    if len(one) < 3 or np.ptp(one) == 0 or np.ptp(other) == 0:
+        return None
+    return float(np.corrcoef(ranks(np.asarray(one, np.float64)), ranks(np.asarray(other, np.float64)))[0, 1])

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from evaluation.types import InputSpec, Resolution
-from pipeline.artifacts import Job, Results, Stage, arguments, read_manifest, requested, targets
+from pipeline.artifacts import Job, Results, Stage, arguments, read_manifest, requested, targets, value_at
 from pipeline.errors import UserError, nearest
 
 RUN_VARIABLE = "POSEPRESS_RUN"
@@ -41,7 +41,37 @@ def _framing_label(mode: str | None, scales: Any, flip: bool) -> str:
     return f"{_FRAMINGS.get(mode, mode)}{several}{'-flip' if flip else ''}"
 
 
-OmegaConf.register_new_resolver("framing_label", _framing_label, replace=True)
+def _sampler_words(images: Any, image_dir: str | None, allocation: str) -> str:
+    """What of a sampler differs from the usual, in its label."""
+    where = "-dir" if image_dir is not None else "" if list(images) == ["train"] else f"-{'+'.join(images)}"
+    return where + ("" if allocation == "proportional" else f"-{allocation}")
+
+
+def _int8_words(percentile: float, weights: str, concatenations: bool, layers: bool, bias: bool, rest: str) -> str:
+    """What of INT8 differs from the usual, in its label."""
+    off = {"concat": concatenations, "layers": layers, "bias": bias}
+    words = ["" if percentile == 99.999 else f"{percentile:g}", "" if weights == "max" else f"-w.{weights}"]
+    words += [f"-no.{name}" for name, on in off.items() if not on]
+    return "".join(words) + ("" if rest == "fp32" else f"-{rest}")
+
+
+def _without_vnni(backend: str) -> bool:
+    """Whether INT8 kernels of this processor add two products of 8 bits in 16 bits, so that weights need one bit less."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return backend == "onnxruntime" and "avx2" in text and "vnni" not in text
+
+
+for _name, _resolver in (
+    ("framing_label", _framing_label),
+    ("sampler_words", _sampler_words),
+    ("int8_words", _int8_words),
+    ("latency_words", lambda limit: "" if limit is None else f"-t{limit}"),
+    ("without_vnni", _without_vnni),
+):
+    OmegaConf.register_new_resolver(_name, _resolver, replace=True)
 
 
 class Cell:
@@ -96,7 +126,7 @@ class Cell:
         for name in self.plan:
             _require_values(self.config.stages[name], name)
             for option in self.stages[name].files:
-                file = self.stages[name].options.get(option)
+                file = value_at(self.stages[name].options, option)
                 if file is not None and not Path(str(file)).is_file():
                     raise UserError(f"{option}={file}: no such file; give the path of an existing one")
             for component in self._components(name):

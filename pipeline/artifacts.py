@@ -34,6 +34,12 @@ DESCRIPTIVE = (
     "recipe",
     "onnx",
     "spec",
+    "address",
+    "network",
+    "images",
+    "image_dir",
+    "tuned_by",
+    "measured_on",
 )
 # Keys of a stage's yaml that wire it and are no arguments.
 WIRING = ("address", "inputs", "code", "toolchain", "splits", "files", "collect", "device", "aside")
@@ -188,6 +194,14 @@ def requested(stage: str | Sequence[str] | None, stages: Mapping[str, Stage]) ->
     return chain if "all" in wanted else [name for name in chain if name in wanted]
 
 
+def value_at(options: Mapping[str, Any], path: str) -> Any:
+    """A nested option by its dotted path; None where it is not."""
+    value: Any = options
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
 _WAKES = {"prune": "pruner=l1", "retrain": "pruner=l1", "sample": "precision=int8", "train": "another model than onnx"}
 
 
@@ -336,11 +350,13 @@ class Results:
         """
         options = arguments(stage)
         for key in stage.files:
-            if options.get(key) is not None:
-                file = Path(str(options[key]))
+            if (value := value_at(options, key)) is not None:
+                file = Path(str(value))
                 if not file.is_file():
                     raise UserError(f"{key}={file}: no such file; give the path of an existing one")
-                options[key] = {"sha256": sha256(file)}
+                where, _, name = key.rpartition(".")
+                inner = value_at(options, where) if where else options
+                inner[name] = {"sha256": sha256(file)}
         if "data" in options:
             options["data"] = data
         parts = {

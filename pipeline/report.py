@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.statistics import Draws, Interval, paired
+from evaluation.statistics import Draws, Interval, paired, spearman
 from pipeline.artifacts import current
 
 COLUMNS = (
@@ -246,16 +246,8 @@ def rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
     if len(group) < 4:
         return None
 
-    def ranks(key: str) -> NDArray[np.float64]:
-        values = np.array([row[key] for row in group], np.float64)
-        below, equal = (values[:, None] > values).sum(1), (values[:, None] == values).sum(1)
-        positions: NDArray[np.float64] = below + (equal + 1) / 2
-        return positions
-
-    ours, theirs = ranks("agreement_ap"), ranks("ap")
-    if ours.std() == 0 or theirs.std() == 0:
-        return None
-    return float(np.corrcoef(ours, theirs)[0, 1])
+    ours, theirs = (np.array([figures[key] for figures in group], np.float64) for key in ("agreement_ap", "ap"))
+    return spearman(ours, theirs)
 
 
 _STEPS: tuple[tuple[str, Callable[[Mapping[str, Any]], bool]], ...] = (

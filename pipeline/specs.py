@@ -32,6 +32,15 @@ class Shapes:
     resolution: tuple[Resolution, Resolution, Resolution]
     batch: tuple[int, int, int]
 
+    @classmethod
+    def of(cls, framing: "Framing", size: Resolution, spec: InputSpec, batch: int) -> "Shapes":
+        """What a framing asks of an engine of a resolution: up to `batch` images, of free width where their widths differ."""
+        narrow, wide = size, size
+        if not framing.one_size:  # images between a third as wide as high and three times as wide
+            narrow = Resolution(size.height, spec.fit(size.height / 3))
+            wide = Resolution(size.height, max(spec.fit(size.height * 3), size.width))
+        return cls((narrow, size, wide), (1, batch, batch))
+
 
 @dataclass(frozen=True)
 class ModelFiles:
@@ -259,11 +268,33 @@ class Backend(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class CalibrationFeed:
+    """Calibration images as network inputs.
+
+    Attributes:
+        read: the first so many of them, or all for None, as batches [B, 3, H, W].
+        images: digest of their list.
+        preprocessing: digest of how they become inputs.
+    """
+
+    read: Callable[[int | None], Iterable[Array]]
+    images: str
+    preprocessing: str
+
+
 class Quantizer(Protocol):
     """Writes precision into an ONNX file."""
 
-    def quantize(self, onnx: Path, feed: Callable[[], Iterable[Array]], out: Path) -> Mapping[str, Any]:
-        """Write the typed ONNX of both flavours into `out`; returns a report of plain data."""
+    def quantize(self, onnx: Path, feed: CalibrationFeed | None, probe: Any, out: Path) -> Mapping[str, Any]:
+        """Write the typed ONNX of both flavours into `out`; returns a report of plain data.
+
+        Args:
+            onnx: a float network.
+            feed: calibration images; None where the quantizer was given none.
+            probe: a `pipeline.quantization.probe.Probe`; None where the quantizer measures nothing.
+            out: a folder.
+        """
         ...
 
 

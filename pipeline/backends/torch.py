@@ -1,4 +1,4 @@
-"""PyTorch itself: the network as it was trained, in floating point."""
+"""PyTorch itself: the network as it was trained, or a typed ONNX file node by node, in floating point."""
 
 import json
 import shutil
@@ -18,12 +18,15 @@ from pipeline.errors import UserError
 from pipeline.specs import ModelFiles, Shapes
 
 ENGINE = "engine.json"
+_TYPED = "typed.onnx"
 _PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True)
 class Torch:
     """Runs the checkpoint that was exported, on a GPU where there is one.
+
+    A network that was given as ONNX runs node by node, each in the precision that its typed file says.
 
     Attributes:
         precision: fp32, fp16 or bf16; half precisions run the weights and everything between input and fields.
@@ -66,17 +69,14 @@ class Torch:
         return replace(self, precision="fp32")
 
     def build(self, files: ModelFiles, shapes: Shapes, out: Path) -> Path:  # noqa: ARG002 - torch takes any shape
-        """Copy the checkpoint and say in which precision it runs.
-
-        Raises:
-            UserError: the network was given as ONNX.
-        """
+        """Copy the checkpoint, or the typed ONNX file where there is none, and say in which precision it runs."""
         from pipeline.models import store
 
         if files.checkpoint is None:
-            raise UserError("backend=torch: the network was given as ONNX and has no torch source; choose another backend")
-        for name in (store.WEIGHTS, store.ARCHITECTURE):
-            shutil.copyfile(files.checkpoint / name, out / name)
+            shutil.copyfile(files.onnx["tensorrt"], out / _TYPED)
+        else:
+            for name in (store.WEIGHTS, store.ARCHITECTURE):
+                shutil.copyfile(files.checkpoint / name, out / name)
         engine = out / ENGINE
         engine.write_text(json.dumps({"precision": self.precision, "cuda_graph": self.cuda_graph}))
         return engine
@@ -126,18 +126,23 @@ class TorchRunner:
         import torch
 
         from pipeline.models import store
+        from pipeline.models.onnx_graph import OnnxNetwork
 
-        network, _, _ = store.load(folder)
-        self.spec: NetworkSpec = network.spec  # type: ignore[assignment]
+        typed = (folder / _TYPED).exists()
+        network: Any = OnnxNetwork.read(folder / _TYPED) if typed else store.load(folder)[0]
+        self.spec: NetworkSpec = network.spec
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         on_gpu = self.device.type == "cuda"
         self.workers = 2 if on_gpu else 1
-        self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(options["precision"], torch.float32)
+        halves = {"fp16": torch.float16, "bf16": torch.bfloat16}
+        self.dtype = torch.float32 if typed else halves.get(options["precision"], torch.float32)
         if threads:
             torch.set_num_threads(threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        self.network = network.eval().to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.cuda_graph = bool(options["cuda_graph"]) and on_gpu
+        self.network = network.eval().to(self.device, memory_format=torch.channels_last)
+        if not typed:  # whose nodes have types of their own
+            self.network.to(self.dtype)
+        self.cuda_graph = bool(options["cuda_graph"]) and on_gpu and not typed
         self.capturing = Lock()
         self.slots: LifoQueue[_Slot] = LifoQueue()
         for _ in range(self.workers):

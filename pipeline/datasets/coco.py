@@ -108,6 +108,10 @@ def load_annotations(file: Path) -> dict[str, Any]:
             if absent:
                 raise UserError(f"{file}: {kind}[{position}] has no '{absent[0]}', so not COCO's format")
     known = {image["id"] for image in raw["images"]}
+    if len({str(i) for i in known}) < len(raw["images"]):
+        seen: set[str] = set()
+        twice = next(str(i["id"]) for i in raw["images"] if str(i["id"]) in seen or seen.add(str(i["id"])))  # type: ignore[func-returns-value]
+        raise UserError(f"{file}: the image id {twice} is there twice; give every image an id of its own")
     unknown = sorted({str(a["image_id"]) for a in raw["annotations"] if a["image_id"] not in known})
     if unknown:
         raise UserError(
@@ -167,6 +171,19 @@ class Coco:
     annotations: Path | None = None
     names: tuple[str, ...] | None = None
 
+    @classmethod
+    def folder(cls, images: str) -> "Coco":
+        """The images of a plain folder, without labels.
+
+        Raises:
+            UserError: there is no such folder, or no image in it.
+        """
+        made = cls(Path(images))
+        if not made.images.is_dir() or not len(made):
+            what = "no image in this folder" if made.images.is_dir() else "no such folder"
+            raise UserError(f"image_dir={images}: {what}; give one that holds images ({', '.join(IMAGE_TYPES)})")
+        return made
+
     @property
     def labels(self) -> Skeleton:
         """The skeleton of the keypoints, COCO's unless the file's category names others."""
@@ -223,19 +240,33 @@ class Coco:
         return Sample(str(record["id"]), size, read, truth, None if truth is None else truth.boxes[~truth.crowd])
 
     def table(self) -> dict[str, NDArray[Any]]:
-        """Columns id, file_name, persons, area and keypoints.
+        """Columns id, file_name, persons, area, keypoints and coverage, one row an image.
 
-        Those are: people with keypoints; the median of their areas in pixels; the mean count of their labelled keypoints.
+        Those are: people with keypoints (-1 in an image that nobody labelled); the median of their areas in pixels; the mean
+        count of their visible keypoints; the part, 0 to 1, of keypoint types of which one is visible in the image.
         """
-        columns: dict[str, list[Any]] = {"id": [], "file_name": [], "persons": [], "area": [], "keypoints": []}
-        for record in self.records:
-            labelled = [a for a in record["annotations"] or [] if _labelled(a) and not a.get("iscrowd")]
-            areas = people(labelled, len(self.labels.names)).areas
-            columns["id"].append(str(record["id"]))
-            columns["file_name"].append(record["file_name"])
-            columns["persons"].append(len(labelled))
-            columns["area"].append(float(np.median(areas)) if labelled else 0.0)
-            columns["keypoints"].append(float(np.mean([_labelled(a) for a in labelled])) if labelled else 0.0)
+        K = len(self.labels.names)
+        every = [record["annotations"] for record in self.records]
+        labelled = [[a for a in some or () if not a.get("iscrowd") and _labelled(a)] for some in every]
+        flat = [a for some in labelled for a in some]
+        image = np.repeat(np.arange(len(every)), [len(some) for some in labelled])
+        for record in flat:
+            if len(record["keypoints"]) != 3 * K:
+                people([record], K)  # whose complaint it is
+        numbers = np.array([a["keypoints"][2::3] for a in flat]).reshape(len(flat), K)
+        areas = np.array([a.get("area", a["bbox"][2] * a["bbox"][3]) for a in flat], np.float64)
+        visible = numbers == 2
+        persons = np.bincount(image, minlength=len(every))
+        seen = np.zeros((len(every), K), bool)
+        np.logical_or.at(seen, image, visible)
+        columns: dict[str, Any] = {
+            "id": [str(record["id"]) for record in self.records],
+            "file_name": [record["file_name"] for record in self.records],
+            "persons": np.where([some is None for some in every], -1, persons),
+            "area": _medians(areas, image, len(every)),
+            "keypoints": np.bincount(image, visible.sum(axis=1), len(every)) / np.maximum(persons, 1),
+            "coverage": seen.mean(axis=1),
+        }
         return {name: np.array(values) for name, values in columns.items()}
 
     def contents(self, cache: Path) -> dict[str, str]:
@@ -256,6 +287,16 @@ class Coco:
                 "restore them, or pass strict=false to skip and count them"
             )
         return digests
+
+
+def _medians(values: NDArray[np.float64], group: NDArray[np.intp], count: int) -> NDArray[np.float64]:
+    """The median of each group's values, 0 where it has none; `group` is sorted."""
+    order = np.lexsort((values, group))
+    sizes = np.bincount(group, minlength=count)
+    starts = np.cumsum(sizes) - sizes
+    ordered = np.append(values[order], 0.0)
+    low, high = (starts + (sizes - 1) // 2, starts + sizes // 2)
+    return np.where(sizes > 0, (ordered[np.where(sizes > 0, low, 0)] + ordered[np.where(sizes > 0, high, 0)]) / 2, 0.0)
 
 
 def _read_checked(file: Path, size: Resolution) -> NDArray[np.uint8]:

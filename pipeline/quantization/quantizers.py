@@ -1,34 +1,34 @@
-"""The precisions a network can be written in: fp32, fp16, int8."""
+"""The precisions a network can be written in: fp32, fp16, int8, and what somebody else quantized."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
-from pipeline.quantization import calibration, writers
-from pipeline.specs import FLAVOURS, ModelFiles
+from pipeline.errors import UserError
+from pipeline.quantization import caches, calibration, equalization, half, writers
+from pipeline.quantization.calibration import Histogram
+from pipeline.quantization.graph import Graph, Placement, load, matching, place
+from pipeline.quantization.probe import Candidate, Probe
+from pipeline.quantization.weights import LEAST_SCALE, WEIGHT_SCALES, WeightScale
+from pipeline.specs import FLAVOURS, SPEC_KEY, CalibrationFeed, read_spec
 
-Feed = Callable[[], Iterable[NDArray[np.float32]]]
-
-
-def _write(models: Mapping[str, onnx.ModelProto], out: Path) -> None:
-    for flavour, file in ModelFiles.in_folder(out).onnx.items():
-        onnx.save(models[flavour], file)
+SCALES, STEPS, FLOAT, TENSORRT_CACHE = "scales.json", "steps.json", "float.onnx", "calibration.cache"
+_STEP_IMAGES = 32  # calibration images for the table of steps
 
 
 @dataclass(frozen=True)
 class Fp32:
     """The network as it is."""
 
-    def quantize(self, onnx_file: Path, feed: Feed, out: Path) -> dict[str, Any]:  # noqa: ARG002
+    def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:  # noqa: ARG002
         """Write both flavours, which are the same."""
-        model = onnx.load(onnx_file)
-        _write(dict.fromkeys(FLAVOURS, model), out)
+        Candidate.of_file(onnx_file).write(out)
         return {"precision": "fp32"}
 
 
@@ -36,17 +36,37 @@ class Fp32:
 class Fp16:
     """Half-precision weights and activations by casts; inputs and outputs stay float32.
 
-    ONNX Runtime's CPU has no half-precision kernels and computes such a file in float32.
+    Nodes that came near half precision's greatest number on the calibration images, or passed it when the network was computed
+    in half precision, stay in float32. ONNX Runtime's processor kernels compute such a file in float32 altogether.
+
+    Attributes:
+        nodes_to_exclude: patterns of names of nodes that stay in float32.
     """
 
-    def quantize(self, onnx_file: Path, feed: Feed, out: Path) -> dict[str, Any]:  # noqa: ARG002
-        """Write both flavours, which are the same."""
-        from onnxconverter_common import float16
+    nodes_to_exclude: tuple[str, ...] = ()
 
-        model = float16.convert_float_to_float16(onnx.load(onnx_file), keep_io_types=True)
-        onnx.checker.check_model(model)
-        _write(dict.fromkeys(FLAVOURS, model), out)
-        return {"precision": "fp16"}
+    def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:
+        """Write both flavours, which are the same.
+
+        Raises:
+            UserError: a pattern matches no node, or the network is broken before it is quantized.
+        """
+        assert feed is not None
+        model = load(onnx_file)
+        asked = matching(model, self.nodes_to_exclude, "precision.nodes_to_exclude")
+        names = [model.graph.input[0].name, *half.activations(model)]
+        near = half.out_of_range(model, calibration.observe(model, names, feed.read(None), histograms=False))
+        broken: list[str] = []
+        while True:
+            made = half.convert(model, {*asked, *near, *broken})
+            more = [name for name in half.overflowing(made, feed.read(None)) if name not in broken]
+            if not more:
+                break
+            broken += more
+        candidate = Candidate(dict.fromkeys(FLAVOURS, made))
+        candidate.write(out)
+        errors = {} if probe is None else {f"error_{name}": value for name, value in probe.errors(candidate).items()}
+        return {"precision": "fp16", **half.report(near, broken, model), **errors}
 
 
 @dataclass(frozen=True)
@@ -54,14 +74,33 @@ class Int8:
     """Symmetric INT8 by calibration: a scale a tensor for activations, a scale a channel for weights.
 
     Attributes:
-        calibration_method: "minmax", "percentile" or "mse".
+        calibration_method: "minmax", "moving_average", "percentile", "entropy" or "mse".
         percentile: for that method.
-        nodes_to_exclude: names of nodes that stay in float.
+        weight_scale: "max", "mse" or "least_squares".
+        equalize_concatenations: rescale what is concatenated, so that each channel fills the scale it shares.
+        equalize_layers: likewise between convolutions.
+        bias_correction: take the mean error of rounding out of each convolution's bias.
+        reduce_range: weights of 7 bits, for kernels that add two products of 8 x 8 bits in 16 bits (processors without VNNI).
+        high_precision_dtype: "fp32" or "fp16", of what is not INT8 in TensorRT's flavour.
+        nodes_to_exclude: patterns of names of nodes that stay in float.
+        cal_data_file: an .npz file where histograms are kept, or taken from if the calibration is the same.
+        cal_cache_file: a .json file where scales are, likewise.
+        tensorrt_cache: a calibration cache of TensorRT 10 whose scales are taken; equalization must be off, for they are of the
+            network as it was.
     """
 
     calibration_method: calibration.Method = "percentile"
-    percentile: float = 99.99
+    percentile: float = 99.999
+    weight_scale: WeightScale = "max"
+    equalize_concatenations: bool = True
+    equalize_layers: bool = True
+    bias_correction: bool = True
+    reduce_range: bool = False
+    high_precision_dtype: str = "fp32"
     nodes_to_exclude: tuple[str, ...] = ()
+    cal_data_file: str | None = None
+    cal_cache_file: str | None = None
+    tensorrt_cache: str | None = None
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -69,37 +108,237 @@ class Int8:
         Raises:
             ValueError: an unknown method, or a percentile out of range.
         """
-        if self.calibration_method not in ("minmax", "percentile", "mse"):
-            raise ValueError(f"precision.calibration_method={self.calibration_method}: choose minmax, percentile or mse")
+        for option, known in (
+            ("calibration_method", calibration.METHODS),
+            ("weight_scale", WEIGHT_SCALES),
+            ("high_precision_dtype", ("fp32", "fp16")),
+        ):
+            if getattr(self, option) not in known:
+                raise ValueError(f"precision.{option}={getattr(self, option)}: choose {', '.join(known)}")
         if not 50 < self.percentile <= 100:
             raise ValueError(f"precision.percentile={self.percentile}: choose above 50 to 100")
+        if self.tensorrt_cache and (self.equalize_concatenations or self.equalize_layers):
+            raise ValueError(
+                f"precision.tensorrt_cache={self.tensorrt_cache}: its scales are of the network without equalization; add "
+                "precision.equalize_concatenations=false precision.equalize_layers=false"
+            )
 
-    def quantize(self, onnx_file: Path, feed: Feed, out: Path) -> dict[str, Any]:
-        """Calibrate once, write both flavours and scales.json.
+    def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:
+        """Calibrate once, write both flavours, scales.json, TensorRT 10's cache and a table of what each step gave.
 
         Raises:
-            ValueError: a name in `nodes_to_exclude` is no node of the network.
+            UserError: a pattern matches no node, a cache was made of other things, or an activation is not finite.
         """
-        model = calibration.load(onnx_file)
-        names = {node.name for node in model.graph.node}
-        unknown = [name for name in self.nodes_to_exclude if name not in names]
-        if unknown:
-            raise ValueError(f"precision.nodes_to_exclude: no node named {unknown[0]} in {onnx_file.name}")
-        placement = writers.place(model, self.nodes_to_exclude)
-        tensors = sorted({*placement.inputs, *placement.ends, *placement.skips.values()})
-        histograms = calibration.observe(model, tensors, feed())
-        thresholds = {t: h.threshold(self.calibration_method, self.percentile) for t, h in histograms.items()}
-        scales = writers.activation_scales(thresholds, placement)
-        lows = {t: h.least for t, h in histograms.items()}
-        for group in placement.shared:
-            lows |= dict.fromkeys(group, min(lows[t] for t in group))
-        written = {
-            flavour: writers.insert(model, placement, scales, lows, flavour, self.nodes_to_exclude)  # type: ignore[arg-type]
-            for flavour in FLAVOURS
+        assert feed is not None
+        calibrated = self.calibrate(onnx_file, feed)
+        candidate = calibrated.written()
+        candidate.write(out)
+        calibrated.save(out)
+        steps = [] if probe is None else list(self._steps(onnx_file, feed, probe, candidate))
+        (out / STEPS).write_text(json.dumps(steps, indent=1))
+        return {"precision": "int8", **calibrated.summary(), **(_last(steps) if steps else {})}
+
+    def calibrate(self, onnx_file: Path, feed: CalibrationFeed, most: int | None = None) -> "Calibrated":
+        """Equalize, find ranges and correct biases.
+
+        Args:
+            onnx_file: a float network.
+            feed: calibration images.
+            most: only so many of them.
+
+        Raises:
+            UserError: as `quantize`.
+        """
+        model = load(onnx_file)
+        key = {"network": caches.network_digest(model), "images": feed.images, "preprocessing": feed.preprocessing}
+        excluded = matching(model, self.nodes_to_exclude, "precision.nodes_to_exclude")
+        placement = place(model, excluded)
+        if not placement.quantized(model):
+            raise UserError(f"{onnx_file.name}: no convolution is left to quantize; shorten precision.nodes_to_exclude")
+        rescaled = {"channels": 0, "tensors": 0}
+        ranged = [self.equalize_concatenations, self.equalize_layers, sorted(excluded)]
+        if self.equalize_concatenations or self.equalize_layers:
+            extremes = calibration.observe(model, placement.tensors, feed.read(most), histograms=False)
+            peaks = {name: one.peaks for name, one in extremes.items()}
+            model, rescaled = equalization.equalize(
+                model, placement, peaks, self.equalize_concatenations, self.equalize_layers
+            )
+
+        def observe() -> dict[str, Histogram]:
+            return calibration.observe(model, placement.tensors, feed.read(most), histograms=not self.tensorrt_cache)
+
+        data = Path(self.cal_data_file) if self.cal_data_file and most is None else None
+        found = caches.tensor_data(data, {**key, "algorithm": _digest(ranged)}, observe)
+        key["algorithm"] = _digest([*ranged, self.calibration_method, self.percentile, self.high_precision_dtype])
+        lows = {name: one.least for name, one in found.items()}
+        kept = Path(self.cal_cache_file) if self.cal_cache_file and most is None else None
+        if self.tensorrt_cache:
+            thresholds = _imported(Path(self.tensorrt_cache), placement)
+        elif kept is not None and kept.exists():
+            rows = caches.read_scales(kept, key)
+            thresholds = {name: float(row["threshold"]) for name, row in rows.items()}
+        else:
+            thresholds = {name: one.threshold(self.calibration_method, self.percentile) for name, one in found.items()}
+        scales = writers.Scales.of(
+            thresholds,
+            lows,
+            placement,
+            self.weight_scale,
+            63 if self.reduce_range else 127,
+            half.LEAST_NORMAL if self.high_precision_dtype == "fp16" else LEAST_SCALE,
+        )
+        if self.bias_correction:
+            shifts = equalization.mean_shifts(model, placement, scales, feed.read(most))
+            model = equalization.corrected(model, shifts)
+        made = Calibrated(model, placement, scales, thresholds, found, key, rescaled, self.high_precision_dtype == "fp16")
+        if kept is not None and not kept.exists():
+            caches.write_scales(kept, key, made.rows())
+        return made
+
+    def _steps(
+        self, onnx_file: Path, feed: CalibrationFeed, probe: Probe, final: Candidate
+    ) -> Iterator[dict[str, Any]]:
+        """The error of the fields after each step that is switched on, all others off; the last row is what was written."""
+        plain = replace(
+            self, equalize_concatenations=False, equalize_layers=False, bias_correction=False, cal_data_file=None, cal_cache_file=None
+        )
+        on: dict[str, Any] = {}
+        yield {"step": "calibrated", **probe.errors(plain.calibrate(onnx_file, feed, _STEP_IMAGES).written())}
+        switches = [s for s in ("equalize_concatenations", "equalize_layers", "bias_correction") if getattr(self, s)]
+        for switch in switches[:-1]:
+            on[switch] = True
+            made = replace(plain, **on).calibrate(onnx_file, feed, _STEP_IMAGES).written()
+            yield {"step": f"+ {switch}", **probe.errors(made)}
+        if switches:
+            yield {"step": f"+ {switches[-1]}", **probe.errors(final)}
+
+
+def _imported(file: Path, placement: Placement) -> dict[str, float]:
+    """Thresholds of every placed tensor from a TensorRT calibration cache.
+
+    Raises:
+        UserError: it lacks one.
+    """
+    scales = caches.read_tensorrt(file)
+    missing = [name for name in placement.tensors if name not in scales]
+    if missing:
+        raise UserError(
+            f"precision.tensorrt_cache={file}: no scale for {len(missing)} of {len(placement.tensors)} tensors "
+            f"({', '.join(missing[:3])}, ...); it is of another network: calibrate this one"
+        )
+    return {name: 127 * scales[name] for name in placement.tensors}
+
+
+def _last(steps: list[dict[str, Any]]) -> dict[str, float]:
+    return {f"error_{name}": value for name, value in steps[-1].items() if name != "step"}
+
+
+def _digest(content: Any) -> str:
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A float network, equalized and corrected, and the scales it is to be written with.
+
+    Attributes:
+        model: the network.
+        placement: what is quantized.
+        scales: the steps between integers.
+        thresholds: magnitudes they come from, before tensors shared them.
+        found: what is known of each tensor.
+        key: what all this follows from.
+        rescaled: how many channels and tensors were equalized.
+        in_half: whether TensorRT's flavour computes the rest in half precision.
+    """
+
+    model: onnx.ModelProto
+    placement: Placement
+    scales: writers.Scales
+    thresholds: Mapping[str, float]
+    found: Mapping[str, Histogram]
+    key: Mapping[str, str]
+    rescaled: Mapping[str, int]
+    in_half: bool
+
+    def written(self, placement: Placement | None = None) -> Candidate:
+        """Both flavours; `placement` of fewer nodes where some stay in float."""
+        made = {flavour: writers.insert(self.model, placement or self.placement, self.scales, flavour) for flavour in FLAVOURS}  # type: ignore[arg-type]
+        if self.in_half:
+            made["tensorrt"] = half.convert(made["tensorrt"])
+        return Candidate(made)
+
+    def without(self, names: set[str]) -> Candidate:
+        """Both flavours with more nodes in float."""
+        return self.written(place(self.model, self.placement.excluded | names))
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """Scales and where they come from, by tensor."""
+        steps = self.scales.activations
+        return {
+            name: {"scale": steps[name], "threshold": self.thresholds[name], "least": one.least, "most": one.most}
+            for name, one in sorted(self.found.items())
         }
-        _write(written, out)
-        table = {
-            t: {"scale": scales[t], "threshold": thresholds[t], "least": h.least, "most": h.most} for t, h in histograms.items()
+
+    def save(self, out: Path) -> None:
+        """Write scales.json, TensorRT 10's calibration cache, and the float network that both are of."""
+        caches.write_scales(out / SCALES, self.key, self.rows())
+        caches.write_tensorrt(out / TENSORRT_CACHE, self.scales.activations)
+        onnx.save(self.model, out / FLOAT)
+
+    def summary(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        graph = Graph(self.model)
+        convolutions = self.placement.quantized(self.model)
+        empty = sum(int((np.abs(w).max(axis=(1, 2, 3)) == 0).sum()) for n in convolutions if (w := graph.weights(n)) is not None)
+        return {
+            "tensors": len(self.found),
+            "constant": [name for name, threshold in self.thresholds.items() if threshold == 0],
+            "clamped_scales": len(self.scales.clamped),
+            "zero_weight_channels": empty,
+            "equalized_channels": self.rescaled["channels"],
+            "equalized_tensors": self.rescaled["tensors"],
+            "float_layers": sorted(self.placement.excluded),
         }
-        (out / "scales.json").write_text(json.dumps(table, indent=1, sort_keys=True))
-        return {"precision": "int8", "tensors": len(tensors), "constant": [t for t, v in thresholds.items() if v == 0]}
+
+
+@dataclass(frozen=True)
+class External:
+    """A network that somebody else quantized: an ONNX file with Q/DQ nodes, taken as it is.
+
+    Attributes:
+        file: with the fields of the exported network.
+    """
+
+    file: str
+
+    def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:  # noqa: ARG002
+        """Copy it as both flavours, with the description of the exported network.
+
+        Raises:
+            UserError: it is no ONNX file, its input or fields are others, or nothing in it is quantized.
+        """
+        where = f"precision.file={self.file}"
+        try:
+            model = onnx.load(self.file)
+            onnx.checker.check_model(model)
+        except Exception as error:
+            raise UserError(f"{where}: not a valid ONNX file ({str(error).splitlines()[0]})") from error
+        spec = read_spec(onnx_file)
+        outputs = {o.name for o in model.graph.output}
+        missing = [field.name for field in spec.fields if field.name not in outputs]
+        if missing or model.graph.input[0].name != spec.input.name:
+            raise UserError(
+                f"{where}: takes '{model.graph.input[0].name}' and returns {sorted(outputs)}; the exported network takes "
+                f"'{spec.input.name}' and returns {[field.name for field in spec.fields]}: quantize {onnx_file} instead"
+            )
+        pairs = sum(node.op_type == "DequantizeLinear" for node in model.graph.node)
+        if not pairs:
+            raise UserError(f"{where}: no DequantizeLinear node in it, so nothing is quantized; give a Q/DQ file")
+        onnx.helper.set_model_props(
+            model, {**{e.key: e.value for e in model.metadata_props if e.key != SPEC_KEY}, SPEC_KEY: spec.to_json()}
+        )
+        candidate = Candidate(dict.fromkeys(FLAVOURS, model))
+        candidate.write(out)
+        errors = {} if probe is None else {f"error_{name}": value for name, value in probe.errors(candidate).items()}
+        return {"precision": "external", "dequantized": pairs, **errors}

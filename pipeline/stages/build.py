@@ -18,11 +18,7 @@ def run(job: Job, backend: Backend, framing: Framing, resolution: str, batch: in
     """
     files = ModelFiles.in_folder(job.inputs["network"], job.inputs.get("checkpoint"))
     size = Resolution.parse(resolution)
-    spec = read_spec(files.onnx["tensorrt"]).input
-    narrow, wide = size, size
-    if not framing.one_size:  # images between a third as wide as high and three times as wide
-        narrow = Resolution(size.height, spec.fit(size.height / 3))
-        wide = Resolution(size.height, max(spec.fit(size.height * 3), size.width))
-    engine = backend.build(files, Shapes((narrow, size, wide), (1, batch, batch)), job.out)
+    shapes = Shapes.of(framing, size, read_spec(files.onnx["tensorrt"]).input, batch)
+    engine = backend.build(files, shapes, job.out)
     bytes_ = sum(file.stat().st_size for file in job.out.iterdir())
     return {"backend": backend.name, "engine_mb": bytes_ / 2**20, "engine": engine.name}

@@ -1,36 +1,88 @@
 """sample: choose the calibration images."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from calib_samplers.stratified import CalibrationSet
+import numpy as np
+
+from calib_samplers.stratified import UNKNOWN, CalibrationSet
+from evaluation.types import Resolution
 from pipeline.artifacts import Job
+from pipeline.datasets.coco import Coco
 from pipeline.errors import UserError
-from pipeline.specs import Sampler, Splits
+from pipeline.quantization.pictures import contact_sheet, strata_chart
+from pipeline.specs import Framing, Sampler, Splits
 
 FILE = "calibration.json"
 
 
-def run(job: Job, data: Splits, sampler: Sampler) -> dict[str, Any]:
-    """Choose train images by the sampler and write calibration.json with each image's content digest.
+def run(
+    job: Job, data: Splits, sampler: Sampler, images: Sequence[str], image_dir: str | None, framing: Framing, resolution: str
+) -> dict[str, Any]:
+    """Choose images by the sampler and write calibration.json, a picture of the strata and a contact sheet.
+
+    Args:
+        job: inputs hold "network" where the sampler looks at its activations.
+        data: the data set.
+        sampler: chooses.
+        images: splits to choose from: train, unlabelled.
+        image_dir: a folder of images to choose from instead; nothing in it needs labels.
+        framing: of images for the network.
+        resolution: likewise.
 
     Raises:
-        UserError: too few images are eligible, or a chosen one is in the validation set.
+        UserError: too few images are eligible, or one of them is in the validation set, by id or by content.
     """
-    train: Any = data.open("train")
+    if image_dir is not None:
+        parts: dict[str, Any] = {"image_dir": Coco.folder(image_dir)}
+    else:
+        wrong = [split for split in images if split not in ("train", "unlabelled")]
+        if wrong or not images:
+            raise UserError(f"sampler.images={list(images)}: choose train, unlabelled or both; others are for measuring")
+        parts = {split: data.open(split) for split in images}
+    tables = [part.table() for part in parts.values()]
+    table = {name: np.concatenate([one[name] for one in tables]) for name in tables[0]}
+    where = [(split, n) for split, part in parts.items() for n in range(len(part))]
+    contents = {split: part.contents(job.cache) for split, part in parts.items()}
     try:
-        chosen: CalibrationSet = sampler.sample(train.table())
+        if "network" in job.inputs:
+            from pipeline.quantization.features import features
+
+            rows = sampler.candidates(table)  # type: ignore[attr-defined]
+            looked = [(parts[where[row][0]], where[row][1]) for row in rows]
+            found = features(job.inputs["network"] / "model.onnx", looked, framing, Resolution.parse(resolution))
+            table["features"] = np.full((len(where), found.shape[1]), np.nan)
+            table["features"][rows] = found
+        chosen: CalibrationSet = sampler.sample(table)
     except ValueError as error:
         raise UserError(str(error)) from error
-    contents = train.contents(job.cache)
-    validation: Any = data.open("validation")
-    seen = set(validation.contents(job.cache).values())
-    leaked = [name for name in chosen.file_names if contents[name] in seen]
-    if leaked:
-        raise UserError(f"calibration image {leaked[0]} is also a validation image; mend the splits")
-    rows = zip(chosen.ids, chosen.file_names, chosen.strata, strict=True)
-    images = [{"id": i, "file_name": name, "stratum": stratum, "sha256": contents[name]} for i, name, stratum in rows]
-    content = {"digest": chosen.digest, "seed": chosen.seed, "quotas": chosen.quotas, "images": images}
+    listed = [
+        {"id": i, "file_name": name, "split": where[row][0], "stratum": stratum, "sha256": contents[where[row][0]][name]}
+        for i, name, row, stratum in zip(chosen.ids, chosen.file_names, chosen.rows, chosen.strata, strict=True)
+    ]
+    _refuse_leaks(job, data, listed)
+    content = {"digest": chosen.digest, "seed": chosen.seed, "quotas": chosen.quotas, "images": listed}
     (job.out / FILE).write_text(json.dumps(content, indent=1))
-    return {"images": len(images), "strata": len(chosen.quotas), "sampler": asdict(sampler)}  # type: ignore[call-overload]
+    strata_chart(chosen.quotas, job.out / "strata.png")
+    contact_sheet([parts[where[row][0]][where[row][1]] for row in chosen.rows], chosen.strata, job.out / "contact_sheet.jpg")
+    labelled = int((np.asarray(table["persons"]) != UNKNOWN).sum())
+    return {"images": len(listed), "strata": len(chosen.quotas), "labelled_candidates": labelled, "sampler": asdict(sampler)}  # type: ignore[call-overload]
+
+
+def _refuse_leaks(job: Job, data: Splits, listed: Sequence[dict[str, str]]) -> None:
+    """Make sure that no validation image is among the chosen.
+
+    Raises:
+        UserError: one is.
+    """
+    validation: Any = data.open("validation")
+    ids = {str(record["id"]) for record in validation.records}
+    digests = {digest: name for name, digest in validation.contents(job.cache).items()}
+    for image in listed:
+        if image["id"] in ids:
+            raise UserError(f"calibration image {image['file_name']} has the id {image['id']} of a validation image; mend the splits")
+        if image["sha256"] in digests:
+            twin = digests[image["sha256"]]
+            raise UserError(f"calibration image {image['file_name']} has the content of the validation image {twin}; mend the splits")

@@ -1,0 +1,67 @@
+"""Calibration images that cover what a network's activations do, by its own statistics."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calib_samplers.stratified import CalibrationSet, eligible_rows, strata
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Draws images whose activation statistics lie far apart: the greedy k-centre of Gonzalez (1985).
+
+    Attributes:
+        num_images: how many.
+        max_candidates: so many eligible images at most, drawn at random, are looked at.
+        min_persons_per_image: images with fewer labelled people are not eligible.
+        min_kpts_per_person: images whose people have fewer visible keypoints on average are not eligible.
+        seed: of the draw, and of the first image.
+    """
+
+    num_images: int = 64
+    max_candidates: int = 1000
+    min_persons_per_image: int = 1
+    min_kpts_per_person: float = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the counts.
+
+        Raises:
+            ValueError: they are below 1, or fewer are looked at than chosen.
+        """
+        if not 1 <= self.num_images <= self.max_candidates:
+            raise ValueError(f"sampler.num_images={self.num_images}: choose 1 to sampler.max_candidates={self.max_candidates}")
+
+    def candidates(self, table: Mapping[str, NDArray[Any]]) -> NDArray[np.intp]:
+        """The rows whose features are needed.
+
+        Raises:
+            ValueError: fewer images are eligible than asked for.
+        """
+        eligible = eligible_rows(table, self.min_persons_per_image, self.min_kpts_per_person, self.num_images)
+        return np.sort(np.random.default_rng(self.seed).permutation(eligible)[: self.max_candidates])
+
+    def sample(self, table: Mapping[str, NDArray[Any]]) -> CalibrationSet:
+        """Choose rows of a table.
+
+        Args:
+            table: columns "id", "file_name", those of `strata`, and "features" float [rows, D]; NaN in rows that are no
+                candidates.
+        """
+        rows = self.candidates(table)
+        features = np.asarray(table["features"], np.float64)[rows]
+        spread = features.std(axis=0)
+        features = (features - features.mean(axis=0)) / np.where(spread > 0, spread, 1)
+        first = int(np.random.default_rng(self.seed).integers(len(rows)))
+        chosen, away = [first], ((features - features[first]) ** 2).sum(axis=1)
+        while len(chosen) < self.num_images:
+            away[chosen] = -1
+            chosen.append(int(away.argmax()))
+            away = np.minimum(away, ((features - features[chosen[-1]]) ** 2).sum(axis=1))
+        names = strata(table)
+        return CalibrationSet.of(table, names, rows, [int(rows[n]) for n in chosen], {}, self.seed)

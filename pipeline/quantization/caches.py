@@ -1,0 +1,125 @@
+"""Calibration kept in files: tensor data, scales, and TensorRT 10's calibration cache."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from pipeline.errors import UserError
+from pipeline.quantization import calibration
+from pipeline.quantization.calibration import Histogram
+
+# What calibration follows from, as an error names it.
+PARTS = {
+    "network": "the network",
+    "images": "the list of calibration images",
+    "preprocessing": "the preprocessing (framing, resolution or the network's input form)",
+    "algorithm": "the algorithm (its options, or the nodes that are quantized)",
+}
+
+
+def network_digest(model: onnx.ModelProto) -> str:
+    """SHA-256 of a network's graph and weights; names of tools and descriptions beside it do not count."""
+    return hashlib.sha256(model.graph.SerializeToString(deterministic=True)).hexdigest()
+
+
+def check(file: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Make sure that a cache was made of the same things.
+
+    Raises:
+        UserError: it was not; what changed is named.
+    """
+    changed = [what for key, what in PARTS.items() if key in wanted and stored.get(key) != wanted[key]]
+    if changed:
+        raise UserError(f"{file}: made with another calibration: {', '.join(changed)} changed; delete the file or name another")
+
+
+def tensor_data(file: Path | None, key: Mapping[str, Any], make: Callable[[], dict[str, Histogram]]) -> dict[str, Histogram]:
+    """Histograms from a file, or made and then written to it.
+
+    Args:
+        file: an .npz file; None keeps nothing.
+        key: what they follow from.
+        make: them.
+
+    Raises:
+        UserError: the file is no such cache, or was made of other things.
+    """
+    if file is not None and file.exists():
+        try:
+            with np.load(file, allow_pickle=False) as stored:
+                arrays = dict(stored)
+            check(file, json.loads(str(arrays.pop("key"))), key)
+            return calibration.restore(arrays)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{file}: not a cache of tensor data ({error}); delete it or name another") from error
+    made = make()
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_name(f".{file.name}.tmp")
+        with unfinished.open("wb") as stream:
+            np.savez_compressed(stream, key=np.array(json.dumps(dict(key))), **calibration.save(made))  # type: ignore[arg-type]
+        unfinished.replace(file)
+    return made
+
+
+def read_scales(file: Path, key: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rows of a scales.json, {tensor: {"scale", ...}}, made of the same things.
+
+    Raises:
+        UserError: the file is no such cache, or was made of other things.
+    """
+    try:
+        content = json.loads(file.read_text())
+        rows: dict[str, dict[str, Any]] = content["tensors"]
+        stored = content["key"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not a cache of scales ({error}); delete it or name another") from error
+    check(file, stored, key)
+    return rows
+
+
+def write_scales(file: Path, key: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write scales.json; the same calibration gives the same bytes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.tmp")
+    unfinished.write_text(json.dumps({"key": dict(key), "tensors": dict(rows)}, indent=1, sort_keys=True))
+    unfinished.replace(file)
+
+
+def write_tensorrt(file: Path, scales: Mapping[str, float], version: str = "100300", algorithm: str = "EntropyCalibration2") -> None:
+    """Write scales as TensorRT 10's calibrators do: a header, then "tensor: bits of the float32 scale" in hexadecimal."""
+    lines = [f"TRT-{version}-{algorithm}"]
+    lines += [f"{name}: {struct.pack('>f', scale).hex()}" for name, scale in sorted(scales.items())]
+    file.write_text("\n".join(lines) + "\n")
+
+
+def read_tensorrt(file: Path) -> dict[str, float]:
+    """Scales of a TensorRT calibration cache, by tensor.
+
+    Raises:
+        UserError: the file is none, or a scale in it is not positive.
+    """
+    try:
+        header, *lines = file.read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot read the calibration cache ({error}); give the file that a calibrator wrote") from error
+    if not header.startswith("TRT-"):
+        raise UserError(f"{file}: not a TensorRT calibration cache, for it begins with '{header[:20]}' instead of 'TRT-'")
+    scales = {}
+    for number, line in enumerate(lines, 2):
+        name, _, bits = line.rpartition(":")
+        try:
+            (scale,) = struct.unpack(">f", bytes.fromhex(bits.strip()))
+        except (ValueError, struct.error) as error:
+            raise UserError(f"{file}, line {number}: not 'tensor: eight hexadecimal digits' but '{line[:40]}'") from error
+        if name and not (np.isfinite(scale) and scale >= 0):
+            raise UserError(f"{file}, line {number}: the scale of '{name}' is {scale}; calibrate again")
+        if name:
+            scales[name] = float(scale)
+    return scales

@@ -1,0 +1,255 @@
+"""Ranges made equal before quantization, by factors that cancel: exact in float, free at run time.
+
+A convolution's output channel can be multiplied by any positive factor if whoever reads it divides by the same: its
+weights and bias take the one, the readers' weights the other (Nagel et al., arXiv:1906.04721). ReLU, pooling, resizing and
+concatenation pass a factor on. Channels of small values then use the whole range of the scale that they share.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from evaluation.compiled import compiled
+from pipeline.quantization.graph import WEIGHTED, Graph, Placement, attribute, computed_over
+from pipeline.quantization.weights import quantized
+from pipeline.quantization.writers import Scales
+
+# Operators that return a multiple if they are given it.
+_HOMOGENEOUS = ("Relu", "LeakyRelu", "PRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "Resize", "Identity", "Pad", "Slice")
+_GREATEST = 1e4  # factor
+
+
+@dataclass
+class _Channels:
+    """Which channels of which tensors must have one factor: a number for each, numbers that are tied have one root."""
+
+    graph: Graph
+    parent: list[int] = field(default_factory=list)
+    fixed: list[bool] = field(default_factory=list)
+    of: dict[str, NDArray[np.intp]] = field(default_factory=dict)
+
+    def root(self, number: int) -> int:
+        while self.parent[number] != number:
+            self.parent[number] = self.parent[self.parent[number]]
+            number = self.parent[number]
+        return number
+
+    def roots(self, tensor: str) -> NDArray[np.intp]:
+        return np.array([self.root(number) for number in self.of[tensor]])
+
+    def new(self, tensor: str, fixed: bool) -> None:
+        count = self.graph.channels.get(tensor, 0)
+        if count:
+            first = len(self.parent)
+            self.parent += range(first, first + count)
+            self.fixed += [fixed] * count
+            self.of[tensor] = np.arange(first, first + count)
+
+    def tie(self, one: int, other: int) -> None:
+        a, b = self.root(one), self.root(other)
+        if a != b:
+            self.parent[b] = a
+            self.fixed[a] = self.fixed[a] or self.fixed[b]
+
+    def hold(self, tensor: str) -> None:
+        """Let nobody scale a tensor."""
+        for number in self.of.get(tensor, ()):
+            self.fixed[self.root(number)] = True
+
+
+def _channels(graph: Graph) -> _Channels:
+    """Follow channels through a graph."""
+    made = _Channels(graph)
+    uses: dict[str, int] = {}
+    for node in graph.nodes:
+        for name in node.input:
+            uses[name] = uses.get(name, 0) + 1
+    for value in graph.model.graph.input:
+        made.new(value.name, fixed=True)
+    for node in graph.nodes:
+        given = [name for name in graph.activations(node) if name in made.of]
+        out = node.output[0]
+        own = graph.weights(node) is not None and all(name in graph.constants and uses[name] == 1 for name in node.input[1:])
+        if own and node.op_type == "Conv" and given:
+            made.new(out, fixed=False)
+        elif _passes(graph, node) and given and graph.channels.get(out) == len(made.of[given[0]]):
+            made.of[out] = made.of[given[0]]
+        elif node.op_type == "Concat" and attribute(node, "axis") in (1, -3) and len(given) == len(node.input):
+            made.of[out] = np.concatenate([made.of[name] for name in given])
+        elif node.op_type == "Add" and len(given) == 2 and len(made.of[given[0]]) == len(made.of[given[1]]):
+            for one, other in zip(made.of[given[0]], made.of[given[1]], strict=True):
+                made.tie(one, other)
+            made.of[out] = made.of[given[0]]
+        else:
+            for name in given:
+                made.hold(name)
+            for name in node.output:
+                made.new(name, fixed=True)
+    for name in graph.outputs:
+        made.hold(name)
+    return made
+
+
+def _passes(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether a node returns a multiple of each channel if it is given one."""
+    if node.op_type not in _HOMOGENEOUS:
+        return False
+    if node.op_type == "PRelu":
+        return node.input[1] in graph.constants
+    if node.op_type == "Pad":
+        mode = attribute(node, "mode", b"constant")
+        filled = len(node.input) > 2 and node.input[2] != ""
+        return mode != b"constant" or not filled or (node.input[2] in graph.constants and not graph.value(node.input[2]).any())
+    return True
+
+
+def equalize(
+    model: onnx.ModelProto,
+    placement: Placement,
+    peaks: Mapping[str, NDArray[np.float32]],
+    concatenations: bool = True,
+    layers: bool = True,
+) -> tuple[onnx.ModelProto, dict[str, int]]:
+    """Rescale channels so that each fills the range of its tensor.
+
+    Args:
+        model: a float network with inferred shapes.
+        placement: what will be quantized.
+        peaks: greatest magnitude of each channel [C] of every placed tensor.
+        concatenations: whether to rescale what is concatenated.
+        layers: whether to rescale what goes from one convolution to others alone.
+
+    Returns:
+        A model that computes the same, and how many "channels" and "tensors" were rescaled.
+    """
+    graph = Graph(model)
+    channels = _channels(graph)
+    count = len(channels.parent)
+    factor = np.full(count, np.inf)
+    joint = np.zeros(count, bool)
+    for group in placement.groups:
+        tensors = [name for name in group if name in channels.of and len(peaks[name]) == len(channels.of[name])]
+        widest = max((float(peaks[name].max()) for name in tensors), default=0.0)
+        if widest <= 0:
+            continue
+        for name in tensors:
+            roots, peak = channels.roots(name), peaks[name].astype(np.float64)
+            np.minimum.at(factor, roots, np.where(peak > 0, widest / np.maximum(peak, widest / _GREATEST), np.inf))
+            joint[roots] |= len(group) > 1
+    held = np.array([channels.fixed[channels.root(number)] for number in range(count)], bool)
+    chosen = np.where(joint, concatenations, layers) & np.isfinite(factor) & ~held
+    scale = np.where(chosen, factor, 1.0)
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    constants = {i.name: i for i in made.graph.initializer}
+    for node in graph.nodes:
+        weights = graph.weights(node)
+        if weights is None or node.input[0] not in channels.of or node.output[0] not in channels.of:
+            continue
+        given, out = (scale[channels.roots(name)] for name in (node.input[0], node.output[0]))
+        if (given == 1).all() and (out == 1).all():
+            continue
+        constants[node.input[1]].CopyFrom(numpy_helper.from_array(_rescaled(node, weights, given, out), node.input[1]))
+        if len(node.input) > 2:
+            bias = (graph.value(node.input[2]) * out).astype(np.float32)
+            constants[node.input[2]].CopyFrom(numpy_helper.from_array(bias, node.input[2]))
+    rescaled = {name: int((scale[channels.roots(name)] != 1).sum()) for name in placement.tensors if name in channels.of}
+    return made, {"channels": sum(rescaled.values()), "tensors": sum(n > 0 for n in rescaled.values())}
+
+
+def _rescaled(
+    node: onnx.NodeProto, weights: NDArray[np.float32], given: NDArray[np.float64], out: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    """Weights that take inputs multiplied by `given` and return outputs multiplied by `out`."""
+    groups = int(attribute(node, "group", 1))
+    if node.op_type == "Conv":  # [O, I / groups, kh, kw]
+        inverse = np.repeat(1 / given.reshape(groups, -1), weights.shape[0] // groups, axis=0)
+        scaled = weights * inverse[:, :, None, None] * out[:, None, None, None]
+    else:  # [I, O / groups, kh, kw]; its output is held, as a factor of an axis that groups share
+        scaled = weights / given[:, None, None, None]
+    return scaled.astype(np.float32)
+
+
+def corrected(
+    model: onnx.ModelProto, shifts: Mapping[str, NDArray[np.float64]]
+) -> onnx.ModelProto:
+    """A model whose convolutions' biases are smaller by the mean errors of their outputs [O]; convolutions are named."""
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    constants = {i.name: i for i in made.graph.initializer}
+    for node in made.graph.node:
+        if node.name in shifts and node.op_type in WEIGHTED and len(node.input) > 2 and node.input[2] in constants:
+            bias = numpy_helper.to_array(constants[node.input[2]]) - shifts[node.name]
+            constants[node.input[2]].CopyFrom(numpy_helper.from_array(bias.astype(np.float32), node.input[2]))
+    return made
+
+
+def mean_shifts(
+    model: onnx.ModelProto, placement: Placement, scales: Scales, feed: Iterable[NDArray[np.float32]]
+) -> dict[str, NDArray[np.float64]]:
+    """The mean error that rounding a convolution's input and weights gives each of its outputs.
+
+    Args:
+        model: the float network.
+        placement: what is quantized.
+        scales: it will be written with.
+        feed: images, batches [B, 3, H, W].
+
+    Returns:
+        [O] for each quantized convolution: the sum over inputs of mean rounded input x rounded weights - mean input x weights
+        (Nagel et al., arXiv:1906.04721, section 4.2, with measured means; borders are taken to be like the rest).
+    """
+    graph = Graph(model)
+    nodes = [node for node in placement.quantized(model) if node.op_type == "Conv"]
+    tensors = sorted({node.input[0] for node in nodes})
+    means = {name: np.zeros((2, graph.channels[name])) for name in tensors}
+    seen = 0
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
+
+        def add(item: tuple[str, NDArray[np.float32]]) -> None:
+            name, values = item
+            planes = np.ascontiguousarray(values, np.float32).reshape(*values.shape[:2], -1)
+            means[name] += _rounded_means(planes, np.float32(scales.activations[name]))
+
+        for made in computed_over(model, tensors, feed):
+            seen += 1
+            list(pool.map(add, made.items()))
+    shifts = {}
+    for node in nodes:
+        weights = graph.weights(node)
+        assert weights is not None
+        integers, steps = quantized(weights, 0, scales.weight_scale, scales.most_weight, scales.least)
+        rounded = integers.sum(axis=(2, 3)) * steps[:, None].astype(np.float64)
+        groups = int(attribute(node, "group", 1))
+        plain, after = (
+            np.repeat(mean.reshape(groups, -1), len(weights) // groups, axis=0) for mean in means[node.input[0]] / max(seen, 1)
+        )
+        shifts[node.name] = (rounded * after - weights.sum(axis=(2, 3), dtype=np.float64) * plain).sum(axis=1)
+    return shifts
+
+
+@compiled
+def _rounded_means(planes: NDArray[np.float32], scale: float) -> NDArray[np.float64]:
+    """Mean values of channels, and mean values after rounding to 127 steps either way, [2, C], of planes [B, C, n]."""
+    B, C, n = planes.shape
+    means = np.zeros((2, C))
+    inverse = np.float32(1) / np.float32(scale)
+    for b in range(B):
+        for c in range(C):
+            plain, after = 0.0, 0.0
+            for i in range(n):
+                value = planes[b, c, i]
+                step = np.rint(value * inverse)
+                step = step if step < 127 else np.float32(127)
+                step = step if step > -127 else np.float32(-127)
+                plain += value
+                after += step
+            means[0, c] += plain / n / B
+            means[1, c] += after * scale / n / B
+    return means

@@ -1,0 +1,303 @@
+"""What an ONNX graph says about quantization: who makes and reads each tensor, what is quantized, which tensors share a scale."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from pipeline.errors import UserError, nearest
+
+Flavour = Literal["tensorrt", "onnxruntime"]
+
+WEIGHTED = ("Conv", "ConvTranspose")
+# Operators that return values they were given, or means of them: what goes in and what comes out share a scale.
+CARRIERS = ("MaxPool",)
+_FEW_CHANNELS = 4  # ONNX Runtime's integer convolution over an image is slower than its float one (benchmarks/README.md)
+
+
+class Graph:
+    """Who makes and who reads each tensor of a model."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.nodes = list(model.graph.node)
+        self.constants = {i.name: i for i in model.graph.initializer}
+        self.outputs = {o.name for o in model.graph.output}
+        infos = (*model.graph.value_info, *model.graph.output, *model.graph.input)
+        self.floats = {i.name for i in infos if i.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+        self.channels = {i.name: d[1].dim_value for i in infos if len(d := i.type.tensor_type.shape.dim) == 4}
+        self.producer = {o: n for n in self.nodes for o in n.output}
+        self.consumers: dict[str, list[onnx.NodeProto]] = {}
+        for node in self.nodes:
+            for name in node.input:
+                self.consumers.setdefault(name, []).append(node)
+
+    def value(self, name: str) -> NDArray[Any]:
+        """A constant."""
+        return numpy_helper.to_array(self.constants[name])
+
+    def weights(self, node: onnx.NodeProto) -> NDArray[np.float32] | None:
+        """The constant weights of a convolution."""
+        if node.op_type not in WEIGHTED or node.input[1] not in self.constants:
+            return None
+        return np.asarray(self.value(node.input[1]), np.float32)
+
+    def activated(self, tensor: str) -> str:
+        """The tensor after the activations that fuse with the operator that makes `tensor`."""
+        while tensor not in self.outputs:
+            readers = self.consumers.get(tensor, [])
+            if len(readers) != 1 or readers[0].op_type not in ("Relu", "Clip"):
+                break
+            tensor = readers[0].output[0]
+        return tensor
+
+    def bounds(self, tensor: str) -> tuple[float, float] | None:
+        """The bounds of the activation that makes a tensor, if it is a ReLU or a Clip with constant bounds."""
+        node = self.producer.get(tensor)
+        if node is not None and node.op_type == "Relu":
+            return 0.0, math.inf
+        if node is None or node.op_type != "Clip" or len(node.input) < 3:
+            return None
+        if any(name not in self.constants for name in node.input[1:3]):
+            return None
+        low, high = (float(self.value(name)) for name in node.input[1:3])
+        return low, high
+
+    def activations(self, node: onnx.NodeProto) -> list[str]:
+        """A node's inputs that are computed."""
+        names = node.input[:1] if node.op_type in WEIGHTED else node.input
+        return [name for name in names if name and name not in self.constants]
+
+
+def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
+    """An attribute of a node."""
+    return next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
+
+
+def load(file: Path) -> onnx.ModelProto:
+    """Read an ONNX file with the shapes of its tensors inferred, batch norms folded into the convolutions before them.
+
+    Raises:
+        UserError: a batch norm is left that no convolution can take.
+    """
+    model = onnx.shape_inference.infer_shapes(onnx.load(file))
+    left = [node.name for node in model.graph.node if node.op_type == "BatchNormalization"]
+    if left:
+        raise UserError(
+            f"{file}: the batch norm '{left[0]}' is not folded into a convolution, and would keep its neighbours from INT8; "
+            "export or simplify the network again (onnxsim folds them)"
+        )
+    return model
+
+
+def matching(model: onnx.ModelProto, patterns: Iterable[str], option: str) -> set[str]:
+    """Names of the nodes that shell patterns match.
+
+    Raises:
+        UserError: a pattern matches none.
+    """
+    names = [node.name for node in model.graph.node]
+    found: set[str] = set()
+    for pattern in patterns:
+        some = {name for name in names if fnmatchcase(name, pattern)}
+        if not some:
+            raise UserError(f"{option}: no node matches '{pattern}'{nearest(pattern, names)}")
+        found |= some
+    return found
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which tensors are quantized.
+
+    Attributes:
+        inputs: tensors with Q/DQ before an operator (int8 for TensorRT).
+        ends: those and the outputs of operators (uint8 for ONNX Runtime).
+        skips: for each residual add, the tensor that TensorRT's flavour quantizes.
+        shared: sets of tensors with one scale: inputs and output of a concatenation, of a pooling.
+        excluded: nodes that stay in float in both flavours, the heads among them.
+        slow: convolutions that stay in float in ONNX Runtime's flavour, for it has no INT8 kernel for them, or a slower one.
+    """
+
+    inputs: tuple[str, ...]
+    ends: tuple[str, ...]
+    skips: Mapping[str, str]
+    shared: tuple[frozenset[str], ...]
+    excluded: frozenset[str] = frozenset()
+    slow: frozenset[str] = frozenset()
+
+    @property
+    def tensors(self) -> list[str]:
+        """Every quantized tensor of either flavour."""
+        return sorted({*self.inputs, *self.ends, *self.skips.values()})
+
+    @property
+    def groups(self) -> list[frozenset[str]]:
+        """Every quantized tensor once, with those that share its scale."""
+        alone = set(self.tensors).difference(*self.shared)
+        return [*self.shared, *(frozenset((name,)) for name in sorted(alone))]
+
+    def quantized(self, model: onnx.ModelProto) -> list[onnx.NodeProto]:
+        """The convolutions that compute in integers, or would."""
+        return [n for n in model.graph.node if n.op_type in WEIGHTED and n.name not in self.excluded and n.input[0] in self.inputs]
+
+
+def place(model: onnx.ModelProto, exclude: Iterable[str] = ()) -> Placement:
+    """Decide what is quantized.
+
+    Convolutions whose outputs are the network's stay in float: they are a small part of the work, and nothing after them
+    averages their rounding (a tenth of the whole error on a MobileNetV2 PAF network).
+
+    Args:
+        model: a float network with inferred shapes.
+        exclude: names of nodes that stay in float.
+    """
+    graph = Graph(model)
+    skip = frozenset(exclude)
+    inputs: dict[str, None] = {}
+    ends: dict[str, None] = {}
+    skips: dict[str, str] = {}
+    slow: set[str] = set()
+    heads: set[str] = set()
+    groups: list[set[str]] = []
+    for node in graph.nodes:
+        computed = graph.activations(node)
+        if node.name in skip or not graph.floats.issuperset(computed):  # the latter: arithmetic on shapes
+            continue
+        if node.op_type in WEIGHTED:
+            weights, made = graph.weights(node), graph.activated(node.output[0])
+            if weights is None or made in graph.outputs:
+                heads |= {node.name} if made in graph.outputs else set()
+                continue
+            inputs[computed[0]] = None
+            few = weights.shape[1] < _FEW_CHANNELS and attribute(node, "group", 1) == 1
+            if node.op_type == "ConvTranspose" or few:
+                slow.add(node.name)
+            else:
+                ends[computed[0]] = ends[made] = None
+        elif node.op_type == "Concat" and len(computed) == len(node.input) and node.output[0] not in graph.outputs:
+            for name in (*computed, node.output[0]):
+                inputs[name] = ends[name] = None
+            groups.append({*computed, node.output[0]})
+        elif node.op_type == "Add" and len(computed) == 2:
+            made = graph.activated(node.output[0])
+            for name in (*computed, made):
+                if name not in graph.outputs:
+                    ends[name] = None
+            direct = [
+                n
+                for n in computed
+                if n in graph.producer and graph.producer[n].op_type == "Conv" and len(graph.consumers[n]) == 1
+            ]
+            skips[node.name] = next((n for n in computed if n not in direct[:1]), computed[1])
+        elif node.op_type in CARRIERS and node.output[0] not in graph.outputs:
+            for name in (computed[0], node.output[0]):
+                inputs[name] = ends[name] = None
+            groups.append({computed[0], node.output[0]})
+    return Placement(tuple(inputs), tuple(ends), skips, tuple(joined(groups)), skip | heads, frozenset(slow))
+
+
+def joined(groups: Iterable[set[str]]) -> list[frozenset[str]]:
+    """Sets that share a member become one."""
+    made: list[set[str]] = []
+    for group in groups:
+        touching = [other for other in made if other & group]
+        made = [other for other in made if not other & group]
+        made.append(group.union(*touching))
+    return [frozenset(group) for group in made]
+
+
+def check_shared(model: onnx.ModelProto) -> None:
+    """Make sure that what goes into a concatenation or a pooling, and what comes out, has one scale.
+
+    Args:
+        model: a network with Q/DQ.
+
+    Raises:
+        ValueError: scales differ; the node and they are named.
+    """
+    graph = Graph(model)
+    for node in graph.nodes:
+        if node.op_type not in ("Concat", *CARRIERS):
+            continue
+        scales = {name: scale for name in node.input if (scale := _scale(graph, graph.producer.get(name))) is not None}
+        for name in node.output:
+            scales |= {
+                name: scale
+                for reader in graph.consumers.get(name, [])
+                if reader.op_type == "QuantizeLinear" and (scale := _scale(graph, reader)) is not None
+            }
+        if len(set(scales.values())) > 1:
+            listed = ", ".join(f"{name} {scale:.4g}" for name, scale in scales.items())
+            raise ValueError(f"the {node.op_type} '{node.name}' has inputs and output of different scales ({listed})")
+
+
+def _scale(graph: Graph, node: onnx.NodeProto | None) -> float | None:
+    """The scale of a Q or DQ node, where it is one number."""
+    if node is None or node.op_type not in ("QuantizeLinear", "DequantizeLinear") or node.input[1] not in graph.constants:
+        return None
+    value = graph.value(node.input[1])
+    return float(value.ravel()[0]) if value.size == 1 else None
+
+
+def observed(model: onnx.ModelProto, tensors: Sequence[str]) -> tuple[onnx.ModelProto, list[str]]:
+    """A copy of a model that also returns inner tensors; their names, without the input's."""
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    present = {output.name for output in probe.graph.output}
+    given = {i.name for i in probe.graph.input}
+    wanted = [name for name in tensors if name not in given]
+    probe.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in wanted if name not in present
+    )
+    return probe, wanted
+
+
+def computed_over(
+    model: onnx.ModelProto, tensors: Sequence[str], feed: Iterable[NDArray[np.float32]], optimise: bool = True
+) -> Iterator[dict[str, NDArray[np.float32]]]:
+    """Inner tensors of a network, image by image; they are overwritten when the image after the next is asked for.
+
+    Args:
+        model: a network with one input.
+        tensors: names, the input's among them perhaps.
+        feed: batches [B, 3, H, W].
+        optimise: False runs the graph as it is written, Q/DQ as arithmetic in float.
+    """
+    import onnxruntime
+
+    probe, wanted = observed(model, tensors)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    # Fresh memory for hundreds of megabytes of tensors costs as much as computing them.
+    memory: dict[tuple[int, ...], list[dict[str, NDArray[np.float32]]]] = {}
+    for images in feed:
+        if not wanted:
+            yield {name: images}
+            continue
+        kept = memory.setdefault(images.shape, [])
+        if len(kept) < 2:
+            kept.append(dict(zip(wanted, session.run(wanted, {name: images}), strict=True)))
+            made = kept[-1]
+        else:
+            kept.reverse()
+            made = kept[-1]
+            binding = session.io_binding()
+            binding.bind_cpu_input(name, np.ascontiguousarray(images))
+            for tensor, values in made.items():
+                binding.bind_output(tensor, "cpu", 0, np.float32, values.shape, values.ctypes.data)
+            session.run_with_iobinding(binding)
+        yield {**made, name: images} if name in tensors else dict(made)
+        if len(memory) > 4:  # images of many sizes: rather slow than large
+            memory.clear()

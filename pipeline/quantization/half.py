@@ -1,0 +1,125 @@
+"""Half precision by casts, with what would overflow kept in float."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+
+from pipeline.models.onnx_graph import OnnxNetwork
+from pipeline.quantization.calibration import Histogram
+from pipeline.quantization.graph import Graph
+
+GREATEST = 65504.0  # of half precision
+LEAST_NORMAL = 2.0**-14
+_ROOM = 4.0  # other images may have larger values than those calibrated on
+
+
+def convert(model: onnx.ModelProto, keep: Iterable[str] = ()) -> onnx.ModelProto:
+    """Write a network's weights and activations in half precision; inputs and outputs stay float32.
+
+    Args:
+        model: a float network, perhaps with Q/DQ.
+        keep: names of nodes that stay in float32.
+
+    Returns:
+        A checked model, its nodes in order.
+    """
+    from onnxconverter_common import float16
+
+    given = onnx.ModelProto()
+    given.CopyFrom(model)
+    del given.graph.value_info[:]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of weights below 1e-7, which half precision does not tell from 0
+        made = float16.convert_float_to_float16(
+            given, keep_io_types=True, node_block_list=list(keep), op_block_list=["Resize", "Range"]
+        )
+    _sort(made)
+    onnx.checker.check_model(made)
+    return onnx.ModelProto.FromString(made.SerializeToString())
+
+
+def _sort(model: onnx.ModelProto) -> None:
+    """Put every node behind those whose outputs it reads."""
+    known = {i.name for i in (*model.graph.input, *model.graph.initializer)} | {""}
+    waiting, ordered = list(model.graph.node), []
+    while waiting:
+        ready = [node for node in waiting if known.issuperset(node.input)]
+        if not ready:
+            raise ValueError(f"the graph has a circle at the node '{waiting[0].name}'")
+        ordered += ready
+        for node in ready:
+            known |= set(node.output)
+        done = {id(node) for node in ready}
+        waiting = [node for node in waiting if id(node) not in done]
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in ordered]
+    del model.graph.node[:]
+    model.graph.node.extend(copies)
+
+
+def out_of_range(model: onnx.ModelProto, found: Mapping[str, Histogram]) -> dict[str, float]:
+    """Nodes whose inputs or outputs came within a factor of 4 of half precision's greatest number, with what they reached.
+
+    Args:
+        model: a float network.
+        found: extremes of its activations over calibration images.
+    """
+    graph = Graph(model)
+    far: dict[str, float] = {}
+    for node in graph.nodes:
+        near = [name for name in (*node.input, *node.output) if name in found]
+        reached = max((found[name].peak for name in near), default=0.0)
+        constants = [np.abs(graph.value(name)).max(initial=0) for name in node.input if name in graph.constants]
+        reached = max([reached, *(float(value) for value in constants if np.isfinite(value))])
+        if reached > GREATEST / _ROOM and node.op_type not in ("Shape", "Slice", "Pad", "Reshape"):
+            far[node.name] = reached
+    return far
+
+
+def overflowing(model: onnx.ModelProto, feed: Iterable[NDArray[np.float32]]) -> list[str]:
+    """Nodes that return infinity or NaN when a half-precision network is computed in half precision, in torch.
+
+    ONNX Runtime on a processor computes such files in float32 and shows nothing.
+
+    Args:
+        model: what `convert` made.
+        feed: images, batches [B, 3, H, W].
+
+    Returns:
+        Names, the first of each image's only: what follows it is not finite because of it.
+    """
+    broken: dict[str, None] = {}
+    first: list[str] = []
+
+    def watch(node: onnx.NodeProto, made: torch.Tensor) -> torch.Tensor:
+        if not first and made.is_floating_point() and not torch.isfinite(made).all():
+            first.append(node.name)
+        return made
+
+    network = OnnxNetwork(model, watch).eval()
+    with torch.inference_mode():
+        for images in feed:
+            network(torch.from_numpy(images))
+            broken |= dict.fromkeys(first)
+            first.clear()
+    return list(broken)
+
+
+def activations(model: onnx.ModelProto) -> list[str]:
+    """Names of the floating-point tensors that a network computes."""
+    graph = Graph(model)
+    return [name for node in graph.nodes for name in node.output if name in graph.floats]
+
+
+def report(kept: Mapping[str, float], broken: Iterable[str], model: onnx.ModelProto) -> dict[str, Any]:
+    """What stayed in float32 and why, for a manifest."""
+    return {
+        "kept_fp32": sorted({*kept, *broken}),
+        "near_overflow": {name: round(value, 1) for name, value in sorted(kept.items())},
+        "overflowed": sorted(broken),
+        "nodes": len(model.graph.node),
+    }

@@ -1,0 +1,204 @@
+"""Mixed precision: which layers are worth leaving in float, by what they cost and what they give, on the backend that will run them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+from evaluation.statistics import spearman
+from pipeline.errors import UserError
+from pipeline.quantization.probe import Candidate, Probe
+from pipeline.quantization.quantizers import Calibrated, Int8
+from pipeline.specs import CalibrationFeed
+
+SENSITIVITY = "sensitivity.json"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Neighbouring convolutions that are decided on together.
+
+    Attributes:
+        nodes: their names.
+        error: of the fields with these alone in float.
+        gain: how much of the squared error that takes away.
+        cost: milliseconds it adds.
+    """
+
+    nodes: tuple[str, ...]
+    error: float
+    gain: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """INT8 where it costs no accuracy, float elsewhere.
+
+    Every unit of neighbouring convolutions is left in float alone: the error of the fields it takes away, over the
+    milliseconds it adds, ranks the units. The finalists are INT8 with the first so many of the ranking in float; they are
+    built and measured as whole engines, for neither errors nor milliseconds add up.
+
+    Attributes:
+        int8: how the rest is quantized.
+        max_drop: greatest loss of the primary figure on the tune images, as a part of 1.
+        min_agreement: least agreement with what FP32 finds in the tune images.
+        max_latency: milliseconds, or "0.6x" of FP32's; then the best figures within it are taken, and the other two do not count.
+        units: most units.
+        finalists: how many of the ranking's prefixes are measured.
+        seconds: of timing each set of engines, at most.
+    """
+
+    int8: Int8 = field(default_factory=Int8)
+    max_drop: float = 0.002
+    min_agreement: float = 0.95
+    max_latency: str | float | None = None
+    units: int = 32
+    finalists: int = 8
+    seconds: float = 20.0
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        if not 0 <= self.max_drop <= 1:
+            raise ValueError(f"precision.max_drop={self.max_drop}: choose 0 to 1, a part of the figure (0.002 is .2 points of AP)")
+        if not 0 <= self.min_agreement <= 1:
+            raise ValueError(f"precision.min_agreement={self.min_agreement}: choose 0 to 1")
+        if self.units < 1 or self.finalists < 2:
+            raise ValueError(f"precision.units={self.units}, precision.finalists={self.finalists}: choose at least 1 and 2")
+        try:
+            limit = None if self.max_latency is None else float(str(self.max_latency).removesuffix("x"))
+        except ValueError:
+            limit = -1.0
+        if limit is not None and limit <= 0:
+            raise ValueError(f"precision.max_latency={self.max_latency}: choose milliseconds, or 0.6x for a part of FP32's")
+
+    def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:
+        """Calibrate, measure, choose; write both flavours, scales.json and sensitivity.json.
+
+        Raises:
+            UserError: no choice keeps to the limits, or as `Int8.quantize`.
+        """
+        assert feed is not None
+        assert probe is not None
+        calibrated = self.int8.calibrate(onnx_file, feed)
+        timed = probe.backend.timeable
+        fp32 = Candidate.of_file(onnx_file)
+        units, whole = self._sensitivity(calibrated, fp32, probe)
+        order = sorted(range(len(units)), key=lambda n: -units[n].gain / max(units[n].cost, 1e-3 * whole["ms"]))
+        counts = sorted({round(k) for k in np.linspace(0, len(units), self.finalists)})
+        candidates = [calibrated.without({name for n in order[:count] for name in units[n].nodes}) for count in counts]
+        times = probe.latencies([fp32, *candidates], self.seconds) if timed else [1.0] * (1 + len(candidates))
+        rows = []
+        for count, candidate, ms in zip(counts, track(candidates, "measuring finalists", transient=True), times[1:], strict=True):
+            error = _error(probe.errors(candidate))
+            rows.append({"float_units": count, "ms": ms, "error": error, **probe.figures(candidate)})
+        chosen = self._choose(rows, times[0], timed)
+        kept = {name for n in order[: rows[chosen]["float_units"]] for name in units[n].nodes}
+        candidates[chosen].write(out)
+        calibrated.save(out)
+        content = {
+            "backend": probe.backend.name,
+            "timed": timed,
+            "fp32_ms": times[0],
+            "int8": whole,
+            "units": [unit.__dict__ for unit in units],
+            "order": order,
+            "finalists": rows,
+            "chosen": chosen,
+            "rank_correlation": _correlations(rows),
+            "layers": _layers(calibrated, kept),
+        }
+        (out / SENSITIVITY).write_text(json.dumps(content, indent=1))
+        return {
+            "precision": "mixed",
+            **calibrated.summary(),
+            "budget_solved_on": probe.backend.name,
+            "float_units": rows[chosen]["float_units"],
+            "units": len(units),
+            "float_convolutions": len(kept),
+            **{f"tune_{key}": value for key, value in rows[chosen].items() if key not in ("float_units",)},
+        }
+
+    def _sensitivity(
+        self, calibrated: Calibrated, fp32: Candidate, probe: Probe
+    ) -> tuple[list[Unit], dict[str, float]]:
+        """Every unit alone in float, and INT8 throughout."""
+        names = [node.name for node in calibrated.placement.quantized(calibrated.model)]
+        groups = [tuple(part.tolist()) for part in np.array_split(np.array(names, object), min(self.units, len(names)))]
+        everything = calibrated.written()
+        error = _error(probe.errors(everything))
+        timed = probe.backend.timeable
+        ms = probe.latencies([fp32, everything], self.seconds / 4)[1] if timed else 1.0
+        units = []
+        for group in track(groups, "measuring sensitivity", transient=True):
+            candidate = calibrated.without(set(group))
+            left = _error(probe.errors(candidate))
+            cost = 1.0
+            if timed:
+                before, after = probe.latencies([everything, candidate], self.seconds / 20)
+                cost = after - before
+            units.append(Unit(group, left, error**2 - left**2, cost))
+        return units, {"error": error, "ms": ms}
+
+    def _choose(self, rows: Sequence[Mapping[str, Any]], fp32: float, timed: bool) -> int:
+        """The index of the best finalist.
+
+        Raises:
+            UserError: none keeps to the limits.
+        """
+        if self.max_latency is not None:
+            text = str(self.max_latency)
+            limit = float(text.removesuffix("x")) * (fp32 if text.endswith("x") else 1)
+            fast = [n for n, row in enumerate(rows) if row["ms"] <= limit]
+            if not fast:
+                least = min(row["ms"] for row in rows)
+                raise UserError(
+                    f"precision.max_latency={text}: the fastest choice takes {least:.3g} ms ({least / fp32:.3g}x of FP32); "
+                    "allow that, or a smaller resolution"
+                )
+            return max(fast, key=lambda n: (rows[n].get("agreement", 0.0), -rows[n]["drop"]))
+        good = [
+            n
+            for n, row in enumerate(rows)
+            if row["drop"] <= self.max_drop and row.get("agreement", 1.0) >= self.min_agreement
+        ]
+        if not good:
+            best = min(rows, key=lambda row: row["drop"])
+            raise UserError(
+                f"precision.max_drop={self.max_drop}, precision.min_agreement={self.min_agreement}: no choice of layers keeps to "
+                f"both; the nearest loses {best['drop']:.4f} and agrees to {best.get('agreement', 1.0):.3f}: allow that, or more "
+                "calibration images"
+            )
+        return min(good, key=lambda n: rows[n]["ms" if timed else "float_units"])
+
+
+def _error(errors: Mapping[str, float]) -> float:
+    """One number for all fields."""
+    return float(np.sqrt(np.mean([value**2 for value in errors.values()])))
+
+
+def _correlations(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Spearman's rank correlation of the fields' error with the drop of the figure, and with the loss of agreement."""
+    errors = np.array([row["error"] for row in rows])
+    found: dict[str, float | None] = {"drop": spearman(errors, np.array([row["drop"] for row in rows]))}
+    if all("agreement" in row for row in rows):
+        found["agreement"] = spearman(errors, -np.array([row["agreement"] for row in rows]))
+    return found
+
+
+def _layers(calibrated: Calibrated, kept: set[str]) -> list[dict[str, Any]]:
+    """The precision of every convolution, in order."""
+    chosen = {node.name for node in calibrated.placement.quantized(calibrated.model)} - kept
+    return [
+        {"name": node.name, "op": node.op_type, "precision": "int8" if node.name in chosen else "float"}
+        for node in calibrated.model.graph.node
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
+    ]

@@ -1,0 +1,166 @@
+"""What a typed network is worth while it is being made: error of its fields, AP, agreement and latency, on tune images."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from evaluation import latency
+from evaluation.averaging import AveragedFields
+from evaluation.types import Resolution
+from pipeline.inference import batches, predict
+from pipeline.specs import FLAVOURS, Backend, Decoder, Framing, Metric, ModelFiles, Runner, Shapes, Splits, read_spec
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A typed network in memory.
+
+    Attributes:
+        models: by flavour.
+    """
+
+    models: Mapping[str, onnx.ModelProto]
+
+    @classmethod
+    def of_file(cls, file: Path) -> "Candidate":
+        """One file for both flavours."""
+        return cls(dict.fromkeys(FLAVOURS, onnx.load(file)))
+
+    def write(self, folder: Path) -> ModelFiles:
+        """Write both flavours into a folder."""
+        files = ModelFiles.in_folder(folder)
+        for flavour, file in files.onnx.items():
+            onnx.save(self.models[flavour], file)
+        return files
+
+
+class Probe:
+    """Measures candidates against the FP32 network, on one backend.
+
+    Args:
+        data: its tune images are used.
+        count: how many of them at most.
+        framing: of the engines.
+        size: of the network's input.
+        backend: builds and runs the candidates.
+        decoder: of their fields, with its tuned options; None measures fields alone.
+        metric: made with the labels of the data and of the network.
+        agreement: made with the network's labels; None measures none.
+        reference: the FP32 ONNX file.
+        threads: of the processor, when a candidate is timed.
+    """
+
+    def __init__(
+        self,
+        data: Splits,
+        count: int,
+        framing: Framing,
+        size: Resolution,
+        backend: Backend,
+        decoder: Decoder[Any] | None,
+        metric: Callable[..., Metric[Any, Any]],
+        agreement: Callable[..., Metric[Any, Any]] | None,
+        reference: Path,
+        threads: int,
+    ) -> None:
+        self.images: Any = data.open("tune")
+        self.indices = sorted({round(k) for k in np.linspace(0, len(self.images) - 1, min(count, len(self.images)))})
+        self.framing, self.size, self.backend, self.decoder = framing, size, backend, decoder
+        self.metric, self.agreement, self.reference, self.threads = metric, agreement, reference, threads
+        self.spec = read_spec(reference)
+
+    @cached_property
+    def frames(self) -> list[NDArray[np.uint8]]:
+        """Framed images, uint8 [1, H, W, 3]."""
+        made = batches(self.images, self.framing, self.spec.input, self.size, 1, self.indices)
+        return [batch.images for batch in made if batch.views]
+
+    @contextmanager
+    def engine(self, candidate: Candidate, threads: int = 0) -> Iterator[Runner]:
+        """A candidate, built and loaded."""
+        with tempfile.TemporaryDirectory(prefix="posepress-probe-") as folder:
+            files = candidate.write(Path(folder))
+            out = Path(folder) / "engine"
+            out.mkdir()
+            engine = self.backend.build(files, Shapes.of(self.framing, self.size, self.spec.input, 1), out)
+            with self.backend.load(engine, threads) as runner:
+                yield runner
+
+    def _fields(self, runner: Runner) -> Iterator[Mapping[str, NDArray[np.float32]]]:
+        for frame in self.frames:
+            yield runner.download(runner(runner.upload(frame)))
+
+    @cached_property
+    def _expected(self) -> list[Mapping[str, NDArray[np.float32]]]:
+        with self.engine(Candidate.of_file(self.reference)) as runner:
+            return [{name: np.array(field) for name, field in fields.items()} for fields in self._fields(runner)]
+
+    def errors(self, candidate: Candidate) -> dict[str, float]:
+        """The relative root mean square error of each field to FP32's."""
+        wrong: dict[str, float] = {}
+        power: dict[str, float] = {}
+        with self.engine(candidate) as runner:
+            for found, expected in zip(self._fields(runner), self._expected, strict=True):
+                for name, values in expected.items():
+                    wrong[name] = wrong.get(name, 0.0) + float(((found[name] - values) ** 2).sum())
+                    power[name] = power.get(name, 0.0) + float((values**2).sum())
+        return {name: float(np.sqrt(wrong[name] / max(power[name], 1e-30))) for name in wrong}
+
+    @cached_property
+    def people(self) -> dict[str, Any]:
+        """What FP32 finds in each image."""
+        with self.engine(Candidate.of_file(self.reference)) as runner:
+            return {sample.id: found for sample, found in self._predictions(runner)}
+
+    def _predictions(self, runner: Runner) -> Iterator[tuple[Any, Any]]:
+        assert self.decoder is not None
+        read: Any = AveragedFields(self.decoder, self.spec) if self.framing.averaged else self.decoder  # type: ignore[arg-type]
+        return predict(self.images, runner, self.framing, read, self.size, 1, self.indices)
+
+    def figures(self, candidate: Candidate) -> dict[str, float]:
+        """The primary figure, its paired drop from FP32's, and the agreement with what FP32 finds."""
+        assert self.decoder is not None
+        metric = self.metric(labels=self.images.labels, found_labels=self.spec.labels)
+        agreement = self.agreement(labels=self.spec.labels) if self.agreement is not None else None
+        with self.engine(candidate) as runner:
+            for sample, found in self._predictions(runner):
+                metric.process(sample.id, sample.truth, found)
+                if agreement is not None:
+                    agreement.process(sample.id, self._plain(self.people[sample.id]), found)
+        figures = {metric.primary: metric.evaluate()[metric.primary]}
+        figures["drop"] = self.baseline - figures[metric.primary]
+        if agreement is not None:
+            figures["agreement"] = agreement.evaluate()[agreement.primary]
+        return figures
+
+    def _plain(self, found: Any) -> Any:
+        assert self.decoder is not None
+        return self.decoder.variants(found).get("as_found", found)
+
+    @cached_property
+    def baseline(self) -> float:
+        """FP32's primary figure."""
+        metric = self.metric(labels=self.images.labels, found_labels=self.spec.labels)
+        for index in self.indices:
+            sample = self.images[index]
+            metric.process(sample.id, sample.truth, self.people[sample.id])
+        return float(metric.evaluate()[metric.primary])
+
+    def latencies(self, candidates: Sequence[Candidate], seconds: float) -> list[float]:
+        """Median milliseconds of the network alone for each candidate, taken in turns."""
+        with ExitStack() as stack:
+            runners = [stack.enter_context(self.engine(candidate, self.threads)) for candidate in candidates]
+            calls = [[partial(_call, runner, runner.upload(self.frames[0]))] for runner in runners]
+            return [timing.percentile(50).value for timing in latency.in_turns(calls, seconds)]
+
+
+def _call(runner: Runner, images: Any, _: Any) -> Any:
+    return runner(images)
