@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from pipeline.errors import UserError
 from pipeline.quantization import caches, calibration, equalization, half, writers
@@ -187,10 +188,9 @@ class Int8:
             63 if self.reduce_range else 127,
             half.LEAST_NORMAL if self.high_precision_dtype == "fp16" else LEAST_SCALE,
         )
-        if self.bias_correction:
-            shifts = equalization.mean_shifts(model, placement, scales, feed.read(most))
-            model = equalization.corrected(model, shifts)
-        made = Calibrated(model, placement, scales, thresholds, found, key, rescaled, self.high_precision_dtype == "fp16")
+        shifts = equalization.mean_shifts(model, placement, scales, feed.read(most)) if self.bias_correction else {}
+        in_half = self.high_precision_dtype == "fp16"
+        made = Calibrated(model, placement, scales, shifts, thresholds, found, key, rescaled, in_half)
         if kept is not None and not kept.exists():
             caches.write_scales(kept, key, made.rows())
         return made
@@ -239,12 +239,13 @@ def _digest(content: Any) -> str:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A float network, equalized and corrected, and the scales it is to be written with.
+    """A float network, equalized, and the scales it is to be written with.
 
     Attributes:
         model: the network.
         placement: what is quantized.
         scales: the steps between integers.
+        shifts: mean errors of convolutions' outputs [O], that their biases are to take back where they are quantized.
         thresholds: magnitudes they come from, before tensors shared them.
         found: what is known of each tensor.
         key: what all this follows from.
@@ -255,6 +256,7 @@ class Calibrated:
     model: onnx.ModelProto
     placement: Placement
     scales: writers.Scales
+    shifts: Mapping[str, NDArray[np.float64]]
     thresholds: Mapping[str, float]
     found: Mapping[str, Histogram]
     key: Mapping[str, str]
@@ -263,7 +265,13 @@ class Calibrated:
 
     def written(self, placement: Placement | None = None) -> Candidate:
         """Both flavours; `placement` of fewer nodes where some stay in float."""
-        made = {flavour: writers.insert(self.model, placement or self.placement, self.scales, flavour) for flavour in FLAVOURS}  # type: ignore[arg-type]
+        chosen = placement or self.placement
+        made = {}
+        for flavour in FLAVOURS:
+            held = chosen.slow if flavour == "onnxruntime" else frozenset()
+            rounded = {node.name for node in chosen.quantized(self.model)} - held
+            model = equalization.corrected(self.model, {n: shift for n, shift in self.shifts.items() if n in rounded})
+            made[flavour] = writers.insert(model, chosen, self.scales, flavour)  # type: ignore[arg-type]
         if self.in_half:
             made["tensorrt"] = half.convert(made["tensorrt"])
         return Candidate(made)
@@ -284,7 +292,7 @@ class Calibrated:
         """Write scales.json, TensorRT 10's calibration cache, and the float network that both are of."""
         caches.write_scales(out / SCALES, self.key, self.rows())
         caches.write_tensorrt(out / TENSORRT_CACHE, self.scales.activations)
-        onnx.save(self.model, out / FLOAT)
+        onnx.save(equalization.corrected(self.model, self.shifts), out / FLOAT)
 
     def summary(self) -> dict[str, Any]:
         """What a manifest says of it."""
