@@ -69,6 +69,7 @@ for _name, _resolver in (
     ("sampler_words", _sampler_words),
     ("int8_words", _int8_words),
     ("latency_words", lambda limit: "" if limit is None else f"-t{limit}"),
+    ("qat_word", lambda network: "-qat" if network == "qat" else ""),
     ("without_vnni", _without_vnni),
 ):
     OmegaConf.register_new_resolver(_name, _resolver, replace=True)

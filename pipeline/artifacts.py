@@ -40,6 +40,7 @@ DESCRIPTIVE = (
     "image_dir",
     "tuned_by",
     "measured_on",
+    "trained_with",
 )
 # Keys of a stage's yaml that wire it and are no arguments.
 WIRING = ("address", "inputs", "code", "toolchain", "splits", "files", "collect", "device", "aside")
@@ -202,7 +203,13 @@ def value_at(options: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-_WAKES = {"prune": "pruner=l1", "retrain": "pruner=l1", "sample": "precision=int8", "train": "another model than onnx"}
+_WAKES = {
+    "prune": "pruner=l1",
+    "retrain": "pruner=l1",
+    "sample": "precision=int8",
+    "qat": "precision=int8_qat",
+    "train": "another model than onnx",
+}
 
 
 def targets(value: Any) -> Iterator[str]:

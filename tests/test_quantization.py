@@ -14,9 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 from pipeline import export
 from pipeline.errors import UserError
 from pipeline.models.lightweight_openpose import LightweightOpenPose
-from pipeline.quantization import calibration, writers
+from pipeline.quantization import calibration, graph, writers
 from pipeline.quantization.quantizers import Fp16, Fp32, Int8
-from pipeline.specs import ModelFiles, read_spec
+from pipeline.quantization.weights import quantized
+from pipeline.specs import SPEC_KEY, CalibrationFeed, ModelFiles, read_spec
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def refusals():
     return tensorrt.refusals
 
 
-def graph(nodes, outputs, weights=(), shape=(1, 3, 8, 8)):
+def network(nodes, outputs, weights=(), shape=(1, 3, 8, 8)):
     made = helper.make_graph(
         nodes,
         "test",
@@ -71,7 +72,7 @@ def branches():
     nodes.insert(7, conv("ra", "b2"))
     weights = kernel("a", 8, 3) + kernel("b", 8, 8, 1) + kernel("c", 8, 8, 2) + kernel("b2", 8, 8, 3) + kernel("out", 4, 19, 4)
     weights += [("low", np.float32(0)), ("high", np.float32(6))]
-    return graph(nodes, ["out"], [(n, np.asarray(v)) for n, v in weights])
+    return network(nodes, ["out"], [(n, np.asarray(v)) for n, v in weights])
 
 
 def feed(count=8, shape=(1, 3, 8, 8), scale=3.0):
@@ -79,15 +80,16 @@ def feed(count=8, shape=(1, 3, 8, 8), scale=3.0):
     return [draw.normal(0, scale, shape).astype(np.float32) for _ in range(count)]
 
 
+def fed(images):
+    return CalibrationFeed(lambda most: iter(images[:most]), "images", "preprocessing")
+
+
 def written(model, flavour, exclude=(), method="minmax"):
-    placement = writers.place(model, exclude)
-    tensors = sorted({*placement.inputs, *placement.ends, *placement.skips.values()})
-    histograms = calibration.observe(model, tensors, feed())
-    scales = writers.activation_scales({t: h.threshold(method) for t, h in histograms.items()}, placement)
-    lows = {t: h.least for t, h in histograms.items()}
-    for group in placement.shared:
-        lows |= dict.fromkeys(group, min(lows[t] for t in group))
-    return writers.insert(model, placement, scales, lows, flavour, exclude), scales, placement
+    placement = graph.place(model, exclude)
+    histograms = calibration.observe(model, placement.tensors, feed())
+    thresholds = {t: h.threshold(method) for t, h in histograms.items()}
+    scales = writers.Scales.of(thresholds, {t: h.least for t, h in histograms.items()}, placement)
+    return writers.insert(model, placement, scales, flavour), scales.activations, placement
 
 
 def run(model, images, simulate=False):
@@ -135,13 +137,15 @@ def test_an_all_zero_tensor_gets_scale_one():
     histogram = calibration.Histogram()
     histogram.add(np.zeros(10, np.float32))
     assert histogram.threshold("mse") == histogram.threshold("minmax") == 0
-    placement = writers.Placement(("t",), ("t",), {}, ())
-    assert writers.activation_scales({"t": 0.0}, placement) == {"t": 1.0}
+    placement = graph.Placement(("t",), ("t",), {}, ())
+    assert writers.Scales.of({"t": 0.0}, {"t": 0.0}, placement).activations == {"t": 1.0}
     weights = np.zeros((2, 3, 1, 1), np.float32)
     weights[1] = 127
-    assert writers.weight_scales(weights, 0).tolist() == [1, 1]
+    for method in ("max", "mse", "least_squares"):
+        assert quantized(weights, 0, method)[1].tolist() == [1, 1], method
     tiny = np.full((1, 1, 1, 1), 1e-9, np.float32)
-    assert writers.weight_scales(tiny, 0)[0] == pytest.approx(1e-9 / 127)
+    assert quantized(tiny, 0)[1][0] == pytest.approx(1e-9 / 127)
+    assert quantized(tiny, 0, least=2.0**-14)[1][0] == 2.0**-14
 
 
 def test_values_that_are_not_finite_are_named(branches):
@@ -176,7 +180,7 @@ def test_a_concatenation_shares_one_scale(branches):
 
 
 def test_groups_that_touch_are_one():
-    assert writers._joined([{"a", "b"}, {"c"}, {"b", "c"}, {"d"}]) == [frozenset("abc"), frozenset("d")]
+    assert graph.joined([{"a", "b"}, {"c"}, {"b", "c"}, {"d"}]) == [frozenset("abc"), frozenset("d")]
 
 
 @pytest.mark.parametrize("flavour", ["tensorrt", "onnxruntime"])
@@ -233,7 +237,7 @@ def test_arithmetic_on_shapes_is_left_alone():
         helper.make_node("Add", ["shape", "shape"], ["twice"], name="twice"),
         helper.make_node("Expand", ["a", "shape"], ["out"], name="out"),
     ]
-    placement = writers.place(graph(nodes, ["out", "twice"], [(n, np.asarray(v)) for n, v in kernel("a", 8, 3)]))
+    placement = graph.place(network(nodes, ["out", "twice"], [(n, np.asarray(v)) for n, v in kernel("a", 8, 3)]))
     assert placement.skips == {}
 
 
@@ -248,10 +252,14 @@ def exported(tmp_path_factory):
     return file
 
 
-@pytest.mark.parametrize("quantizer", [Fp32(), Fp16(), Int8(), Int8("mse"), Int8("minmax")])
+EVERY = [Fp32(), Fp16(), Int8(), *(Int8(method) for method in calibration.METHODS), Int8(reduce_range=True)]
+EVERY += [Int8(weight_scale="mse"), Int8(weight_scale="least_squares")]
+
+
+@pytest.mark.parametrize("quantizer", EVERY)
 def test_every_precision_writes_both_flavours_with_the_description(exported, quantizer, tmp_path, refusals):
     images = feed(4, (1, 3, 64, 80), 0.5)
-    quantizer.quantize(exported, lambda: iter(images), tmp_path)
+    quantizer.quantize(exported, fed(images), None, tmp_path)
     expected = onnxruntime.InferenceSession(str(exported)).run(None, {"image": images[0]})
     for flavour, file in ModelFiles.in_folder(tmp_path).onnx.items():
         assert read_spec(file) == read_spec(exported)
@@ -265,11 +273,11 @@ def test_calibrating_twice_gives_the_same_bytes(exported, tmp_path):
     images = feed(4, (1, 3, 64, 80), 0.5)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        Int8().quantize(exported, lambda: iter(images), tmp_path / name)
+        Int8().quantize(exported, fed(images), None, tmp_path / name)
     for file in ("scales.json", "model.tensorrt.onnx", "model.onnxruntime.onnx"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     table = json.loads((tmp_path / "a" / "scales.json").read_text())
-    assert all(row["scale"] > 0 for row in table.values())
+    assert all(row["scale"] > 0 for row in table["tensors"].values())
 
 
 @pytest.mark.parametrize(
@@ -282,5 +290,105 @@ def test_impossible_quantizations_are_refused(options, message):
 
 
 def test_excluding_a_node_that_is_not_there_is_refused(exported, tmp_path):
-    with pytest.raises(ValueError, match="no node named nowhere"):
-        Int8(nodes_to_exclude=("nowhere",)).quantize(exported, lambda: iter(feed(1, (1, 3, 64, 80))), tmp_path)
+    with pytest.raises(UserError, match="nodes_to_exclude: no node matches 'node_con2d'; did you mean 'node_Conv"):
+        Int8(nodes_to_exclude=("node_con2d",)).quantize(exported, fed(feed(1, (1, 3, 64, 80))), None, tmp_path)
+    with pytest.raises(UserError, match="no convolution is left to quantize"):
+        Int8(nodes_to_exclude=("*",)).quantize(exported, fed(feed(1, (1, 3, 64, 80))), None, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def described(branches, tmp_path):
+    """The network of `branches` as an exported file."""
+    from evaluation.skeletons import COCO_17
+    from evaluation.types import FieldSpec, InputSpec, NetworkSpec
+
+    spec = NetworkSpec(InputSpec("image", multiple=1), (FieldSpec("out", 1, 4),), COCO_17)
+    model = onnx.ModelProto()
+    model.CopyFrom(branches)
+    onnx.helper.set_model_props(model, {SPEC_KEY: spec.to_json()})
+    onnx.save(model, tmp_path / "given.onnx")
+    return tmp_path / "given.onnx"
+
+
+def files(quantizer, source, out, images=None, probe=None):
+    out.mkdir()
+    report = quantizer.quantize(source, fed(feed() if images is None else images), probe, out)
+    return report, ModelFiles.in_folder(out).onnx
+
+
+def test_the_rest_in_half_precision_has_half_precision_scales(described, branches, tmp_path, refusals):
+    report, made = files(Int8(high_precision_dtype="fp16"), described, tmp_path / "out")
+    model = onnx.load(made["tensorrt"])
+    scales = [i for i in model.graph.initializer if i.name.endswith("_scale")]
+    assert {i.data_type for i in scales} == {TensorProto.FLOAT16}
+    assert min(numpy_helper.to_array(i).min() for i in scales) >= 2.0**-14
+    assert report["clamped_scales"] == 0
+    assert refusals(model) == []
+    images = feed(1)[0]
+    assert relative_rms(run(model, images), run(branches, images)) < 0.06
+    assert all(i.data_type != TensorProto.FLOAT16 for i in onnx.load(made["onnxruntime"]).graph.initializer)
+
+
+def test_scales_below_half_precisions_normal_numbers_are_raised_and_counted():
+    placement = graph.Placement(("t", "u"), ("t", "u"), {}, ())
+    scales = writers.Scales.of({"t": 1e-6, "u": 1.0}, {"t": 0.0, "u": 0.0}, placement, least=2.0**-14)
+    assert scales.activations == {"t": 2.0**-14, "u": float(np.float32(1 / 127))}
+    assert scales.clamped == ["t"]
+
+
+def test_layers_that_cannot_be_int8_stay_in_float_and_are_named(described, tmp_path):
+    report, made = files(Int8(), described, tmp_path / "out")
+    assert report["float_layers"] == ["out"], "the head, whose rounding nothing averages"
+    by_name = {n.name: n for n in onnx.load(made["onnxruntime"]).graph.node}
+    assert by_name["a"].input[1] == "a_w", "three channels: slower in integers"
+    assert {n.name: n for n in onnx.load(made["tensorrt"]).graph.node}["a"].input[1] == "a_w_dequantized"
+
+
+def test_scales_that_differ_at_a_concatenation_are_found(branches):
+    model, _, _ = written(branches, "tensorrt")
+    graph.check_shared(model)
+    for initializer in model.graph.initializer:
+        if initializer.name == "c6_scale":
+            initializer.CopyFrom(numpy_helper.from_array(np.float32(0.5), "c6_scale"))
+    with pytest.raises(
+        ValueError, match=r"the Concat 'joined' has inputs and output of different scales \(.*c6_dequantized 0.5"
+    ):
+        graph.check_shared(model)
+
+
+def test_a_pooling_returns_the_scale_it_takes():
+    nodes = [
+        conv("image", "a"),
+        helper.make_node("Relu", ["a"], ["ra"], name="ra"),
+        helper.make_node("MaxPool", ["ra"], ["p"], name="p", kernel_shape=[2, 2], strides=[2, 2]),
+        conv("p", "b"),
+        conv("b", "out"),
+    ]
+    weights = [(n, np.asarray(v)) for n, v in kernel("a", 8, 3) + kernel("b", 8, 8, 1) + kernel("out", 4, 8, 2)]
+    model = network(nodes, ["out"], weights)
+    made, scales, placement = written(model, "tensorrt")
+    assert frozenset({"ra", "p"}) in placement.shared
+    assert scales["ra"] == scales["p"]
+    graph.check_shared(made)
+
+
+def test_a_batch_norm_that_is_left_is_refused(tmp_path, branches):
+    nodes = [conv("image", "a"), helper.make_node("BatchNormalization", ["a", "g", "z", "z", "g"], ["out"], name="norm")]
+    constants = [*kernel("a", 8, 3), ("g", np.ones(8, np.float32)), ("z", np.zeros(8, np.float32))]
+    onnx.save(network(nodes, ["out"], constants), tmp_path / "m.onnx")
+    with pytest.raises(UserError, match="the batch norm 'norm' is not folded"):
+        Int8().quantize(tmp_path / "m.onnx", fed(feed()), None, tmp_path)
+
+
+def test_seven_bit_weights_never_pass_63(described, branches, tmp_path):
+    _, made = files(Int8(reduce_range=True), described, tmp_path / "out")
+    images = feed(1)[0]
+    for file in made.values():
+        model = onnx.load(file)
+        integers = [numpy_helper.to_array(i) for i in model.graph.initializer if i.name.endswith("_int8")]
+        assert len(integers) >= 3
+        assert max(np.abs(w.astype(int)).max() for w in integers) == 63
+        # the greatest sum of two products that such kernels keep in 16 bits
+        assert 2 * 255 * 63 < 2**15
+        assert relative_rms(run(model, images), run(branches, images)) < 0.08

@@ -25,7 +25,6 @@ _TYPES = {
     onnx.TensorProto.UINT8: torch.uint8,
     onnx.TensorProto.INT8: torch.int8,
 }
-Watch = Callable[[onnx.NodeProto, Tensor], Tensor]
 
 
 class OnnxNetwork(nn.Module):
@@ -33,13 +32,12 @@ class OnnxNetwork(nn.Module):
 
     Args:
         model: the file's content, with a network description in its metadata.
-        watch: called with every node and its first output; what it returns goes on in its place.
 
     Raises:
         UserError: there is no description, or an operator is not known here.
     """
 
-    def __init__(self, model: onnx.ModelProto, watch: Watch | None = None) -> None:
+    def __init__(self, model: onnx.ModelProto) -> None:
         super().__init__()
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         if SPEC_KEY not in metadata:
@@ -47,15 +45,14 @@ class OnnxNetwork(nn.Module):
         self.spec = NetworkSpec.from_json(metadata[SPEC_KEY])
         self.nodes = list(model.graph.node)
         self.input = model.graph.input[0].name
-        self.watch = watch
         unknown = sorted({node.op_type for node in self.nodes if node.op_type not in _OPERATORS})
         if unknown:
             raise UserError(f"the operator {unknown[0]} of the ONNX file is not known to the torch pass; use the torch network")
-        self._names: dict[str, str] = {}
+        self.names: dict[str, str] = {}
         trained = {name for node in self.nodes if node.op_type in _TRAINED for name in node.input[1:]}
         for n, constant in enumerate(model.graph.initializer):
             value = torch.from_numpy(np.array(numpy_helper.to_array(constant)))
-            self._names[constant.name] = f"c{n}"
+            self.names[constant.name] = f"c{n}"
             if constant.name in trained and value.is_floating_point():
                 self.register_parameter(f"c{n}", nn.Parameter(value))
             else:
@@ -64,12 +61,14 @@ class OnnxNetwork(nn.Module):
         for place, node in enumerate(self.nodes):
             last |= dict.fromkeys(node.input, place)
         kept = {field.name for field in self.spec.fields}
-        self._done = [[n for n in dict.fromkeys(node.input) if last[n] == i and n not in kept] for i, node in enumerate(self.nodes)]
+        self._done = [
+            [n for n in dict.fromkeys(node.input) if last[n] == i and n not in kept] for i, node in enumerate(self.nodes)
+        ]
 
     @classmethod
-    def read(cls, file: Path, watch: Watch | None = None) -> "OnnxNetwork":
+    def read(cls, file: Path) -> "OnnxNetwork":
         """The network of a file."""
-        return cls(onnx.load(file), watch)
+        return cls(onnx.load(file))
 
     @property
     def ignored_layers(self) -> list[nn.Module]:
@@ -78,32 +77,24 @@ class OnnxNetwork(nn.Module):
 
     def constant(self, name: str) -> Tensor:
         """A parameter or buffer by its name in the file."""
-        made: Tensor = getattr(self, self._names[name])
+        made: Tensor = getattr(self, self.names[name])
         return made
+
+    def seen(self, name: str, value: Tensor) -> Tensor:  # noqa: ARG002
+        """A computed tensor, by its name in the file, before others read it; a subclass may return another."""
+        return value
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Fields of images [B, 3, H, W]; each node computes in the type of its inputs."""
-        known: dict[str, Tensor] = {self.input: images}
+        known: dict[str, Tensor] = {self.input: self.seen(self.input, images)}
         for node, done in zip(self.nodes, self._done, strict=True):
             inputs = [known[i] if i in known else self.constant(i) if i else None for i in node.input]
             made = _OPERATORS[node.op_type](inputs, {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute})
             outputs = made if isinstance(made, (tuple, list)) else (made,)
-            if self.watch is not None:
-                outputs = (self.watch(node, outputs[0]), *outputs[1:])
-            known |= zip(node.output, outputs, strict=False)
+            known |= {name: self.seen(name, value) for name, value in zip(node.output, outputs, strict=False)}
             for name in done:
                 known.pop(name, None)
         return {field.name: known[field.name] for field in self.spec.fields}
-
-    def write(self, model: onnx.ModelProto) -> onnx.ModelProto:
-        """A copy of the model it was made of, with its weights as they are now."""
-        made = onnx.ModelProto()
-        made.CopyFrom(model)
-        for constant in made.graph.initializer:
-            value = self.constant(constant.name)
-            if isinstance(value, nn.Parameter):
-                constant.CopyFrom(numpy_helper.from_array(value.detach().cpu().numpy(), constant.name))
-        return made
 
 
 _TRAINED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -138,7 +129,11 @@ def _window(x: Tensor, kernel: list[int], a: Mapping[str, Any]) -> tuple[list[in
     n = len(kernel)
     strides, dilations = list(a.get("strides", [1] * n)), list(a.get("dilations", [1] * n))
     auto = a.get("auto_pad", b"NOTSET").decode()
-    pads = _same(x, kernel, strides, dilations, auto == "SAME_UPPER") if auto.startswith("SAME") else list(a.get("pads", [0] * 2 * n))
+    pads = (
+        _same(x, kernel, strides, dilations, auto == "SAME_UPPER")
+        if auto.startswith("SAME")
+        else list(a.get("pads", [0] * 2 * n))
+    )
     return strides, dilations, pads
 
 
@@ -159,7 +154,9 @@ def _conv_transpose(i: list[Any], a: Mapping[str, Any]) -> Tensor:
     if pads[:n] != pads[n:]:
         raise UserError("a ConvTranspose with unequal pads is not known to the torch pass")
     bias = i[2] if len(i) > 2 else None
-    return F.conv_transpose2d(i[0], i[1], bias, strides, pads[:n], extra, int(a.get("group", 1)), list(a.get("dilations", [1] * n)))
+    return F.conv_transpose2d(
+        i[0], i[1], bias, strides, pads[:n], extra, int(a.get("group", 1)), list(a.get("dilations", [1] * n))
+    )
 
 
 def _max_pool(i: list[Any], a: Mapping[str, Any]) -> Tensor:
@@ -217,9 +214,8 @@ def _slice(i: list[Any], a: Mapping[str, Any]) -> Tensor:  # noqa: ARG001
     where = [slice(None)] * x.dim()
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         if step < 0:
-            x, size = x.flip(axis), x.shape[axis]
-            start, end = size - 1 - (start % size if start < size else size - 1), size if end < -size else size - 1 - end
-        where[axis] = slice(start, end, abs(step))
+            raise UserError("a Slice that steps backwards is not known to the torch pass; use the torch network")
+        where[axis] = slice(start, end, step)
     made: Tensor = x[tuple(where)]
     return made
 
@@ -258,7 +254,7 @@ def _reshape(i: list[Any], a: Mapping[str, Any]) -> Tensor:
 
 
 def _unsqueeze(i: list[Any], a: Mapping[str, Any]) -> Tensor:
-    x = i[0]
+    x: Tensor = i[0]
     for axis in sorted(_ints(i[1]) if len(i) > 1 else a["axes"]):
         x = x.unsqueeze(axis)
     return x
@@ -313,20 +309,20 @@ _OPERATORS: Mapping[str, Callable[[list[Any], Mapping[str, Any]], Any]] = {
     "Clip": _clip,
     "Concat": lambda i, a: torch.cat(i, int(a["axis"])),
     "Constant": lambda _, a: torch.from_numpy(np.array(numpy_helper.to_array(a["value"]))),
-    "ConstantOfShape": lambda i, a: torch.full(
-        _ints(i[0]), numpy_helper.to_array(a["value"]).item() if "value" in a else 0.0
-    ),
+    "ConstantOfShape": lambda i, a: torch.full(_ints(i[0]), numpy_helper.to_array(a["value"]).item() if "value" in a else 0.0),
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
     "DequantizeLinear": _dequantize,
     "Div": lambda i, _: torch.div(i[0], i[1], rounding_mode=None if i[0].is_floating_point() else "trunc"),
     "Elu": lambda i, a: F.elu(i[0], a.get("alpha", 1.0)),
     "Exp": lambda i, _: i[0].exp(),
-    "Expand": lambda i, _: i[0].expand(torch.broadcast_shapes(i[0].shape, tuple(_ints(i[1])))),
+    "Expand": lambda i, _: i[0].expand(np.broadcast_shapes(tuple(i[0].shape), tuple(_ints(i[1])))),
     "Flatten": lambda i, a: i[0].flatten(int(a.get("axis", 1))),
     "Floor": lambda i, _: i[0].floor(),
-    "Gather": lambda i, a: i[0].index_select(int(a.get("axis", 0)), i[1].reshape(-1).long()).reshape(
-        i[0].shape[: int(a.get("axis", 0))] + i[1].shape + i[0].shape[int(a.get("axis", 0)) + 1 :]
+    "Gather": lambda i, a: (
+        i[0]
+        .index_select(int(a.get("axis", 0)), i[1].reshape(-1).long())
+        .reshape(i[0].shape[: int(a.get("axis", 0))] + i[1].shape + i[0].shape[int(a.get("axis", 0)) + 1 :])
     ),
     "Gemm": _gemm,
     "GlobalAveragePool": lambda i, _: i[0].mean((2, 3), keepdim=True),

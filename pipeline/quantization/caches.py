@@ -3,7 +3,7 @@
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +84,28 @@ def read_scales(file: Path, key: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     return rows
 
 
-def write_scales(file: Path, key: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write scales.json; the same calibration gives the same bytes."""
+def write_scales(
+    file: Path, key: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]], excluded: Sequence[str], most_weight: int
+) -> None:
+    """Write scales.json; the same calibration gives the same bytes.
+
+    Args:
+        file: to write.
+        key: what the scales follow from.
+        rows: by tensor.
+        excluded: nodes that stay in float.
+        most_weight: the greatest integer of a weight.
+    """
+    content = {"key": dict(key), "excluded": list(excluded), "most_weight": most_weight, "tensors": dict(rows)}
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.tmp")
-    unfinished.write_text(json.dumps({"key": dict(key), "tensors": dict(rows)}, indent=1, sort_keys=True))
+    unfinished.write_text(json.dumps(content, indent=1, sort_keys=True))
     unfinished.replace(file)
 
 
-def write_tensorrt(file: Path, scales: Mapping[str, float], version: str = "100300", algorithm: str = "EntropyCalibration2") -> None:
+def write_tensorrt(
+    file: Path, scales: Mapping[str, float], version: str = "100300", algorithm: str = "EntropyCalibration2"
+) -> None:
     """Write scales as TensorRT 10's calibrators do: a header, then "tensor: bits of the float32 scale" in hexadecimal."""
     lines = [f"TRT-{version}-{algorithm}"]
     lines += [f"{name}: {struct.pack('>f', scale).hex()}" for name, scale in sorted(scales.items())]
@@ -108,7 +121,9 @@ def read_tensorrt(file: Path) -> dict[str, float]:
     try:
         header, *lines = file.read_text().splitlines()
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot read the calibration cache ({error}); give the file that a calibrator wrote") from error
+        raise UserError(
+            f"{file}: cannot read the calibration cache ({error}); give the file that a calibrator wrote"
+        ) from error
     if not header.startswith("TRT-"):
         raise UserError(f"{file}: not a TensorRT calibration cache, for it begins with '{header[:20]}' instead of 'TRT-'")
     scales = {}

@@ -24,7 +24,9 @@ _LARGEST = np.int32(0x7F7FFFFF)  # the bits of the greatest finite float32
 
 
 @compiled
-def _tally(planes: NDArray[np.int32], counts: NDArray[np.int64], limit: float, peaks: NDArray[np.int32]) -> tuple[float, int, int]:
+def _tally(
+    planes: NDArray[np.int32], counts: NDArray[np.int64], limit: float, peaks: NDArray[np.int32]
+) -> tuple[float, int, int]:
     """Add magnitudes to a histogram, a plane at a time, while it is in the cache.
 
     Floats are compared by their bits: as integers they have the same order, and integer loops vectorise.
@@ -47,13 +49,13 @@ def _tally(planes: NDArray[np.int32], counts: NDArray[np.int64], limit: float, p
         for i in range(row.shape[0]):
             bits = row[i]
             value = bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
-            low = value if value < low else low
-            high = value if value > high else high
-        least = low if low < least else least
-        most = high if high > most else most
+            low = min(low, value)
+            high = max(high, value)
+        least = min(least, low)
+        most = max(most, high)
         under = (low ^ np.int32(0x7FFFFFFF)) & np.int32(0x7FFFFFFF) if low < 0 else np.int32(0)
-        peak = high if high > under else under
-        peaks[c] = peak if peak > peaks[c] else peaks[c]
+        peak = max(under, high)
+        peaks[c] = max(peaks[c], peak)
         if bins == 0 or peak > np.int32(0x7F7FFFFF):
             continue
         greatest = np.array([peak], np.int32).view(np.float32)[0]
@@ -73,11 +75,11 @@ def _tally(planes: NDArray[np.int32], counts: NDArray[np.int64], limit: float, p
         last = np.int32(bins - 1)
         for i in range(values.shape[0]):  # four histograms: the next value need not wait for this one's bin
             bin_ = np.int32(abs(values[i]) * scale)
-            parts[i & 3, bin_ if bin_ < last else last] += 1
+            parts[i & 3, min(last, bin_)] += 1
     for part in range(4):
         for k in range(bins):
             counts[k] += parts[part, k]
-    return limit, least, most
+    return limit, int(least), int(most)
 
 
 def _number(ordered: int) -> float:
@@ -195,7 +197,7 @@ def _least_divergence(counts: NDArray[np.int64]) -> int:
                 divergence += p[k] / total_p * np.log(p[k] / total_p / (q_k if q_k > 0 else 1e-9))
         if divergence < least:
             best, least = kept, divergence
-    return best
+    return int(best)
 
 
 def observe(

@@ -21,7 +21,18 @@ from pipeline.quantization.weights import quantized
 from pipeline.quantization.writers import Scales
 
 # Operators that return a multiple if they are given it.
-_HOMOGENEOUS = ("Relu", "LeakyRelu", "PRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "Resize", "Identity", "Pad", "Slice")
+_HOMOGENEOUS = (
+    "Relu",
+    "LeakyRelu",
+    "PRelu",
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+    "Resize",
+    "Identity",
+    "Pad",
+    "Slice",
+)
 _GREATEST = 1e4  # factor
 
 
@@ -176,9 +187,7 @@ def _rescaled(
     return scaled.astype(np.float32)
 
 
-def corrected(
-    model: onnx.ModelProto, shifts: Mapping[str, NDArray[np.float64]]
-) -> onnx.ModelProto:
+def corrected(model: onnx.ModelProto, shifts: Mapping[str, NDArray[np.float64]]) -> onnx.ModelProto:
     """A model whose convolutions' biases are smaller by the mean errors of their outputs [O]; convolutions are named."""
     made = onnx.ModelProto()
     made.CopyFrom(model)
@@ -215,7 +224,7 @@ def mean_shifts(
         def add(item: tuple[str, NDArray[np.float32]]) -> None:
             name, values = item
             planes = np.ascontiguousarray(values, np.float32).reshape(*values.shape[:2], -1)
-            means[name] += _rounded_means(planes, np.float32(scales.activations[name]))
+            means[name] = means[name] + _rounded_means(planes, scales.activations[name])
 
         for made in computed_over(model, tensors, feed):
             seen += 1
@@ -244,12 +253,9 @@ def _rounded_means(planes: NDArray[np.float32], scale: float) -> NDArray[np.floa
         for c in range(C):
             plain, after = 0.0, 0.0
             for i in range(n):
-                value = planes[b, c, i]
-                step = np.rint(value * inverse)
-                step = step if step < 127 else np.float32(127)
-                step = step if step > -127 else np.float32(-127)
-                plain += value
-                after += step
+                step = np.rint(planes[b, c, i] * inverse)
+                plain += planes[b, c, i]
+                after += min(max(step, np.float32(-127)), np.float32(127))
             means[0, c] += plain / n / B
             means[1, c] += after * scale / n / B
     return means

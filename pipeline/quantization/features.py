@@ -15,9 +15,7 @@ from pipeline.quantization.graph import computed_over, load, place
 from pipeline.specs import Framing, read_spec
 
 
-def features(
-    onnx_file: Path, images: Sequence[tuple[Any, int]], framing: Framing, size: Resolution
-) -> NDArray[np.float64]:
+def features(onnx_file: Path, images: Sequence[tuple[Any, int]], framing: Framing, size: Resolution) -> NDArray[np.float64]:
     """Logarithms of the greatest and the mean magnitude of every tensor that would be quantized.
 
     Args:

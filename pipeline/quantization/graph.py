@@ -1,4 +1,4 @@
-"""What an ONNX graph says about quantization: who makes and reads each tensor, what is quantized, which tensors share a scale."""
+"""What an ONNX graph says about quantization: who makes and reads a tensor, what is quantized, what shares a scale."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -146,7 +146,9 @@ class Placement:
 
     def quantized(self, model: onnx.ModelProto) -> list[onnx.NodeProto]:
         """The convolutions that compute in integers, or would."""
-        return [n for n in model.graph.node if n.op_type in WEIGHTED and n.name not in self.excluded and n.input[0] in self.inputs]
+        return [
+            n for n in model.graph.node if n.op_type in WEIGHTED and n.name not in self.excluded and n.input[0] in self.inputs
+        ]
 
 
 def place(model: onnx.ModelProto, exclude: Iterable[str] = ()) -> Placement:
@@ -167,27 +169,35 @@ def place(model: onnx.ModelProto, exclude: Iterable[str] = ()) -> Placement:
     slow: set[str] = set()
     heads: set[str] = set()
     groups: list[set[str]] = []
+    integer: set[str] = set()  # outputs of convolutions that compute in integers
+    for node in graph.nodes:
+        computed = graph.activations(node)
+        if node.op_type not in WEIGHTED or node.name in skip:
+            continue
+        weights, made = graph.weights(node), graph.activated(node.output[0])
+        if weights is None or made in graph.outputs:
+            heads |= {node.name} if made in graph.outputs else set()
+            continue
+        inputs[computed[0]] = None
+        integer.add(made)
+        few = weights.shape[1] < _FEW_CHANNELS and attribute(node, "group", 1) == 1
+        if node.op_type == "ConvTranspose" or few:
+            slow.add(node.name)
+        else:
+            ends[computed[0]] = ends[made] = None
+    read = set(inputs)
     for node in graph.nodes:
         computed = graph.activations(node)
         if node.name in skip or not graph.floats.issuperset(computed):  # the latter: arithmetic on shapes
             continue
-        if node.op_type in WEIGHTED:
-            weights, made = graph.weights(node), graph.activated(node.output[0])
-            if weights is None or made in graph.outputs:
-                heads |= {node.name} if made in graph.outputs else set()
-                continue
-            inputs[computed[0]] = None
-            few = weights.shape[1] < _FEW_CHANNELS and attribute(node, "group", 1) == 1
-            if node.op_type == "ConvTranspose" or few:
-                slow.add(node.name)
-            else:
-                ends[computed[0]] = ends[made] = None
-        elif node.op_type == "Concat" and len(computed) == len(node.input) and node.output[0] not in graph.outputs:
+        made = graph.activated(node.output[0])
+        if not integer.intersection(computed) and not read.intersection((node.output[0], made)):
+            continue  # between layers that are all in float
+        if node.op_type == "Concat" and len(computed) == len(node.input) and node.output[0] not in graph.outputs:
             for name in (*computed, node.output[0]):
                 inputs[name] = ends[name] = None
             groups.append({*computed, node.output[0]})
         elif node.op_type == "Add" and len(computed) == 2:
-            made = graph.activated(node.output[0])
             for name in (*computed, made):
                 if name not in graph.outputs:
                     ends[name] = None
@@ -229,11 +239,8 @@ def check_shared(model: onnx.ModelProto) -> None:
             continue
         scales = {name: scale for name in node.input if (scale := _scale(graph, graph.producer.get(name))) is not None}
         for name in node.output:
-            scales |= {
-                name: scale
-                for reader in graph.consumers.get(name, [])
-                if reader.op_type == "QuantizeLinear" and (scale := _scale(graph, reader)) is not None
-            }
+            after = [_scale(graph, reader) for reader in graph.consumers.get(name, []) if reader.op_type == "QuantizeLinear"]
+            scales |= dict.fromkeys([name], after[0]) if after and after[0] is not None else {}
         if len(set(scales.values())) > 1:
             listed = ", ".join(f"{name} {scale:.4g}" for name, scale in scales.items())
             raise ValueError(f"the {node.op_type} '{node.name}' has inputs and output of different scales ({listed})")

@@ -40,7 +40,7 @@ def convert(model: onnx.ModelProto, keep: Iterable[str] = ()) -> onnx.ModelProto
         )
     _sort(made)
     onnx.checker.check_model(made)
-    return onnx.ModelProto.FromString(made.SerializeToString())
+    return onnx.load_from_string(made.SerializeToString())
 
 
 def _sort(model: onnx.ModelProto) -> None:
@@ -92,21 +92,27 @@ def overflowing(model: onnx.ModelProto, feed: Iterable[NDArray[np.float32]]) -> 
     Returns:
         Names, the first of each image's only: what follows it is not finite because of it.
     """
+    makers = {name: node.name for node in model.graph.node for name in node.output}
     broken: dict[str, None] = {}
-    first: list[str] = []
-
-    def watch(node: onnx.NodeProto, made: torch.Tensor) -> torch.Tensor:
-        if not first and made.is_floating_point() and not torch.isfinite(made).all():
-            first.append(node.name)
-        return made
-
-    network = OnnxNetwork(model, watch).eval()
+    network = _FirstBroken(model).eval()
     with torch.inference_mode():
         for images in feed:
             network(torch.from_numpy(images))
-            broken |= dict.fromkeys(first)
-            first.clear()
+            if network.first is not None:
+                broken[makers[network.first]] = None
+            network.first = None
     return list(broken)
+
+
+class _FirstBroken(OnnxNetwork):
+    """Remembers the first tensor that is not finite."""
+
+    first: str | None = None
+
+    def seen(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        if self.first is None and value.is_floating_point() and not torch.isfinite(value).all():
+            self.first = name
+        return value
 
 
 def activations(model: onnx.ModelProto) -> list[str]:

@@ -1,4 +1,4 @@
-"""Mixed precision: which layers are worth leaving in float, by what they cost and what they give, on the backend that will run them."""
+"""Mixed precision: which layers are worth leaving in float, by what they cost and give on the backend that will run them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from rich.progress import track
+from scipy.optimize import isotonic_regression
 
 from evaluation.statistics import spearman
 from pipeline.errors import UserError
@@ -41,13 +42,14 @@ class Mixed:
 
     Every unit of neighbouring convolutions is left in float alone: the error of the fields it takes away, over the
     milliseconds it adds, ranks the units. The finalists are INT8 with the first so many of the ranking in float; they are
-    built and measured as whole engines, for neither errors nor milliseconds add up.
+    built and measured as whole engines, for neither errors nor milliseconds add up. What AP and agreement they lose is taken
+    as a monotone function of their fields' error (isotonic regression over the finalists).
 
     Attributes:
         int8: how the rest is quantized.
         max_drop: greatest loss of the primary figure on the tune images, as a part of 1.
         min_agreement: least agreement with what FP32 finds in the tune images.
-        max_latency: milliseconds, or "0.6x" of FP32's; then the best figures within it are taken, and the other two do not count.
+        max_latency: milliseconds, or "0.6x" of FP32's; then the least error within it is taken, whatever it loses.
         units: most units.
         finalists: how many of the ranking's prefixes are measured.
         seconds: of timing each set of engines, at most.
@@ -68,7 +70,9 @@ class Mixed:
             ValueError: a number is out of range.
         """
         if not 0 <= self.max_drop <= 1:
-            raise ValueError(f"precision.max_drop={self.max_drop}: choose 0 to 1, a part of the figure (0.002 is .2 points of AP)")
+            raise ValueError(
+                f"precision.max_drop={self.max_drop}: choose 0 to 1, a part of the figure (0.002 is .2 points of AP)"
+            )
         if not 0 <= self.min_agreement <= 1:
             raise ValueError(f"precision.min_agreement={self.min_agreement}: choose 0 to 1")
         if self.units < 1 or self.finalists < 2:
@@ -93,13 +97,16 @@ class Mixed:
         fp32 = Candidate.of_file(onnx_file)
         units, whole = self._sensitivity(calibrated, fp32, probe)
         order = sorted(range(len(units)), key=lambda n: -units[n].gain / max(units[n].cost, 1e-3 * whole["ms"]))
-        counts = sorted({round(k) for k in np.linspace(0, len(units), self.finalists)})
+        counts = sorted({0, *np.geomspace(1, len(units), self.finalists - 1).round().astype(int).tolist()})
         candidates = [calibrated.without({name for n in order[:count] for name in units[n].nodes}) for count in counts]
         times = probe.latencies([fp32, *candidates], self.seconds) if timed else [1.0] * (1 + len(candidates))
         rows = []
-        for count, candidate, ms in zip(counts, track(candidates, "measuring finalists", transient=True), times[1:], strict=True):
+        for count, candidate, ms in zip(
+            counts, track(candidates, "measuring finalists", transient=True), times[1:], strict=True
+        ):
             error = _error(probe.errors(candidate))
             rows.append({"float_units": count, "ms": ms, "error": error, **probe.figures(candidate)})
+        _smooth(rows)
         chosen = self._choose(rows, times[0], timed)
         kept = {name for n in order[: rows[chosen]["float_units"]] for name in units[n].nodes}
         candidates[chosen].write(out)
@@ -124,12 +131,10 @@ class Mixed:
             "float_units": rows[chosen]["float_units"],
             "units": len(units),
             "float_convolutions": len(kept),
-            **{f"tune_{key}": value for key, value in rows[chosen].items() if key not in ("float_units",)},
+            **{f"tune_{key}": value for key, value in rows[chosen].items() if key != "float_units"},
         }
 
-    def _sensitivity(
-        self, calibrated: Calibrated, fp32: Candidate, probe: Probe
-    ) -> tuple[list[Unit], dict[str, float]]:
+    def _sensitivity(self, calibrated: Calibrated, fp32: Candidate, probe: Probe) -> tuple[list[Unit], dict[str, float]]:
         """Every unit alone in float, and INT8 throughout."""
         names = [node.name for node in calibrated.placement.quantized(calibrated.model)]
         groups = [tuple(part.tolist()) for part in np.array_split(np.array(names, object), min(self.units, len(names)))]
@@ -164,20 +169,33 @@ class Mixed:
                     f"precision.max_latency={text}: the fastest choice takes {least:.3g} ms ({least / fp32:.3g}x of FP32); "
                     "allow that, or a smaller resolution"
                 )
-            return max(fast, key=lambda n: (rows[n].get("agreement", 0.0), -rows[n]["drop"]))
+            return min(fast, key=lambda n: rows[n]["error"])
         good = [
             n
             for n, row in enumerate(rows)
-            if row["drop"] <= self.max_drop and row.get("agreement", 1.0) >= self.min_agreement
+            if row["expected_drop"] <= self.max_drop and row.get("expected_agreement", 1.0) >= self.min_agreement
         ]
         if not good:
-            best = min(rows, key=lambda row: row["drop"])
+            best = min(rows, key=lambda row: row["error"])
             raise UserError(
-                f"precision.max_drop={self.max_drop}, precision.min_agreement={self.min_agreement}: no choice of layers keeps to "
-                f"both; the nearest loses {best['drop']:.4f} and agrees to {best.get('agreement', 1.0):.3f}: allow that, or more "
-                "calibration images"
+                f"precision.max_drop={self.max_drop}, precision.min_agreement={self.min_agreement}: no choice of layers keeps "
+                f"to both; the nearest loses {best['expected_drop']:.4f} and agrees to "
+                f"{best.get('expected_agreement', 1.0):.3f}: allow that, or give more tune images"
             )
         return min(good, key=lambda n: rows[n]["ms" if timed else "float_units"])
+
+
+def _smooth(rows: list[dict[str, Any]]) -> None:
+    """Add what the fields' error says of drop and agreement: the monotone function of it that fits the finalists best.
+
+    On a few dozen images a figure's own noise is larger than what rounding costs; the error of the fields is not noisy.
+    """
+    order = np.argsort([row["error"] for row in rows], kind="stable")
+    for key, rising in (("drop", True), ("agreement", False)):
+        if key in rows[0]:
+            fitted = isotonic_regression(np.array([rows[n][key] for n in order]), increasing=rising).x
+            for n, value in zip(order, fitted, strict=True):
+                rows[n][f"expected_{key}"] = float(value)
 
 
 def _error(errors: Mapping[str, float]) -> float:

@@ -25,14 +25,20 @@ def strata_chart(quotas: Mapping[str, Mapping[str, int]], file: Path) -> None:
     axes.barh(place + 0.2, 100 * chosen / max(chosen.sum(), 1), 0.4, label=f"chosen ({chosen.sum():.0f})", color="#d1603d")
     for at, name in zip(place, names, strict=True):
         asked = f" (asked {quotas[name]['asked']})" if quotas[name]["asked"] != quotas[name]["met"] else ""
-        axes.annotate(f" {chosen[at]:.0f} of {every[at]:.0f}{asked}", (100 * max(every[at] / every.sum(), chosen[at] / max(chosen.sum(), 1)), at), va="center", fontsize=7)
+        axes.annotate(
+            f" {chosen[at]:.0f} of {every[at]:.0f}{asked}",
+            (100 * max(every[at] / every.sum(), chosen[at] / max(chosen.sum(), 1)), at),
+            va="center",
+            fontsize=7,
+        )
     axes.set_yticks(place, names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("per cent of the images")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.15)
     axes.legend(frameon=False, fontsize=8)
-    FigureCanvasAgg(figure).print_png(file)
+    FigureCanvasAgg(figure)
+    figure.savefig(file)
 
 
 def contact_sheet(samples: Sequence[Sample[Any]], strata: Sequence[str], file: Path) -> None:
@@ -49,5 +55,7 @@ def contact_sheet(samples: Sequence[Sample[Any]], strata: Sequence[str], file: P
         small = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)[: _SIDE - 4, : _SIDE - 4]
         top, left = n // columns * (_SIDE + 18), n % columns * _SIDE
         sheet[top : top + small.shape[0], left : left + small.shape[1]] = small
-        cv2.putText(sheet, strata[index], (left + 2, top + _SIDE + 10), cv2.FONT_HERSHEY_SIMPLEX, 0.33, (60, 60, 60), 1, cv2.LINE_AA)
+        cv2.putText(
+            sheet, strata[index], (left + 2, top + _SIDE + 10), cv2.FONT_HERSHEY_SIMPLEX, 0.33, (60, 60, 60), 1, cv2.LINE_AA
+        )
     file.write_bytes(cv2.imencode(".jpg", sheet[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes())

@@ -122,7 +122,7 @@ class Probe:
 
     def _predictions(self, runner: Runner) -> Iterator[tuple[Any, Any]]:
         assert self.decoder is not None
-        read: Any = AveragedFields(self.decoder, self.spec) if self.framing.averaged else self.decoder  # type: ignore[arg-type]
+        read: Any = AveragedFields(self.decoder, self.spec) if self.framing.averaged else self.decoder
         return predict(self.images, runner, self.framing, read, self.size, 1, self.indices)
 
     def figures(self, candidate: Candidate) -> dict[str, float]:

@@ -161,9 +161,7 @@ class Int8:
         if self.equalize_concatenations or self.equalize_layers:
             extremes = calibration.observe(model, placement.tensors, feed.read(most), histograms=False)
             peaks = {name: one.peaks for name, one in extremes.items()}
-            model, rescaled = equalization.equalize(
-                model, placement, peaks, self.equalize_concatenations, self.equalize_layers
-            )
+            model, rescaled = equalization.equalize(model, placement, peaks, self.equalize_concatenations, self.equalize_layers)
 
         def observe() -> dict[str, Histogram]:
             return calibration.observe(model, placement.tensors, feed.read(most), histograms=not self.tensorrt_cache)
@@ -192,15 +190,18 @@ class Int8:
         in_half = self.high_precision_dtype == "fp16"
         made = Calibrated(model, placement, scales, shifts, thresholds, found, key, rescaled, in_half)
         if kept is not None and not kept.exists():
-            caches.write_scales(kept, key, made.rows())
+            caches.write_scales(kept, key, made.rows(), sorted(placement.excluded), made.scales.most_weight)
         return made
 
-    def _steps(
-        self, onnx_file: Path, feed: CalibrationFeed, probe: Probe, final: Candidate
-    ) -> Iterator[dict[str, Any]]:
+    def _steps(self, onnx_file: Path, feed: CalibrationFeed, probe: Probe, final: Candidate) -> Iterator[dict[str, Any]]:
         """The error of the fields after each step that is switched on, all others off; the last row is what was written."""
         plain = replace(
-            self, equalize_concatenations=False, equalize_layers=False, bias_correction=False, cal_data_file=None, cal_cache_file=None
+            self,
+            equalize_concatenations=False,
+            equalize_layers=False,
+            bias_correction=False,
+            cal_data_file=None,
+            cal_cache_file=None,
         )
         on: dict[str, Any] = {}
         yield {"step": "calibrated", **probe.errors(plain.calibrate(onnx_file, feed, _STEP_IMAGES).written())}
@@ -290,7 +291,7 @@ class Calibrated:
 
     def save(self, out: Path) -> None:
         """Write scales.json, TensorRT 10's calibration cache, and the float network that both are of."""
-        caches.write_scales(out / SCALES, self.key, self.rows())
+        caches.write_scales(out / SCALES, self.key, self.rows(), sorted(self.placement.excluded), self.scales.most_weight)
         caches.write_tensorrt(out / TENSORRT_CACHE, self.scales.activations)
         onnx.save(equalization.corrected(self.model, self.shifts), out / FLOAT)
 
@@ -298,7 +299,9 @@ class Calibrated:
         """What a manifest says of it."""
         graph = Graph(self.model)
         convolutions = self.placement.quantized(self.model)
-        empty = sum(int((np.abs(w).max(axis=(1, 2, 3)) == 0).sum()) for n in convolutions if (w := graph.weights(n)) is not None)
+        empty = sum(
+            int((np.abs(w).max(axis=(1, 2, 3)) == 0).sum()) for n in convolutions if (w := graph.weights(n)) is not None
+        )
         return {
             "tensors": len(self.found),
             "constant": [name for name, threshold in self.thresholds.items() if threshold == 0],
@@ -308,6 +311,38 @@ class Calibrated:
             "equalized_tensors": self.rescaled["tensors"],
             "float_layers": sorted(self.placement.excluded),
         }
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """INT8 of a network that was retrained with its scales: they lie beside it, and nothing is calibrated again.
+
+    Attributes:
+        high_precision_dtype: "fp32" or "fp16", of what is not INT8 in TensorRT's flavour.
+    """
+
+    high_precision_dtype: str = "fp32"
+
+    def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:  # noqa: ARG002
+        """Write both flavours and scales.json."""
+        content = json.loads((onnx_file.parent / SCALES).read_text())
+        rows = content["tensors"]
+        model = load(onnx_file)
+        in_half = self.high_precision_dtype == "fp16"
+        placement = place(model, content["excluded"])
+        thresholds = {name: float(row["threshold"]) for name, row in rows.items()}
+        lows = {name: float(row["least"]) for name, row in rows.items()}
+        found = {name: Histogram(least=row["least"], most=row["most"]) for name, row in rows.items()}
+        least = half.LEAST_NORMAL if in_half else LEAST_SCALE
+        scales = writers.Scales.of(thresholds, lows, placement, most_weight=content["most_weight"], least=least)
+        made = Calibrated(
+            model, placement, scales, {}, thresholds, found, content["key"], {"channels": 0, "tensors": 0}, in_half
+        )
+        candidate = made.written()
+        candidate.write(out)
+        made.save(out)
+        errors = {} if probe is None else {f"error_{name}": value for name, value in probe.errors(candidate).items()}
+        return {"precision": "int8", **made.summary(), **errors}
 
 
 @dataclass(frozen=True)

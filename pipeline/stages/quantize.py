@@ -1,24 +1,18 @@
 """quantize: write a precision into the network, for both runtimes."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from hashlib import sha256
-from itertools import islice
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
 
-from evaluation.pixels import normalise
 from evaluation.types import Resolution
 from pipeline.artifacts import Job
-from pipeline.datasets.coco import Coco
 from pipeline.errors import UserError
 from pipeline.export import macs
-from pipeline.inference import batches
+from pipeline.quantization.feed import calibration_feed
 from pipeline.quantization.probe import Probe
-from pipeline.specs import Backend, CalibrationFeed, Decoder, Framing, Metric, Quantizer, Splits, read_spec
+from pipeline.specs import Backend, Decoder, Framing, Metric, Quantizer, Splits, read_spec
 
 
 def run(
@@ -58,22 +52,8 @@ def run(
     spec, size = read_spec(model), Resolution.parse(resolution)
     feed = None
     if "calibration" in job.inputs:
-        chosen = json.loads((job.inputs["calibration"] / "calibration.json").read_text())
-        sources = _sources(data, chosen["images"], image_dir, job)
-
-        def read(most: int | None) -> Iterator[NDArray[np.float32]]:
-            from rich.progress import track
-
-            count = sum(len(order) for _, order in sources)
-            every = (batch for part, order in sources for batch in batches(part, framing, spec.input, size, 1, order))
-            shown = track(islice(every, most), "calibrating", min(count, most or count), transient=True)
-            for batch in shown:
-                if batch.views:
-                    yield normalise(batch.images, spec.input)
-
-        form = [repr(framing), str(size), spec.input.__dict__]
-        digest = sha256(json.dumps([(i["file_name"], i["sha256"]) for i in chosen["images"]]).encode()).hexdigest()
-        feed = CalibrationFeed(read, digest, sha256(json.dumps(form, default=str).encode()).hexdigest())
+        chosen = job.inputs["calibration"] / "calibration.json"
+        feed = calibration_feed(chosen, data, image_dir, framing, spec.input, size, job.cache)
     probe = None
     if backend is not None and "tune" in data:
         tuned = job.inputs.get("tuned")
@@ -85,24 +65,3 @@ def run(
     except ValueError as error:
         raise UserError(str(error)) from error
     return {**report, "macs": macs(onnx.load(model), size)}
-
-
-def _sources(
-    data: Splits, images: list[Mapping[str, str]], image_dir: str | None, job: Job
-) -> list[tuple[Any, list[int]]]:
-    """Where the calibration images are: data sets, and places in them.
-
-    Raises:
-        UserError: an image is gone or changed.
-    """
-    found = []
-    for split in dict.fromkeys(image["split"] for image in images):
-        part: Any = data.open(split) if split != "image_dir" else Coco.folder(str(image_dir))
-        contents = part.contents(job.cache)
-        listed = [image for image in images if image["split"] == split]
-        changed = [i["file_name"] for i in listed if contents.get(i["file_name"]) != i["sha256"]]
-        if changed:
-            raise UserError(f"calibration image {changed[0]} changed since it was chosen; run stage=sample again")
-        place = {record["file_name"]: n for n, record in enumerate(part.records)}
-        found.append((part, [place[image["file_name"]] for image in listed]))
-    return found

@@ -82,7 +82,11 @@ def _refuse_leaks(job: Job, data: Splits, listed: Sequence[dict[str, str]]) -> N
     digests = {digest: name for name, digest in validation.contents(job.cache).items()}
     for image in listed:
         if image["id"] in ids:
-            raise UserError(f"calibration image {image['file_name']} has the id {image['id']} of a validation image; mend the splits")
+            raise UserError(
+                f"calibration image {image['file_name']} has the id {image['id']} of a validation image; mend the splits"
+            )
         if image["sha256"] in digests:
             twin = digests[image["sha256"]]
-            raise UserError(f"calibration image {image['file_name']} has the content of the validation image {twin}; mend the splits")
+            raise UserError(
+                f"calibration image {image['file_name']} has the content of the validation image {twin}; mend the splits"
+            )

@@ -1,0 +1,66 @@
+"""qat: retrain the exported network with INT8's rounding in the loop."""
+
+from typing import Any
+
+import onnx
+import torch
+
+from evaluation.types import Resolution
+from pipeline.artifacts import Job
+from pipeline.errors import UserError
+from pipeline.export import macs, stamp
+from pipeline.quantization.feed import calibration_feed
+from pipeline.quantization.quantizers import Int8
+from pipeline.specs import Framing, Objective, Splits, read_spec
+from pipeline.training.augment import Augmentation
+from pipeline.training.fake_quantization import FakeQuantized
+from pipeline.training.loop import Training, train
+
+
+def run(
+    job: Job,
+    data: Splits,
+    quantizer: Int8,
+    objective: Objective[Any] | None,
+    framing: Framing,
+    resolution: str,
+    image_dir: str | None,
+    seed: int,
+    augment: Augmentation,
+    training: Training,
+) -> dict[str, Any]:
+    """Calibrate the input "network", then train it with its scales fixed; write model.onnx and scales.json.
+
+    Args:
+        job: inputs hold "network" and "calibration".
+        data: its train images are used.
+        quantizer: finds the scales.
+        objective: what is learnt; None where the family has none.
+        framing: of calibration images.
+        resolution: of calibration and training.
+        image_dir: the folder that the calibration images were sampled from.
+        seed: of the order and the views.
+        augment: how views are drawn.
+        training: how long and how fast.
+
+    Returns:
+        Losses, and what the calibration says of itself.
+
+    Raises:
+        UserError: the family has no objective, or as calibration and training raise it.
+    """
+    if objective is None:
+        raise UserError("precision=int8_qat: this family's networks are not trained here; choose precision=int8 or mixed")
+    torch.manual_seed(seed)
+    exported, size = job.inputs["network"] / "model.onnx", Resolution.parse(resolution)
+    spec = read_spec(exported)
+    chosen = job.inputs["calibration"] / "calibration.json"
+    feed = calibration_feed(chosen, data, image_dir, framing, spec.input, size, job.cache)
+    calibrated = quantizer.calibrate(exported, feed)
+    network = FakeQuantized(calibrated.model, calibrated.placement, calibrated.scales)
+    losses = train(network, data.open("train"), objective, size, augment, training, job.scratch / "state.ckpt", seed)
+    calibrated.save(job.out)
+    model = job.out / "model.onnx"
+    onnx.save(network.float_model(calibrated.model), model)
+    stamp(model, spec)
+    return {**losses, **calibrated.summary(), "macs": macs(onnx.load(model), size)}
