@@ -1,0 +1,195 @@
+import json
+import struct
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_quantization import branches, described, fed, feed  # noqa: F401
+
+from pipeline.errors import UserError
+from pipeline.quantization import caches, calibration, graph
+from pipeline.quantization.quantizers import Int8
+
+
+def filled(values):
+    histogram = calibration.Histogram()
+    histogram.add(np.asarray(values, np.float32))
+    return histogram
+
+
+def test_entropy_clips_a_long_thin_tail_and_keeps_a_uniform_range():
+    draw = np.random.default_rng(0)
+    assert filled(draw.uniform(0, 1, 200_000)).threshold("entropy") > 0.95
+    tailed = filled(np.concatenate([draw.normal(0, 1, 400_000), [60.0, 55.0, 50.0]]))
+    assert 3 < tailed.threshold("entropy") < 30
+    assert tailed.threshold("minmax") == 60
+
+
+def test_entropy_does_not_mind_how_many_values_a_relu_cut_off():
+    draw = np.random.default_rng(0)
+    positive = np.abs(draw.normal(0, 1, 100_000))
+    with_zeros = np.concatenate([positive, np.zeros(900_000)])
+    assert filled(with_zeros).threshold("entropy") == pytest.approx(filled(positive).threshold("entropy"), rel=0.1)
+
+
+def test_a_moving_average_is_the_mean_of_each_images_greatest():
+    histogram = calibration.Histogram()
+    for peak in (1.0, 2.0, 6.0):
+        histogram.add(np.array([[[-peak, 0.5]]], np.float32))
+    assert histogram.threshold("moving_average") == pytest.approx(3.0)
+    assert histogram.peaks.tolist() == [6.0]
+
+
+def test_extremes_are_kept_by_channel_and_signed():
+    values = np.array([[[1.0, -2.0], [0.25, 0.5]]], np.float32)
+    histogram = filled(values)
+    assert (histogram.least, histogram.most) == (-2.0, 1.0)
+    assert histogram.peaks.tolist() == [2.0, 0.5]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_never_enter_a_histogram(value):
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        filled([1.0, value, 2.0])
+
+
+def test_memory_does_not_grow_with_the_number_of_images(branches):  # noqa: F811
+    few = calibration.observe(branches, ["ra"], feed(2))["ra"]
+    many = calibration.observe(branches, ["ra"], feed(64))["ra"]
+    assert few.counts.nbytes == many.counts.nbytes
+    assert many.counts.sum() == 32 * few.counts.sum()
+
+
+def test_ranges_are_those_of_every_image_though_memory_is_used_again(branches):  # noqa: F811
+    session = onnxruntime.InferenceSession(graph.observed(branches, ["ra", "sum"])[0].SerializeToString())
+    found = calibration.observe(branches, ["ra", "sum", "image"], feed(7))
+    for name, place in (("ra", 1), ("sum", 2)):
+        made = [session.run(None, {"image": images})[place] for images in feed(7)]
+        assert found[name].most == max(values.max() for values in made)
+        assert found[name].least == min(values.min() for values in made)
+    assert found["image"].peak == max(np.abs(images).max() for images in feed(7))
+
+
+def test_histograms_survive_a_file(branches, tmp_path):  # noqa: F811
+    made = []
+
+    def make():
+        made.append(1)
+        return calibration.observe(branches, ["ra", "image"], feed())
+
+    key = {"network": "n", "images": "i", "preprocessing": "p", "algorithm": "a"}
+    first = caches.tensor_data(tmp_path / "cal" / "data.npz", key, make)
+    again = caches.tensor_data(tmp_path / "cal" / "data.npz", key, make)
+    assert len(made) == 1
+    for name in first:
+        assert np.array_equal(first[name].counts, again[name].counts)
+        assert np.array_equal(first[name].peaks, again[name].peaks)
+        for method in calibration.METHODS:
+            assert first[name].threshold(method) == again[name].threshold(method)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"network": "other"}, "the network changed"),
+        ({"images": "other"}, "the list of calibration images changed"),
+        ({"preprocessing": "other"}, "the preprocessing"),
+        ({"algorithm": "other"}, "the algorithm"),
+    ],
+)
+def test_a_cache_of_another_calibration_is_refused_and_what_changed_is_named(change, message, tmp_path):
+    key = {"network": "n", "images": "i", "preprocessing": "p", "algorithm": "a"}
+    caches.tensor_data(tmp_path / "data.npz", key, dict)
+    caches.write_scales(tmp_path / "scales.json", key, {}, [], 127)
+    with pytest.raises(UserError, match=rf"data.npz: made with another calibration: {message}"):
+        caches.tensor_data(tmp_path / "data.npz", {**key, **change}, dict)
+    with pytest.raises(UserError, match=rf"scales.json: made with another calibration: {message}"):
+        caches.read_scales(tmp_path / "scales.json", {**key, **change})
+
+
+def test_files_that_are_no_caches_are_refused(tmp_path):
+    (tmp_path / "data.npz").write_text("nothing")
+    (tmp_path / "scales.json").write_text("[1]")
+    with pytest.raises(UserError, match="data.npz: not a cache of tensor data"):
+        caches.tensor_data(tmp_path / "data.npz", {}, dict)
+    with pytest.raises(UserError, match="scales.json: not a cache of scales"):
+        caches.read_scales(tmp_path / "scales.json", {})
+
+
+def test_a_calibration_is_taken_up_again_and_a_changed_one_is_not(described, tmp_path):  # noqa: F811
+    options = {"cal_data_file": str(tmp_path / "data.npz"), "cal_cache_file": str(tmp_path / "scales.json")}
+    (tmp_path / "one").mkdir()
+    Int8(**options).quantize(described, fed(feed()), None, tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    Int8(**options).quantize(described, fed(feed()), None, tmp_path / "two")
+    for file in ("scales.json", "model.tensorrt.onnx"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    kept = (tmp_path / "scales.json").read_bytes()
+    with pytest.raises(UserError, match=r"data.npz: .*the list of calibration images changed"):
+        other = fed(feed())
+        Int8(**options).quantize(described, type(other)(other.read, "others", other.preprocessing), None, tmp_path)
+    with pytest.raises(UserError, match=r"scales.json: .*the algorithm"):
+        Int8("mse", **options).quantize(described, fed(feed()), None, tmp_path)
+    assert (tmp_path / "scales.json").read_bytes() == kept
+
+
+@given(st.dictionaries(st.text("abz./_:09", min_size=1, max_size=12), st.floats(0, 2.0**100, width=32), min_size=1, max_size=5))
+def test_tensorrts_cache_round_trips_to_the_bit(scales):
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "c.cache"
+        caches.write_tensorrt(file, scales)
+        assert caches.read_tensorrt(file) == scales
+
+
+def test_tensorrts_cache_has_its_form(tmp_path):
+    caches.write_tensorrt(tmp_path / "c", {"image": 1.0, "a": 0.0078125})
+    assert (tmp_path / "c").read_text() == "TRT-100300-EntropyCalibration2\na: 3c000000\nimage: 3f800000\n"
+    assert struct.unpack(">f", bytes.fromhex("3c000000")) == (0.0078125,)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nothing\n", "begins with 'nothing'"),
+        ("TRT-1-X\na: zz\n", "line 2: not 'tensor: eight hexadecimal digits'"),
+        ("TRT-1-X\na: 7fc00000\n", "line 2: the scale of 'a' is nan"),
+        ("TRT-1-X\na: bf800000\n", "line 2: the scale of 'a' is -1.0"),
+    ],
+)
+def test_a_broken_tensorrt_cache_is_refused(text, message, tmp_path):
+    (tmp_path / "c").write_text(text)
+    with pytest.raises(UserError, match=message):
+        caches.read_tensorrt(tmp_path / "c")
+    with pytest.raises(UserError, match="cannot read the calibration cache"):
+        caches.read_tensorrt(tmp_path / "absent")
+
+
+def test_tensorrts_scales_are_imported(described, tmp_path):  # noqa: F811
+    off = {"equalize_concatenations": False, "equalize_layers": False}
+    (tmp_path / "one").mkdir()
+    Int8(**off).quantize(described, fed(feed()), None, tmp_path / "one")
+    cache = tmp_path / "one" / "calibration.cache"
+    (tmp_path / "two").mkdir()
+    Int8("minmax", tensorrt_cache=str(cache), **off).quantize(described, fed(feed()), None, tmp_path / "two")
+    ours, theirs = (json.loads((tmp_path / n / "scales.json").read_text())["tensors"] for n in ("two", "one"))
+    assert {n: r["scale"] for n, r in ours.items()} == pytest.approx({n: r["scale"] for n, r in theirs.items()}, rel=1e-6)
+    with pytest.raises(ValueError, match="its scales are of the network without equalization"):
+        Int8(tensorrt_cache=str(cache))
+    caches.write_tensorrt(cache, {"image": 1.0})
+    with pytest.raises(UserError, match="no scale for"):
+        Int8(tensorrt_cache=str(cache), **off).quantize(described, fed(feed()), None, tmp_path)
+
+
+def test_the_names_of_tools_do_not_change_a_networks_digest(branches):  # noqa: F811
+    other = onnx.ModelProto()
+    other.CopyFrom(branches)
+    other.producer_name = "another"
+    assert caches.network_digest(other) == caches.network_digest(branches)
+    other.graph.initializer[0].raw_data = bytes(len(other.graph.initializer[0].raw_data))
+    assert caches.network_digest(other) != caches.network_digest(branches)

@@ -1,0 +1,166 @@
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from pipeline.quantization import calibration, equalization, graph, writers
+
+
+def model_of(nodes, constants, outputs, channels=3):
+    made = helper.make_graph(
+        nodes,
+        "test",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ("batch", channels, "height", "width"))],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+        [numpy_helper.from_array(np.asarray(v), n) for n, v in constants.items()],
+    )
+    return onnx.shape_inference.infer_shapes(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10))
+
+
+def run(model, images, optimise=True):
+    options = onnxruntime.SessionOptions()
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(model.SerializeToString(), options).run(None, {"image": images})[0]
+
+
+DRAW = np.random.default_rng(0)
+
+
+def weights(name, outputs, inputs, size=3, spread=1.0):
+    w = DRAW.normal(0, 0.4, (outputs, inputs, size, size)) * np.geomspace(1, spread, outputs)[:, None, None, None]
+    return {f"{name}_w": w.astype(np.float32), f"{name}_b": DRAW.normal(0, 0.1, outputs).astype(np.float32)}
+
+
+def conv(source, out, size=3, group=1):
+    pads = [size // 2] * 4
+    return helper.make_node("Conv", [source, f"{out}_w", f"{out}_b"], [out], name=out, pads=pads, group=group)
+
+
+@pytest.fixture(scope="module")
+def stages():
+    """A branch of small maps and one of large ones, concatenated, read by depthwise and dense convolutions, with a skip."""
+    nodes = [
+        conv("image", "a"),
+        helper.make_node("Clip", ["a", "low", "six"], ["features"], name="features"),
+        conv("features", "maps", 1),
+        helper.make_node("Concat", ["maps", "features"], ["joined"], name="joined", axis=1),
+        conv("joined", "deep", 3, group=12),
+        conv("deep", "wide", 1),
+        helper.make_node("Relu", ["wide"], ["rectified"], name="rectified"),
+        helper.make_node("MaxPool", ["rectified"], ["pooled"], name="pooled", kernel_shape=[3, 3], pads=[1] * 4),
+        helper.make_node("PRelu", ["pooled", "slope"], ["sloped"], name="sloped"),
+        conv("sloped", "again", 1),
+        helper.make_node("Add", ["again", "sloped"], ["sum"], name="sum"),
+        conv("joined", "dense", 3),
+        helper.make_node("Concat", ["sum", "dense"], ["both"], name="both", axis=1),
+        conv("both", "out", 1),
+    ]
+    constants = {
+        **weights("a", 8, 3),
+        **weights("maps", 4, 8, 1, 0.02),
+        **weights("deep", 12, 1),
+        **weights("wide", 8, 12, 1, 0.01),
+        **weights("again", 8, 8, 1, 0.1),
+        **weights("dense", 4, 12, 3, 0.05),
+        **weights("out", 5, 12, 1),
+        "low": np.float32(0),
+        "six": np.float32(6),
+        "slope": DRAW.uniform(0.1, 0.4, (8, 1, 1)).astype(np.float32),
+    }
+    return model_of(nodes, constants, ["out"])
+
+
+def images(count=4):
+    draw = np.random.default_rng(1)
+    return [draw.normal(0, 2, (1, 3, 16, 20)).astype(np.float32) for _ in range(count)]
+
+
+def peaks_of(model, placement):
+    found = calibration.observe(model, placement.tensors, images(), histograms=False)
+    return {name: one.peaks for name, one in found.items()}
+
+
+@pytest.mark.parametrize(("concatenations", "layers"), [(True, False), (False, True), (True, True)])
+def test_equalization_is_exact_in_float(stages, concatenations, layers):
+    placement = graph.place(stages)
+    made, rescaled = equalization.equalize(stages, placement, peaks_of(stages, placement), concatenations, layers)
+    assert rescaled["channels"] >= 4
+    for one in images():
+        expected = run(stages, one)
+        assert np.abs(run(made, one) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_small_maps_fill_the_range_they_share(stages):
+    placement = graph.place(stages)
+    before = peaks_of(stages, placement)
+    made, _ = equalization.equalize(stages, placement, before, concatenations=True, layers=False)
+    after = peaks_of(made, placement)
+    assert before["maps"].min() < before["maps"].max() / 8
+    assert np.allclose(after["maps"], before["joined"].max(), rtol=1e-3)
+    assert np.array_equal(after["features"], before["features"]), "what a Clip bounds cannot be scaled"
+
+
+def test_nothing_that_a_clip_an_input_or_an_output_holds_is_scaled(stages):
+    placement = graph.place(stages)
+    made, _ = equalization.equalize(stages, placement, peaks_of(stages, placement))
+    ours, theirs = ({i.name: numpy_helper.to_array(i) for i in m.graph.initializer} for m in (made, stages))
+    assert np.array_equal(ours["a_w"], theirs["a_w"])
+    assert np.array_equal(ours["out_b"], theirs["out_b"])
+    assert not np.array_equal(ours["out_w"], theirs["out_w"]), "its inputs were scaled"
+
+
+def test_equalization_lowers_the_error_of_int8(stages):
+    placement = graph.place(stages)
+
+    def error(model):
+        found = calibration.observe(model, placement.tensors, images())
+        lows = {n: h.least for n, h in found.items()}
+        scales = writers.Scales.of({n: h.threshold("minmax") for n, h in found.items()}, lows, placement)
+        made = writers.insert(model, placement, scales, "tensorrt")
+        differences = [run(made, one, optimise=False) - run(stages, one) for one in images()]
+        return float(np.sqrt(np.mean(np.square(differences))))
+
+    made, _ = equalization.equalize(stages, placement, peaks_of(stages, placement))
+    assert error(made) < 0.8 * error(stages)
+
+
+def test_weights_that_two_layers_share_are_left_alone():
+    nodes = [conv("image", "a"), conv("a", "b", 3, 3), conv("b", "out", 1)]
+    nodes[1].input[1], nodes[1].input[2] = "s_w", "s_b"
+    nodes.insert(2, helper.make_node("Conv", ["b", "s_w", "s_b"], ["c"], name="c", pads=[1] * 4, group=3))
+    nodes[3].input[0] = "c"
+    constants = {**weights("a", 3, 3, 3, 0.1), **weights("s", 3, 1), **weights("out", 2, 3, 1)}
+    model = model_of(nodes, constants, ["out"])
+    placement = graph.place(model)
+    made, _ = equalization.equalize(model, placement, peaks_of(model, placement))
+    ours, theirs = ({i.name: numpy_helper.to_array(i) for i in m.graph.initializer} for m in (made, model))
+    assert np.array_equal(ours["s_w"], theirs["s_w"])
+    assert np.allclose(run(made, images()[0]), run(model, images()[0]), rtol=1e-5)
+
+
+def test_bias_correction_removes_the_mean_error():
+    draw = np.random.default_rng(3)
+    nodes = [conv("image", "a", 1), helper.make_node("Relu", ["a"], ["r"], name="r"), conv("r", "b", 1), conv("b", "out", 1)]
+    constants = {**weights("a", 16, 3, 1), **weights("b", 8, 16, 1), **weights("out", 2, 8, 1)}
+    model = model_of(nodes, constants, ["out"])
+    feed = [np.abs(draw.normal(0, 1, (1, 3, 32, 32))).astype(np.float32) for _ in range(3)]
+    placement = graph.place(model)
+    scales = writers.Scales.of(dict.fromkeys(placement.tensors, 3.0), dict.fromkeys(placement.tensors, 0.0), placement)
+    shifts = equalization.mean_shifts(model, placement, scales, feed)
+    assert set(shifts) == {"a", "b"}
+    corrected = equalization.corrected(model, shifts)
+    expected = {name: 0.0 for name in shifts}
+    plain, mended = dict(expected), dict(expected)
+    for source, sums in ((model, plain), (corrected, mended)):
+        rounded = writers.insert(source, placement, scales, "tensorrt")
+        for made in graph.computed_over(rounded, ["a", "b"], feed, optimise=False):
+            for name in sums:
+                sums[name] = sums[name] + made[name].mean(axis=(0, 2, 3)) / len(feed)
+    for made in graph.computed_over(model, ["a", "b"], feed):
+        for name in expected:
+            expected[name] = expected[name] + made[name].mean(axis=(0, 2, 3)) / len(feed)
+    assert np.abs(mended["a"] - expected["a"]).max() < 1e-4
+    assert np.abs(plain["a"] - expected["a"]).max() > 1e-3
+    assert np.abs(mended["b"] - expected["b"]).max() < 0.3 * np.abs(plain["b"] - expected["b"]).max()
