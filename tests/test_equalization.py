@@ -15,7 +15,9 @@ def model_of(nodes, constants, outputs, channels=3):
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
         [numpy_helper.from_array(np.asarray(v), n) for n, v in constants.items()],
     )
-    return onnx.shape_inference.infer_shapes(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10))
+    return onnx.shape_inference.infer_shapes(
+        helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    )
 
 
 def run(model, images, optimise=True):

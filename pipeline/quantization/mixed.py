@@ -42,13 +42,13 @@ class Mixed:
 
     Every unit of neighbouring convolutions is left in float alone: the error of the fields it takes away, over the
     milliseconds it adds, ranks the units. The finalists are INT8 with the first so many of the ranking in float; they are
-    built and measured as whole engines, for neither errors nor milliseconds add up. What AP and agreement they lose is taken
-    as a monotone function of their fields' error (isotonic regression over the finalists).
+    built and measured as whole engines, for neither errors nor milliseconds add up.
 
     Attributes:
         int8: how the rest is quantized.
-        max_drop: greatest loss of the primary figure on the tune images, as a part of 1.
-        min_agreement: least agreement with what FP32 finds in the tune images.
+        max_drop: a loss of the primary figure on the tune images, as a part of 1; who is shown to lose more, by the lower end
+            of the paired 95 % interval, is out.
+        min_agreement: least agreement with what FP32 finds in the tune images, as a monotone function of the fields' error.
         max_latency: milliseconds, or "0.6x" of FP32's; then the least error within it is taken, whatever it loses.
         units: most units.
         finalists: how many of the ranking's prefixes are measured.
@@ -60,7 +60,7 @@ class Mixed:
     min_agreement: float = 0.95
     max_latency: str | float | None = None
     units: int = 32
-    finalists: int = 8
+    finalists: int = 10
     seconds: float = 20.0
 
     def __post_init__(self) -> None:
@@ -173,29 +173,28 @@ class Mixed:
         good = [
             n
             for n, row in enumerate(rows)
-            if row["expected_drop"] <= self.max_drop and row.get("expected_agreement", 1.0) >= self.min_agreement
+            if row["drop_lo"] <= self.max_drop and row.get("expected_agreement", 1.0) >= self.min_agreement
         ]
         if not good:
             best = min(rows, key=lambda row: row["error"])
             raise UserError(
                 f"precision.max_drop={self.max_drop}, precision.min_agreement={self.min_agreement}: no choice of layers keeps "
-                f"to both; the nearest loses {best['expected_drop']:.4f} and agrees to "
+                f"to both; the nearest loses {best['drop']:.4f} and agrees to "
                 f"{best.get('expected_agreement', 1.0):.3f}: allow that, or give more tune images"
             )
         return min(good, key=lambda n: rows[n]["ms" if timed else "float_units"])
 
 
 def _smooth(rows: list[dict[str, Any]]) -> None:
-    """Add what the fields' error says of drop and agreement: the monotone function of it that fits the finalists best.
+    """Add what the fields' error says of the agreement: the monotone function of it that fits the finalists best.
 
-    On a few dozen images a figure's own noise is larger than what rounding costs; the error of the fields is not noisy.
+    On a few dozen images the agreement is noisy; the error of the fields is not.
     """
-    order = np.argsort([row["error"] for row in rows], kind="stable")
-    for key, rising in (("drop", True), ("agreement", False)):
-        if key in rows[0]:
-            fitted = isotonic_regression(np.array([rows[n][key] for n in order]), increasing=rising).x
-            for n, value in zip(order, fitted, strict=True):
-                rows[n][f"expected_{key}"] = float(value)
+    if all("agreement" in row for row in rows):
+        order = np.argsort([row["error"] for row in rows], kind="stable")
+        fitted = isotonic_regression(np.array([rows[n]["agreement"] for n in order]), increasing=False).x
+        for n, value in zip(order, fitted, strict=True):
+            rows[n]["expected_agreement"] = float(value)
 
 
 def _error(errors: Mapping[str, float]) -> float:

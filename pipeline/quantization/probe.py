@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from evaluation import latency
 from evaluation.averaging import AveragedFields
+from evaluation.statistics import Draws, bootstrap, paired
 from evaluation.types import Resolution
 from pipeline.inference import batches, predict
 from pipeline.specs import FLAVOURS, Backend, Decoder, Framing, Metric, ModelFiles, Runner, Shapes, Splits, read_spec
@@ -126,7 +127,7 @@ class Probe:
         return predict(self.images, runner, self.framing, read, self.size, 1, self.indices)
 
     def figures(self, candidate: Candidate) -> dict[str, float]:
-        """The primary figure, its paired drop from FP32's, and the agreement with what FP32 finds."""
+        """The primary figure, its drop from FP32's with a paired 95 % interval, and the agreement with what FP32 finds."""
         assert self.decoder is not None
         metric = self.metric(labels=self.images.labels, found_labels=self.spec.labels)
         agreement = self.agreement(labels=self.spec.labels) if self.agreement is not None else None
@@ -135,8 +136,9 @@ class Probe:
                 metric.process(sample.id, sample.truth, found)
                 if agreement is not None:
                     agreement.process(sample.id, self._plain(self.people[sample.id]), found)
-        figures = {metric.primary: metric.evaluate()[metric.primary]}
-        figures["drop"] = self.baseline - figures[metric.primary]
+        draws = bootstrap(metric.matches())
+        drop = paired(self.baseline, draws)
+        figures = {metric.primary: draws.value, "drop": drop.value, "drop_lo": drop.low, "drop_hi": drop.high}
         if agreement is not None:
             figures["agreement"] = agreement.evaluate()[agreement.primary]
         return figures
@@ -146,13 +148,13 @@ class Probe:
         return self.decoder.variants(found).get("as_found", found)
 
     @cached_property
-    def baseline(self) -> float:
-        """FP32's primary figure."""
+    def baseline(self) -> Draws:
+        """FP32's primary figure, resampled."""
         metric = self.metric(labels=self.images.labels, found_labels=self.spec.labels)
         for index in self.indices:
             sample = self.images[index]
             metric.process(sample.id, sample.truth, self.people[sample.id])
-        return float(metric.evaluate()[metric.primary])
+        return bootstrap(metric.matches())
 
     def latencies(self, candidates: Sequence[Candidate], seconds: float) -> list[float]:
         """Median milliseconds of the network alone for each candidate, taken in turns."""
