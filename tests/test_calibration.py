@@ -128,8 +128,8 @@ def test_a_calibration_is_taken_up_again_and_a_changed_one_is_not(described, tmp
     for file in ("scales.json", "model.tensorrt.onnx"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     kept = (tmp_path / "scales.json").read_bytes()
+    other = fed(feed())
     with pytest.raises(UserError, match=r"data.npz: .*the list of calibration images changed"):
-        other = fed(feed())
         Int8(**options).quantize(described, type(other)(other.read, "others", other.preprocessing), None, tmp_path)
     with pytest.raises(UserError, match=r"scales.json: .*the algorithm"):
         Int8("mse", **options).quantize(described, fed(feed()), None, tmp_path)

@@ -153,15 +153,15 @@ def test_bias_correction_removes_the_mean_error():
     shifts = equalization.mean_shifts(model, placement, scales, feed)
     assert set(shifts) == {"a", "b"}
     corrected = equalization.corrected(model, shifts)
-    expected = {name: 0.0 for name in shifts}
+    expected = dict.fromkeys(shifts, 0.0)
     plain, mended = dict(expected), dict(expected)
     for source, sums in ((model, plain), (corrected, mended)):
         rounded = writers.insert(source, placement, scales, "tensorrt")
         for made in graph.computed_over(rounded, ["a", "b"], feed, optimise=False):
-            for name in sums:
-                sums[name] = sums[name] + made[name].mean(axis=(0, 2, 3)) / len(feed)
+            for name in list(sums):
+                sums[name] += made[name].mean(axis=(0, 2, 3)) / len(feed)
     for made in graph.computed_over(model, ["a", "b"], feed):
-        for name in expected:
+        for name in list(expected):
             expected[name] = expected[name] + made[name].mean(axis=(0, 2, 3)) / len(feed)
     assert np.abs(mended["a"] - expected["a"]).max() < 1e-4
     assert np.abs(plain["a"] - expected["a"]).max() > 1e-3
