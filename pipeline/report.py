@@ -1,11 +1,9 @@
-"""The report: one table of all cells, the plot of accuracy against latency, pictures of what was found."""
+"""The report as data: one table of all cells, what each step costs, and a model card."""
 
-import base64
 import csv
-import html
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +34,13 @@ class Result:
         folder: of the evaluation.
         axes: what tells its cell from others.
         figures: of the evaluation, and of the benchmark where there is one.
+        made_of: folders of the stages it comes from, by stage.
     """
 
     folder: Path
     axes: Mapping[str, Any]
     figures: Mapping[str, Any]
+    made_of: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path)
             continue
         axes = manifest["config"]["axes"]
         for timed in times.get(_engine(manifest), [{}]):
-            figures = {**manifest["summary"], **timed, **_chain(folder, root)}
-            results.append(Result(folder, axes, figures))
+            counted, folders = _chain(folder, root)
+            results.append(Result(folder, axes, {**manifest["summary"], **timed, **counted}, folders))
     if doubles:
         left_out.append(f"{doubles} evaluated with the TensorRT test double: no figures of TensorRT")
     results.sort(
@@ -114,19 +114,20 @@ def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path)
     return Table(rows, results, left_out)
 
 
-def _chain(folder: Path, root: Path) -> dict[str, Any]:
-    """Parameters and MACs, from the export and the quantization that an evaluation descends from."""
-    manifest = _manifest(folder)
+def _chain(folder: Path, root: Path) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Parameters and MACs, and the folders of all stages that an evaluation descends from; of the last it found first."""
     found: dict[str, Any] = {}
-    while manifest["stage"] != "export":
-        above = next(
-            e for inputs in manifest["inputs"].values() for e in inputs if e["stage"] in ("build", "quantize", "export")
-        )
-        manifest = _manifest(root / above["stage"] / above["address"])
-        found |= {
-            key: manifest["summary"][key] for key in ("params", "macs") if key in manifest["summary"] and key not in found
-        }
-    return found
+    folders: dict[str, Path] = {}
+    waiting = [_manifest(folder)]
+    while waiting:
+        manifest = waiting.pop(0)
+        if manifest["stage"] in ("quantize", "export"):
+            found = {key: manifest["summary"][key] for key in ("params", "macs") if key in manifest["summary"]} | found
+        for entry in (e for inputs in manifest["inputs"].values() for e in inputs):
+            if entry["stage"] not in folders:
+                folders[entry["stage"]] = root / entry["stage"] / entry["address"]
+                waiting.append(_manifest(folders[entry["stage"]]))
+    return found, folders
 
 
 def _kin(result: Result, others: Sequence[Result], **changed: str) -> Result | None:
@@ -147,10 +148,9 @@ def _difference(result: Result, other: Result | None) -> Interval | None:
 
 def _row(result: Result, results: Sequence[Result]) -> dict[str, Any]:
     row = {**result.axes, **result.figures}
-    fp32 = _kin(result, results, precision="fp32", calibration="") if result.axes["precision"] != "fp32" else None
-    dense = (
-        _kin(result, results, precision="fp32", calibration="", pruning="dense") if result.axes["pruning"] != "dense" else None
-    )
+    plain = {"precision": "fp32", "calibration": "", "network": result.axes["network"].removesuffix("-qat")}
+    fp32 = _kin(result, results, **plain) if result.axes["precision"] != "fp32" else None
+    dense = _kin(result, results, **plain, pruning="dense") if result.axes["pruning"] != "dense" else None
     for name, other in (("fp32", fp32), ("dense", dense)):
         found = _difference(result, other)
         if found is not None:
@@ -237,7 +237,7 @@ def rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
     groups: dict[Any, dict[Any, dict[str, float]]] = {}
     for row in rows:
         lost = 0.0 if row["precision"] == "fp32" else row["ap_vs_fp32"]
-        if "" not in (row["agreement_ap"], lost) and row["agreement_ap"] != -1 and not _averaged(row):
+        if "" not in (row["agreement_ap"], lost) and row["agreement_ap"] != -1 and not averaged(row):
             engine = tuple(row[key] for key in _ENGINE)
             figures = {"agreement_ap": float(row["agreement_ap"]), "ap": float(lost)}
             groups.setdefault((row["data"], row["data_digest"]), {})[engine] = figures
@@ -259,7 +259,8 @@ _STEPS: tuple[tuple[str, Callable[[Mapping[str, Any]], bool]], ...] = (
 )
 
 
-def _averaged(axes: Mapping[str, Any]) -> bool:
+def averaged(axes: Mapping[str, Any]) -> bool:
+    """Whether an engine averages the fields of several views, a research setting."""
     return "-x" in axes["keep_aspect_ratio_mode"] or axes["keep_aspect_ratio_mode"].endswith("-flip")
 
 
@@ -295,28 +296,6 @@ def waterfalls(results: Sequence[Result]) -> dict[str, list[tuple[str, str, str]
     return found
 
 
-def _waterfall_html(results: Sequence[Result]) -> str:
-    text = ""
-    for name, rows in waterfalls(results).items():
-        body = "".join(f"<tr><td>{html.escape(s)}</td><td>{ap}</td><td>{d}</td></tr>" for s, ap, d in rows)
-        text += (
-            f"<h2>Where AP goes: {html.escape(name)}</h2><table><thead><tr><th>step</th><th>AP [95 %]</th>"
-            f"<th>difference, paired</th></tr></thead><tbody>{body}</tbody></table>"
-        )
-    return text
-
-
-def _details_html(result: Result) -> str:
-    """AP by keypoint and stratum, and the kinds of error, of one engine."""
-    tables = json.loads((result.folder / "details.json").read_text())
-    text = ""
-    for name, table in tables.items():
-        shown = {key: "–" if value == -1 else f"{value:.3f}" for key, value in table.items()}
-        lines = "".join(f"<tr><td>{html.escape(key)}</td><td>{value}</td></tr>" for key, value in shown.items())
-        text += f"<div><h3>{html.escape(name)}</h3><table><tbody>{lines}</tbody></table></div>"
-    return f'<div class="details">{text}</div>'
-
-
 def comparable(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     """Indices of rows in groups that may share a plot: the same images, machine, threads and batch."""
     groups: dict[tuple[Any, ...], list[int]] = {}
@@ -334,78 +313,6 @@ def front(rows: Sequence[Mapping[str, Any]], group: Sequence[int]) -> list[int]:
             best = rows[n]["ap"]
             kept.append(n)
     return kept
-
-
-def _plot(table: Table, members: Sequence[int], first: bool) -> str:
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
-    timed = [table.rows[n] for n in members if table.rows[n]["latency_p50_ms"] != ""]
-    for group in sorted({(row["network"], row["pruning"]) for row in timed}):
-        rows = [row for row in timed if (row["network"], row["pruning"]) == group]
-        figure.add_trace(
-            go.Scatter(
-                x=[row["latency_p50_ms"] for row in rows],
-                y=[row["ap"] for row in rows],
-                error_y={
-                    "array": [row["ap_hi"] - row["ap"] for row in rows],
-                    "arrayminus": [row["ap"] - row["ap_lo"] for row in rows],
-                    "thickness": 1,
-                },
-                mode="markers+text" if len(timed) < 7 else "markers",
-                marker={"size": 11},
-                text=[str(row["precision"]) for row in rows],
-                hovertext=[f"{row['resolution']} {row['keep_aspect_ratio_mode']} {row['backend']}" for row in rows],
-                textposition="top center",
-                name=" ".join(group),
-            )
-        )
-    best = [table.rows[n] for n in front(table.rows, members)]
-    figure.add_trace(
-        go.Scatter(
-            x=[row["latency_p50_ms"] for row in best],
-            y=[row["ap"] for row in best],
-            mode="lines",
-            line={"dash": "dot", "color": "grey"},
-            name="Pareto front",
-        )
-    )
-    figure.update_layout(
-        xaxis_title="network latency, p50 (ms)",
-        yaxis_title="AP (OKS 0.50:0.95), 95 % bootstrap interval",
-        template="plotly_white",
-        height=520,
-        legend={"orientation": "h", "y": -0.2},
-        margin={"t": 20},
-    )
-    text: str = figure.to_html(full_html=False, include_plotlyjs=first, config={"displaylogo": False})
-    return text
-
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1500px; padding: 0 1rem; color: #222; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; white-space: nowrap; }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; }
-th:first-child, td:first-child { text-align: left; } tr.front td { background: #eef7ee; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: .8rem; }
-.pictures img { width: 100%; } figure { margin: 0; } figcaption { font-size: 12px; color: #666; overflow-wrap: anywhere; }
-.details { display: flex; flex-wrap: wrap; gap: 2rem; align-items: flex-start; } h3 { font-size: 1rem; }
-.note { color: #666; font-size: 13px; }
-"""
-
-
-def _pictures(result: Result) -> str:
-    folder = result.folder / "pictures"
-    captions: dict[str, str] = json.loads((folder / "captions.json").read_text())
-    figures = []
-    for name, source in captions.items():
-        data = base64.b64encode((folder / name).read_bytes()).decode()
-        caption = html.escape(f"image {Path(name).stem}") + (f' · <a href="{html.escape(source)}">source</a>' if source else "")
-        figures.append(
-            f'<figure><img src="data:image/jpeg;base64,{data}" alt="found people"><figcaption>{caption}</figcaption></figure>'
-        )
-    return f'<div class="pictures">{"".join(figures)}</div>'
 
 
 def _figure(value: float) -> str:
@@ -435,85 +342,12 @@ def differences(engines: Sequence[str], pairs: Sequence[Mapping[str, Any]]) -> I
             yield f"{title}: {figure}", ["engine", "first", "second", "second - first [95 %, paired]"], rows
 
 
-def _devices(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def devices(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Where and how the rows that were timed were timed."""
     return sorted({f"{row['device']}, {row['threads']} thread(s), batch {row['batch']}" for row in rows if row["device"]})
 
 
-def _comparisons_html(folders: Sequence[Path]) -> str:
-    text = ""
-    for folder in folders:
-        content = json.loads((folder / "comparison.json").read_text())
-        for title, columns, rows in differences(content["engines"], content["pairs"]):
-            head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-            body = "".join("<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row) + "</tr>" for row in rows)
-            text += (
-                f'<h2>{html.escape(title)}</h2><div class="wide"><table><thead><tr>{head}</tr></thead>'
-                f"<tbody>{body}</tbody></table></div>"
-            )
-    return text
-
-
-def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] = ()) -> None:
-    """A page that needs nothing beside it.
-
-    Args:
-        table: what it shows.
-        name: of the sweep.
-        file: of the page.
-        comparisons: finished folders of the stage "compare".
-    """
-    groups = comparable(table.rows)
-    best = {n for group in groups for n in front(table.rows, group)}
-    plots = ""
-    for group in groups:
-        row = table.rows[group[0]]
-        if not row["device"]:
-            continue
-        title = f"{row['data']}, {row['images']} images; {row['device']}, {row['threads']} thread(s), batch {row['batch']}"
-        plots += f"<h2>{html.escape(title)}</h2>{_plot(table, group, not plots)}"
-    shown = tabulated(table.rows)
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in shown[0])
-    body = "".join(
-        f"<tr{' class=front' if n in best else ''}>"
-        + "".join(f"<td>{html.escape(value)}</td>" for value in row.values())
-        + "</tr>"
-        for n, row in enumerate(shown)
-    )
-    sections = []
-    for n in sorted(best) or [0]:
-        title = html.escape(f"{shown[n]['network']} · {shown[n]['precision']} · {shown[n]['input']}")
-        sections.append(f"<h2>What {title} finds</h2>{_pictures(table.results[n])}{_details_html(table.results[n])}")
-    devices = _devices(table.rows)
-    notes = [
-        f"Latency: network only, on {html.escape('; '.join(devices) or 'no machine yet')}. "
-        "× FP32: against the same network in FP32, in turns in one run."
-    ]
-    images = sorted({f"{row['images']} validation images, data {row['data_digest'][:12]}" for row in table.rows})
-    notes.append(f"AP: {html.escape('; '.join(images))}; intervals are 95 % bootstraps over images, differences are paired.")
-    correlation = rank_correlation(table.rows)
-    notes.append(
-        "as found: missing keypoints left out and plain scores. agreement: AP against the people that the FP32 network finds "
-        "in unlabelled images; its rank correlation with AP, both against the same network in FP32: "
-        + ("fewer than four engines, or all alike" if correlation is None else f"{correlation:.2f}")
-        + "."
-    )
-    if any(_averaged(row) for row in table.rows):
-        notes.append("Inputs with -x… or -flip average the fields of several views: research settings, which no engine runs.")
-    if any(row["pruning"] != "dense" for row in table.rows):
-        notes.append(_MORE_STEPS)
-    notes += [html.escape(line) for line in table.left_out]
-    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)} · Posepress</title>
-<style>{_STYLE}</style></head><body><h1>{html.escape(name)}: accuracy against latency</h1>{plots}
-<h2>Engines</h2><p class="note">Green rows are on the Pareto front.</p><div class="wide">
-<table><thead><tr>{head}</tr></thead>
-<tbody>{body}</tbody></table></div>
-{"".join(f'<p class="note">{note}</p>' for note in notes)}{_waterfall_html(table.results)}{_comparisons_html(comparisons)}
-{"".join(sections)}</body></html>"""
-    file.write_text(page, encoding="utf-8")
-
-
-_MORE_STEPS = "A pruned network was trained further than its dense one: AP − dense FP32 does not tell what pruning alone does."
+MORE_STEPS = "A pruned network was trained further than its dense one: AP − dense FP32 does not tell what pruning alone does."
 
 
 def write_card(table: Table, name: str, file: Path) -> None:
@@ -530,13 +364,13 @@ def write_card(table: Table, name: str, file: Path) -> None:
         f"- AP: COCO keypoint AP (OKS 0.50:0.95) on {first['images']} validation images, digest `{first['data_digest']}`; "
         "95 % bootstrap intervals over images.",
         "- Differences: paired bootstrap over the same images.",
-        f"- Latency: the network alone, on {'; '.join(_devices(table.rows)) or 'no machine yet'}.",
+        f"- Latency: the network alone, on {'; '.join(devices(table.rows)) or 'no machine yet'}.",
         "- ran: share of multiply-accumulates in each precision, read from the graph as the runtime optimised it.",
         "",
         "## Limits",
         "",
         "- People in images unlike the validation images, and latency on other machines, were not measured.",
-        *([f"- {_MORE_STEPS}"] if any(row["pruning"] != "dense" for row in table.rows) else []),
+        *([f"- {MORE_STEPS}"] if any(row["pruning"] != "dense" for row in table.rows) else []),
         *[f"- {line}" for line in table.left_out],
     ]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline import report
+from pipeline import page, report
 from pipeline.artifacts import Job
 
 
@@ -12,7 +12,7 @@ def run(job: Job, name: str) -> dict[str, Any]:
     table = report.collect(evaluations, benchmarks, evaluations[0].parent.parent)
     if table.rows:
         report.write_csv(table, job.out / "results.csv")
-        report.write_html(table, name, job.out / "report.html", job.collected["comparisons"])
+        page.write_html(table, name, job.out / "report.html", job.collected["comparisons"])
         report.write_card(table, name, job.out / "model_card.md")
     (job.out / "left_out.txt").write_text("\n".join(table.left_out))
     _print(table, name)

@@ -1,0 +1,190 @@
+"""The report as a page that needs nothing beside it."""
+
+import base64
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline import quantization_page
+from pipeline.report import (
+    MORE_STEPS,
+    Result,
+    Table,
+    averaged,
+    comparable,
+    devices,
+    differences,
+    front,
+    rank_correlation,
+    tabulated,
+    waterfalls,
+)
+
+
+def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] = ()) -> None:
+    """A page that needs nothing beside it.
+
+    Args:
+        table: what it shows.
+        name: of the sweep.
+        file: of the page.
+        comparisons: finished folders of the stage "compare".
+    """
+    groups = comparable(table.rows)
+    best = {n for group in groups for n in front(table.rows, group)}
+    plots = ""
+    for group in groups:
+        row = table.rows[group[0]]
+        if not row["device"]:
+            continue
+        title = f"{row['data']}, {row['images']} images; {row['device']}, {row['threads']} thread(s), batch {row['batch']}"
+        plots += f"<h2>{html.escape(title)}</h2>{_plot(table, group, not plots)}"
+    shown = tabulated(table.rows)
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in shown[0])
+    body = "".join(
+        f"<tr{' class=front' if n in best else ''}>"
+        + "".join(f"<td>{html.escape(value)}</td>" for value in row.values())
+        + "</tr>"
+        for n, row in enumerate(shown)
+    )
+    sections = []
+    for n in sorted(best) or [0]:
+        title = html.escape(f"{shown[n]['network']} · {shown[n]['precision']} · {shown[n]['input']}")
+        sections.append(f"<h2>What {title} finds</h2>{_pictures(table.results[n])}{_details_html(table.results[n])}")
+    machines = devices(table.rows)
+    notes = [
+        f"Latency: network only, on {html.escape('; '.join(machines) or 'no machine yet')}. "
+        "× FP32: against the same network in FP32, in turns in one run."
+    ]
+    images = sorted({f"{row['images']} validation images, data {row['data_digest'][:12]}" for row in table.rows})
+    notes.append(f"AP: {html.escape('; '.join(images))}; intervals are 95 % bootstraps over images, differences are paired.")
+    correlation = rank_correlation(table.rows)
+    notes.append(
+        "as found: missing keypoints left out and plain scores. agreement: AP against the people that the FP32 network finds "
+        "in unlabelled images; its rank correlation with AP, both against the same network in FP32: "
+        + ("fewer than four engines, or all alike" if correlation is None else f"{correlation:.2f}")
+        + "."
+    )
+    if any(averaged(row) for row in table.rows):
+        notes.append("Inputs with -x… or -flip average the fields of several views: research settings, which no engine runs.")
+    if any(row["pruning"] != "dense" for row in table.rows):
+        notes.append(MORE_STEPS)
+    notes += [html.escape(line) for line in table.left_out]
+    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)} · Posepress</title>
+<style>{_STYLE}</style></head><body><h1>{html.escape(name)}: accuracy against latency</h1>{plots}
+<h2>Engines</h2><p class="note">Green rows are on the Pareto front.</p><div class="wide">
+<table><thead><tr>{head}</tr></thead>
+<tbody>{body}</tbody></table></div>
+{"".join(f'<p class="note">{note}</p>' for note in notes)}{_waterfall_html(table.results)}
+{quantization_page.sections(table.results)}{_comparisons_html(comparisons)}
+{"".join(sections)}</body></html>"""
+    file.write_text(page, encoding="utf-8")
+
+
+def _waterfall_html(results: Sequence[Result]) -> str:
+    text = ""
+    for name, rows in waterfalls(results).items():
+        body = "".join(f"<tr><td>{html.escape(s)}</td><td>{ap}</td><td>{d}</td></tr>" for s, ap, d in rows)
+        text += (
+            f"<h2>Where AP goes: {html.escape(name)}</h2><table><thead><tr><th>step</th><th>AP [95 %]</th>"
+            f"<th>difference, paired</th></tr></thead><tbody>{body}</tbody></table>"
+        )
+    return text
+
+
+def _details_html(result: Result) -> str:
+    """AP by keypoint and stratum, and the kinds of error, of one engine."""
+    tables = json.loads((result.folder / "details.json").read_text())
+    text = ""
+    for name, table in tables.items():
+        shown = {key: "–" if value == -1 else f"{value:.3f}" for key, value in table.items()}
+        lines = "".join(f"<tr><td>{html.escape(key)}</td><td>{value}</td></tr>" for key, value in shown.items())
+        text += f"<div><h3>{html.escape(name)}</h3><table><tbody>{lines}</tbody></table></div>"
+    return f'<div class="details">{text}</div>'
+
+
+def _plot(table: Table, members: Sequence[int], first: bool) -> str:
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    timed = [table.rows[n] for n in members if table.rows[n]["latency_p50_ms"] != ""]
+    for group in sorted({(row["network"], row["pruning"]) for row in timed}):
+        rows = [row for row in timed if (row["network"], row["pruning"]) == group]
+        figure.add_trace(
+            go.Scatter(
+                x=[row["latency_p50_ms"] for row in rows],
+                y=[row["ap"] for row in rows],
+                error_y={
+                    "array": [row["ap_hi"] - row["ap"] for row in rows],
+                    "arrayminus": [row["ap"] - row["ap_lo"] for row in rows],
+                    "thickness": 1,
+                },
+                mode="markers+text" if len(timed) < 7 else "markers",
+                marker={"size": 11},
+                text=[str(row["precision"]) for row in rows],
+                hovertext=[f"{row['resolution']} {row['keep_aspect_ratio_mode']} {row['backend']}" for row in rows],
+                textposition="top center",
+                name=" ".join(group),
+            )
+        )
+    best = [table.rows[n] for n in front(table.rows, members)]
+    figure.add_trace(
+        go.Scatter(
+            x=[row["latency_p50_ms"] for row in best],
+            y=[row["ap"] for row in best],
+            mode="lines",
+            line={"dash": "dot", "color": "grey"},
+            name="Pareto front",
+        )
+    )
+    figure.update_layout(
+        xaxis_title="network latency, p50 (ms)",
+        yaxis_title="AP (OKS 0.50:0.95), 95 % bootstrap interval",
+        template="plotly_white",
+        height=520,
+        legend={"orientation": "h", "y": -0.2},
+        margin={"t": 20},
+    )
+    text: str = figure.to_html(full_html=False, include_plotlyjs=first, config={"displaylogo": False})
+    return text
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1500px; padding: 0 1rem; color: #222; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; white-space: nowrap; }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child, td:first-child { text-align: left; } tr.front td { background: #eef7ee; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: .8rem; }
+.pictures img { width: 100%; } figure { margin: 0; } figcaption { font-size: 12px; color: #666; overflow-wrap: anywhere; }
+.details { display: flex; flex-wrap: wrap; gap: 2rem; align-items: flex-start; } h3 { font-size: 1rem; }
+.note { color: #666; font-size: 13px; }
+"""
+
+
+def _pictures(result: Result) -> str:
+    folder = result.folder / "pictures"
+    captions: dict[str, str] = json.loads((folder / "captions.json").read_text())
+    figures = []
+    for name, source in captions.items():
+        data = base64.b64encode((folder / name).read_bytes()).decode()
+        caption = html.escape(f"image {Path(name).stem}") + (f' · <a href="{html.escape(source)}">source</a>' if source else "")
+        figures.append(
+            f'<figure><img src="data:image/jpeg;base64,{data}" alt="found people"><figcaption>{caption}</figcaption></figure>'
+        )
+    return f'<div class="pictures">{"".join(figures)}</div>'
+
+
+def _comparisons_html(folders: Sequence[Path]) -> str:
+    text = ""
+    for folder in folders:
+        content = json.loads((folder / "comparison.json").read_text())
+        for title, columns, rows in differences(content["engines"], content["pairs"]):
+            head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+            body = "".join("<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row) + "</tr>" for row in rows)
+            text += (
+                f'<h2>{html.escape(title)}</h2><div class="wide"><table><thead><tr>{head}</tr></thead>'
+                f"<tbody>{body}</tbody></table></div>"
+            )
+    return text
