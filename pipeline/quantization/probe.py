@@ -139,8 +139,8 @@ class Probe:
         draws = bootstrap(metric.matches())
         drop = paired(self.baseline, draws)
         figures = {metric.primary: draws.value, "drop": drop.value, "drop_lo": drop.low, "drop_hi": drop.high}
-        if agreement is not None:
-            figures["agreement"] = agreement.evaluate()[agreement.primary]
+        if agreement is not None and (agreed := agreement.evaluate()[agreement.primary]) != -1:  # -1: FP32 is sure of nobody
+            figures["agreement"] = agreed
         return figures
 
     def _plain(self, found: Any) -> Any:
