@@ -1,0 +1,196 @@
+"""Mixed precision, networks quantized elsewhere, retraining with rounding: through the command, and their parts."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import SMOKE, pipeline, refused
+from test_half import with_spec
+from test_quantization import branches, fed, feed  # noqa: F401
+
+from pipeline.errors import UserError
+from pipeline.quantization import graph, quantizers, writers
+from pipeline.quantization.mixed import Mixed
+from pipeline.training.fake_quantization import FakeQuantized
+
+QUICK = ["precision=mixed", "precision.seconds=0.5", "precision.units=4", "precision.finalists=3"]
+
+
+def test_a_budget_is_solved_measured_and_written_down(smoke):
+    pipeline(*SMOKE, *QUICK, cwd=smoke, check=0)
+    (folder,) = (smoke / "outputs/smoke/quantize").glob("*mixed*onnxruntime")
+    found = json.loads((folder / "sensitivity.json").read_text())
+    assert (found["backend"], found["timed"]) == ("onnxruntime", True)
+    assert sorted(found["order"]) == list(range(len(found["units"]))) == [0, 1, 2, 3]
+    assert [row["float_units"] for row in found["finalists"]] == [0, 1, 4]
+    whole = found["finalists"][-1]
+    assert whole["error"] < 1e-4 < found["finalists"][0]["error"], "all in float is FP32"
+    chosen = found["finalists"][found["chosen"]]
+    assert all(row["ms"] >= chosen["ms"] for row in found["finalists"] if row["drop_lo"] <= 0.002)
+    summary = json.loads((folder / "manifest.json").read_text())["summary"]
+    assert summary["budget_solved_on"] == "onnxruntime"
+    kept = {name for n in found["order"][: chosen["float_units"]] for name in found["units"][n]["nodes"]}
+    written = {
+        node.name: node.input[1] for node in onnx.load(folder / "model.tensorrt.onnx").graph.node if node.op_type == "Conv"
+    }
+    for layer in found["layers"]:
+        assert written[layer["name"]].endswith("_dequantized") == (layer["precision"] == "int8")
+        assert not (layer["name"] in kept and layer["precision"] == "int8")
+    page = (smoke / "outputs/smoke/report/report.html").read_text()
+    assert "Budget solved on onnxruntime" in page
+    assert "units in float" in page
+    assert "after each step" in page, "of the INT8 cells of the sweep"
+    assert "Calibration images: stratified-8-s0" in page
+
+
+ROWS = [
+    {"float_units": 0, "ms": 10.0, "error": 0.2, "drop_lo": 0.01, "drop": 0.02, "expected_agreement": 0.90},
+    {"float_units": 1, "ms": 12.0, "error": 0.1, "drop_lo": 0.00, "drop": 0.01, "expected_agreement": 0.94},
+    {"float_units": 2, "ms": 11.0, "error": 0.05, "drop_lo": 0.0, "drop": 0.0, "expected_agreement": 0.97},
+    {"float_units": 4, "ms": 20.0, "error": 0.0, "drop_lo": 0.0, "drop": 0.0, "expected_agreement": 1.0},
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ({}, 2),
+        ({"min_agreement": 0.98}, 3),
+        ({"min_agreement": 0.0}, 2),
+        ({"min_agreement": 0.0, "max_drop": 0.05}, 0),
+        ({"max_latency": 10.5}, 0),
+        ({"max_latency": "0.6x"}, 2),
+        ({"max_latency": "2x"}, 3),
+    ],
+)
+def test_the_fastest_within_the_limits_is_chosen_or_the_best_within_the_time(options, chosen):
+    assert Mixed(**options)._choose(ROWS, 20.0, timed=True) == chosen
+
+
+def test_a_backend_that_cannot_be_timed_counts_units():
+    assert Mixed(min_agreement=0.94)._choose(ROWS, 1.0, timed=False) == 1
+
+
+def test_limits_that_nothing_keeps_are_refused_with_the_nearest():
+    with pytest.raises(
+        UserError, match=r"max_drop=0.0, precision.min_agreement=0.95: no choice .* loses 0.0100 and agrees to 0.940"
+    ):
+        Mixed(max_drop=0.0)._choose(ROWS[:2], 20.0, timed=True)
+    with pytest.raises(UserError, match=r"max_latency=0.4x: the fastest choice takes 10 ms \(0.5x of FP32\)"):
+        Mixed(max_latency="0.4x")._choose(ROWS, 20.0, timed=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_drop": 2}, "max_drop=2: choose 0 to 1"),
+        ({"min_agreement": -1}, "min_agreement=-1: choose 0 to 1"),
+        ({"units": 0}, "units=0"),
+        ({"max_latency": "fast"}, "max_latency=fast: choose milliseconds, or 0.6x"),
+        ({"max_latency": "0x"}, "max_latency=0x"),
+    ],
+)
+def test_budgets_that_mean_nothing_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Mixed(**options)
+
+
+def test_a_file_quantized_elsewhere_is_taken_measured_and_audited(smoke):
+    (theirs,) = (smoke / "outputs/smoke/quantize").glob("*_dense_*int8*")
+    given = onnx.load(theirs / "model.onnxruntime.onnx")
+    del given.metadata_props[:]
+    onnx.save(given, smoke / "theirs.onnx")
+    pipeline(*SMOKE, "precision=external", f"precision.file={smoke}/theirs.onnx", cwd=smoke, check=0)
+    (ours,) = (smoke / "outputs/smoke/evaluate").glob("*external*")
+    (folder,) = (smoke / "outputs/smoke/evaluate").glob("*_dense_*int8-perc*")
+    ours, own = (json.loads((f / "metrics.json").read_text()) for f in (ours, folder))
+    assert ours["ap"] == own["ap"]
+    (bench,) = (smoke / "outputs/smoke/benchmark").glob("*external*")
+    assert "int8" in json.loads((bench / "manifest.json").read_text())["summary"]["ran"]
+
+
+def test_a_file_of_another_network_or_without_integers_is_refused(smoke, branches):  # noqa: F811
+    def message(file):
+        return refused(pipeline(*SMOKE, "precision=external", f"precision.file={file}", "stage=quantize", cwd=smoke))
+
+    (smoke / "not.onnx").write_text("nothing")
+    assert "not.onnx: not a valid ONNX file" in message(smoke / "not.onnx")
+    onnx.save(branches, smoke / "other.onnx")
+    assert "other.onnx: takes 'image' and returns ['out']" in message(smoke / "other.onnx")
+    (fp32,) = (smoke / "outputs/smoke/export").glob("*dense/model.onnx")
+    assert "no DequantizeLinear node in it" in message(fp32)
+    assert "no such file" in message(smoke / "absent.onnx")
+
+
+@pytest.fixture
+def rounded(branches):  # noqa: F811
+    model = with_spec(branches, 4)
+    placement = graph.place(model)
+    found = writers.Scales.of(dict.fromkeys(placement.tensors, 8.0), dict.fromkeys(placement.tensors, -8.0), placement)
+    return model, placement, found
+
+
+def test_rounding_in_training_is_what_tensorrts_file_says(rounded):
+    model, placement, scales = rounded
+    network = FakeQuantized(model, placement, scales).eval()
+    file = writers.insert(model, placement, scales, "onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    images = feed(1)[0]
+    expected = onnxruntime.InferenceSession(file.SerializeToString(), options).run(None, {"image": images})[0]
+    found = network(torch.from_numpy(images))["out"].detach().numpy()
+    plain = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"image": images})[0]
+    error = np.sqrt(np.mean((found - expected) ** 2))
+    assert error < 0.35 * np.sqrt(np.mean((plain - expected) ** 2)), "the two differ in which side of the stem is rounded only"
+
+
+def test_weights_learn_through_the_rounding_and_scales_stay(rounded):
+    model, placement, scales = rounded
+    network = FakeQuantized(model, placement, scales)
+    images = torch.from_numpy(np.concatenate(feed(4)))
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    wanted = torch.from_numpy(np.concatenate([session.run(None, {"image": one})[0] for one in feed(4)]))
+    optimiser = torch.optim.Adam(network.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(40):
+        loss = ((network(images)["out"] - wanted) ** 2).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    made = network.float_model(model)
+    changed = [n.name for n, o in zip(made.graph.initializer, model.graph.initializer, strict=True) if n.raw_data != o.raw_data]
+    assert {"a_w", "b_w", "c_w"} <= set(changed)
+    assert "low" not in changed
+
+
+def test_a_retrained_network_is_quantized_with_the_scales_beside_it(smoke):
+    pipeline(*SMOKE, "precision=int8_qat", cwd=smoke, check=0)
+    (trained,) = (smoke / "outputs/smoke/qat").glob("*qat2-percentile-stratified-8-s0")
+    (written,) = (smoke / "outputs/smoke/quantize").glob("*_dense-qat_*int8-qat2*")
+    ours, theirs = (json.loads((folder / "scales.json").read_text()) for folder in (written, trained))
+    assert ours["tensors"] == theirs["tensors"]
+    assert ours["excluded"] == theirs["excluded"]
+    rows = (smoke / "outputs/smoke/report/results.csv").read_text()
+    assert "lwop-s2-w0.125-qat" in rows
+    (metrics,) = (smoke / "outputs/smoke/evaluate").glob("*-qat_*")
+    assert json.loads((metrics / "metrics.json").read_text())["axes"]["network"] == "lwop-s2-w0.125-qat"
+
+
+def test_families_without_an_objective_are_not_retrained(smoke):
+    (file,) = (smoke / "outputs/smoke/export").glob("*dense/model.onnx")
+    words = ["precision=int8_qat", "objective=null", f"stages.export.onnx={file}"]
+    assert "this family's networks are not trained here" in refused(pipeline(*SMOKE, *words, "stage=qat", cwd=smoke))
+
+
+def test_what_calibrates_once_calibrates_alike(branches, tmp_path):  # noqa: F811
+    onnx.save(with_spec(branches, 4), tmp_path / "m.onnx")
+    made = [quantizers.Int8().calibrate(tmp_path / "m.onnx", fed(feed())) for _ in range(2)]
+    assert made[0].rows() == made[1].rows()
+    assert all(np.array_equal(made[0].shifts[name], made[1].shifts[name]) for name in made[0].shifts)
+    with pytest.raises(UserError, match="no images"):
+        quantizers.Int8().calibrate(tmp_path / "m.onnx", fed([]))
