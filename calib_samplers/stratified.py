@@ -140,7 +140,7 @@ def eligible_rows(
         names, counts = np.unique(strata(table)[eligible], return_counts=True)
         listed = ", ".join(f"{name}: {size}" for name, size in zip(names, counts, strict=True)) or "none"
         raise ValueError(
-            f"sampler.num_images={num_images}: only {len(eligible)} of {len(persons)} images are eligible ({listed}); "
+            f"sampler.num_images={num_images}: only {len(eligible)} images are eligible ({listed}); "
             f"ask for at most {len(eligible)}, or lower min_persons_per_image={min_persons} "
             f"and min_kpts_per_person={min_keypoints}"
         )

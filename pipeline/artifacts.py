@@ -41,6 +41,8 @@ DESCRIPTIVE = (
     "tuned_by",
     "measured_on",
     "trained_with",
+    "framing",
+    "resolution",
 )
 # Keys of a stage's yaml that wire it and are no arguments.
 WIRING = ("address", "inputs", "code", "toolchain", "splits", "files", "collect", "device", "aside")

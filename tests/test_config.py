@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 import pipeline.__main__ as main
 from evaluation.types import NetworkSpec
 from pipeline import export
-from pipeline.artifacts import DESCRIPTIVE, WIRING, Stage, arguments, targets
+from pipeline.artifacts import DESCRIPTIVE, WIRING, Stage, _component, arguments, targets
 
 CONF = ROOT / "conf"
 GROUPS = ("data", "family", "model", "pruner", "sampler", "precision", "backend", "tracking", "experiment")
@@ -31,7 +31,8 @@ def compose(*words):
 
 
 def composed(group, choice):
-    extra = NEEDED if choice in ("coco", "mobilenetv2_paf_coco") else ["model.onnx=m"] if choice == "onnx" else []
+    more = {"onnx": ["model.onnx=m"], "external": ["precision.file=f"], "calibration_study": ["weights=w"]}
+    extra = NEEDED if choice in ("coco", "mobilenetv2_paf_coco") else more.get(choice, [])
     return compose(f"{group}={choice}", *extra)
 
 
@@ -62,8 +63,7 @@ def test_every_component_can_be_made(group, choice):
         return  # described by data alone
     config = composed(group, choice)
     component = OmegaConf.to_container(config[group], resolve=True)
-    plain = {k: v for k, v in component.items() if k not in DESCRIPTIVE}
-    made = main._instantiate({"it": plain})["it"]
+    made = main._instantiate({"it": _component(component)})["it"]
     assert made is not None
 
 
@@ -111,7 +111,15 @@ def closure(files):
 @pytest.mark.parametrize("name", [f.stem for f in sorted((CONF / "stages").glob("*.yaml"))])
 def test_a_stage_lists_all_code_its_result_follows_from(name):
     listed = set()
-    for words in (["pruner=l1", "precision=int8"], ["backend=tensorrt"], ["backend=torch"], ["pruner=none", "precision=fp16"]):
+    for words in (
+        ["pruner=l1", "precision=int8"],
+        ["backend=tensorrt"],
+        ["backend=torch"],
+        ["pruner=none", "precision=fp16"],
+        ["precision=mixed"],
+        ["precision=int8_qat"],
+        ["sampler=coverage"],
+    ):
         stage = Stage.from_config(name, main._resolved(compose(*words).stages[name]))
         modules = {t.rpartition(".")[0].replace(".", "/") + ".py" for t in targets(stage.options)}
         for entry in stage.code:
@@ -134,7 +142,16 @@ def test_wiring_is_known():
     for file in (CONF / "stages").glob("*.yaml"):
         (content,) = yaml.safe_load(file.read_text()).values()
         assert set(content) >= {"_target_", "address", "inputs", "code"}
-        assert not set(content) & set(DESCRIPTIVE) - {"onnx", "spec", "name"}
+        assert not set(content) & set(DESCRIPTIVE) - {
+            "onnx",
+            "spec",
+            "name",
+            "images",
+            "image_dir",
+            "network",
+            "framing",
+            "resolution",
+        }
         assert all(key in WIRING for key in ("address", "inputs", "code"))
 
 

@@ -76,7 +76,7 @@ def test_images_with_few_people_or_keypoints_are_not_eligible_but_unlabelled_one
 
 
 def test_too_few_images_are_an_error_that_lists_the_strata():
-    words = r"num_images=9: only 3 of 4 images are eligible \(1/medium/most/all: 2, 2-4/medium/most/all: 1\)"
+    words = r"num_images=9: only 3 images are eligible \(1/medium/most/all: 2, 2-4/medium/most/all: 1\)"
     with pytest.raises(ValueError, match=words):
         Stratified(9).sample(table([1, 1, 2, 0]))
 

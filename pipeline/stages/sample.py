@@ -19,7 +19,13 @@ FILE = "calibration.json"
 
 
 def run(
-    job: Job, data: Splits, sampler: Sampler, images: Sequence[str], image_dir: str | None, framing: Framing, resolution: str
+    job: Job,
+    data: Splits,
+    sampler: Sampler,
+    images: Sequence[str],
+    image_dir: str | None,
+    framing: Framing | None,
+    resolution: str | None,
 ) -> dict[str, Any]:
     """Choose images by the sampler and write calibration.json, a picture of the strata and a contact sheet.
 
@@ -29,7 +35,7 @@ def run(
         sampler: chooses.
         images: splits to choose from: train, unlabelled.
         image_dir: a folder of images to choose from instead; nothing in it needs labels.
-        framing: of images for the network.
+        framing: of images for the network, where it is looked at.
         resolution: likewise.
 
     Raises:
@@ -50,9 +56,10 @@ def run(
         if "network" in job.inputs:
             from pipeline.quantization.features import features
 
+            assert framing is not None
             rows = sampler.candidates(table)  # type: ignore[attr-defined]
             looked = [(parts[where[row][0]], where[row][1]) for row in rows]
-            found = features(job.inputs["network"] / "model.onnx", looked, framing, Resolution.parse(resolution))
+            found = features(job.inputs["network"] / "model.onnx", looked, framing, Resolution.parse(str(resolution)))
             table["features"] = np.full((len(where), found.shape[1]), np.nan)
             table["features"][rows] = found
         chosen: CalibrationSet = sampler.sample(table)
