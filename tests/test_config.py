@@ -151,6 +151,7 @@ def test_wiring_is_known():
             "network",
             "framing",
             "resolution",
+            "address",
         }
         assert all(key in WIRING for key in ("address", "inputs", "code"))
 
