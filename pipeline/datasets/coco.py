@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ from evaluation.types import People, Resolution, Sample, Skeleton
 from pipeline import MOST_PIXELS
 from pipeline.errors import UserError, nearest
 
+_POLYGONS = re.compile(rb'"segmentation" ?: ?(\[\[[-+0-9.,eE \[\]]*\]\])')
+_LIST, _BETWEEN, _END = (re.compile(p) for p in (rb'"annotations"\s*:\s*\[', rb"\}\s*,\s*\{", rb"\}\s*\]"))
+_PIECE = 1 << 20  # bytes read into Python's numbers at once
 SPLITS = ("train", "unlabelled", "tune", "agreement", "validation")
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
@@ -92,13 +96,43 @@ def read_json(content: bytes, file: Path) -> Any:
         raise UserError(f"{file}: not JSON ({error}); it may be truncated, or hold NaN: download or export it again") from error
 
 
+def _in_pieces(content: bytes) -> Any:
+    """What an annotation file holds, its long list read some records at a time; None where it is not written as COCO's.
+
+    The memory of a piece's numbers is used again. Polygons are most of the file and are read of few people: they stay text.
+    """
+    start, end = _LIST.search(content), None
+    if start is not None:
+        end = _END.search(content, start.end())
+    if start is None or end is None:
+        return None
+    try:
+        with unwatched():
+            raw = orjson.loads(content[: start.end()] + content[end.end() - 1 :])
+            if raw["annotations"] != []:
+                return None  # it was another list of this name
+            at = start.end()
+            while at < end.end() - 1:
+                cut = _BETWEEN.search(content, at + _PIECE, end.end())
+                stop = cut.start() + 1 if cut else end.end() - 1
+                raw["annotations"] += orjson.loads(b"[" + _POLYGONS.sub(rb'"segmentation":"\1"', content[at:stop]) + b"]")
+                at = cut.end() - 1 if cut else stop
+    except (ValueError, TypeError, KeyError):
+        return None  # the whole is read once more, and complained about
+    return raw
+
+
 def load_annotations(file: Path) -> dict[str, Any]:
     """Read and check a COCO keypoint annotation file.
 
     Raises:
         UserError: the file is missing, is not JSON, lacks COCO's lists, or its annotations name unknown images.
     """
-    raw = read_json(read_file(file, "check data.*.annotations"), file)
+    content = read_file(file, "check data.*.annotations")
+    raw = _in_pieces(content)
+    if raw is None:
+        raw = read_json(content, file)
+    del content
     missing = [key for key in ("images", "annotations") if not isinstance(raw, dict) or not isinstance(raw.get(key), list)]
     if missing:
         raise UserError(f"{file}: no list '{missing[0]}', so not COCO's format; expected images, annotations, categories")
@@ -147,7 +181,7 @@ def people(annotations: Sequence[Mapping[str, Any]], K: int = len(COCO_17.names)
         boxes=np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4),
         areas=np.array([a.get("area", a["bbox"][2] * a["bbox"][3]) for a in annotations], np.float64),
         crowd=np.array([bool(a.get("iscrowd", 0)) for a in annotations], bool),
-        masks=tuple(a.get("segmentation") for a in annotations),
+        masks=tuple(orjson.loads(m) if isinstance(m := a.get("segmentation"), str) else m for a in annotations),
     )
 
 
