@@ -53,9 +53,7 @@ def main() -> None:
         read = time.perf_counter() - started
         chosen = Stratified(asked.num).sample(table)
         taken = time.perf_counter() - started
-        print(
-            f"{len(chosen.ids)} of {len(table['id'])} images, {len(chosen.quotas)} strata: {taken:.1f} s ({read:.1f} s of it read)"
-        )
+        print(f"{len(chosen.ids)} of {len(table['id'])} images: {taken:.1f} s ({read:.1f} s reading)")
         print(f"peak {peak_rss_mb():.0f} MiB, of a file of {asked.file.stat().st_size / 2**20:.0f} MiB")
         return
     with tempfile.TemporaryDirectory() as folder:

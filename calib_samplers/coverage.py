@@ -64,4 +64,6 @@ class Coverage:
             chosen.append(int(away.argmax()))
             away = np.minimum(away, ((features - features[chosen[-1]]) ** 2).sum(axis=1))
         names = strata(table)
-        return CalibrationSet.of(table, names, rows, [int(rows[n]) for n in chosen], {}, self.seed)
+        taken = [int(rows[n]) for n in chosen]
+        met = {str(name): int(count) for name, count in zip(*np.unique(names[taken], return_counts=True), strict=True)}
+        return CalibrationSet.of(table, names, rows, taken, met, self.seed)  # nothing is asked of a stratum but what it gave

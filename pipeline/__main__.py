@@ -47,12 +47,14 @@ def _sampler_words(images: Any, image_dir: str | None, allocation: str) -> str:
     return where + ("" if allocation == "proportional" else f"-{allocation}")
 
 
-def _int8_words(percentile: float, weights: str, concatenations: bool, layers: bool, bias: bool, rest: str) -> str:
+def _int8_words(
+    percentile: float, weights: str, concatenations: bool, layers: bool, bias: bool, rest: str, narrow: bool
+) -> str:
     """What of INT8 differs from the usual, in its label."""
     off = {"concat": concatenations, "layers": layers, "bias": bias}
-    words = ["" if percentile == 99.999 else f"{percentile:g}", "" if weights == "max" else f"-w.{weights}"]
+    words = ["" if percentile == 99.99 else f"{percentile:g}", "" if weights == "max" else f"-w.{weights}"]
     words += [f"-no.{name}" for name, on in off.items() if not on]
-    return "".join(words) + ("" if rest == "fp32" else f"-{rest}")
+    return "".join(words) + ("" if rest == "fp32" else f"-{rest}") + ("-w7" if narrow else "")
 
 
 def _without_vnni(backend: str) -> bool:

@@ -41,6 +41,7 @@ DESCRIPTIVE = (
     "tuned_by",
     "measured_on",
     "trained_with",
+    "judged_by",
     "framing",
     "resolution",
 )
@@ -368,6 +369,10 @@ class Results:
                 inner[name] = {"sha256": sha256(file)}
         if "data" in options:
             options["data"] = data
+        if options.get("image_dir") is not None:  # what is in the folder, not where it is
+            from pipeline.datasets.coco import Coco
+
+            options["image_dir"] = digest_of(sorted(Coco.folder(options["image_dir"]).contents(self.cache).items()))
         parts = {
             "stage": stage.name,
             "address": stage.address,

@@ -126,18 +126,15 @@ def study(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
         if result.axes["precision"] != "int8" or None in folders:
             continue
         sample, quantize = (json.loads((folder / "manifest.json").read_text()) for folder in folders if folder)
-        sampler, quantizer = sample["summary"]["sampler"], quantize["config"]["quantizer"]
-        method = quantizer.get("calibration_method", "?")
-        if method == "percentile":
-            method = f"percentile {quantizer['percentile']}"
-        plain = [quantizer.get(f"equalize_{what}") for what in ("concatenations", "layers")]
-        where = tuple(
-            result.axes[key] for key in ("data", "network", "pruning", "resolution", "keep_aspect_ratio_mode", "backend")
-        )
-        kind = sample["address"].partition("-s")[0].rpartition("_")[2].replace(f"-{sampler['num_images']}", "")
-        key = (where, kind, method + ("" if all(plain) else " as they are"), int(sampler["num_images"]))
-        groups.setdefault(key, {})[int(sampler["seed"])] = result
-    for (where, kind, method, count), seeds in sorted(groups.items(), key=lambda item: str(item[0])):
+        sampler, quantizer = dict(sample["config"]["sampler"]), dict(quantize["config"]["quantizer"])
+        seed, count = int(sampler.pop("seed")), int(sampler.pop("num_images"))
+        kind = "coverage" if "Coverage" in sampler["_target_"] else "stratified" if sampler["columns"] else "uniform"
+        method = str(quantizer.get("calibration_method", result.axes["calibration"]))
+        axes = ("data", "network", "pruning", "resolution", "keep_aspect_ratio_mode", "backend")
+        where = tuple(str(result.axes[key]) for key in axes)
+        rest = json.dumps([sampler, quantizer, sample["config"]["images"]], sort_keys=True)  # whatever else differs stays apart
+        groups.setdefault((where, kind, method, count, rest), {})[seed] = result
+    for (where, kind, method, count, _), seeds in sorted(groups.items(), key=lambda item: str(item[0])):
         if len(seeds) > 1:
             row: dict[str, Any] = {
                 "where": " ".join(where),

@@ -147,6 +147,7 @@ def test_wiring_is_known():
             "spec",
             "name",
             "images",
+            "judged_by",
             "image_dir",
             "network",
             "framing",

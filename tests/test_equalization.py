@@ -151,9 +151,9 @@ def test_bias_correction_removes_the_mean_error():
     placement = graph.place(model)
     scales = writers.Scales.of(dict.fromkeys(placement.tensors, 3.0), dict.fromkeys(placement.tensors, 0.0), placement)
     shifts = equalization.mean_shifts(model, placement, scales, feed)
-    assert set(shifts) == {"a", "b"}
-    corrected = equalization.corrected(model, shifts)
-    expected = dict.fromkeys(shifts, 0.0)
+    assert set(shifts["tensorrt"]) == set(shifts["onnxruntime"]) == {"a", "b"}
+    corrected = equalization.corrected(model, shifts["tensorrt"])
+    expected = dict.fromkeys(("a", "b"), 0.0)
     plain, mended = dict(expected), dict(expected)
     for source, sums in ((model, plain), (corrected, mended)):
         rounded = writers.insert(source, placement, scales, "tensorrt")
@@ -166,3 +166,14 @@ def test_bias_correction_removes_the_mean_error():
     assert np.abs(mended["a"] - expected["a"]).max() < 1e-4
     assert np.abs(plain["a"] - expected["a"]).max() > 1e-3
     assert np.abs(mended["b"] - expected["b"]).max() < 0.3 * np.abs(plain["b"] - expected["b"]).max()
+
+
+def test_layers_that_share_a_bias_are_corrected_apart_and_one_without_gets_one():
+    nodes = [conv("image", "a", 1), conv("image", "b", 1), conv("image", "c", 1), helper.make_node("Sum", list("abc"), ["out"])]
+    nodes[1].input[2] = "a_b"
+    del nodes[2].input[2:]
+    constants = {**weights("a", 2, 3, 1), **weights("b", 2, 3, 1), **weights("c", 2, 3, 1)}
+    model = model_of(nodes, {n: v for n, v in constants.items() if n not in ("b_b", "c_b")}, ["out"])
+    made = equalization.corrected(model, {"a": np.array([1.0, 2]), "b": np.array([10.0, 20]), "c": np.array([100.0, 200])})
+    difference = run(model, images(1)[0]) - run(made, images(1)[0])
+    assert np.allclose(difference[0, :, 0, 0], [111, 222], rtol=1e-4)

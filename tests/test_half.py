@@ -156,7 +156,7 @@ def test_what_overflows_in_half_precision_is_found_kept_and_named(large, tmp_pat
     plain = half.convert(given)
     assert np.isfinite(run(plain, images()[0])).all(), "ONNX Runtime's processor kernels hide it"
     assert not np.isfinite(in_torch(plain, images()[0])).all(), "torch shows it"
-    assert half.overflowing(plain, images()) == ["b"]
+    assert half.overflowing(given, plain, images()) == ["b"]
     report, made = files(Fp16(), large, tmp_path / "out", images())
     assert set(report["kept_fp32"]) >= {"b", "c"}
     assert report["near_overflow"]["b"] > 65504

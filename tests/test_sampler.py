@@ -152,18 +152,45 @@ def test_images_of_a_plain_folder_calibrate_too(smoke, tmp_path):
     assert "image_dir=nowhere: no such folder" in refused(absent)
 
 
-def test_a_validation_image_is_refused_by_its_content_and_by_its_id(smoke, tmp_path):
+def test_a_validation_image_is_refused_by_its_content(smoke, tmp_path):
     import shutil
 
     annotations = next((smoke / "outputs" / "cache" / "synthetic").rglob("*val*.json"))
     images = json.loads(annotations.read_text())["images"]
     source = next((smoke / "outputs" / "cache" / "synthetic").rglob(images[0]["file_name"]))
-    for name, refusal in (("copy.jpg", "has the content of the validation image"), (images[0]["file_name"], "has the id")):
-        folder = tmp_path / name.split(".")[0]
-        folder.mkdir()
-        shutil.copyfile(source, folder / name)
-        done = pipeline(*WORDS, f"sampler.image_dir={folder}", "sampler.num_images=1", "stage=sample", cwd=smoke)
-        assert refusal in refused(done)
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    shutil.copyfile(source, folder / "copy.jpg")
+    done = pipeline(*WORDS, f"sampler.image_dir={folder}", "sampler.num_images=1", "stage=sample", cwd=smoke)
+    assert "has the content of the validation image" in refused(done)
+
+
+def test_an_image_with_the_id_of_a_validation_image_is_refused(images, tmp_path):
+    from pipeline.artifacts import Job
+    from pipeline.errors import UserError
+    from pipeline.stages.sample import _refuse_leaks
+
+    record = images.open("validation").records[0]
+    job = Job(tmp_path, {}, {}, tmp_path, tmp_path)
+    listed = [{"id": str(record["id"]), "file_name": "other.jpg", "split": "train", "sha256": "0"}]
+    with pytest.raises(UserError, match=rf"other.jpg has the id {record['id']} of a validation image"):
+        _refuse_leaks(job, images, listed)
+    _refuse_leaks(job, images, [{**listed[0], "split": "image_dir"}])
+
+
+def test_what_is_put_into_the_folder_makes_its_sample_stale(smoke, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for n in range(3):
+        cv2.imwrite(str(folder / f"own{n}.png"), draw.integers(0, 255, (90, 100, 3), np.uint8))
+    words = [*WORDS, f"sampler.image_dir={folder}", "sampler.num_images=2", "stage=sample"]
+    pipeline(*words, cwd=smoke, check=0)
+    assert "fresh" in pipeline(*words, cwd=smoke, check=0).stderr
+    cv2.imwrite(str(folder / "own9.png"), draw.integers(0, 255, (90, 100, 3), np.uint8))
+    assert "done" in pipeline(*words, cwd=smoke, check=0).stderr
+    manifest = (smoke / "outputs/smoke/sample/stratified-2-dir-s0/manifest.json").read_text()
+    assert str(tmp_path) not in manifest
 
 
 def test_calibration_images_come_from_train_or_unlabelled_only(smoke):

@@ -281,7 +281,7 @@ class Coco:
         """
         K = len(self.labels.names)
         every = [record["annotations"] for record in self.records]
-        labelled = [[a for a in some or () if not a.get("iscrowd") and _labelled(a)] for some in every]
+        labelled = [[a for a in some or () if not a.get("iscrowd") and a.get("keypoints") and _labelled(a)] for some in every]
         flat = [a for some in labelled for a in some]
         image = np.repeat(np.arange(len(every)), [len(some) for some in labelled])
         for record in flat:

@@ -49,9 +49,13 @@ class OnnxNetwork(nn.Module):
         if unknown:
             raise UserError(f"the operator {unknown[0]} of the ONNX file is not known to the torch pass; use the torch network")
         self.names: dict[str, str] = {}
+        self.shapes: dict[str, Tensor] = {}
         trained = {name for node in self.nodes if node.op_type in _TRAINED for name in node.input[1:]}
         for n, constant in enumerate(model.graph.initializer):
             value = torch.from_numpy(np.array(numpy_helper.to_array(constant)))
+            if value.dtype == torch.int64:  # shapes, which are worked out on the processor
+                self.shapes[constant.name] = value
+                continue
             self.names[constant.name] = f"c{n}"
             if constant.name in trained and value.is_floating_point():
                 self.register_parameter(f"c{n}", nn.Parameter(value))
@@ -77,7 +81,7 @@ class OnnxNetwork(nn.Module):
 
     def constant(self, name: str) -> Tensor:
         """A parameter or buffer by its name in the file."""
-        made: Tensor = getattr(self, self.names[name])
+        made: Tensor = self.shapes[name] if name in self.shapes else getattr(self, self.names[name])
         return made
 
     def seen(self, name: str, value: Tensor) -> Tensor:  # noqa: ARG002
@@ -187,8 +191,11 @@ def _resize(i: list[Any], a: Mapping[str, Any]) -> Tensor:
     mode = a.get("mode", b"nearest").decode()
     how = a.get("coordinate_transformation_mode", b"half_pixel").decode()
     if mode == "nearest":
-        exact = how in ("half_pixel", "pytorch_half_pixel") and a.get("nearest_mode", b"round_prefer_floor") != b"floor"
-        return F.interpolate(x, size, mode="nearest-exact" if exact else "nearest")
+        rounding = a.get("nearest_mode", b"round_prefer_floor").decode()
+        known = {("asymmetric", "floor"): "nearest", ("half_pixel", "round_prefer_floor"): "nearest-exact"}
+        if (how, rounding) not in known:
+            raise UserError(f"Resize to the nearest with {how} and {rounding} is not known to the torch pass")
+        return F.interpolate(x, size, mode=known[how, rounding])
     kind = {"linear": "bilinear", "cubic": "bicubic"}[mode]
     if how == "asymmetric":  # sample k of the result lies at k times the step
         return _at_steps(x, size)
@@ -232,8 +239,9 @@ def _pad(i: list[Any], a: Mapping[str, Any]) -> Tensor:
     return _padded(i[0], pads, value, a.get("mode", b"constant").decode())
 
 
-def _clip(i: list[Any], a: Mapping[str, Any]) -> Tensor:  # noqa: ARG001
-    bounds = [float(b) if b is not None else None for b in (*i[1:3], None, None)[:2]]
+def _clip(i: list[Any], a: Mapping[str, Any]) -> Tensor:
+    given = (*i[1:3], None, None)[:2] if len(i) > 1 else (a.get("min"), a.get("max"))  # attributes before opset 11
+    bounds = [None if b is None else float(b) for b in given]
     return torch.clamp(i[0], *bounds) if any(b is not None for b in bounds) else i[0]
 
 
@@ -291,6 +299,14 @@ def _dequantize(i: list[Any], a: Mapping[str, Any]) -> Tensor:
     return made
 
 
+def _gather(i: list[Any], a: Mapping[str, Any]) -> Tensor:
+    axis = int(a.get("axis", 0)) % i[0].dim()
+    index = i[1].long().to(i[0].device)
+    flat = torch.where(index < 0, index + i[0].shape[axis], index).reshape(-1)
+    made: Tensor = i[0].index_select(axis, flat).reshape(i[0].shape[:axis] + index.shape + i[0].shape[axis + 1 :])
+    return made
+
+
 def _batch_norm(i: list[Any], a: Mapping[str, Any]) -> Tensor:
     return F.batch_norm(i[0], i[3], i[4], i[1], i[2], False, 0.0, float(a.get("epsilon", 1e-5)))
 
@@ -319,11 +335,7 @@ _OPERATORS: Mapping[str, Callable[[list[Any], Mapping[str, Any]], Any]] = {
     "Expand": lambda i, _: i[0].expand(np.broadcast_shapes(tuple(i[0].shape), tuple(_ints(i[1])))),
     "Flatten": lambda i, a: i[0].flatten(int(a.get("axis", 1))),
     "Floor": lambda i, _: i[0].floor(),
-    "Gather": lambda i, a: (
-        i[0]
-        .index_select(int(a.get("axis", 0)), i[1].reshape(-1).long())
-        .reshape(i[0].shape[: int(a.get("axis", 0))] + i[1].shape + i[0].shape[int(a.get("axis", 0)) + 1 :])
-    ),
+    "Gather": _gather,
     "Gemm": _gemm,
     "GlobalAveragePool": lambda i, _: i[0].mean((2, 3), keepdim=True),
     "HardSigmoid": lambda i, a: torch.clamp(a.get("alpha", 0.2) * i[0] + a.get("beta", 0.5), 0, 1),

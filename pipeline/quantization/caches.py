@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import onnx
@@ -20,12 +22,22 @@ PARTS = {
     "images": "the list of calibration images",
     "preprocessing": "the preprocessing (framing, resolution or the network's input form)",
     "algorithm": "the algorithm (its options, or the nodes that are quantized)",
+    "program": "this program, or ONNX Runtime,",
 }
 
 
 def network_digest(model: onnx.ModelProto) -> str:
     """SHA-256 of a network's graph and weights; names of tools and descriptions beside it do not count."""
     return hashlib.sha256(model.graph.SerializeToString(deterministic=True)).hexdigest()
+
+
+def program_digest() -> str:
+    """SHA-256 of the code that calibrates, and of the version of the runtime."""
+    import onnxruntime
+
+    folder = Path(__file__).parent
+    code = b"".join((folder / name).read_bytes() for name in ("calibration.py", "equalization.py", "graph.py"))
+    return hashlib.sha256(code + onnxruntime.__version__.encode()).hexdigest()
 
 
 def check(file: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -56,12 +68,12 @@ def tensor_data(file: Path | None, key: Mapping[str, Any], make: Callable[[], di
                 arrays = dict(stored)
             check(file, json.loads(str(arrays.pop("key"))), key)
             return calibration.restore(arrays)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
             raise UserError(f"{file}: not a cache of tensor data ({error}); delete it or name another") from error
     made = make()
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f".{file.name}.tmp")
+        unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         with unfinished.open("wb") as stream:
             np.savez_compressed(stream, key=np.array(json.dumps(dict(key))), **calibration.save(made))  # type: ignore[arg-type]
         unfinished.replace(file)
@@ -98,7 +110,7 @@ def write_scales(
     """
     content = {"key": dict(key), "excluded": list(excluded), "most_weight": most_weight, "tensors": dict(rows)}
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.tmp")
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     unfinished.write_text(json.dumps(content, indent=1, sort_keys=True))
     unfinished.replace(file)
 

@@ -59,8 +59,8 @@ def _tally(
         if bins == 0 or peak > np.int32(0x7F7FFFFF):
             continue
         greatest = np.array([peak], np.int32).view(np.float32)[0]
-        if limit == 0.0:
-            limit = greatest
+        if limit == 0.0 and greatest > 0:
+            limit = max(float(greatest), 1e-30)  # whose inverse is finite
         while greatest > limit > 0:
             for part in range(4):
                 for k in range(bins // 2):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from evaluation.compiled import compiled
-from pipeline.quantization.graph import WEIGHTED, Graph, Placement, attribute, computed_over
+from pipeline.quantization.graph import Graph, Placement, attribute, computed_over
 from pipeline.quantization.weights import quantized
 from pipeline.quantization.writers import Scales
 
@@ -161,7 +161,7 @@ def equalize(
     constants = {i.name: i for i in made.graph.initializer}
     for node in graph.nodes:
         weights = graph.weights(node)
-        if weights is None or node.input[0] not in channels.of or node.output[0] not in channels.of:
+        if node.op_type != "Conv" or weights is None or node.input[0] not in channels.of or node.output[0] not in channels.of:
             continue
         given, out = (scale[channels.roots(name)] for name in (node.input[0], node.output[0]))
         if (given == 1).all() and (out == 1).all():
@@ -177,13 +177,10 @@ def equalize(
 def _rescaled(
     node: onnx.NodeProto, weights: NDArray[np.float32], given: NDArray[np.float64], out: NDArray[np.float64]
 ) -> NDArray[np.float32]:
-    """Weights that take inputs multiplied by `given` and return outputs multiplied by `out`."""
+    """Weights [O, I / groups, kh, kw] that take inputs multiplied by `given` and return outputs multiplied by `out`."""
     groups = int(attribute(node, "group", 1))
-    if node.op_type == "Conv":  # [O, I / groups, kh, kw]
-        inverse = np.repeat(1 / given.reshape(groups, -1), weights.shape[0] // groups, axis=0)
-        scaled = weights * inverse[:, :, None, None] * out[:, None, None, None]
-    else:  # [I, O / groups, kh, kw]; its output is held, as a factor of an axis that groups share
-        scaled = weights / given[:, None, None, None]
+    inverse = np.repeat(1 / given.reshape(groups, -1), weights.shape[0] // groups, axis=0)
+    scaled: NDArray[np.float64] = weights * inverse[:, :, None, None] * out[:, None, None, None]
     return scaled.astype(np.float32)
 
 
@@ -193,15 +190,19 @@ def corrected(model: onnx.ModelProto, shifts: Mapping[str, NDArray[np.float64]])
     made.CopyFrom(model)
     constants = {i.name: i for i in made.graph.initializer}
     for node in made.graph.node:
-        if node.name in shifts and node.op_type in WEIGHTED and len(node.input) > 2 and node.input[2] in constants:
-            bias = numpy_helper.to_array(constants[node.input[2]]) - shifts[node.name]
-            constants[node.input[2]].CopyFrom(numpy_helper.from_array(bias.astype(np.float32), node.input[2]))
+        if node.name not in shifts or (len(node.input) > 2 and node.input[2] not in constants):
+            continue
+        bias = numpy_helper.to_array(constants[node.input[2]]) if len(node.input) > 2 and node.input[2] else 0.0
+        name = f"{node.output[0]}_bias"  # its own: two layers may share one
+        made.graph.initializer.append(numpy_helper.from_array((bias - shifts[node.name]).astype(np.float32), name))
+        del node.input[2:]
+        node.input.append(name)
     return made
 
 
 def mean_shifts(
     model: onnx.ModelProto, placement: Placement, scales: Scales, feed: Iterable[NDArray[np.float32]]
-) -> dict[str, NDArray[np.float64]]:
+) -> dict[str, dict[str, NDArray[np.float64]]]:
     """The mean error that rounding a convolution's input and weights gives each of its outputs.
 
     Args:
@@ -211,51 +212,58 @@ def mean_shifts(
         feed: images, batches [B, 3, H, W].
 
     Returns:
-        [O] for each quantized convolution: the sum over inputs of mean rounded input x rounded weights - mean input x weights
-        (Nagel et al., arXiv:1906.04721, section 4.2, with measured means; borders are taken to be like the rest).
+        By flavour, whose integers end elsewhere, [O] for each quantized convolution: the sum over inputs of mean rounded
+        input x rounded weights - mean input x weights (Nagel et al., arXiv:1906.04721, section 4.2, with measured means;
+        borders are taken to be like the rest).
     """
     graph = Graph(model)
     nodes = [node for node in placement.quantized(model) if node.op_type == "Conv"]
     tensors = sorted({node.input[0] for node in nodes})
-    means = {name: np.zeros((2, graph.channels[name])) for name in tensors}
+    means = {name: np.zeros((3, graph.channels[name])) for name in tensors}
     seen = 0
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
 
         def add(item: tuple[str, NDArray[np.float32]]) -> None:
             name, values = item
             planes = np.ascontiguousarray(values, np.float32).reshape(*values.shape[:2], -1)
-            means[name] = means[name] + _rounded_means(planes, scales.activations[name])
+            low, high = (-128, 127) if scales.lows[name] < 0 else (0, 255)
+            means[name] = means[name] + _rounded_means(planes, scales.activations[name], low, high)
 
         for made in computed_over(model, tensors, feed):
             seen += 1
             list(pool.map(add, made.items()))
-    shifts = {}
+    shifts: dict[str, dict[str, NDArray[np.float64]]] = {"tensorrt": {}, "onnxruntime": {}}
     for node in nodes:
         weights = graph.weights(node)
         assert weights is not None
         integers, steps = quantized(weights, 0, scales.weight_scale, scales.most_weight, scales.least)
         rounded = integers.sum(axis=(2, 3)) * steps[:, None].astype(np.float64)
         groups = int(attribute(node, "group", 1))
-        plain, after = (
+        plain, *after = (
             np.repeat(mean.reshape(groups, -1), len(weights) // groups, axis=0) for mean in means[node.input[0]] / max(seen, 1)
         )
-        shifts[node.name] = (rounded * after - weights.sum(axis=(2, 3), dtype=np.float64) * plain).sum(axis=1)
+        exact = (weights.sum(axis=(2, 3), dtype=np.float64) * plain).sum(axis=1)
+        for flavour, mean in zip(shifts, after, strict=True):
+            shifts[flavour][node.name] = (rounded * mean).sum(axis=1) - exact
     return shifts
 
 
 @compiled
-def _rounded_means(planes: NDArray[np.float32], scale: float) -> NDArray[np.float64]:
-    """Mean values of channels, and mean values after rounding to 127 steps either way, [2, C], of planes [B, C, n]."""
+def _rounded_means(planes: NDArray[np.float32], scale: float, low: int, high: int) -> NDArray[np.float64]:
+    """Mean values of the channels of planes [B, C, n]: as they are, in steps of -128..127, in steps of low..high; [3, C]."""
     B, C, n = planes.shape
-    means = np.zeros((2, C))
+    means = np.zeros((3, C))
     inverse = np.float32(1) / np.float32(scale)
+    least, most = np.float32(low), np.float32(high)
     for b in range(B):
         for c in range(C):
-            plain, after = 0.0, 0.0
+            plain, signed, own = 0.0, 0.0, 0.0
             for i in range(n):
                 step = np.rint(planes[b, c, i] * inverse)
                 plain += planes[b, c, i]
-                after += min(max(step, np.float32(-127)), np.float32(127))
+                signed += min(max(step, np.float32(-128)), np.float32(127))
+                own += min(max(step, least), most)
             means[0, c] += plain / n / B
-            means[1, c] += after * scale / n / B
+            means[1, c] += signed * scale / n / B
+            means[2, c] += own * scale / n / B
     return means

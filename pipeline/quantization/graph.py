@@ -82,13 +82,26 @@ def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
 
 
 def load(file: Path) -> onnx.ModelProto:
-    """Read an ONNX file with the shapes of its tensors inferred, batch norms folded into the convolutions before them.
+    """Read an ONNX file with the shapes of its tensors inferred.
 
     Raises:
-        UserError: a batch norm is left that no convolution can take.
+        UserError: a batch norm is left behind a convolution that could take it.
     """
     model = onnx.shape_inference.infer_shapes(onnx.load(file))
-    left = [node.name for node in model.graph.node if node.op_type == "BatchNormalization"]
+    names: set[str] = set()
+    for n, node in enumerate(model.graph.node):  # all that follows knows nodes by their names
+        if not node.name or node.name in names:
+            node.name = f"{node.op_type}_{n}"
+        names.add(node.name)
+    graph = Graph(model)
+    left = [
+        node.name
+        for node in graph.nodes
+        if node.op_type == "BatchNormalization"
+        and (maker := graph.producer.get(node.input[0])) is not None
+        and maker.op_type in WEIGHTED
+        and len(graph.consumers[node.input[0]]) == 1
+    ]
     if left:
         raise UserError(
             f"{file}: the batch norm '{left[0]}' is not folded into a convolution, and would keep its neighbours from INT8; "

@@ -75,31 +75,37 @@ def out_of_range(model: onnx.ModelProto, found: Mapping[str, Histogram]) -> dict
         reached = max((found[name].peak for name in near), default=0.0)
         constants = [np.abs(graph.value(name)).max(initial=0) for name in node.input if name in graph.constants]
         reached = max([reached, *(float(value) for value in constants if np.isfinite(value))])
-        if reached > GREATEST / _ROOM and node.op_type not in ("Shape", "Slice", "Pad", "Reshape"):
+        if reached > GREATEST / _ROOM and near:
             far[node.name] = reached
     return far
 
 
-def overflowing(model: onnx.ModelProto, feed: Iterable[NDArray[np.float32]]) -> list[str]:
+def overflowing(model: onnx.ModelProto, made: onnx.ModelProto, feed: Iterable[NDArray[np.float32]]) -> list[str]:
     """Nodes that return infinity or NaN when a half-precision network is computed in half precision, in torch.
 
     ONNX Runtime on a processor computes such files in float32 and shows nothing.
 
     Args:
-        model: what `convert` made.
+        model: the float network.
+        made: what `convert` made of it.
         feed: images, batches [B, 3, H, W].
 
     Returns:
-        Names, the first of each image's only: what follows it is not finite because of it.
+        Names of nodes of `model`, the first of each image's only: what follows it is not finite because of it. For a cast that
+        was put in, those that read what it reads and returns.
     """
-    makers = {name: node.name for node in model.graph.node for name in node.output}
+    own = {node.name for node in model.graph.node}
+    graph = Graph(made)
     broken: dict[str, None] = {}
-    network = _FirstBroken(model).eval()
+    network = _FirstBroken(made).eval()
     with torch.inference_mode():
         for images in feed:
             network(torch.from_numpy(images))
             if network.first is not None:
-                broken[makers[network.first]] = None
+                node = graph.producer[network.first]
+                around = [graph.producer.get(node.input[0]), *graph.consumers.get(node.output[0], [])]
+                some = [node.name] if node.name in own else [one.name for one in around if one is not None and one.name in own]
+                broken |= dict.fromkeys(some)
             network.first = None
     return list(broken)
 

@@ -47,7 +47,7 @@ class Mixed:
     Attributes:
         int8: how the rest is quantized.
         max_drop: a loss of the primary figure on the tune images, as a part of 1; who is shown to lose more, by the lower end
-            of the paired 95 % interval, is out.
+            of the paired 95 % interval, is out (where nothing tells the agreement: who loses more).
         min_agreement: least agreement with what FP32 finds in the tune images, as a monotone function of the fields' error.
         max_latency: milliseconds, or "0.6x" of FP32's; then the least error within it is taken, whatever it loses.
         units: most units.
@@ -121,7 +121,7 @@ class Mixed:
             "finalists": rows,
             "chosen": chosen,
             "rank_correlation": _correlations(rows),
-            "layers": _layers(calibrated, kept),
+            "layers": _layers(calibrated, kept | (calibrated.placement.slow if probe.backend.name == "onnxruntime" else set())),
         }
         (out / SENSITIVITY).write_text(json.dumps(content, indent=1))
         return {
@@ -173,7 +173,8 @@ class Mixed:
         good = [
             n
             for n, row in enumerate(rows)
-            if row["drop_lo"] <= self.max_drop and row.get("expected_agreement", 1.0) >= self.min_agreement
+            if row["drop_lo" if "expected_agreement" in row else "drop"] <= self.max_drop
+            and row.get("expected_agreement", 1.0) >= self.min_agreement
         ]
         if not good:
             best = min(rows, key=lambda row: row["error"])

@@ -53,7 +53,7 @@ class Probe:
         size: of the network's input.
         backend: builds and runs the candidates.
         decoder: of their fields, with its tuned options; None measures fields alone.
-        metric: made with the labels of the data and of the network.
+        metric: made with the labels of the data and of the network; None where there is no decoder.
         agreement: made with the network's labels; None measures none.
         reference: the FP32 ONNX file.
         threads: of the processor, when a candidate is timed.
@@ -67,7 +67,7 @@ class Probe:
         size: Resolution,
         backend: Backend,
         decoder: Decoder[Any] | None,
-        metric: Callable[..., Metric[Any, Any]],
+        metric: Callable[..., Metric[Any, Any]] | None,
         agreement: Callable[..., Metric[Any, Any]] | None,
         reference: Path,
         threads: int,
@@ -129,6 +129,7 @@ class Probe:
     def figures(self, candidate: Candidate) -> dict[str, float]:
         """The primary figure, its drop from FP32's with a paired 95 % interval, and the agreement with what FP32 finds."""
         assert self.decoder is not None
+        assert self.metric is not None
         metric = self.metric(labels=self.images.labels, found_labels=self.spec.labels)
         agreement = self.agreement(labels=self.spec.labels) if self.agreement is not None else None
         with self.engine(candidate) as runner:
@@ -150,6 +151,7 @@ class Probe:
     @cached_property
     def baseline(self) -> Draws:
         """FP32's primary figure, resampled."""
+        assert self.metric is not None
         metric = self.metric(labels=self.images.labels, found_labels=self.spec.labels)
         for index in self.indices:
             sample = self.images[index]

@@ -60,10 +60,15 @@ class Fp16:
         broken: list[str] = []
         while True:
             made = half.convert(model, {*asked, *near, *broken})
-            more = [name for name in half.overflowing(made, feed.read(None)) if name not in broken]
-            if not more:
+            found = half.overflowing(model, made, feed.read(None))
+            if not found:
                 break
-            broken += more
+            if set(found) <= set(broken):
+                raise UserError(
+                    f"{onnx_file.name}: '{found[0]}' overflows in half precision though it is kept in FP32; name its "
+                    "neighbours in precision.nodes_to_exclude"
+                )
+            broken += [name for name in found if name not in broken]
         candidate = Candidate(dict.fromkeys(FLAVOURS, made))
         candidate.write(out)
         errors = {} if probe is None else {f"error_{name}": value for name, value in probe.errors(candidate).items()}
@@ -91,7 +96,7 @@ class Int8:
     """
 
     calibration_method: calibration.Method = "percentile"
-    percentile: float = 99.999
+    percentile: float = 99.99
     weight_scale: WeightScale = "max"
     equalize_concatenations: bool = True
     equalize_layers: bool = True
@@ -152,12 +157,14 @@ class Int8:
         """
         model = load(onnx_file)
         key = {"network": caches.network_digest(model), "images": feed.images, "preprocessing": feed.preprocessing}
+        key["program"] = caches.program_digest()
         excluded = matching(model, self.nodes_to_exclude, "precision.nodes_to_exclude")
         placement = place(model, excluded)
         if not placement.quantized(model):
             raise UserError(f"{onnx_file.name}: no convolution is left to quantize; shorten precision.nodes_to_exclude")
         rescaled = {"channels": 0, "tensors": 0}
-        ranged = [self.equalize_concatenations, self.equalize_layers, sorted(excluded)]
+        imported = _content(Path(self.tensorrt_cache)) if self.tensorrt_cache else None
+        ranged = [self.equalize_concatenations, self.equalize_layers, sorted(excluded), imported]
         if self.equalize_concatenations or self.equalize_layers:
             extremes = calibration.observe(model, placement.tensors, feed.read(most), histograms=False)
             peaks = {name: one.peaks for name, one in extremes.items()}
@@ -167,17 +174,20 @@ class Int8:
             return calibration.observe(model, placement.tensors, feed.read(most), histograms=not self.tensorrt_cache)
 
         data = Path(self.cal_data_file) if self.cal_data_file and most is None else None
-        found = caches.tensor_data(data, {**key, "algorithm": _digest(ranged)}, observe)
-        key["algorithm"] = _digest([*ranged, self.calibration_method, self.percentile, self.high_precision_dtype])
-        lows = {name: one.least for name, one in found.items()}
         kept = Path(self.cal_cache_file) if self.cal_cache_file and most is None else None
-        if self.tensorrt_cache:
-            thresholds = _imported(Path(self.tensorrt_cache), placement)
-        elif kept is not None and kept.exists():
+        ranges = {**key, "algorithm": _digest(ranged)}
+        key["algorithm"] = _digest([*ranged, self.calibration_method, self.percentile, self.high_precision_dtype])
+        if kept is not None and kept.exists():
             rows = caches.read_scales(kept, key)
+            found = {name: Histogram(least=row["least"], most=row["most"]) for name, row in rows.items()}
             thresholds = {name: float(row["threshold"]) for name, row in rows.items()}
         else:
-            thresholds = {name: one.threshold(self.calibration_method, self.percentile) for name, one in found.items()}
+            found = caches.tensor_data(data, ranges, observe)
+            if self.tensorrt_cache:
+                thresholds = _imported(Path(self.tensorrt_cache), placement)
+            else:
+                thresholds = {name: one.threshold(self.calibration_method, self.percentile) for name, one in found.items()}
+        lows = {name: one.least for name, one in found.items()}
         scales = writers.Scales.of(
             thresholds,
             lows,
@@ -194,24 +204,18 @@ class Int8:
         return made
 
     def _steps(self, onnx_file: Path, feed: CalibrationFeed, probe: Probe, final: Candidate) -> Iterator[dict[str, Any]]:
-        """The error of the fields after each step that is switched on, all others off; the last row is what was written."""
-        plain = replace(
-            self,
-            equalize_concatenations=False,
-            equalize_layers=False,
-            bias_correction=False,
-            cal_data_file=None,
-            cal_cache_file=None,
-        )
-        on: dict[str, Any] = {}
-        yield {"step": "calibrated", **probe.errors(plain.calibrate(onnx_file, feed, _STEP_IMAGES).written())}
-        switches = [s for s in ("equalize_concatenations", "equalize_layers", "bias_correction") if getattr(self, s)]
-        for switch in switches[:-1]:
-            on[switch] = True
-            made = replace(plain, **on).calibrate(onnx_file, feed, _STEP_IMAGES).written()
-            yield {"step": f"+ {switch}", **probe.errors(made)}
-        if switches:
-            yield {"step": f"+ {switches[-1]}", **probe.errors(final)}
+        """The error of the fields after each step that is switched on, all others off; the last row is what was written.
+
+        Steps are calibrated on the first images, all on the same.
+        """
+        off: dict[str, Any] = {"equalize_concatenations": False, "equalize_layers": False, "bias_correction": False}
+        step = replace(self, **off, cal_data_file=None, cal_cache_file=None)
+        yield {"step": "calibrated", **probe.errors(step.calibrate(onnx_file, feed, _STEP_IMAGES).written())}
+        for switch in (name for name in off if getattr(self, name)):
+            on: dict[str, Any] = {switch: True}
+            step = replace(step, **on)
+            yield {"step": f"+ {switch}", **probe.errors(step.calibrate(onnx_file, feed, _STEP_IMAGES).written())}
+        yield {"step": "as written, all images", **probe.errors(final)}
 
 
 def _imported(file: Path, placement: Placement) -> dict[str, float]:
@@ -234,6 +238,18 @@ def _last(steps: list[dict[str, Any]]) -> dict[str, float]:
     return {f"error_{name}": value for name, value in steps[-1].items() if name != "step"}
 
 
+def _content(file: Path) -> str:
+    """SHA-256 of a file that the user named.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"precision.tensorrt_cache={file}: cannot read it ({error.strerror})") from error
+
+
 def _digest(content: Any) -> str:
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -246,7 +262,7 @@ class Calibrated:
         model: the network.
         placement: what is quantized.
         scales: the steps between integers.
-        shifts: mean errors of convolutions' outputs [O], that their biases are to take back where they are quantized.
+        shifts: by flavour, mean errors of convolutions' outputs [O], that their biases take back where they are quantized.
         thresholds: magnitudes they come from, before tensors shared them.
         found: what is known of each tensor.
         key: what all this follows from.
@@ -257,7 +273,7 @@ class Calibrated:
     model: onnx.ModelProto
     placement: Placement
     scales: writers.Scales
-    shifts: Mapping[str, NDArray[np.float64]]
+    shifts: Mapping[str, Mapping[str, NDArray[np.float64]]]
     thresholds: Mapping[str, float]
     found: Mapping[str, Histogram]
     key: Mapping[str, str]
@@ -271,10 +287,11 @@ class Calibrated:
         for flavour in FLAVOURS:
             held = chosen.slow if flavour == "onnxruntime" else frozenset()
             rounded = {node.name for node in chosen.quantized(self.model)} - held
-            model = equalization.corrected(self.model, {n: shift for n, shift in self.shifts.items() if n in rounded})
+            shifts = self.shifts.get(flavour, {})
+            model = equalization.corrected(self.model, {n: shift for n, shift in shifts.items() if n in rounded})
             made[flavour] = writers.insert(model, chosen, self.scales, flavour)  # type: ignore[arg-type]
         if self.in_half:
-            made["tensorrt"] = half.convert(made["tensorrt"])
+            made["tensorrt"] = half.convert(made["tensorrt"], half.out_of_range(self.model, self.found))
         return Candidate(made)
 
     def without(self, names: set[str]) -> Candidate:
@@ -293,7 +310,7 @@ class Calibrated:
         """Write scales.json, TensorRT 10's calibration cache, and the float network that both are of."""
         caches.write_scales(out / SCALES, self.key, self.rows(), sorted(self.placement.excluded), self.scales.most_weight)
         caches.write_tensorrt(out / TENSORRT_CACHE, self.scales.activations)
-        onnx.save(equalization.corrected(self.model, self.shifts), out / FLOAT)
+        onnx.save(equalization.corrected(self.model, self.shifts.get("tensorrt", {})), out / FLOAT)
 
     def summary(self) -> dict[str, Any]:
         """What a manifest says of it."""
@@ -310,6 +327,7 @@ class Calibrated:
             "equalized_channels": self.rescaled["channels"],
             "equalized_tensors": self.rescaled["tensors"],
             "float_layers": sorted(self.placement.excluded),
+            "weight_bits": 8 if self.scales.most_weight == 127 else 7,
         }
 
 

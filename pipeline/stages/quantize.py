@@ -1,7 +1,7 @@
 """quantize: write a precision into the network, for both runtimes."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import onnx
@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 from pipeline.export import macs
 from pipeline.quantization.feed import calibration_feed
 from pipeline.quantization.probe import Probe
-from pipeline.specs import Backend, Decoder, Framing, Metric, Quantizer, Splits, read_spec
+from pipeline.specs import Backend, Framing, Quantizer, Splits, read_spec
 
 
 def run(
@@ -22,11 +22,8 @@ def run(
     resolution: str,
     quantizer: Quantizer,
     backend: Backend | None,
-    decoder: Callable[..., Decoder[Any]],
-    metric: Callable[..., Metric[Any, Any]],
-    agreement: Callable[..., Metric[Any, Any]] | None,
+    judged_by: Mapping[str, Any] | None,
     probe_images: int,
-    threads: int,
     image_dir: str | None,
 ) -> dict[str, Any]:
     """Quantize the input "network" with the images of the input "calibration", if there is one.
@@ -38,11 +35,9 @@ def run(
         resolution: of the input.
         quantizer: writes the files.
         backend: measures candidates; None measures nothing.
-        decoder: of candidates' fields.
-        metric: of what they find.
-        agreement: with what FP32 finds.
+        judged_by: "decoder", "metric" and "agreement" of candidates, and "threads" when they are timed; None measures fields
+            alone.
         probe_images: most tune images that candidates are measured on.
-        threads: of the processor, when they are timed.
         image_dir: the folder that the calibration images were sampled from.
 
     Raises:
@@ -57,9 +52,12 @@ def run(
     probe = None
     if backend is not None and "tune" in data:
         tuned = job.inputs.get("tuned")
-        options = json.loads((tuned / "decoder.json").read_text())["options"] if tuned else None
-        decode = decoder(spec, **options) if options is not None else None
-        probe = Probe(data, probe_images, framing, size, backend, decode, metric, agreement, model, threads)
+        options = json.loads((tuned / "decoder.json").read_text())["options"] if tuned else {}
+        judge = judged_by or {"decoder": None, "metric": None, "agreement": None, "threads": 0}
+        decode = judge["decoder"](spec, **options) if judge["decoder"] else None
+        probe = Probe(
+            data, probe_images, framing, size, backend, decode, judge["metric"], judge["agreement"], model, judge["threads"]
+        )
     try:
         report = dict(quantizer.quantize(model, feed, probe, job.out))
     except ValueError as error:

@@ -49,7 +49,7 @@ class FakeQuantized(OnnxNetwork):
         made.CopyFrom(model)
         own = dict(self.named_parameters())
         for constant in made.graph.initializer:
-            if (trained := own.get(self.names[constant.name])) is not None:
+            if (trained := own.get(self.names.get(constant.name, ""))) is not None:
                 values = trained.detach().cpu().numpy().astype(np.float32)
                 constant.CopyFrom(onnx.numpy_helper.from_array(values, constant.name))
         return made
