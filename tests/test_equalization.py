@@ -4,7 +4,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from pipeline.quantization import calibration, equalization, graph, writers
+from pipeline.quantization import alignment, calibration, equalization, graph, writers
 
 
 def model_of(nodes, constants, outputs, channels=3):
@@ -177,3 +177,58 @@ def test_layers_that_share_a_bias_are_corrected_apart_and_one_without_gets_one()
     made = equalization.corrected(model, {"a": np.array([1.0, 2]), "b": np.array([10.0, 20]), "c": np.array([100.0, 200])})
     difference = run(model, images(1)[0]) - run(made, images(1)[0])
     assert np.allclose(difference[0, :, 0, 0], [111, 222], rtol=1e-4)
+
+
+def test_channels_of_zeros_change_nothing_and_make_whole_vectors():
+    nodes = [
+        conv("image", "a"),
+        helper.make_node("Relu", ["a"], ["features"], name="features"),
+        conv("features", "maps", 1),
+        conv("features", "more", 1),
+        helper.make_node("Concat", ["maps", "features", "more"], ["joined"], name="joined", axis=1),
+        conv("joined", "deep", 3, group=13),
+        helper.make_node("Relu", ["deep"], ["rectified"], name="rectified"),
+        conv("joined", "other", 3, group=13),
+        conv("rectified", "wide", 1),
+        conv("other", "wider", 1),
+        conv("joined", "dense", 1),
+        helper.make_node("Concat", ["wide", "wider", "dense"], ["all"], name="all", axis=1),
+        conv("all", "out", 1),
+    ]
+    constants = {}
+    for name, outputs, inputs, size in (
+        ("a", 8, 3, 3), ("maps", 3, 8, 1), ("more", 2, 8, 1), ("deep", 13, 1, 3), ("other", 13, 1, 3), ("wide", 6, 13, 1),
+        ("wider", 5, 13, 1), ("dense", 6, 13, 1), ("out", 5, 17, 1),
+    ):  # fmt: skip
+        constants |= weights(name, outputs, inputs, size)
+    model = model_of(nodes, constants, ["out"])
+    made, added = alignment.align(model)
+    assert added == 3, "the second concatenation has no depthwise reader"
+    shapes = {i.name: list(i.dims) for i in made.graph.initializer}
+    assert shapes["more_w"] == [5, 8, 1, 1]
+    assert shapes["deep_w"] == shapes["other_w"] == [16, 1, 3, 3]
+    assert shapes["wide_w"] == [6, 16, 1, 1]
+    assert shapes["maps_w"] == [3, 8, 1, 1]
+    onnx.checker.check_model(made, full_check=True)
+    for one in images():
+        assert np.allclose(run(made, one), run(model, one), atol=1e-5)
+    placement = graph.place(model)
+    found = calibration.observe(model, placement.tensors, images())
+    scales = writers.Scales.of({n: h.peak for n, h in found.items()}, {n: h.least for n, h in found.items()}, placement)
+    plain, padded = (run(writers.insert(m, placement, scales, "onnxruntime"), images()[0], False) for m in (model, made))
+    assert np.allclose(plain, padded, atol=1e-5)
+
+
+def test_what_others_read_is_not_filled():
+    nodes = [
+        conv("image", "a"),
+        conv("a", "maps", 1),
+        helper.make_node("Concat", ["maps", "a"], ["joined"], name="joined", axis=1),
+        conv("joined", "deep", 3, group=11),
+        helper.make_node("Sigmoid", ["joined"], ["s"], name="s"),
+        helper.make_node("Mul", ["deep", "s"], ["out"], name="out"),
+    ]
+    model = model_of(nodes, {**weights("a", 8, 3), **weights("maps", 3, 8, 1), **weights("deep", 11, 1)}, ["out"])
+    made, added = alignment.align(model)
+    assert added == 0
+    assert [i.raw_data for i in made.graph.initializer] == [i.raw_data for i in model.graph.initializer]

@@ -12,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 
 from pipeline.errors import UserError
-from pipeline.quantization import caches, calibration, equalization, half, writers
+from pipeline.quantization import alignment, caches, calibration, equalization, half, writers
 from pipeline.quantization.calibration import Histogram
 from pipeline.quantization.graph import Graph, Placement, load, matching, place
 from pipeline.quantization.probe import Candidate, Probe
@@ -289,6 +289,8 @@ class Calibrated:
             rounded = {node.name for node in chosen.quantized(self.model)} - held
             shifts = self.shifts.get(flavour, {})
             model = equalization.corrected(self.model, {n: shift for n, shift in shifts.items() if n in rounded})
+            if flavour == "onnxruntime":
+                model, _ = alignment.align(model)
             made[flavour] = writers.insert(model, chosen, self.scales, flavour)  # type: ignore[arg-type]
         if self.in_half:
             made["tensorrt"] = half.convert(made["tensorrt"], half.out_of_range(self.model, self.found))
