@@ -216,3 +216,17 @@ def test_the_names_of_tools_do_not_change_a_networks_digest(branches):
     assert caches.network_digest(other) == caches.network_digest(branches)
     other.graph.initializer[0].raw_data = bytes(len(other.graph.initializer[0].raw_data))
     assert caches.network_digest(other) != caches.network_digest(branches)
+
+
+def test_auto_takes_the_method_of_least_error_and_says_what_it_tried(described, tmp_path):
+    report = Int8().quantize(described, fed(feed()), None, tmp_path)
+    tried = report["tried"]
+    assert set(tried) == {"percentile 99.999", "percentile 99.99", "percentile 99.9", "minmax", "mse", "entropy"}
+    assert tried[report["calibration_method"]] == min(tried.values())
+    name, _, percentile = report["calibration_method"].partition(" ")
+    off = {"percentile": float(percentile)} if percentile else {}
+    (tmp_path / "named").mkdir()
+    Int8(name, **off).quantize(described, fed(feed()), None, tmp_path / "named")
+    ours, named = (json.loads((f / "scales.json").read_text())["tensors"] for f in (tmp_path, tmp_path / "named"))
+    assert ours == named
+    assert "tried" not in Int8("mse").quantize(described, fed(feed()), None, tmp_path / "named")

@@ -91,7 +91,7 @@ def project(tmp_path):
         {"experiment": "smoke"}, {"dense": dense}, {"pruned": f"{dense}_l1-0.5-r8"}, {"calibration": "stratified-8-s0"},
         {"resolutions": ["64x80"]},
         {"networks": [{"pruner": "none", "label": f"{dense}_dense", "weights": f"train/{dense}"}]},
-        {"precisions": [{"name": "int8", "label": "int8-percentile-stratified-8-s0"}]},
+        {"precisions": [{"name": "int8", "label": "int8-auto-stratified-8-s0"}]},
     ]  # fmt: skip
     (tmp_path / "dvc.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)

@@ -107,7 +107,7 @@ def test_a_file_quantized_elsewhere_is_taken_measured_and_audited(smoke):
     onnx.save(given, smoke / "theirs.onnx")
     pipeline(*SMOKE, "precision=external", f"precision.file={smoke}/theirs.onnx", cwd=smoke, check=0)
     (ours,) = (smoke / "outputs/smoke/evaluate").glob("*external*")
-    (folder,) = (smoke / "outputs/smoke/evaluate").glob("*_dense_*int8-perc*")
+    (folder,) = (smoke / "outputs/smoke/evaluate").glob("*_dense_*int8-auto*")
     ours, own = (json.loads((f / "metrics.json").read_text()) for f in (ours, folder))
     assert ours["ap"] == own["ap"]
     (bench,) = (smoke / "outputs/smoke/benchmark").glob("*external*")
@@ -173,7 +173,7 @@ def test_weights_learn_through_the_rounding_and_scales_stay(rounded):
 
 def test_a_retrained_network_is_quantized_with_the_scales_beside_it(smoke):
     pipeline(*SMOKE, "precision=int8_qat", cwd=smoke, check=0)
-    (trained,) = (smoke / "outputs/smoke/qat").glob("*qat2-percentile-stratified-8-s0")
+    (trained,) = (smoke / "outputs/smoke/qat").glob("*qat2-auto-stratified-8-s0")
     (written,) = (smoke / "outputs/smoke/quantize").glob("*_dense-qat_*int8-qat2*")
     ours, theirs = (json.loads((folder / "scales.json").read_text()) for folder in (written, trained))
     assert ours["tensors"] == theirs["tensors"]

@@ -1,11 +1,11 @@
 """The precisions a network can be written in: fp32, fp16, int8, and what somebody else quantized."""
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -14,13 +14,17 @@ from numpy.typing import NDArray
 from pipeline.errors import UserError
 from pipeline.quantization import alignment, caches, calibration, equalization, half, writers
 from pipeline.quantization.calibration import Histogram
-from pipeline.quantization.graph import Graph, Placement, load, matching, place
+from pipeline.quantization.graph import Graph, Placement, computed_over, load, matching, place
 from pipeline.quantization.probe import Candidate, Probe
 from pipeline.quantization.weights import LEAST_SCALE, WEIGHT_SCALES, WeightScale
 from pipeline.specs import FLAVOURS, SPEC_KEY, CalibrationFeed, read_spec
 
 SCALES, STEPS, FLOAT, TENSORRT_CACHE = "scales.json", "steps.json", "float.onnx", "calibration.cache"
 _STEP_IMAGES = 32  # calibration images for the table of steps
+_TRIAL_IMAGES = 16  # calibration images on which methods are compared
+_TRIED: tuple[tuple[calibration.Method, float], ...] = (
+    ("percentile", 99.999), ("percentile", 99.99), ("percentile", 99.9), ("minmax", 100.0), ("mse", 0.0), ("entropy", 0.0),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ class Int8:
     """Symmetric INT8 by calibration: a scale a tensor for activations, a scale a channel for weights.
 
     Attributes:
-        calibration_method: "minmax", "moving_average", "percentile", "entropy" or "mse".
+        calibration_method: "minmax", "moving_average", "percentile", "entropy" or "mse"; "auto" tries some and takes the one
+            whose fields have the least error on the first calibration images.
         percentile: for that method.
         weight_scale: "max", "mse" or "least_squares".
         equalize_concatenations: rescale what is concatenated, so that each channel fills the scale it shares.
@@ -95,7 +100,7 @@ class Int8:
             network as it was.
     """
 
-    calibration_method: calibration.Method = "percentile"
+    calibration_method: calibration.Method | Literal["auto"] = "auto"
     percentile: float = 99.99
     weight_scale: WeightScale = "max"
     equalize_concatenations: bool = True
@@ -115,7 +120,7 @@ class Int8:
             ValueError: an unknown method, or a percentile out of range.
         """
         for option, known in (
-            ("calibration_method", calibration.METHODS),
+            ("calibration_method", ("auto", *calibration.METHODS)),
             ("weight_scale", WEIGHT_SCALES),
             ("high_precision_dtype", ("fp32", "fp16")),
         ):
@@ -175,6 +180,7 @@ class Int8:
 
         data = Path(self.cal_data_file) if self.cal_data_file and most is None else None
         kept = Path(self.cal_cache_file) if self.cal_cache_file and most is None else None
+        tried: dict[str, float] = {}
         ranges = {**key, "algorithm": _digest(ranged)}
         key["algorithm"] = _digest([*ranged, self.calibration_method, self.percentile, self.high_precision_dtype])
         if kept is not None and kept.exists():
@@ -186,22 +192,41 @@ class Int8:
             if self.tensorrt_cache:
                 thresholds = _imported(Path(self.tensorrt_cache), placement)
             else:
-                thresholds = {name: one.threshold(self.calibration_method, self.percentile) for name, one in found.items()}
-        lows = {name: one.least for name, one in found.items()}
-        scales = writers.Scales.of(
-            thresholds,
-            lows,
-            placement,
-            self.weight_scale,
-            63 if self.reduce_range else 127,
-            half.LEAST_NORMAL if self.high_precision_dtype == "fp16" else LEAST_SCALE,
-        )
+                thresholds, tried = self._thresholds(model, placement, found, feed)
+        scales = self._scales(thresholds, found, placement)
         shifts = equalization.mean_shifts(model, placement, scales, feed.read(most)) if self.bias_correction else {}
         in_half = self.high_precision_dtype == "fp16"
-        made = Calibrated(model, placement, scales, shifts, thresholds, found, key, rescaled, in_half)
+        made = Calibrated(model, placement, scales, shifts, thresholds, found, key, rescaled, in_half, tried)
         if kept is not None and not kept.exists():
             caches.write_scales(kept, key, made.rows(), sorted(placement.excluded), made.scales.most_weight)
         return made
+
+    def _scales(self, thresholds: Mapping[str, float], found: Mapping[str, Histogram], placement: Placement) -> writers.Scales:
+        most = 63 if self.reduce_range else 127
+        least = half.LEAST_NORMAL if self.high_precision_dtype == "fp16" else LEAST_SCALE
+        lows = {name: one.least for name, one in found.items()}
+        return writers.Scales.of(thresholds, lows, placement, self.weight_scale, most, least)
+
+    def _thresholds(
+        self, model: onnx.ModelProto, placement: Placement, found: Mapping[str, Histogram], feed: CalibrationFeed
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Thresholds of the method asked for, or of the best, and the error of each that was tried."""
+        if self.calibration_method != "auto":
+            return {name: one.threshold(self.calibration_method, self.percentile) for name, one in found.items()}, {}
+        fields = [output.name for output in model.graph.output]
+        expected = [
+            {n: np.array(v) for n, v in made.items()} for made in computed_over(model, fields, feed.read(_TRIAL_IMAGES))
+        ]
+        best: dict[str, float] = {}
+        tried: dict[str, float] = {}
+        for method, percentile in _TRIED:
+            thresholds = {name: one.threshold(method, percentile) for name, one in found.items()}
+            written = writers.insert(model, placement, self._scales(thresholds, found, placement), "onnxruntime")
+            error = _field_error(computed_over(written, fields, feed.read(_TRIAL_IMAGES)), expected)
+            if error < min(tried.values(), default=np.inf):
+                best = thresholds
+            tried[f"{method} {percentile}" if method == "percentile" else method] = error
+        return best, tried
 
     def _steps(self, onnx_file: Path, feed: CalibrationFeed, probe: Probe, final: Candidate) -> Iterator[dict[str, Any]]:
         """The error of the fields after each step that is switched on, all others off; the last row is what was written.
@@ -232,6 +257,17 @@ def _imported(file: Path, placement: Placement) -> dict[str, float]:
             f"({', '.join(missing[:3])}, ...); it is of another network: calibrate this one"
         )
     return {name: 127 * scales[name] for name in placement.tensors}
+
+
+def _field_error(found: Iterable[Mapping[str, Any]], expected: Iterable[Mapping[str, Any]]) -> float:
+    """The relative root mean square error of fields, of all alike."""
+    wrong: dict[str, float] = {}
+    power: dict[str, float] = {}
+    for made, wanted in zip(found, expected, strict=True):
+        for name, values in wanted.items():
+            wrong[name] = wrong.get(name, 0.0) + float(((made[name] - values) ** 2).sum())
+            power[name] = power.get(name, 0.0) + float((values**2).sum())
+    return float(np.sqrt(np.mean([wrong[name] / max(power[name], 1e-30) for name in wrong])))
 
 
 def _last(steps: list[dict[str, Any]]) -> dict[str, float]:
@@ -268,6 +304,7 @@ class Calibrated:
         key: what all this follows from.
         rescaled: how many channels and tensors were equalized.
         in_half: whether TensorRT's flavour computes the rest in half precision.
+        tried: the error of the fields by calibration method, where several were tried.
     """
 
     model: onnx.ModelProto
@@ -279,6 +316,7 @@ class Calibrated:
     key: Mapping[str, str]
     rescaled: Mapping[str, int]
     in_half: bool
+    tried: Mapping[str, float] = field(default_factory=dict)
 
     def written(self, placement: Placement | None = None) -> Candidate:
         """Both flavours; `placement` of fewer nodes where some stay in float."""
@@ -323,6 +361,11 @@ class Calibrated:
         )
         return {
             "tensors": len(self.found),
+            **(
+                {"calibration_method": min(self.tried, key=lambda n: self.tried[n]), "tried": dict(self.tried)}
+                if self.tried
+                else {}
+            ),
             "constant": [name for name, threshold in self.thresholds.items() if threshold == 0],
             "clamped_scales": len(self.scales.clamped),
             "zero_weight_channels": empty,
