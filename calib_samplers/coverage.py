@@ -34,7 +34,7 @@ class Coverage:
         Raises:
             ValueError: they are below 1, or fewer are looked at than chosen.
         """
-        if not 1 <= self.num_images <= self.max_candidates:
+        if not isinstance(self.num_images, int) or not 1 <= self.num_images <= self.max_candidates:  # type: ignore[redundant-expr]
             raise ValueError(f"sampler.num_images={self.num_images}: choose 1 to sampler.max_candidates={self.max_candidates}")
 
     def candidates(self, table: Mapping[str, NDArray[Any]]) -> NDArray[np.intp]:

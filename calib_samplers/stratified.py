@@ -173,7 +173,7 @@ class Stratified:
         Raises:
             ValueError: one is out of range or unknown.
         """
-        if self.num_images < 1:
+        if not isinstance(self.num_images, int) or self.num_images < 1:  # type: ignore[redundant-expr] # of a command line
             raise ValueError(f"sampler.num_images={self.num_images}: choose at least 1")
         if self.allocation not in get_args(Allocation):
             raise ValueError(f"sampler.allocation={self.allocation}: choose {', '.join(get_args(Allocation))}")

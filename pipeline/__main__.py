@@ -52,7 +52,7 @@ def _int8_words(
 ) -> str:
     """What of INT8 differs from the usual, in its label."""
     off = {"concat": concatenations, "layers": layers, "bias": bias}
-    words = ["" if percentile == 99.99 else f"{percentile:g}", "" if weights == "max" else f"-w.{weights}"]
+    words = ["" if percentile == 99.99 else str(percentile), "" if weights == "max" else f"-w.{weights}"]
     words += [f"-no.{name}" for name, on in off.items() if not on]
     return "".join(words) + ("" if rest == "fp32" else f"-{rest}") + ("-w7" if narrow else "")
 
@@ -131,7 +131,8 @@ class Cell:
             for option in self.stages[name].files:
                 file = value_at(self.stages[name].options, option)
                 if file is not None and not Path(str(file)).is_file():
-                    raise UserError(f"{option}={file}: no such file; give the path of an existing one")
+                    named = option.replace("quantizer.", "precision.")
+                    raise UserError(f"{named}={file}: no such file; give the path of an existing one")
             for component in self._components(name):
                 for module in component.get("requires") or []:
                     if find_spec(module) is None:
@@ -280,7 +281,8 @@ def _resolved(node: DictConfig) -> dict[str, Any]:
 def _require_values(node: DictConfig, name: str) -> None:
     def visit(value: Any, path: str) -> None:
         if value == "???":
-            raise UserError(f"{path} has no value, and stage={name} needs it; give it as {path}=...")
+            option = path.replace("quantizer.", "precision.")
+            raise UserError(f"{option} has no value, and stage={name} needs it; give it as {option}=...")
         if isinstance(value, Mapping):
             for key, inner in value.items():
                 visit(inner, f"{path}.{key}")

@@ -328,7 +328,8 @@ class Results:
                 if not stage.collect and not current(manifest, self.outputs / self.name):
                     raise UserError(f"{folder}: made from inputs that changed since; make it again with: {command(upstream)}")
                 checked.append((folder, manifest))
-            if not checked and not stages[upstream].aside:
+            needed = not stage.collect or role == next(iter(stage.inputs))  # who collects does without the rest
+            if not checked and needed and not stages[upstream].aside:
                 raise UserError(f"{stage.name}: no finished '{upstream}' of {self.name}; make one with: {command(upstream)}")
             found[role] = checked
         return found
@@ -363,7 +364,8 @@ class Results:
             if (value := value_at(options, key)) is not None:
                 file = Path(str(value))
                 if not file.is_file():
-                    raise UserError(f"{key}={file}: no such file; give the path of an existing one")
+                    named = key.replace("quantizer.", "precision.")
+                    raise UserError(f"{named}={file}: no such file; give the path of an existing one")
                 where, _, name = key.rpartition(".")
                 inner = value_at(options, where) if where else options
                 inner[name] = {"sha256": sha256(file)}

@@ -144,7 +144,7 @@ def study(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
                 "seeds": len(seeds),
             }
             for figure in ("ap", "agreement_ap"):
-                values = np.array([float(r.figures[figure]) for r in seeds.values() if figure in r.figures])
+                values = np.array([float(r.figures[figure]) for r in seeds.values() if r.figures.get(figure, -1) != -1])
                 if len(values) == len(seeds):
                     row |= {figure: float(values.mean()), f"{figure}_sd": float(values.std(ddof=1))}
             yield row

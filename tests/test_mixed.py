@@ -93,6 +93,8 @@ def test_limits_that_nothing_keeps_are_refused_with_the_nearest():
         ({"units": 0}, "units=0"),
         ({"max_latency": "fast"}, "max_latency=fast: choose milliseconds, or 0.6x"),
         ({"max_latency": "0x"}, "max_latency=0x"),
+        ({"seconds": -1}, "seconds=-1: choose more than 0"),
+        ({"max_drop": "abc"}, "max_drop=abc: choose a number"),
     ],
 )
 def test_budgets_that_mean_nothing_are_refused(options, message):

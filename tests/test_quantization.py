@@ -282,7 +282,12 @@ def test_calibrating_twice_gives_the_same_bytes(exported, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"calibration_method": "entropie"}, "calibration_method=entropie"), ({"percentile": 20}, "percentile=20")],
+    [
+        ({"equalize_layers": "maybe"}, "equalize_layers=maybe: choose true or false"),
+        ({"percentile": "x"}, "percentile=x"),
+        ({"calibration_method": "entropie"}, "calibration_method=entropie"),
+        ({"percentile": 20}, "percentile=20"),
+    ],
 )
 def test_impossible_quantizations_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

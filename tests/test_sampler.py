@@ -85,6 +85,7 @@ def test_too_few_images_are_an_error_that_lists_the_strata():
     ("options", "message"),
     [
         ({"num_images": 0}, "num_images=0"),
+        ({"num_images": "abc"}, "num_images=abc"),
         ({"allocation": "even"}, "allocation=even: choose proportional, square_root, equal|allocation=even"),
         ({"columns": ["size"]}, "columns=.'size'.: choose some of persons, area, keypoints, coverage"),
     ],
@@ -198,3 +199,13 @@ def test_calibration_images_come_from_train_or_unlabelled_only(smoke):
     assert "sampler.images=['validation']: choose train, unlabelled or both" in refused(done)
     pipeline(*WORDS, "sampler.images=[train,unlabelled]", "sampler.num_images=9", "stage=sample", cwd=smoke, check=0)
     assert (smoke / "outputs/smoke/sample/stratified-9-train+unlabelled-s0/calibration.json").exists()
+
+
+def test_a_study_of_calibration_is_plotted_without_a_benchmark(smoke):
+    (weights,) = (smoke / "outputs/smoke/train").glob("*/model.safetensors")
+    words = ["experiment=calibration_study", f"weights={weights}", "data=synthetic_smoke", "model.width=0.125", "tracking=none"]
+    words += ["training_resolution=64x80", "sampler=uniform,coverage", "sampler.num_images=4", "sampler.seed=0,1"]
+    pipeline("--multirun", *words, "precision.calibration_method=minmax", cwd=smoke, check=0, timeout=600)
+    page = (smoke / "outputs/calibration_study/report/report.html").read_text()
+    assert "Calibration study" in page
+    assert "<td>coverage</td><td>minmax</td><td>4</td><td>2</td>" in page

@@ -69,7 +69,7 @@ def tensor_data(file: Path | None, key: Mapping[str, Any], make: Callable[[], di
             check(file, json.loads(str(arrays.pop("key"))), key)
             return calibration.restore(arrays)
         except (OSError, ValueError, KeyError, BadZipFile) as error:
-            raise UserError(f"{file}: not a cache of tensor data ({error}); delete it or name another") from error
+            raise UserError(f"{file}: not a cache of tensor data; delete it or name another") from error
     made = make()
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -118,10 +118,11 @@ def matching(model: onnx.ModelProto, patterns: Iterable[str], option: str) -> se
     """
     names = [node.name for node in model.graph.node]
     found: set[str] = set()
-    for pattern in patterns:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
         some = {name for name in names if fnmatchcase(name, pattern)}
         if not some:
-            raise UserError(f"{option}: no node matches '{pattern}'{nearest(pattern, names)}")
+            some_names = f"; its nodes are named like {', '.join(names[:3])}"
+            raise UserError(f"{option}: no node matches '{pattern}'{nearest(pattern, names) or some_names}")
         found |= some
     return found
 

@@ -69,6 +69,11 @@ class Mixed:
         Raises:
             ValueError: a number is out of range.
         """
+        for option in ("max_drop", "min_agreement", "units", "finalists", "seconds"):
+            if not isinstance(getattr(self, option), (int, float)):
+                raise ValueError(f"precision.{option}={getattr(self, option)}: choose a number")  # noqa: TRY004
+        if not self.seconds > 0:
+            raise ValueError(f"precision.seconds={self.seconds}: choose more than 0")
         if not 0 <= self.max_drop <= 1:
             raise ValueError(
                 f"precision.max_drop={self.max_drop}: choose 0 to 1, a part of the figure (0.002 is .2 points of AP)"

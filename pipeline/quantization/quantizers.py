@@ -126,7 +126,10 @@ class Int8:
         ):
             if getattr(self, option) not in known:
                 raise ValueError(f"precision.{option}={getattr(self, option)}: choose {', '.join(known)}")
-        if not 50 < self.percentile <= 100:
+        for option in ("equalize_concatenations", "equalize_layers", "bias_correction", "reduce_range"):
+            if not isinstance(getattr(self, option), bool):
+                raise ValueError(f"precision.{option}={getattr(self, option)}: choose true or false")  # noqa: TRY004
+        if not isinstance(self.percentile, (int, float)) or not 50 < self.percentile <= 100:  # type: ignore[redundant-expr]
             raise ValueError(f"precision.percentile={self.percentile}: choose above 50 to 100")
         if self.tensorrt_cache and (self.equalize_concatenations or self.equalize_layers):
             raise ValueError(
@@ -166,7 +169,10 @@ class Int8:
         excluded = matching(model, self.nodes_to_exclude, "precision.nodes_to_exclude")
         placement = place(model, excluded)
         if not placement.quantized(model):
-            raise UserError(f"{onnx_file.name}: no convolution is left to quantize; shorten precision.nodes_to_exclude")
+            raise UserError(
+                f"{onnx_file.name}: no convolution is left to quantize with "
+                f"precision.nodes_to_exclude={list(self.nodes_to_exclude)}; shorten it"
+            )
         rescaled = {"channels": 0, "tensors": 0}
         imported = _content(Path(self.tensorrt_cache)) if self.tensorrt_cache else None
         ranged = [self.equalize_concatenations, self.equalize_layers, sorted(excluded), imported]
