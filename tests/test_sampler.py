@@ -137,12 +137,18 @@ def test_every_sampler_leaves_a_list_and_its_pictures(words, smoke):
     assert (folder / "calibration.json").read_bytes() == first
 
 
-def test_images_of_a_plain_folder_calibrate_too(smoke, tmp_path):
-    folder = tmp_path / "mine"
+def noise(where, count):
+    """A folder of images that nobody labelled."""
+    folder = where / "mine"
     folder.mkdir()
     draw = np.random.default_rng(0)
-    for n in range(5):
+    for n in range(count):
         cv2.imwrite(str(folder / f"own{n}.png"), draw.integers(0, 255, (90, 100, 3), np.uint8))
+    return folder
+
+
+def test_images_of_a_plain_folder_calibrate_too(smoke, tmp_path):
+    folder = noise(tmp_path, 5)
     words = [*WORDS, f"sampler.image_dir={folder}", "sampler.num_images=5"]
     pipeline(*words, "stage=[sample,quantize]", cwd=smoke, check=0)
     content = json.loads((smoke / "outputs/smoke/sample/stratified-5-dir-s0/calibration.json").read_text())
@@ -180,15 +186,11 @@ def test_an_image_with_the_id_of_a_validation_image_is_refused(images, tmp_path)
 
 
 def test_what_is_put_into_the_folder_makes_its_sample_stale(smoke, tmp_path):
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    draw = np.random.default_rng(0)
-    for n in range(3):
-        cv2.imwrite(str(folder / f"own{n}.png"), draw.integers(0, 255, (90, 100, 3), np.uint8))
+    folder = noise(tmp_path, 3)
     words = [*WORDS, f"sampler.image_dir={folder}", "sampler.num_images=2", "stage=sample"]
     pipeline(*words, cwd=smoke, check=0)
     assert "fresh" in pipeline(*words, cwd=smoke, check=0).stderr
-    cv2.imwrite(str(folder / "own9.png"), draw.integers(0, 255, (90, 100, 3), np.uint8))
+    cv2.imwrite(str(folder / "own9.png"), np.full((90, 100, 3), 7, np.uint8))
     assert "done" in pipeline(*words, cwd=smoke, check=0).stderr
     manifest = (smoke / "outputs/smoke/sample/stratified-2-dir-s0/manifest.json").read_text()
     assert str(tmp_path) not in manifest

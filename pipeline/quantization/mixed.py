@@ -12,7 +12,7 @@ from scipy.optimize import isotonic_regression
 
 from evaluation.statistics import spearman
 from pipeline.errors import UserError
-from pipeline.quantization.probe import Candidate, Probe
+from pipeline.quantization.probe import Candidate, Probe, of_all_fields
 from pipeline.quantization.quantizers import Calibrated, Int8
 from pipeline.specs import CalibrationFeed
 
@@ -109,7 +109,7 @@ class Mixed:
         for count, candidate, ms in zip(
             counts, track(candidates, "measuring finalists", transient=True), times[1:], strict=True
         ):
-            error = _error(probe.errors(candidate))
+            error = of_all_fields(probe.errors(candidate))
             rows.append({"float_units": count, "ms": ms, "error": error, **probe.figures(candidate)})
         _smooth(rows)
         chosen = self._choose(rows, times[0], timed)
@@ -144,13 +144,13 @@ class Mixed:
         names = [node.name for node in calibrated.placement.quantized(calibrated.model)]
         groups = [tuple(part.tolist()) for part in np.array_split(np.array(names, object), min(self.units, len(names)))]
         everything = calibrated.written()
-        error = _error(probe.errors(everything))
+        error = of_all_fields(probe.errors(everything))
         timed = probe.backend.timeable
         ms = probe.latencies([fp32, everything], self.seconds / 4)[1] if timed else 1.0
         units = []
         for group in track(groups, "measuring sensitivity", transient=True):
             candidate = calibrated.without(set(group))
-            left = _error(probe.errors(candidate))
+            left = of_all_fields(probe.errors(candidate))
             cost = 1.0
             if timed:
                 before, after = probe.latencies([everything, candidate], self.seconds / 20)
@@ -201,11 +201,6 @@ def _smooth(rows: list[dict[str, Any]]) -> None:
         fitted = isotonic_regression(np.array([rows[n]["agreement"] for n in order]), increasing=False).x
         for n, value in zip(order, fitted, strict=True):
             rows[n]["expected_agreement"] = float(value)
-
-
-def _error(errors: Mapping[str, float]) -> float:
-    """One number for all fields."""
-    return float(np.sqrt(np.mean([value**2 for value in errors.values()])))
 
 
 def _correlations(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

@@ -1,7 +1,7 @@
 """What a typed network is worth while it is being made: error of its fields, AP, agreement and latency, on tune images."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,6 +18,22 @@ from evaluation.statistics import Draws, bootstrap, paired
 from evaluation.types import Resolution
 from pipeline.inference import batches, predict
 from pipeline.specs import FLAVOURS, Backend, Decoder, Framing, Metric, ModelFiles, Runner, Shapes, Splits, read_spec
+
+
+def field_errors(found: Iterable[Mapping[str, Any]], expected: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The relative root mean square error of each field, over images in the same order."""
+    wrong: dict[str, float] = {}
+    power: dict[str, float] = {}
+    for made, wanted in zip(found, expected, strict=True):
+        for name, values in wanted.items():
+            wrong[name] = wrong.get(name, 0.0) + float(((made[name] - values) ** 2).sum())
+            power[name] = power.get(name, 0.0) + float((values**2).sum())
+    return {name: float(np.sqrt(wrong[name] / max(power[name], 1e-30))) for name in wrong}
+
+
+def of_all_fields(errors: Mapping[str, float]) -> float:
+    """One number for the errors of all fields, each counting alike."""
+    return float(np.sqrt(np.mean([value**2 for value in errors.values()])))
 
 
 @dataclass(frozen=True)
@@ -106,14 +122,8 @@ class Probe:
 
     def errors(self, candidate: Candidate) -> dict[str, float]:
         """The relative root mean square error of each field to FP32's."""
-        wrong: dict[str, float] = {}
-        power: dict[str, float] = {}
         with self.engine(candidate) as runner:
-            for found, expected in zip(self._fields(runner), self._expected, strict=True):
-                for name, values in expected.items():
-                    wrong[name] = wrong.get(name, 0.0) + float(((found[name] - values) ** 2).sum())
-                    power[name] = power.get(name, 0.0) + float((values**2).sum())
-        return {name: float(np.sqrt(wrong[name] / max(power[name], 1e-30))) for name in wrong}
+            return field_errors(self._fields(runner), self._expected)
 
     @cached_property
     def people(self) -> dict[str, Any]:

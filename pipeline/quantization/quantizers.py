@@ -1,7 +1,7 @@
 """The precisions a network can be written in: fp32, fp16, int8, and what somebody else quantized."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.quantization import alignment, caches, calibration, equalization, half, writers
 from pipeline.quantization.calibration import Histogram
 from pipeline.quantization.graph import Graph, Placement, computed_over, load, matching, place
-from pipeline.quantization.probe import Candidate, Probe
+from pipeline.quantization.probe import Candidate, Probe, field_errors, of_all_fields
 from pipeline.quantization.weights import LEAST_SCALE, WEIGHT_SCALES, WeightScale
 from pipeline.specs import FLAVOURS, SPEC_KEY, CalibrationFeed, read_spec
 
@@ -228,7 +228,7 @@ class Int8:
         for method, percentile in _TRIED:
             thresholds = {name: one.threshold(method, percentile) for name, one in found.items()}
             written = writers.insert(model, placement, self._scales(thresholds, found, placement), "onnxruntime")
-            error = _field_error(computed_over(written, fields, feed.read(_TRIAL_IMAGES)), expected)
+            error = of_all_fields(field_errors(computed_over(written, fields, feed.read(_TRIAL_IMAGES)), expected))
             if error < min(tried.values(), default=np.inf):
                 best = thresholds
             tried[f"{method} {percentile}" if method == "percentile" else method] = error
@@ -263,17 +263,6 @@ def _imported(file: Path, placement: Placement) -> dict[str, float]:
             f"({', '.join(missing[:3])}, ...); it is of another network: calibrate this one"
         )
     return {name: 127 * scales[name] for name in placement.tensors}
-
-
-def _field_error(found: Iterable[Mapping[str, Any]], expected: Iterable[Mapping[str, Any]]) -> float:
-    """The relative root mean square error of fields, of all alike."""
-    wrong: dict[str, float] = {}
-    power: dict[str, float] = {}
-    for made, wanted in zip(found, expected, strict=True):
-        for name, values in wanted.items():
-            wrong[name] = wrong.get(name, 0.0) + float(((made[name] - values) ** 2).sum())
-            power[name] = power.get(name, 0.0) + float((values**2).sum())
-    return float(np.sqrt(np.mean([wrong[name] / max(power[name], 1e-30) for name in wrong])))
 
 
 def _last(steps: list[dict[str, Any]]) -> dict[str, float]:
