@@ -26,7 +26,8 @@ from evaluation.latency import peak_rss_mb
 from evaluation.skeletons import COCO_17
 from evaluation.statistics import bootstrap
 from evaluation.types import Poses
-from pipeline.datasets.coco import Coco, people
+from pipeline.datasets.annotations import people
+from pipeline.datasets.coco import Coco
 from pipeline.datasets.results import load_results
 
 IMAGES, DETECTIONS = 5000, 20  # an image

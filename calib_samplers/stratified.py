@@ -141,8 +141,8 @@ def eligible_rows(
         listed = ", ".join(f"{name}: {size}" for name, size in zip(names, counts, strict=True)) or "none"
         raise ValueError(
             f"sampler.num_images={num_images}: only {len(eligible)} images are eligible ({listed}); "
-            f"ask for at most {len(eligible)}, or lower min_persons_per_image={min_persons} "
-            f"and min_kpts_per_person={min_keypoints}"
+            f"{f'ask for at most {len(eligible)}, or ' if len(eligible) else ''}lower min_persons_per_image={min_persons} "
+            f"or min_kpts_per_person={min_keypoints}, or give more images"
         )
     return eligible
 

@@ -37,3 +37,9 @@ def fallen(layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     if not any(layer["precision"] == "int8" for layer in layers):
         return []
     return sorted((x for x in layers if x["macs"] and x["precision"] != "int8"), key=lambda layer: -layer["macs"])
+
+
+def unmet(layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The layers that the file quantizes and the backend ran in another precision; those of most MACs first."""
+    lost = (layer for layer in layers if layer.get("quantized") and layer["precision"] != "int8")
+    return sorted(lost, key=lambda layer: -layer["macs"])

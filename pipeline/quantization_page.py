@@ -22,7 +22,13 @@ def sections(results: Sequence[Result]) -> str:
             continue
         seen.add(folder)
         summary = json.loads((folder / "manifest.json").read_text())["summary"]
-        parts = [_steps(folder), _sensitivity(folder), _kept(summary), _sampled(result.made_of.get("sample"))]
+        parts = [
+            _steps(folder),
+            _sensitivity(folder),
+            _kept(summary),
+            _not_in_int8(result.figures),
+            _sampled(result.made_of.get("sample")),
+        ]
         if any(parts) and len(seen) <= _MOST:
             name = " ".join(str(result.axes[key]) for key in ("network", "pruning", "resolution", "precision", "calibration"))
             text += f"<h2>How {html.escape(name)} was quantized</h2>{''.join(parts)}"
@@ -66,6 +72,16 @@ def _kept(summary: Mapping[str, Any]) -> str:
     if summary.get("weight_bits") == 7:
         notes.append("weights of 7 bits: this processor has no VNNI")
     return "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
+
+
+def _not_in_int8(figures: Mapping[str, Any]) -> str:
+    """What is quantized and the backend ran otherwise."""
+    names = figures.get("not_in_int8")
+    if names is None:
+        return ""
+    more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
+    text = f"{', '.join(names[:_MOST])}{more}" if names else "nothing"
+    return f'<p class="note">Quantized, but not run in INT8 on {html.escape(str(figures["backend"]))}: {html.escape(text)}</p>'
 
 
 def _sampled(folder: Path | None) -> str:

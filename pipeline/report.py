@@ -133,11 +133,7 @@ def _chain(folder: Path, root: Path) -> tuple[dict[str, Any], dict[str, Path]]:
 def _kin(result: Result, others: Sequence[Result], **changed: str) -> Result | None:
     """The result whose axes are the same but for some."""
     wanted = {**result.axes, **changed}
-    for other in others:
-        same_machine = other.figures.get("threads") == result.figures.get("threads")
-        if dict(other.axes) == wanted and same_machine and other is not result:
-            return other
-    return None
+    return next((other for other in others if dict(other.axes) == wanted and other is not result), None)
 
 
 def _difference(result: Result, other: Result | None) -> Interval | None:

@@ -15,7 +15,7 @@ from evaluation.heatmap_paf import HeatmapPafDecoder
 from evaluation.skeletons import COCO_17, OPENPOSE_18
 from evaluation.types import FieldSpec, InputSpec, NetworkSpec, People, Poses, Resolution
 from evaluation.views import PersonCrops, WholeImage, input_to_cells, mirrored
-from pipeline.datasets.coco import people
+from pipeline.datasets.annotations import people
 from pipeline.training.heatmap_paf import HeatmapPafObjective
 
 LEFT, RIGHT = COCO_17.names.index("left_wrist"), COCO_17.names.index("right_wrist")

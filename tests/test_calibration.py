@@ -204,6 +204,9 @@ def test_tensorrts_scales_are_imported(described, tmp_path):
     assert {n: r["scale"] for n, r in ours.items()} == pytest.approx({n: r["scale"] for n, r in theirs.items()}, rel=1e-6)
     with pytest.raises(ValueError, match="its scales are of the network without equalization"):
         Int8(tensorrt_cache=str(cache))
+    caches.write_tensorrt(cache, {name: 50 * scale for name, scale in caches.read_tensorrt(cache).items()})
+    with pytest.raises(UserError, match=r"fields' error on calibration images is \d\.\d\d of their size; it is of another"):
+        Int8(tensorrt_cache=str(cache), **off).quantize(described, fed(feed()), None, tmp_path)
     caches.write_tensorrt(cache, {"image": 1.0})
     with pytest.raises(UserError, match="no scale for"):
         Int8(tensorrt_cache=str(cache), **off).quantize(described, fed(feed()), None, tmp_path)

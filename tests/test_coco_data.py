@@ -4,7 +4,10 @@ import shutil
 import numpy as np
 import pytest
 
-from pipeline.datasets.coco import Coco, CocoSplits, load_annotations, read_image
+from pipeline.datasets import annotations
+from pipeline.datasets.annotations import load_annotations
+from pipeline.datasets.coco import Coco, CocoSplits
+from pipeline.datasets.images import read_image
 from pipeline.errors import UserError
 
 
@@ -314,8 +317,6 @@ def test_a_phones_trailer_and_a_wrong_suffix_do_not_matter(tmp_path):
 
 @pytest.mark.parametrize("layout", [{}, {"indent": 1}, {"separators": (",", ":")}])
 def test_large_annotation_files_are_read_in_pieces_and_alike(layout, tmp_path, monkeypatch):
-    from pipeline.datasets import coco
-
     polygon = [[1.5, 2, 3e1, -4.25, 5, 6], [7, 8, 9, 10, 11, 12]]
     runs = {"counts": [3, 4, 5], "size": [3, 4]}
     person = {"keypoints": [1, 2, 2] * 17, "num_keypoints": 17, "area": 5.5, "bbox": [1, 2, 3, 4.5], "category_id": 1}
@@ -329,41 +330,35 @@ def test_large_annotation_files_are_read_in_pieces_and_alike(layout, tmp_path, m
         "categories": [{"id": 1, "name": "person"}],
     }
     (tmp_path / "a.json").write_text(json.dumps(raw, **layout))
-    monkeypatch.setattr(coco, "_PIECE", 500)
-    read = coco._in_pieces((tmp_path / "a.json").read_bytes())
+    monkeypatch.setattr(annotations, "_PIECE", 500)
+    read = annotations._in_pieces((tmp_path / "a.json").read_bytes())
     assert [len(read[key]) for key in ("annotations", "images")] == [40, 7]
-    found = coco.load_annotations(tmp_path / "a.json")
+    found = load_annotations(tmp_path / "a.json")
     assert [a["id"] for a in found["annotations"]] == list(range(40))
-    masks = coco.people(found["annotations"]).masks
+    masks = annotations.people(found["annotations"]).masks
     assert masks[0] == polygon
     assert masks[1] == runs
 
 
 def test_another_list_of_that_name_is_no_trap(tmp_path):
-    from pipeline.datasets import coco
-
     raw = {"info": {"annotations": [{"a": 1}]}, "images": [{"id": 1, "file_name": "1", "height": 1, "width": 1}]}
     raw["annotations"] = [{"id": 5, "image_id": 1, "bbox": [0, 0, 1, 1]}]
     (tmp_path / "a.json").write_text(json.dumps(raw))
-    assert coco.load_annotations(tmp_path / "a.json")["annotations"] == raw["annotations"]
+    assert load_annotations(tmp_path / "a.json")["annotations"] == raw["annotations"]
 
 
 def test_an_image_id_that_is_there_twice_is_refused_and_words_are_ids_too(tmp_path):
-    from pipeline.datasets import coco
-
     image = {"file_name": "1", "height": 1, "width": 1}
     person = {"bbox": [0, 0, 5, 5], "image_id": "one", "keypoints": [1, 1, 2] * 17}
     (tmp_path / "a.json").write_text(json.dumps({"images": [{**image, "id": "one"}], "annotations": [person, {**person}]}))
-    assert coco.Coco(tmp_path, tmp_path / "a.json").table()["persons"].tolist() == [2]
+    assert Coco(tmp_path, tmp_path / "a.json").table()["persons"].tolist() == [2]
     twice = {"images": [{**image, "id": 7}, {**image, "id": "7"}], "annotations": []}
     (tmp_path / "b.json").write_text(json.dumps(twice))
     with pytest.raises(UserError, match="b.json: the image id 7 is there twice"):
-        coco.load_annotations(tmp_path / "b.json")
+        load_annotations(tmp_path / "b.json")
 
 
 def test_people_without_keypoints_do_not_count_in_strata(tmp_path):
-    from pipeline.datasets import coco
-
     image = {"file_name": "1", "height": 1, "width": 1, "id": 1}
     people = [
         {"image_id": 1, "bbox": [0, 0, 5, 5]},
@@ -372,7 +367,7 @@ def test_people_without_keypoints_do_not_count_in_strata(tmp_path):
         {"image_id": 1, "bbox": [0, 0, 5, 5], "keypoints": [1, 1, 2] * 17, "iscrowd": 1},
     ]
     (tmp_path / "a.json").write_text(json.dumps({"images": [image], "annotations": people}))
-    table = coco.Coco(tmp_path, tmp_path / "a.json").table()
+    table = Coco(tmp_path, tmp_path / "a.json").table()
     assert table["persons"].tolist() == [1]
     assert table["area"].tolist() == [12.0]
     assert table["keypoints"].tolist() == [10]

@@ -10,7 +10,7 @@ from evaluation.coco import FIGURES, CocoKeypoints
 from evaluation.skeletons import COCO_17, OPENPOSE_18
 from evaluation.statistics import Draws, bootstrap, paired
 from evaluation.types import Poses
-from pipeline.datasets.coco import people
+from pipeline.datasets.annotations import people
 
 
 def world(seed, images=40, ties=True):

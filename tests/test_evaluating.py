@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import SMOKE, pipeline, refused
 
+from evaluation import audit
 from evaluation.agreement import PoseAgreement
 from evaluation.coco import CocoKeypoints
 from evaluation.heatmap_paf import HeatmapPafDecoder
@@ -478,3 +479,16 @@ def test_the_audit_counts_the_macs_of_the_file(finished):
         size = evaluate.Resolution(64, 80)
         layers = OnnxRuntime().audit(engine, size)
         assert sum(layer["macs"] for layer in layers) == macs(onnx.load(engine), size), "padded channels are no work"
+
+
+def test_the_audit_names_what_is_quantized_and_did_not_run_in_int8(finished):
+    (built,) = (finished / "outputs/smoke/build").glob("*_dense_64x80*int8*onnxruntime*/engine.onnx")
+    assert audit.unmet(OnnxRuntime().audit(built, evaluate.Resolution(64, 80))) == []
+    (manifest,) = (finished / "outputs/smoke/benchmark").glob("*_dense_64x80*int8*onnxruntime*/manifest.json")
+    assert json.loads(manifest.read_text())["summary"]["not_in_int8"] == []
+    (other,) = (finished / "outputs/smoke/quantize").glob("*_dense_64x80*int8*/model.tensorrt.onnx")
+    found = audit.unmet(OnnxRuntime().audit(other, evaluate.Resolution(64, 80)))
+    assert found, "TensorRT's flavour leaves outputs of convolutions in float, which ONNX Runtime cannot fuse"
+    assert [layer["reason"] for layer in found if layer["macs"]] == [
+        "its output is not quantized, so that it cannot be fused into one integer kernel"
+    ] * sum(layer["macs"] > 0 for layer in found)

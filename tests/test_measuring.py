@@ -163,6 +163,9 @@ def test_shares_are_of_layers_macs_and_time():
     assert audit.shares(LAYERS, "time") == {"fp32": 0.75, "int8": 0.25}
     assert audit.label(audit.shares(LAYERS)) == "int8 90%, fp32 10%"
     assert [layer["name"] for layer in audit.fallen(LAYERS)] == ["b"]
+    quantized = [{**layer, "quantized": True} for layer in LAYERS]
+    assert [layer["name"] for layer in audit.unmet(quantized)] == ["b", "c"], "a layer without weights, too"
+    assert audit.unmet(LAYERS) == [], "what the file has in float is no disappointment"
     assert audit.fallen(LAYERS[1:]) == [], "nothing fell back in an engine that is FP32"
     with pytest.raises(ValueError, match="nothing to audit"):
         audit.shares(LAYERS[2:])

@@ -9,7 +9,7 @@ from test_coco_metric import oracle
 from evaluation.coco import FIGURES, CocoKeypoints
 from evaluation.skeletons import COCO_17
 from evaluation.types import Poses
-from pipeline.datasets.coco import people
+from pipeline.datasets.annotations import people
 from pipeline.datasets.results import load_results
 from pipeline.errors import UserError
 

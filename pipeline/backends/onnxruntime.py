@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,8 @@ class OnnxRuntime:
 
         Returns:
             A record a node: "name", "op", "precision" ("int8", "fp16", "fp32"), "macs" (0 where none are counted), "us" (the
-            least of some runs on one thread) and "reason" (why a layer with weights does not compute in integers).
+            least of some runs on one thread), "quantized" (whether the file has it between DequantizeLinear and
+            QuantizeLinear nodes that were not fused into it) and "reason" (why it does not compute in integers).
         """
         import onnx
 
@@ -139,19 +140,37 @@ class OnnxRuntime:
         constants = {i.name: i for i in graph.initializer}
         given = _weights(onnx.load(engine).graph)
         makers = {output: node.op_type for node in graph.node for output in node.output}
+        takers: dict[str, set[str]] = {}
+        for node in graph.node:
+            for name in node.input:
+                takers.setdefault(name, set()).add(node.op_type)
         return [
             {
                 **_layer(node, constants, given, made.get(node.name)),
                 "us": times.get(node.name, 0.0),
-                "reason": _reason(node, makers),
+                "quantized": (asked := _quantized(node, constants, makers, takers)),
+                "reason": _reason(node, makers, asked),
             }
             for node in graph.node
         ]
 
 
-def _reason(node: Any, makers: Mapping[str, str]) -> str:
-    """Why a layer with weights does not compute in integers; empty for others."""
-    if node.op_type not in (*_CONVOLUTIONS, *_PRODUCTS) or _integer(node.op_type):
+def _quantized(node: Any, constants: Container[str], makers: Mapping[str, str], takers: Mapping[str, set[str]]) -> bool:
+    """Whether a node that computes in float stands where the file asks for integers."""
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        return False
+    if node.op_type in (*_CONVOLUTIONS, *_PRODUCTS):
+        return any(makers.get(name) == "DequantizeLinear" for name in node.input[:2])
+    given = [makers.get(name) for name in node.input if name and name not in constants]
+    taken = set().union(*(takers.get(name, {"the result"}) for name in node.output))
+    return bool(given) and set(given) == {"DequantizeLinear"} and taken == {"QuantizeLinear"}
+
+
+def _reason(node: Any, makers: Mapping[str, str], quantized: bool) -> str:
+    """Why a layer with weights, or another that is quantized, does not compute in integers; empty for others."""
+    if node.op_type not in (*_CONVOLUTIONS, *_PRODUCTS):
+        return f"ONNX Runtime has no INT8 kernel for {node.op_type} as it stands there" if quantized else ""
+    if _integer(node.op_type):
         return ""
     if node.op_type == "ConvTranspose":
         return "ONNX Runtime has no INT8 kernel for ConvTranspose"

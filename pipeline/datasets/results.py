@@ -10,7 +10,7 @@ import orjson
 from numpy.typing import NDArray
 
 from evaluation.types import Poses, Skeleton
-from pipeline.datasets.coco import read_file, read_json, unwatched
+from pipeline.datasets.annotations import read_file, read_json, unwatched
 from pipeline.errors import UserError
 
 _PIECE = 1 << 20  # bytes read into Python's numbers at once

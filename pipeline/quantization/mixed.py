@@ -12,7 +12,7 @@ from scipy.optimize import isotonic_regression
 
 from evaluation.statistics import spearman
 from pipeline.errors import UserError
-from pipeline.quantization.probe import Candidate, Probe, of_all_fields
+from pipeline.quantization.probe import Probe, of_all_fields
 from pipeline.quantization.quantizers import Calibrated, Int8
 from pipeline.specs import CalibrationFeed
 
@@ -99,12 +99,11 @@ class Mixed:
         assert probe is not None
         calibrated = self.int8.calibrate(onnx_file, feed)
         timed = probe.backend.timeable
-        fp32 = Candidate.of_file(onnx_file)
-        units, whole = self._sensitivity(calibrated, fp32, probe)
+        units, whole = self._sensitivity(calibrated, probe)
         order = sorted(range(len(units)), key=lambda n: -units[n].gain / max(units[n].cost, 1e-3 * whole["ms"]))
         counts = sorted({0, *np.geomspace(1, len(units), self.finalists - 1).round().astype(int).tolist()})
         candidates = [calibrated.without({name for n in order[:count] for name in units[n].nodes}) for count in counts]
-        times = probe.latencies([fp32, *candidates], self.seconds) if timed else [1.0] * (1 + len(candidates))
+        times = probe.latencies([probe.fp32, *candidates], self.seconds) if timed else [1.0] * (1 + len(candidates))
         rows = []
         for count, candidate, ms in zip(
             counts, track(candidates, "measuring finalists", transient=True), times[1:], strict=True
@@ -139,14 +138,14 @@ class Mixed:
             **{f"tune_{key}": value for key, value in rows[chosen].items() if key != "float_units"},
         }
 
-    def _sensitivity(self, calibrated: Calibrated, fp32: Candidate, probe: Probe) -> tuple[list[Unit], dict[str, float]]:
+    def _sensitivity(self, calibrated: Calibrated, probe: Probe) -> tuple[list[Unit], dict[str, float]]:
         """Every unit alone in float, and INT8 throughout."""
         names = [node.name for node in calibrated.placement.quantized(calibrated.model)]
         groups = [tuple(part.tolist()) for part in np.array_split(np.array(names, object), min(self.units, len(names)))]
         everything = calibrated.written()
         error = of_all_fields(probe.errors(everything))
         timed = probe.backend.timeable
-        ms = probe.latencies([fp32, everything], self.seconds / 4)[1] if timed else 1.0
+        ms = probe.latencies([probe.fp32, everything], self.seconds / 4)[1] if timed else 1.0
         units = []
         for group in track(groups, "measuring sensitivity", transient=True):
             candidate = calibrated.without(set(group))

@@ -2,11 +2,12 @@
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import onnx
@@ -36,9 +37,9 @@ def of_all_fields(errors: Mapping[str, float]) -> float:
     return float(np.sqrt(np.mean([value**2 for value in errors.values()])))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
-    """A typed network in memory.
+    """A typed network in memory; it is equal to itself alone, so that its engine is built once.
 
     Attributes:
         models: by flavour.
@@ -93,6 +94,7 @@ class Probe:
         self.framing, self.size, self.backend, self.decoder = framing, size, backend, decoder
         self.metric, self.agreement, self.reference, self.threads = metric, agreement, reference, threads
         self.spec = read_spec(reference)
+        self._built: WeakKeyDictionary[Candidate, tuple[tempfile.TemporaryDirectory[str], Path]] = WeakKeyDictionary()
 
     @cached_property
     def frames(self) -> list[NDArray[np.uint8]]:
@@ -100,16 +102,21 @@ class Probe:
         made = batches(self.images, self.framing, self.spec.input, self.size, 1, self.indices)
         return [batch.images for batch in made if batch.views]
 
-    @contextmanager
-    def engine(self, candidate: Candidate, threads: int = 0) -> Iterator[Runner]:
-        """A candidate, built and loaded."""
-        with tempfile.TemporaryDirectory(prefix="posepress-probe-") as folder:
-            files = candidate.write(Path(folder))
-            out = Path(folder) / "engine"
+    @cached_property
+    def fp32(self) -> Candidate:
+        """The FP32 network."""
+        return Candidate.of_file(self.reference)
+
+    def engine(self, candidate: Candidate, threads: int = 0) -> Runner:
+        """A candidate, built if it was not before, and loaded; its engine is gone with the candidate."""
+        if candidate not in self._built:
+            folder = tempfile.TemporaryDirectory(prefix="posepress-probe-")
+            files = candidate.write(Path(folder.name))
+            out = Path(folder.name) / "engine"
             out.mkdir()
             engine = self.backend.build(files, Shapes.of(self.framing, self.size, self.spec.input, 1), out)
-            with self.backend.load(engine, threads) as runner:
-                yield runner
+            self._built[candidate] = folder, engine
+        return self.backend.load(self._built[candidate][1], threads)
 
     def _fields(self, runner: Runner) -> Iterator[Mapping[str, NDArray[np.float32]]]:
         for frame in self.frames:
@@ -117,7 +124,7 @@ class Probe:
 
     @cached_property
     def _expected(self) -> list[Mapping[str, NDArray[np.float32]]]:
-        with self.engine(Candidate.of_file(self.reference)) as runner:
+        with self.engine(self.fp32) as runner:
             return [{name: np.array(field) for name, field in fields.items()} for fields in self._fields(runner)]
 
     def errors(self, candidate: Candidate) -> dict[str, float]:
@@ -128,7 +135,7 @@ class Probe:
     @cached_property
     def people(self) -> dict[str, Any]:
         """What FP32 finds in each image."""
-        with self.engine(Candidate.of_file(self.reference)) as runner:
+        with self.engine(self.fp32) as runner:
             return {sample.id: found for sample, found in self._predictions(runner)}
 
     def _predictions(self, runner: Runner) -> Iterator[tuple[Any, Any]]:

@@ -21,6 +21,7 @@ from pipeline.specs import FLAVOURS, SPEC_KEY, CalibrationFeed, read_spec
 
 SCALES, STEPS, FLOAT, TENSORRT_CACHE = "scales.json", "steps.json", "float.onnx", "calibration.cache"
 _STEP_IMAGES = 32  # calibration images for the table of steps
+_OF_ANOTHER = 0.5  # the fields' relative error with the scales of a network whose tensors have the same names
 _TRIAL_IMAGES = 16  # calibration images on which methods are compared
 _TRIED: tuple[tuple[calibration.Method, float], ...] = (
     ("percentile", 99.999), ("percentile", 99.99), ("percentile", 99.9), ("minmax", 100.0), ("mse", 0.0), ("entropy", 0.0),
@@ -195,10 +196,7 @@ class Int8:
             thresholds = {name: float(row["threshold"]) for name, row in rows.items()}
         else:
             found = caches.tensor_data(data, ranges, observe)
-            if self.tensorrt_cache:
-                thresholds = _imported(Path(self.tensorrt_cache), placement)
-            else:
-                thresholds, tried = self._thresholds(model, placement, found, feed)
+            thresholds, tried = self._thresholds(model, placement, found, feed)
         scales = self._scales(thresholds, found, placement)
         shifts = equalization.mean_shifts(model, placement, scales, feed.read(most)) if self.bias_correction else {}
         in_half = self.high_precision_dtype == "fp16"
@@ -216,23 +214,41 @@ class Int8:
     def _thresholds(
         self, model: onnx.ModelProto, placement: Placement, found: Mapping[str, Histogram], feed: CalibrationFeed
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """Thresholds of the method asked for, or of the best, and the error of each that was tried."""
-        if self.calibration_method != "auto":
+        """Thresholds of the method asked for, of the best, or of a TensorRT cache; the error of each that was tried.
+
+        Raises:
+            UserError: the cache is of another network.
+        """
+        if self.calibration_method != "auto" and not self.tensorrt_cache:
             return {name: one.threshold(self.calibration_method, self.percentile) for name, one in found.items()}, {}
         fields = [output.name for output in model.graph.output]
-        expected = [
-            {n: np.array(v) for n, v in made.items()} for made in computed_over(model, fields, feed.read(_TRIAL_IMAGES))
-        ]
-        best: dict[str, float] = {}
-        tried: dict[str, float] = {}
-        for method, percentile in _TRIED:
-            thresholds = {name: one.threshold(method, percentile) for name, one in found.items()}
+
+        def computed(network: onnx.ModelProto) -> Iterator[Mapping[str, Any]]:
+            return computed_over(network, fields, feed.read(_TRIAL_IMAGES))
+
+        expected = [{name: np.array(field) for name, field in made.items()} for made in computed(model)]
+
+        def error(thresholds: Mapping[str, float]) -> float:
             written = writers.insert(model, placement, self._scales(thresholds, found, placement), "onnxruntime")
-            error = of_all_fields(field_errors(computed_over(written, fields, feed.read(_TRIAL_IMAGES)), expected))
-            if error < min(tried.values(), default=np.inf):
-                best = thresholds
-            tried[f"{method} {percentile}" if method == "percentile" else method] = error
-        return best, tried
+            return of_all_fields(field_errors(computed(written), expected))
+
+        if self.tensorrt_cache:
+            best = _imported(Path(self.tensorrt_cache), placement)
+            wrong = error(best)
+            if not wrong < _OF_ANOTHER:
+                raise UserError(
+                    f"precision.tensorrt_cache={self.tensorrt_cache}: with its scales the fields' error on calibration "
+                    f"images is {wrong:.2f} of their size; it is of another network with the same names: calibrate this one"
+                )
+            return best, {}
+        choices = {
+            f"{method} {percentile}" if method == "percentile" else method: {
+                name: one.threshold(method, percentile) for name, one in found.items()
+            }
+            for method, percentile in _TRIED
+        }
+        tried = {name: error(thresholds) for name, thresholds in choices.items()}
+        return choices[min(tried, key=lambda name: tried[name])], tried
 
     def _steps(self, onnx_file: Path, feed: CalibrationFeed, probe: Probe, final: Candidate) -> Iterator[dict[str, Any]]:
         """The error of the fields after each step that is switched on, all others off; the last row is what was written.

@@ -64,12 +64,12 @@ def run(
         with lock:
             layers = backend.audit(engine, size)
         (job.out / "audit.json").write_text(json.dumps(list(layers), indent=1))
-        ran = audit.shares(layers)
+        ran, lost = audit.shares(layers), audit.unmet(layers)
         if min_int8_share is not None and ran.get("int8", 0.0) < min_int8_share:
-            lost = "; ".join(f"{x['name']} ({x['precision']}: {x.get('reason', '')})" for x in audit.fallen(layers)[:5])
+            slow = "; ".join(f"{x['name']} ({x['precision']}: {x.get('reason', '')})" for x in audit.fallen(layers)[:5])
             raise UserError(
                 f"min_int8_share={min_int8_share}: only {ran.get('int8', 0.0):.3f} of the MACs of {engine} run in INT8"
-                + (f"; not in INT8: {lost}" if lost else "; build it with precision=int8")
+                + (f"; not in INT8: {slow}" if slow else "; build it with precision=int8")
             )
         images = data.open("validation")
         some = [(sample.read(), sample.boxes) for sample in (images[n] for n in range(min(_IMAGES, len(images))))]
@@ -86,6 +86,12 @@ def run(
             f"{timed['calls']} calls after {timed['warm_up_calls']} to warm up; decoding {timed['decoding_p50_ms']:.2f} ms",
             soft_wrap=True,
         )
+        if lost:
+            Console(stderr=True, highlight=False).print(
+                f"           quantized, but not run in INT8: {', '.join(x['name'] for x in lost[:5])}"
+                f"{f' and {len(lost) - 5} more' if len(lost) > 5 else ''} (why: audit.json)",
+                soft_wrap=True,
+            )
         summary = {
             "timed": 1,
             **timed,
@@ -93,7 +99,7 @@ def run(
             "engine_mb": built["summary"]["engine_mb"],
             **{f"ran_{kind}_{name}": x for kind in audit.KINDS for name, x in audit.shares(layers, kind).items()},
             "ran": audit.label(ran),
-            "fell_back": len(audit.fallen(layers)),
+            "not_in_int8": [f"{x['name']} ({x.get('reason') or x['op']})" for x in lost],
             "backend": backend.name,
             "device": device.name(machine, backend.on_gpu),
             "threads": threads,
