@@ -28,7 +28,6 @@ from pipeline.quantization.quantizers import Int8
 from pipeline.specs import CalibrationFeed
 
 SWITCHES = ("equalize_concatenations", "equalize_layers", "bias_correction")
-STAGES = "stage=[train,export,sample,quantize,build,tune,evaluate,benchmark]"
 
 
 def pipeline(*words: str) -> None:
@@ -49,6 +48,11 @@ def error(root: Path, precision: str) -> float:
     newest = max((root / "quantize").glob(f"*_{precision}*/manifest.json"), key=lambda file: file.stat().st_mtime)
     summary = json.loads(newest.read_text())["summary"]
     return of_all_fields({key: value for key, value in summary.items() if key.startswith("error_")})
+
+
+def interval(found: dict[str, str], name: str) -> str:
+    value, low, high = (float(found[key]) for key in (name, f"{name}_lo", f"{name}_hi"))
+    return f"{value:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
@@ -83,23 +87,13 @@ def main() -> None:
     table = Table("step", "error", "AP", "AP - FP32", "agreement", "p50 ms", "x FP32")
 
     def add(label: str, precision: str, *more: str) -> None:
-        pipeline(*chain, STAGES, f"precision={precision}", *more)
-        pipeline(*chain, "stage=report", f"precision={precision}", *more)
+        pipeline(*chain, f"precision={precision}", *more)
         found = row(root, precision)
         wrong = f"{error(root, precision):.4f}" if precision != "fp32" else ""
-        kept = "{ap_vs_fp32} [{ap_vs_fp32_lo}, {ap_vs_fp32_hi}]" if precision != "fp32" else ""
-        figures = (
-            "{ap}",
-            kept,
-            "{agreement_ap} [{agreement_ap_lo}, {agreement_ap_hi}]",
-            "{latency_p50_ms}",
-            "{speedup_vs_fp32}",
-        )
-        short = {
-            key: f"{float(value):.4f}" if "." in value and value.replace(".", "").lstrip("-").isdigit() else value
-            for key, value in found.items()
-        }
-        table.add_row(label, wrong, *(text.format(**short) for text in figures))
+        kept = interval(found, "ap_vs_fp32") if precision != "fp32" else ""
+        faster = interval(found, "speedup_vs_fp32") if precision != "fp32" else ""
+        figures = (kept, interval(found, "agreement_ap"), f"{float(found['latency_p50_ms']):.1f}", faster)
+        table.add_row(label, wrong, f"{float(found['ap']):.4f}", *figures)
 
     add("fp32", "fp32")
     for on in range(len(SWITCHES) + 1):

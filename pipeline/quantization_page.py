@@ -30,11 +30,12 @@ def sections(results: Sequence[Result]) -> str:
             _sampled(result.made_of.get("sample")),
         ]
         if any(parts) and len(seen) <= _MOST:
-            name = " ".join(str(result.axes[key]) for key in ("network", "pruning", "resolution", "precision", "calibration"))
+            name = " ".join(str(result.axes[key]) for key in _NAMED)
             text += f"<h2>How {html.escape(name)} was quantized</h2>{''.join(parts)}"
     return text
 
 
+_NAMED = ("network", "pruning", "resolution", "keep_aspect_ratio_mode", "precision", "calibration")
 _MOST = 12  # networks whose quantization is shown: a study has hundreds
 
 
@@ -58,6 +59,8 @@ def _steps(folder: Path) -> str:
 def _kept(summary: Mapping[str, Any]) -> str:
     """Layers in float, and what was found on the way."""
     notes = []
+    if summary.get("scales_from", "the calibration images") != "the calibration images":
+        notes.append(f"scales from {summary['scales_from']}")
     if summary.get("float_layers"):
         notes.append(f"{len(summary['float_layers'])} layers in float: {', '.join(summary['float_layers'][:12])}")
     if "kept_fp32" in summary:
@@ -125,7 +128,8 @@ def _sensitivity(folder: Path) -> str:
     )
     solved = f"on {found['backend']}" + ("" if found["timed"] else " without timing")
     return (
-        f"<p>Budget solved {html.escape(solved)}: {finalists[chosen]['float_units']} of {len(units)} units in float. "
+        f"<p>Budget solved {html.escape(solved)}: {finalists[chosen]['float_units']} of {len(units)} units in float"
+        f"{'' if 'agreement' in finalists[0] else '; FP32 is sure of nobody in the tune images, so agreement did not judge'}. "
         f"Rank correlation of the fields' error {html.escape(words) or 'not known'}.</p>"
         f'<div style="display:flex;align-items:flex-end;gap:2px;max-width:900px">{bars}</div>'
         '<p class="note">Height: squared error of the fields that the unit takes away when it alone is in float. '

@@ -145,9 +145,10 @@ def test_files_that_are_no_caches_are_refused(tmp_path):
 def test_a_calibration_is_taken_up_again_and_a_changed_one_is_not(described, tmp_path):
     options = {"cal_data_file": str(tmp_path / "data.npz"), "cal_cache_file": str(tmp_path / "scales.json")}
     (tmp_path / "one").mkdir()
-    Int8(**options).quantize(described, fed(feed()), None, tmp_path / "one")
+    first = Int8(**options).quantize(described, fed(feed()), None, tmp_path / "one")
     (tmp_path / "two").mkdir()
-    Int8(**options).quantize(described, fed(feed()), None, tmp_path / "two")
+    second = Int8(**options).quantize(described, fed(feed()), None, tmp_path / "two")
+    assert (first["scales_from"], second["scales_from"]) == ("the calibration images", str(tmp_path / "scales.json"))
     for file in ("scales.json", "model.tensorrt.onnx"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     kept = (tmp_path / "scales.json").read_bytes()

@@ -193,14 +193,15 @@ class Int8:
         if kept is not None and kept.exists():
             rows = caches.read_scales(kept, key)
             found = {name: Histogram(least=row["least"], most=row["most"]) for name, row in rows.items()}
-            thresholds = {name: float(row["threshold"]) for name, row in rows.items()}
+            thresholds, source = {name: float(row["threshold"]) for name, row in rows.items()}, str(kept)
         else:
+            source = self.tensorrt_cache or (str(data) if data is not None and data.exists() else "the calibration images")
             found = caches.tensor_data(data, ranges, observe)
             thresholds, tried = self._thresholds(model, placement, found, feed)
         scales = self._scales(thresholds, found, placement)
         shifts = equalization.mean_shifts(model, placement, scales, feed.read(most)) if self.bias_correction else {}
         in_half = self.high_precision_dtype == "fp16"
-        made = Calibrated(model, placement, scales, shifts, thresholds, found, key, rescaled, in_half, tried)
+        made = Calibrated(model, placement, scales, shifts, thresholds, found, key, rescaled, in_half, tried, source)
         if kept is not None and not kept.exists():
             caches.write_scales(kept, key, made.rows(), sorted(placement.excluded), made.scales.most_weight)
         return made
@@ -316,6 +317,7 @@ class Calibrated:
         rescaled: how many channels and tensors were equalized.
         in_half: whether TensorRT's flavour computes the rest in half precision.
         tried: the error of the fields by calibration method, where several were tried.
+        source: what the thresholds come from.
     """
 
     model: onnx.ModelProto
@@ -328,6 +330,7 @@ class Calibrated:
     rescaled: Mapping[str, int]
     in_half: bool
     tried: Mapping[str, float] = field(default_factory=dict)
+    source: str = "the calibration images"
 
     def written(self, placement: Placement | None = None) -> Candidate:
         """Both flavours; `placement` of fewer nodes where some stay in float."""
@@ -372,6 +375,7 @@ class Calibrated:
         )
         return {
             "tensors": len(self.found),
+            "scales_from": self.source,
             **(
                 {"calibration_method": min(self.tried, key=lambda n: self.tried[n]), "tried": dict(self.tried)}
                 if self.tried

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import onnx
+from rich.console import Console
 
 from evaluation.types import Resolution
 from pipeline.artifacts import Job
@@ -62,4 +63,9 @@ def run(
         report = dict(quantizer.quantize(model, feed, probe, job.out))
     except ValueError as error:
         raise UserError(str(error)) from error
+    notes = [f"scales from {report['scales_from']}"] if "scales_from" in report else []
+    if "tune_error" in report and "tune_agreement" not in report:
+        notes.append("agreement did not judge: FP32 is sure of nobody in the tune images")
+    if notes:
+        Console(stderr=True, highlight=False).print(f"           {'; '.join(notes)}", soft_wrap=True)
     return {**report, "macs": macs(onnx.load(model), size)}
