@@ -3,15 +3,18 @@
     python benchmarks/quantization.py [--name NAME] resolution=368x432 WORDS...
 
 WORDS are those of a run of the pipeline with a trained network and its data (weights=, model=, data=, sampler.num_images=).
-Every row is a cell of the sweep outputs/<name>, which its report shows, too.
+Every row is a cell of the sweep outputs/<name>, which its report shows, too. TensorRT's file is computed by the double of
+the tests, which is ONNX Runtime without optimisations.
 """
 
 import argparse
-import csv
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evaluation import latency
+from evaluation.statistics import Draws, paired
 from evaluation.types import Resolution
 from pipeline.quantization import alignment, writers
 from pipeline.quantization.graph import load
@@ -28,31 +32,18 @@ from pipeline.quantization.quantizers import Int8
 from pipeline.specs import CalibrationFeed
 
 SWITCHES = ("equalize_concatenations", "equalize_layers", "bias_correction")
+FAKES = Path(__file__).parent.parent / "tests" / "fakes"
 
 
-def pipeline(*words: str) -> None:
-    subprocess.run([sys.executable, "-m", "pipeline", *words], check=True)
-
-
-def row(root: Path, precision: str) -> dict[str, str]:
-    """The row of results.csv that was evaluated last."""
-    folders = [f for f in (root / "evaluate").glob(f"*_{precision}*") if (f / "manifest.json").exists()]
-    newest = max(folders, key=lambda folder: (folder / "manifest.json").stat().st_mtime)
-    axes = json.loads((newest / "manifest.json").read_text())["config"]["axes"]
-    with (root / "report" / "results.csv").open() as stream:
-        return next(r for r in csv.DictReader(stream) if all(r[k] == str(v) for k, v in axes.items() if k in r))
-
-
-def error(root: Path, precision: str) -> float:
-    """The fields' relative error on tune images, of the network that was quantized last."""
-    newest = max((root / "quantize").glob(f"*_{precision}*/manifest.json"), key=lambda file: file.stat().st_mtime)
-    summary = json.loads(newest.read_text())["summary"]
-    return of_all_fields({key: value for key, value in summary.items() if key.startswith("error_")})
-
-
-def interval(found: dict[str, str], name: str) -> str:
-    value, low, high = (float(found[key]) for key in (name, f"{name}_lo", f"{name}_hi"))
-    return f"{value:.4f} [{low:.4f}, {high:.4f}]"
+def pipeline(*words: str) -> dict[str, Path]:
+    """Run it; where each stage's result lies."""
+    path = os.pathsep.join([str(FAKES), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "pipeline", *words]
+    done = subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    lines = [line.split() for line in done.stderr.splitlines()]
+    return {line[0]: Path(line[2]) for line in lines if len(line) > 2 and line[1] in ("done", "fresh")}
 
 
 def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
@@ -61,20 +52,29 @@ def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def zeros(file: Path, size: Resolution, table: Table) -> None:
+def zeros(file: Path, size: Resolution) -> Table:
     """FP32 and INT8 with and without channels of zeros in the concatenations, timed in turns on noise."""
-    noise = [np.random.default_rng(n).uniform(0, 255, (1, 3, *size)).astype(np.float32) for n in range(2)]
+    shape = (1, 3, size.height, size.width)
+    noise = [np.random.default_rng(n).uniform(0, 255, shape).astype(np.float32) for n in range(2)]
     made = Int8("percentile").calibrate(file, CalibrationFeed(lambda most: iter(noise[:most]), "noise", "noise"))
-    networks = [load(file), alignment.align(load(file))[0]]
-    networks += [
-        writers.insert(m, made.placement, made.scales, "onnxruntime") for m in (made.model, alignment.align(made.model)[0])
-    ]
-    runners = [session(network) for network in networks]
+    given = [load(file), made.model]
+    floats, bases = ([model, alignment.align(model)[0]] for model in given)
+    integers = [writers.insert(base, made.placement, made.scales, "onnxruntime") for base in bases]
+    runners = [session(network) for network in (*floats, *integers)]
     name = runners[0].get_inputs()[0].name
-    calls = [[lambda _, runner=runner: runner.run(None, {name: noise[0]})] for runner in runners]
-    times = latency.in_turns(calls, 30)
-    for label, base, padded in (("FP32", times[0], times[1]), ("INT8", times[2], times[3])):
-        table.add_row(label, f"{base.percentile(50)}", f"{padded.percentile(50)}", f"{latency.speedup(padded, base)}")
+    times = latency.in_turns([[lambda _, run=runner.run: run(None, {name: noise[0]})] for runner in runners], 30)
+    table = Table("network", "as exported, ms", "channels of zeros, ms", "ratio", "INT8 x FP32")
+    for n, label in ((0, "FP32"), (2, "INT8")):
+        plain, padded = times[n], times[n + 1]
+        against = str(latency.speedup(padded, times[1])) if n else ""
+        table.add_row(
+            label, f"{plain.percentile(50)}", f"{padded.percentile(50)}", f"{latency.speedup(padded, plain)}", against
+        )
+    return table
+
+
+def interval(found: Mapping[str, Any], name: str, digits: int) -> str:
+    return f"{found[name]:.{digits}f} [{found[f'{name}_lo']:.{digits}f}, {found[f'{name}_hi']:.{digits}f}]"
 
 
 def main() -> None:
@@ -83,31 +83,40 @@ def main() -> None:
     words.add_argument("--name", default="quantization")
     given, chain = words.parse_known_args()
     chain += [f"name={given.name}", "tracking=none"]
-    root = Path("outputs") / given.name
     table = Table("step", "error", "AP", "AP - FP32", "agreement", "p50 ms", "x FP32")
+    fp32 = pipeline(*chain, "precision=fp32", "stage=[train,export,quantize,build,tune,evaluate]")
+    draws = Draws.load(fp32["evaluate"] / "draws.npz")
+    table.add_row("fp32", "", f"{draws.value:.4f}")
 
-    def add(label: str, precision: str, *more: str) -> None:
-        pipeline(*chain, f"precision={precision}", *more)
-        found = row(root, precision)
-        wrong = f"{error(root, precision):.4f}" if precision != "fp32" else ""
-        kept = interval(found, "ap_vs_fp32") if precision != "fp32" else ""
-        faster = interval(found, "speedup_vs_fp32") if precision != "fp32" else ""
-        figures = (kept, interval(found, "agreement_ap"), f"{float(found['latency_p50_ms']):.1f}", faster)
-        table.add_row(label, wrong, f"{float(found['ap']):.4f}", *figures)
+    def add(label: str, *options: str) -> dict[str, Path]:
+        made = pipeline(*chain, *options)
+        found = {stage: json.loads((made[stage] / "manifest.json").read_text())["summary"] for stage in made}
+        errors = [value for name, value in found["quantize"].items() if name.startswith("error_")]
+        row = [f"{of_all_fields(dict(enumerate(errors))):.4f}", f"{found['evaluate']['ap']:.4f}"]
+        lost = paired(Draws.load(made["evaluate"] / "draws.npz"), draws)
+        row += [f"{lost.value:+.4f} [{lost.low:+.4f}, {lost.high:+.4f}]", interval(found["evaluate"], "agreement_ap", 3)]
+        if timed := found.get("benchmark"):
+            row += [f"{timed['latency_p50_ms']:.1f}", interval(timed, "speedup", 2)]
+        table.add_row(label, *row)
+        return made
 
-    add("fp32", "fp32")
+    steps = "train,export,sample,quantize,build,tune,evaluate"
     for on in range(len(SWITCHES) + 1):
         switches = [f"precision.{name}={str(n < on).lower()}" for n, name in enumerate(SWITCHES)]
-        add("calibrated" if on == 0 else f"+ {SWITCHES[on - 1]}", "int8", *switches)
-    newest = max((root / "quantize").glob("*_int8*/model.tensorrt.onnx"), key=lambda file: file.stat().st_mtime)
-    add("TensorRT's flavour", "external", f"precision.file={newest.resolve()}")
-    padding = Table("network", "as exported, ms", "channels of zeros, ms", "ratio")
-    built = json.loads((newest.parent / "manifest.json").read_text())
-    (export,) = (root / "export").glob("*_dense/model.onnx")
-    zeros(export, Resolution.parse(built["config"]["resolution"]), padding)
-    console = Console()
+        label = "calibrated" if on == 0 else f"+ {SWITCHES[on - 1]}"
+        made = add(label, "precision=int8", f"stage=[{steps},benchmark]", *switches)
+    made = add(
+        "TensorRT's file, simulated",
+        "precision=int8",
+        f"stage=[{steps}]",
+        "backend=tensorrt",
+        "precision.measured_on=${backend}",
+        "tag=-tensorrt",
+    )
+    console = Console(width=150)
     console.print(table)
-    console.print(padding)
+    built = json.loads((made["quantize"] / "manifest.json").read_text())
+    console.print(zeros(made["export"] / "model.onnx", Resolution.parse(built["config"]["resolution"])))
 
 
 if __name__ == "__main__":

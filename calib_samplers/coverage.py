@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calib_samplers.stratified import CalibrationSet, eligible_rows, strata
+from calib_samplers.stratified import CalibrationSet, check_options, eligible_rows, strata
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Coverage:
         Raises:
             ValueError: they are below 1, or fewer are looked at than chosen.
         """
+        check_options(self.min_persons_per_image, self.min_kpts_per_person, self.seed)
         if not isinstance(self.num_images, int) or not 1 <= self.num_images <= self.max_candidates:  # type: ignore[redundant-expr]
             raise ValueError(f"sampler.num_images={self.num_images}: choose 1 to sampler.max_candidates={self.max_candidates}")
 

@@ -13,7 +13,7 @@ Allocation = Literal["proportional", "equal", "square_root"]
 
 UNKNOWN = -1  # persons of an image that nobody labelled
 _BINS: Mapping[str, tuple[tuple[float, str], ...]] = {
-    "persons": ((1, "1"), (2, "2-4"), (5, "5+")),
+    "persons": ((0, "0"), (1, "1"), (2, "2-4"), (5, "5+")),
     "area": ((0.0, "small"), (32.0**2, "medium"), (96.0**2, "large")),  # COCO's
     "keypoints": ((0.0, "few"), (6.0, "some"), (12.0, "most")),
     "coverage": ((0.0, "part"), (0.6, "much"), (1.0, "all")),
@@ -125,6 +125,21 @@ def allocate(sizes: Mapping[str, int], count: int, allocation: Allocation = "pro
     return quota
 
 
+def check_options(min_persons: object, min_keypoints: object, seed: object) -> None:
+    """Check what all samplers share.
+
+    Raises:
+        ValueError: an option is no number, or negative.
+    """
+    for option, value, kinds in (
+        ("min_persons_per_image", min_persons, (int,)),
+        ("min_kpts_per_person", min_keypoints, (int, float)),
+        ("seed", seed, (int,)),
+    ):
+        if not isinstance(value, kinds) or not value >= 0:
+            raise ValueError(f"sampler.{option}={value}: choose 0 or more{', a whole number' if kinds == (int,) else ''}")
+
+
 def eligible_rows(
     table: Mapping[str, NDArray[Any]], min_persons: int, min_keypoints: float, num_images: int
 ) -> NDArray[np.intp]:
@@ -175,6 +190,7 @@ class Stratified:
         """
         if not isinstance(self.num_images, int) or self.num_images < 1:  # type: ignore[redundant-expr] # of a command line
             raise ValueError(f"sampler.num_images={self.num_images}: choose at least 1")
+        check_options(self.min_persons_per_image, self.min_kpts_per_person, self.seed)
         if self.allocation not in get_args(Allocation):
             raise ValueError(f"sampler.allocation={self.allocation}: choose {', '.join(get_args(Allocation))}")
         unknown = [column for column in self.columns if column not in _BINS]

@@ -39,7 +39,12 @@ def fallen(layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return sorted((x for x in layers if x["macs"] and x["precision"] != "int8"), key=lambda layer: -layer["macs"])
 
 
-def unmet(layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The layers that the file quantizes and the backend ran in another precision; those of most MACs first."""
+def unmet(layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]] | None:
+    """The layers that the file quantizes and the backend ran in another precision, those of most MACs first.
+
+    None where no record says what the file quantizes.
+    """
+    if not any("quantized" in layer for layer in layers):
+        return None
     lost = (layer for layer in layers if layer.get("quantized") and layer["precision"] != "int8")
     return sorted(lost, key=lambda layer: -layer["macs"])

@@ -3,7 +3,7 @@
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -20,6 +20,7 @@ from pipeline.specs import Dataset, Decoder, Framing, Runner
 
 Found = TypeVar("Found")
 
+_SAVE_EVERY = 30.0  # seconds between partial results
 _READ_AHEAD = 16  # images being read or waiting: bounds the memory
 # More threads than these only wait for each other's turn in Python: on 16 cores and a GPU, 16 and 4 of them lost a tenth.
 _MOST_READERS, _MOST_DECODERS = 8, 2
@@ -234,6 +235,36 @@ def shown(results: Iterator[Found], watch: Watch, what: str, total: int) -> Iter
         console.print(f"           {n} {what}, {rate:.1f} images/s, held up by {watch.bottleneck}", soft_wrap=True)
 
 
+def resumed(
+    images: Any, file: Path, rest: Callable[[int], Iterator[tuple[Any, Any]]], watch: Watch, what: str
+) -> Iterator[tuple[int, Any, Any]]:
+    """Place, sample and what was found, of every image; an interrupted pass goes on where it was.
+
+    Args:
+        images: the data set.
+        file: where what was found is kept meanwhile.
+        rest: finds people from an image on.
+        watch: of the time they take.
+        what: the images are, for the progress bar.
+    """
+    kept = list((load_results(file) if file.exists() else {}).items())
+    start, saved = len(kept), time.monotonic()
+    for place, (image, found) in enumerate(kept):
+        sample = images[place]
+        assert sample.id == image
+        yield place, sample, found
+    try:
+        for sample, found in shown(rest(start), watch, what, len(images) - start):
+            kept.append((sample.id, found))
+            yield len(kept) - 1, sample, found
+            if time.monotonic() - saved > _SAVE_EVERY:
+                save_results(file, kept)
+                saved = time.monotonic()
+    finally:
+        if len(kept) > start:
+            save_results(file, kept)
+
+
 def save_results(file: Path, results: Sequence[tuple[str, Any]]) -> None:
     """Write what was found in images, (id, found), to an .npz file; what was found are dataclasses of `evaluation.types`."""
     arrays: dict[str, Any] = {"ids": np.array([i for i, _ in results], dtype=str)}
@@ -241,6 +272,7 @@ def save_results(file: Path, results: Sequence[tuple[str, Any]]) -> None:
     arrays["kind"] = np.array(sorted(kinds), dtype=str)
     for n, (_, found) in enumerate(results):
         arrays |= {f"{n}.{f.name}": getattr(found, f.name) for f in fields(found) if getattr(found, f.name) is not None}
+    file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}")
     with unfinished.open("wb") as stream:
         np.savez_compressed(stream, **arrays)

@@ -16,6 +16,10 @@ def sections(results: Sequence[Result]) -> str:
     """HTML of every quantized network once."""
     seen: set[Path] = set()
     text = study_html(list(study(results)))
+    ran: dict[Path, dict[str, list[str] | None]] = {}
+    for result in results:
+        if (folder := result.made_of.get("quantize")) is not None and "not_in_int8" in result.figures:
+            ran.setdefault(folder, {})[str(result.figures["backend"])] = result.figures["not_in_int8"]
     for result in results:
         folder = result.made_of.get("quantize")
         if folder is None or folder in seen or result.axes["precision"] == "fp32":
@@ -26,7 +30,7 @@ def sections(results: Sequence[Result]) -> str:
             _steps(folder),
             _sensitivity(folder),
             _kept(summary),
-            _not_in_int8(result.figures),
+            "" if result.axes["precision"] == "fp16" else _not_in_int8(ran.get(folder, {})),
             _sampled(result.made_of.get("sample")),
         ]
         if any(parts) and len(seen) <= _MOST:
@@ -59,8 +63,6 @@ def _steps(folder: Path) -> str:
 def _kept(summary: Mapping[str, Any]) -> str:
     """Layers in float, and what was found on the way."""
     notes = []
-    if summary.get("scales_from", "the calibration images") != "the calibration images":
-        notes.append(f"scales from {summary['scales_from']}")
     if summary.get("float_layers"):
         notes.append(f"{len(summary['float_layers'])} layers in float: {', '.join(summary['float_layers'][:12])}")
     if "kept_fp32" in summary:
@@ -77,14 +79,14 @@ def _kept(summary: Mapping[str, Any]) -> str:
     return "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
 
 
-def _not_in_int8(figures: Mapping[str, Any]) -> str:
-    """What is quantized and the backend ran otherwise."""
-    names = figures.get("not_in_int8")
-    if names is None:
-        return ""
-    more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
-    text = f"{', '.join(names[:_MOST])}{more}" if names else "nothing"
-    return f'<p class="note">Quantized, but not run in INT8 on {html.escape(str(figures["backend"]))}: {html.escape(text)}</p>'
+def _not_in_int8(backends: Mapping[str, Sequence[str] | None]) -> str:
+    """What is quantized and a backend ran otherwise."""
+    text = ""
+    for backend, names in backends.items():
+        more = f" and {len(names) - _MOST} more" if names and len(names) > _MOST else ""
+        listed = "not checked" if names is None else f"{', '.join(names[:_MOST])}{more}" if names else "nothing"
+        text += f'<p class="note">Quantized, but not run in INT8 on {html.escape(backend)}: {html.escape(listed)}</p>'
+    return text
 
 
 def _sampled(folder: Path | None) -> str:

@@ -126,7 +126,7 @@ def test_a_cache_of_another_calibration_is_refused_and_what_changed_is_named(cha
     with pytest.raises(UserError, match=rf"data.npz: made with another calibration: {message}"):
         caches.tensor_data(tmp_path / "data.npz", {**key, **change}, dict)
     with pytest.raises(UserError, match=rf"scales.json: made with another calibration: {message}"):
-        caches.read_scales(tmp_path / "scales.json", {**key, **change})
+        caches.read_scales(tmp_path / "scales.json", {**key, **change}, [])
 
 
 def test_files_that_are_no_caches_are_refused(tmp_path):
@@ -139,7 +139,23 @@ def test_files_that_are_no_caches_are_refused(tmp_path):
     with pytest.raises(UserError, match="data.npz: not a cache of tensor data"):
         caches.tensor_data(tmp_path / "data.npz", {}, dict)
     with pytest.raises(UserError, match="scales.json: not a cache of scales"):
-        caches.read_scales(tmp_path / "scales.json", {})
+        caches.read_scales(tmp_path / "scales.json", {}, [])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"least": 0, "most": 1}, "no least, most and threshold of 'a'"),
+        ({"least": 0, "most": 1, "threshold": "x"}, "no least, most and threshold of 'a'"),
+        ({"least": 0, "most": 1, "threshold": -1}, r"the numbers of 'a' are \[0.0, 1.0, -1.0\]"),
+        ({"least": 0, "most": float("nan"), "threshold": 1}, "the numbers of 'a' are"),
+        (None, "no least, most and threshold of 'a'"),
+    ],
+)
+def test_scales_that_are_damaged_are_refused(row, message, tmp_path):
+    caches.write_scales(tmp_path / "scales.json", {}, {} if row is None else {"a": row}, [], 127)
+    with pytest.raises(UserError, match=rf"scales.json: {message}"):
+        caches.read_scales(tmp_path / "scales.json", {}, ["a"])
 
 
 def test_a_calibration_is_taken_up_again_and_a_changed_one_is_not(described, tmp_path):
@@ -206,7 +222,7 @@ def test_tensorrts_scales_are_imported(described, tmp_path):
     with pytest.raises(ValueError, match="its scales are of the network without equalization"):
         Int8(tensorrt_cache=str(cache))
     caches.write_tensorrt(cache, {name: 50 * scale for name, scale in caches.read_tensorrt(cache).items()})
-    with pytest.raises(UserError, match=r"fields' error on calibration images is \d\.\d\d of their size; it is of another"):
+    with pytest.raises(UserError, match=r"the fields' error on calibration images is \d\.\d\d of their size, with .* \d\.\d\d"):
         Int8(tensorrt_cache=str(cache), **off).quantize(described, fed(feed()), None, tmp_path)
     caches.write_tensorrt(cache, {"image": 1.0})
     with pytest.raises(UserError, match="no scale for"):

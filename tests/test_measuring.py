@@ -165,7 +165,10 @@ def test_shares_are_of_layers_macs_and_time():
     assert [layer["name"] for layer in audit.fallen(LAYERS)] == ["b"]
     quantized = [{**layer, "quantized": True} for layer in LAYERS]
     assert [layer["name"] for layer in audit.unmet(quantized)] == ["b", "c"], "a layer without weights, too"
-    assert audit.unmet(LAYERS) == [], "what the file has in float is no disappointment"
+    assert audit.unmet([{**layer, "quantized": False} for layer in LAYERS]) == [], (
+        "what the file has in float was not asked for"
+    )
+    assert audit.unmet(LAYERS) is None, "where no record says what is quantized, nothing was checked"
     assert audit.fallen(LAYERS[1:]) == [], "nothing fell back in an engine that is FP32"
     with pytest.raises(ValueError, match="nothing to audit"):
         audit.shares(LAYERS[2:])

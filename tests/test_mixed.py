@@ -11,9 +11,13 @@ from conftest import SMOKE, pipeline, refused
 from test_half import with_spec
 from test_quantization import branches, fed, feed  # noqa: F401
 
+from evaluation.types import Resolution
+from evaluation.views import WholeImage
+from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.errors import UserError
 from pipeline.quantization import graph, quantizers, writers
 from pipeline.quantization.mixed import Mixed
+from pipeline.quantization.probe import Candidate, Probe
 from pipeline.training.fake_quantization import FakeQuantized
 
 QUICK = ["precision=mixed", "precision.seconds=0.5", "precision.units=4", "precision.finalists=3"]
@@ -36,6 +40,8 @@ def test_a_budget_is_solved_measured_and_written_down(smoke):
     written = {
         node.name: node.input[1] for node in onnx.load(folder / "model.tensorrt.onnx").graph.node if node.op_type == "Conv"
     }
+    assert kept <= set(summary["float_layers"])
+    assert kept <= set(json.loads((folder / "scales.json").read_text())["excluded"])
     for layer in found["layers"]:
         assert written[layer["name"]].endswith("_dequantized") == (layer["precision"] == "int8")
         assert not (layer["name"] in kept and layer["precision"] == "int8")
@@ -93,10 +99,31 @@ def test_limits_that_nothing_keeps_are_refused_with_the_nearest():
         ({"units": 0}, "units=0"),
         ({"max_latency": "fast"}, "max_latency=fast: choose milliseconds, or 0.6x"),
         ({"max_latency": "0x"}, "max_latency=0x"),
+        ({"max_latency": "nan"}, "max_latency=nan"),
+        ({"finalists": 4.5}, "finalists=4.5: choose a whole number"),
         ({"seconds": -1}, "seconds=-1: choose more than 0"),
         ({"max_drop": "abc"}, "max_drop=abc: choose a number"),
     ],
 )
+def test_a_candidates_engine_is_built_once_and_goes_with_it(smoke, images):
+    built = []
+
+    class Counting(OnnxRuntime):
+        def build(self, files, shapes, out):
+            built.append(out.parent)
+            return super().build(files, shapes, out)
+
+    (export,) = (smoke / "outputs/smoke/export").glob("*_dense/model.onnx")
+    probe = Probe(images, 1, WholeImage(), Resolution(64, 80), Counting(), None, None, None, export, 1)
+    candidate = Candidate.of_file(export)
+    with probe.engine(candidate), probe.engine(candidate, 1):
+        assert len(built) == 1
+    (folder,) = built
+    assert folder.exists()
+    del candidate
+    assert not folder.exists()
+
+
 def test_budgets_that_mean_nothing_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Mixed(**options)

@@ -72,7 +72,9 @@ def test_images_with_few_people_or_keypoints_are_not_eligible_but_unlabelled_one
     assert Stratified(4).sample(data).ids == ("1", "2", "3", "4")
     assert Stratified(3, min_kpts_per_person=5).sample(data).ids == ("2", "3", "4")
     assert Stratified(2, min_persons_per_image=3).sample(data).ids == ("3", "4")
-    assert Stratified(5, min_persons_per_image=0, min_kpts_per_person=0).sample(data).ids == ("0", "1", "2", "3", "4")
+    every = Stratified(5, min_persons_per_image=0, min_kpts_per_person=0).sample(data)
+    assert every.ids == ("0", "1", "2", "3", "4")
+    assert every.strata[0].startswith("0/"), "nobody is not one small person"
 
 
 def test_too_few_images_are_an_error_that_lists_the_strata():
@@ -86,6 +88,10 @@ def test_too_few_images_are_an_error_that_lists_the_strata():
     [
         ({"num_images": 0}, "num_images=0"),
         ({"num_images": "abc"}, "num_images=abc"),
+        ({"seed": "abc"}, "seed=abc: choose 0 or more, a whole number"),
+        ({"seed": -1}, "seed=-1: choose 0 or more"),
+        ({"min_persons_per_image": "abc"}, "min_persons_per_image=abc: choose 0 or more"),
+        ({"min_kpts_per_person": None}, "min_kpts_per_person=None: choose 0 or more"),
         ({"allocation": "even"}, "allocation=even: choose proportional, square_root, equal|allocation=even"),
         ({"columns": ["size"]}, "columns=.'size'.: choose some of persons, area, keypoints, coverage"),
     ],
@@ -93,7 +99,7 @@ def test_too_few_images_are_an_error_that_lists_the_strata():
 def test_options_that_mean_nothing_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Stratified(**options)
-    if "num_images" in options:
+    if "allocation" not in options and "columns" not in options:
         with pytest.raises(ValueError, match=message):
             Coverage(**options)
 

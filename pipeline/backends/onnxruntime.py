@@ -160,7 +160,7 @@ def _quantized(node: Any, constants: Container[str], makers: Mapping[str, str], 
     if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
         return False
     if node.op_type in (*_CONVOLUTIONS, *_PRODUCTS):
-        return any(makers.get(name) == "DequantizeLinear" for name in node.input[:2])
+        return len(node.input) > 1 and makers.get(node.input[1]) == "DequantizeLinear"
     given = [makers.get(name) for name in node.input if name and name not in constants]
     taken = set().union(*(takers.get(name, {"the result"}) for name in node.output))
     return bool(given) and set(given) == {"DequantizeLinear"} and taken == {"QuantizeLinear"}

@@ -345,6 +345,7 @@ _OPERATORS: Mapping[str, Callable[[list[Any], Mapping[str, Any]], Any]] = {
     "MatMul": lambda i, _: i[0] @ i[1],
     "MaxPool": _max_pool,
     "Mul": lambda i, _: i[0] * i[1],
+    "Sum": lambda i, _: sum(i[1:], i[0]),
     "PRelu": lambda i, _: torch.where(i[0] < 0, i[0] * i[1], i[0]),
     "Pad": _pad,
     "Pow": lambda i, _: i[0] ** i[1],

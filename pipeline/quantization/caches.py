@@ -32,11 +32,10 @@ def network_digest(model: onnx.ModelProto) -> str:
 
 
 def program_digest() -> str:
-    """SHA-256 of the code that calibrates, and of the version of the runtime."""
+    """SHA-256 of the code that quantizes, and of the version of the runtime."""
     import onnxruntime
 
-    folder = Path(__file__).parent
-    code = b"".join((folder / name).read_bytes() for name in ("calibration.py", "equalization.py", "graph.py"))
+    code = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
     return hashlib.sha256(code + onnxruntime.__version__.encode()).hexdigest()
 
 
@@ -80,20 +79,27 @@ def tensor_data(file: Path | None, key: Mapping[str, Any], make: Callable[[], di
     return made
 
 
-def read_scales(file: Path, key: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Rows of a scales.json, {tensor: {"scale", ...}}, made of the same things.
+def read_scales(file: Path, key: Mapping[str, Any], tensors: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Rows of a scales.json, {tensor: {"threshold", "least", "most", ...}}, of some tensors and made of the same things.
 
     Raises:
         UserError: the file is no such cache, or was made of other things.
     """
     try:
         content = json.loads(file.read_text())
-        rows: dict[str, dict[str, Any]] = content["tensors"]
-        stored = content["key"]
+        rows: dict[str, dict[str, Any]] = dict(content["tensors"])
+        stored = dict(content["key"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not a cache of scales ({error}); delete it or name another") from error
     check(file, stored, key)
-    return rows
+    for name in tensors:
+        try:
+            numbers = [float(rows[name][column]) for column in ("least", "most", "threshold")]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file}: no least, most and threshold of '{name}'; delete the file or name another") from error
+        if not np.isfinite(numbers).all() or numbers[2] < 0:
+            raise UserError(f"{file}: the numbers of '{name}' are {numbers}; delete the file or name another")
+    return {name: rows[name] for name in tensors}
 
 
 def write_scales(

@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -20,6 +20,9 @@ METHODS: tuple[str, ...] = get_args(Method)
 
 _BINS = 2048
 _LEVELS = 128  # magnitudes that symmetric 8-bit integers have
+_EXTREMES = {"ReduceMax": 18, "ReduceMin": 18, "ReduceSum": 13}  # operators, and since which opset their axes are an input
+_NO_IMAGES = "calibration: no images; run the stage 'sample' with more of them"
+_BROKEN = "calibration: NaN or infinity in the activation '{}'; the network is broken before quantization"
 _LARGEST = np.int32(0x7F7FFFFF)  # the bits of the greatest finite float32
 
 
@@ -33,7 +36,7 @@ def _tally(
 
     Args:
         planes: bits of float32 values, [C, n].
-        counts: [bins], of magnitudes over 0..limit; empty counts nothing.
+        counts: [bins], of magnitudes over 0..limit.
         limit: 0 for an empty histogram.
         peaks: [C], bits of the greatest magnitude of each channel so far; they grow.
 
@@ -56,7 +59,7 @@ def _tally(
         under = (low ^ np.int32(0x7FFFFFFF)) & np.int32(0x7FFFFFFF) if low < 0 else np.int32(0)
         peak = max(under, high)
         peaks[c] = max(peaks[c], peak)
-        if bins == 0 or peak > np.int32(0x7F7FFFFF):
+        if peak > np.int32(0x7F7FFFFF):
             continue
         greatest = np.array([peak], np.int32).view(np.float32)[0]
         if limit == 0.0 and greatest > 0:
@@ -130,6 +133,15 @@ class Histogram:
             self.peaks = np.maximum(self.peaks, peaks)
             self.images += 1
             self.mean_peak += (float(peaks.max()) - self.mean_peak) / self.images
+
+    def stretch(self, least: NDArray[np.float32], most: NDArray[np.float32]) -> None:
+        """Take in the extremes of each image's channels, [B, C]; nothing is counted."""
+        peaks = np.maximum(np.abs(least), np.abs(most))
+        self.peaks = np.maximum(self.peaks, peaks.max(0)) if len(self.peaks) else peaks.max(0)
+        self.least, self.most = min(self.least, float(least.min())), max(self.most, float(most.max()))
+        for peak in peaks.max(1):
+            self.images += 1
+            self.mean_peak += (float(peak) - self.mean_peak) / self.images
 
     @property
     def peak(self) -> float:
@@ -219,15 +231,15 @@ def observe(
     Raises:
         UserError: there was no image, or a tensor is not finite.
     """
-    found = {name: Histogram() if histograms else Histogram(counts=np.zeros(0, np.int64)) for name in tensors}
+    if not histograms:
+        return _extremes(model, tensors, feed)
+    found = {name: Histogram() for name in tensors}
 
     def count(name: str, values: NDArray[np.float32]) -> None:
         try:
             found[name].add(values)
         except ValueError as error:
-            raise UserError(
-                f"calibration: {error} in the activation '{name}'; the network is broken before quantization"
-            ) from error
+            raise UserError(_BROKEN.format(name)) from error
 
     waiting: deque[list[Future[None]]] = deque()
     seen = 0
@@ -243,7 +255,51 @@ def observe(
             for counted in counting:
                 counted.result()
     if not seen:
-        raise UserError("calibration: no images; run the stage 'sample' with more of them")
+        raise UserError(_NO_IMAGES)
+    return found
+
+
+def _extremes(model: onnx.ModelProto, tensors: Sequence[str], feed: Iterable[NDArray[np.float32]]) -> dict[str, Histogram]:
+    """The extremes of tensors and of their channels; the network finds them itself, so that nothing large leaves it."""
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*model.graph.value_info, *model.graph.output)}
+    inner = [name for name in tensors if ranks.get(name, 0) > 2]
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    opset = next(opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx"))
+    for name in inner:
+        axes = list(range(2, ranks[name]))
+        probe.graph.initializer.append(onnx.numpy_helper.from_array(np.array(axes, np.int64), f"{name}_axes"))
+        for kind, since in _EXTREMES.items():
+            node = onnx.helper.make_node(kind, [name], [f"{name}_{kind}"], keepdims=0)
+            if opset >= since:
+                node.input.append(f"{name}_axes")
+            else:
+                node.attribute.append(onnx.helper.make_attribute("axes", axes))
+            probe.graph.node.append(node)
+    whole = [name for name in tensors if name not in inner]
+    wanted = [f"{name}_{kind}" for name in inner for kind in _EXTREMES] + whole
+    found = {name: Histogram(counts=np.zeros(0, np.int64)) for name in tensors}
+    last: deque[NDArray[np.float32]] = deque(maxlen=1)
+
+    def remembered() -> Iterator[NDArray[np.float32]]:
+        for images in feed:
+            last.append(images)
+            yield images
+
+    for made in computed_over(probe, wanted, remembered()):
+        for name in whole:
+            flat = made[name].reshape(*made[name].shape[:2], -1) if made[name].ndim > 1 else made[name].reshape(1, 1, -1)
+            made |= {f"{name}_ReduceMax": flat.max(-1), f"{name}_ReduceMin": flat.min(-1), f"{name}_ReduceSum": flat.sum(-1)}
+        # Greatest and least pass over NaN, the sum does not.
+        if not all(np.isfinite(made[f"{name}_{kind}"]).all() for name in tensors for kind in _EXTREMES):
+            for inside in computed_over(model, tensors, last):
+                broken = next((name for name in tensors if not np.isfinite(inside[name]).all()), None)
+                if broken is not None:
+                    raise UserError(_BROKEN.format(broken))
+        for name in tensors:
+            found[name].stretch(made[f"{name}_ReduceMin"], made[f"{name}_ReduceMax"])
+    if not last:
+        raise UserError(_NO_IMAGES)
     return found
 
 

@@ -1,7 +1,7 @@
 """Half precision by casts, with what would overflow kept in float."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,9 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
+from pipeline.errors import UserError
 from pipeline.models.onnx_graph import OnnxNetwork
+from pipeline.quantization import calibration
 from pipeline.quantization.calibration import Histogram
 from pipeline.quantization.graph import Graph
 
@@ -78,6 +80,36 @@ def out_of_range(model: onnx.ModelProto, found: Mapping[str, Histogram]) -> dict
         if reached > GREATEST / _ROOM and near:
             far[node.name] = reached
     return far
+
+
+def kept_in_fp32(
+    model: onnx.ModelProto, asked: Iterable[str], feed: Callable[[], Iterable[NDArray[np.float32]]]
+) -> tuple[dict[str, float], list[str]]:
+    """Nodes that half precision has no room for.
+
+    Args:
+        model: a float network.
+        asked: names of nodes that stay in float32 anyway.
+        feed: gives images, batches [B, 3, H, W], each time it is asked.
+
+    Returns:
+        Those that came near half precision's greatest number in float32, with what they reached; those that passed it when the
+        rest was computed in half precision.
+
+    Raises:
+        UserError: a node overflows though it is kept, or the network is broken before.
+    """
+    names = [model.graph.input[0].name, *activations(model)]
+    near = out_of_range(model, calibration.observe(model, names, feed(), histograms=False))
+    broken: list[str] = []
+    while found := overflowing(model, convert(model, {*asked, *near, *broken}), feed()):
+        if set(found) <= set(broken):
+            raise UserError(
+                f"'{found[0]}' overflows in half precision though it is kept in FP32; name its neighbours in "
+                "precision.nodes_to_exclude"
+            )
+        broken += [name for name in found if name not in broken]
+    return near, broken
 
 
 def overflowing(model: onnx.ModelProto, made: onnx.ModelProto, feed: Iterable[NDArray[np.float32]]) -> list[str]:

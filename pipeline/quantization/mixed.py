@@ -1,8 +1,9 @@
 """Mixed precision: which layers are worth leaving in float, by what they cost and give on the backend that will run them."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from scipy.optimize import isotonic_regression
 
 from evaluation.statistics import spearman
 from pipeline.errors import UserError
+from pipeline.quantization.graph import place
 from pipeline.quantization.probe import Probe, of_all_fields
 from pipeline.quantization.quantizers import Calibrated, Int8
 from pipeline.specs import CalibrationFeed
@@ -69,9 +71,12 @@ class Mixed:
         Raises:
             ValueError: a number is out of range.
         """
-        for option in ("max_drop", "min_agreement", "units", "finalists", "seconds"):
+        for option in ("max_drop", "min_agreement", "seconds"):
             if not isinstance(getattr(self, option), (int, float)):
                 raise ValueError(f"precision.{option}={getattr(self, option)}: choose a number")  # noqa: TRY004
+        for option in ("units", "finalists"):
+            if not isinstance(getattr(self, option), int):
+                raise ValueError(f"precision.{option}={getattr(self, option)}: choose a whole number")  # noqa: TRY004
         if not self.seconds > 0:
             raise ValueError(f"precision.seconds={self.seconds}: choose more than 0")
         if not 0 <= self.max_drop <= 1:
@@ -86,7 +91,7 @@ class Mixed:
             limit = None if self.max_latency is None else float(str(self.max_latency).removesuffix("x"))
         except ValueError:
             limit = -1.0
-        if limit is not None and limit <= 0:
+        if limit is not None and not 0 < limit < math.inf:
             raise ValueError(f"precision.max_latency={self.max_latency}: choose milliseconds, or 0.6x for a part of FP32's")
 
     def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:
@@ -114,7 +119,8 @@ class Mixed:
         chosen = self._choose(rows, times[0], timed)
         kept = {name for n in order[: rows[chosen]["float_units"]] for name in units[n].nodes}
         candidates[chosen].write(out)
-        calibrated.save(out)
+        solved = replace(calibrated, placement=place(calibrated.model, calibrated.placement.excluded | kept))
+        solved.save(out)
         content = {
             "backend": probe.backend.name,
             "timed": timed,
@@ -130,7 +136,7 @@ class Mixed:
         (out / SENSITIVITY).write_text(json.dumps(content, indent=1))
         return {
             "precision": "mixed",
-            **calibrated.summary(),
+            **solved.summary(),
             "budget_solved_on": probe.backend.name,
             "float_units": rows[chosen]["float_units"],
             "units": len(units),

@@ -1,5 +1,6 @@
 """What a typed network is worth while it is being made: error of its fields, AP, agreement and latency, on tune images."""
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import numpy as np
 import onnx
@@ -94,7 +95,7 @@ class Probe:
         self.framing, self.size, self.backend, self.decoder = framing, size, backend, decoder
         self.metric, self.agreement, self.reference, self.threads = metric, agreement, reference, threads
         self.spec = read_spec(reference)
-        self._built: WeakKeyDictionary[Candidate, tuple[tempfile.TemporaryDirectory[str], Path]] = WeakKeyDictionary()
+        self._built: WeakKeyDictionary[Candidate, Path] = WeakKeyDictionary()
 
     @cached_property
     def frames(self) -> list[NDArray[np.uint8]]:
@@ -110,13 +111,13 @@ class Probe:
     def engine(self, candidate: Candidate, threads: int = 0) -> Runner:
         """A candidate, built if it was not before, and loaded; its engine is gone with the candidate."""
         if candidate not in self._built:
-            folder = tempfile.TemporaryDirectory(prefix="posepress-probe-")
-            files = candidate.write(Path(folder.name))
-            out = Path(folder.name) / "engine"
+            folder = Path(tempfile.mkdtemp(prefix="posepress-probe-"))
+            finalize(candidate, shutil.rmtree, folder, ignore_errors=True)
+            out = folder / "engine"
             out.mkdir()
-            engine = self.backend.build(files, Shapes.of(self.framing, self.size, self.spec.input, 1), out)
-            self._built[candidate] = folder, engine
-        return self.backend.load(self._built[candidate][1], threads)
+            shapes = Shapes.of(self.framing, self.size, self.spec.input, 1)
+            self._built[candidate] = self.backend.build(candidate.write(folder), shapes, out)
+        return self.backend.load(self._built[candidate], threads)
 
     def _fields(self, runner: Runner) -> Iterator[Mapping[str, NDArray[np.float32]]]:
         for frame in self.frames:

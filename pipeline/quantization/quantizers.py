@@ -21,7 +21,7 @@ from pipeline.specs import FLAVOURS, SPEC_KEY, CalibrationFeed, read_spec
 
 SCALES, STEPS, FLOAT, TENSORRT_CACHE = "scales.json", "steps.json", "float.onnx", "calibration.cache"
 _STEP_IMAGES = 32  # calibration images for the table of steps
-_OF_ANOTHER = 0.5  # the fields' relative error with the scales of a network whose tensors have the same names
+_USELESS, _FAR = 0.5, 3.0  # scales with which fields are this wrong, and so much more than with plain ranges, do not fit
 _TRIAL_IMAGES = 16  # calibration images on which methods are compared
 _TRIED: tuple[tuple[calibration.Method, float], ...] = (
     ("percentile", 99.999), ("percentile", 99.99), ("percentile", 99.9), ("minmax", 100.0), ("mse", 0.0), ("entropy", 0.0),
@@ -60,20 +60,8 @@ class Fp16:
         assert feed is not None
         model = load(onnx_file)
         asked = matching(model, self.nodes_to_exclude, "precision.nodes_to_exclude")
-        names = [model.graph.input[0].name, *half.activations(model)]
-        near = half.out_of_range(model, calibration.observe(model, names, feed.read(None), histograms=False))
-        broken: list[str] = []
-        while True:
-            made = half.convert(model, {*asked, *near, *broken})
-            found = half.overflowing(model, made, feed.read(None))
-            if not found:
-                break
-            if set(found) <= set(broken):
-                raise UserError(
-                    f"{onnx_file.name}: '{found[0]}' overflows in half precision though it is kept in FP32; name its "
-                    "neighbours in precision.nodes_to_exclude"
-                )
-            broken += [name for name in found if name not in broken]
+        near, broken = half.kept_in_fp32(model, asked, lambda: feed.read(None))
+        made = half.convert(model, {*asked, *near, *broken})
         candidate = Candidate(dict.fromkeys(FLAVOURS, made))
         candidate.write(out)
         errors = {} if probe is None else {f"error_{name}": value for name, value in probe.errors(candidate).items()}
@@ -189,9 +177,10 @@ class Int8:
         kept = Path(self.cal_cache_file) if self.cal_cache_file and most is None else None
         tried: dict[str, float] = {}
         ranges = {**key, "algorithm": _digest(ranged)}
-        key["algorithm"] = _digest([*ranged, self.calibration_method, self.percentile, self.high_precision_dtype])
+        judged = [self.weight_scale, self.reduce_range] if self.calibration_method == "auto" else []  # the trials round weights
+        key["algorithm"] = _digest([*ranged, self.calibration_method, self.percentile, self.high_precision_dtype, *judged])
         if kept is not None and kept.exists():
-            rows = caches.read_scales(kept, key)
+            rows = caches.read_scales(kept, key, placement.tensors)
             found = {name: Histogram(least=row["least"], most=row["most"]) for name, row in rows.items()}
             thresholds, source = {name: float(row["threshold"]) for name, row in rows.items()}, str(kept)
         else:
@@ -200,8 +189,11 @@ class Int8:
             thresholds, tried = self._thresholds(model, placement, found, feed)
         scales = self._scales(thresholds, found, placement)
         shifts = equalization.mean_shifts(model, placement, scales, feed.read(most)) if self.bias_correction else {}
-        in_half = self.high_precision_dtype == "fp16"
-        made = Calibrated(model, placement, scales, shifts, thresholds, found, key, rescaled, in_half, tried, source)
+        kept_fp32 = None
+        if self.high_precision_dtype == "fp16":
+            near, broken = half.kept_in_fp32(model, (), lambda: feed.read(most))
+            kept_fp32 = frozenset({*near, *broken})
+        made = Calibrated(model, placement, scales, shifts, thresholds, found, key, rescaled, kept_fp32, tried, source)
         if kept is not None and not kept.exists():
             caches.write_scales(kept, key, made.rows(), sorted(placement.excluded), made.scales.most_weight)
         return made
@@ -234,14 +226,15 @@ class Int8:
             return of_all_fields(field_errors(computed(written), expected))
 
         if self.tensorrt_cache:
-            best = _imported(Path(self.tensorrt_cache), placement)
-            wrong = error(best)
-            if not wrong < _OF_ANOTHER:
+            imported = _imported(Path(self.tensorrt_cache), placement)
+            wrong, ours = error(imported), error({name: one.threshold("minmax") for name, one in found.items()})
+            if not wrong < max(_USELESS, _FAR * ours):
                 raise UserError(
-                    f"precision.tensorrt_cache={self.tensorrt_cache}: with its scales the fields' error on calibration "
-                    f"images is {wrong:.2f} of their size; it is of another network with the same names: calibrate this one"
+                    f"precision.tensorrt_cache={self.tensorrt_cache}: its scales do not fit: with them the fields' error on "
+                    f"calibration images is {wrong:.2f} of their size, with the range of these images {ours:.2f}; it may be of "
+                    "another network with the same tensor names: calibrate this one"
                 )
-            return best, {}
+            return imported, {}
         choices = {
             f"{method} {percentile}" if method == "percentile" else method: {
                 name: one.threshold(method, percentile) for name, one in found.items()
@@ -315,7 +308,7 @@ class Calibrated:
         found: what is known of each tensor.
         key: what all this follows from.
         rescaled: how many channels and tensors were equalized.
-        in_half: whether TensorRT's flavour computes the rest in half precision.
+        kept_fp32: nodes that stay in FP32 where TensorRT's flavour computes the rest in half precision; None where it does not.
         tried: the error of the fields by calibration method, where several were tried.
         source: what the thresholds come from.
     """
@@ -328,7 +321,7 @@ class Calibrated:
     found: Mapping[str, Histogram]
     key: Mapping[str, str]
     rescaled: Mapping[str, int]
-    in_half: bool
+    kept_fp32: frozenset[str] | None
     tried: Mapping[str, float] = field(default_factory=dict)
     source: str = "the calibration images"
 
@@ -344,8 +337,8 @@ class Calibrated:
             if flavour == "onnxruntime":
                 model, _ = alignment.align(model)
             made[flavour] = writers.insert(model, chosen, self.scales, flavour)  # type: ignore[arg-type]
-        if self.in_half:
-            made["tensorrt"] = half.convert(made["tensorrt"], half.out_of_range(self.model, self.found))
+        if self.kept_fp32 is not None:
+            made["tensorrt"] = half.convert(made["tensorrt"], self.kept_fp32)
         return Candidate(made)
 
     def without(self, names: set[str]) -> Candidate:
@@ -387,6 +380,7 @@ class Calibrated:
             "equalized_channels": self.rescaled["channels"],
             "equalized_tensors": self.rescaled["tensors"],
             "float_layers": sorted(self.placement.excluded),
+            **({} if self.kept_fp32 is None else {"kept_fp32": sorted(self.kept_fp32)}),
             "weight_bits": 8 if self.scales.most_weight == 127 else 7,
         }
 
@@ -413,8 +407,9 @@ class Retrained:
         found = {name: Histogram(least=row["least"], most=row["most"]) for name, row in rows.items()}
         least = half.LEAST_NORMAL if in_half else LEAST_SCALE
         scales = writers.Scales.of(thresholds, lows, placement, most_weight=content["most_weight"], least=least)
+        kept_fp32 = frozenset(half.out_of_range(model, found)) if in_half else None
         made = Calibrated(
-            model, placement, scales, {}, thresholds, found, content["key"], {"channels": 0, "tensors": 0}, in_half
+            model, placement, scales, {}, thresholds, found, content["key"], {"channels": 0, "tensors": 0}, kept_fp32
         )
         candidate = made.written()
         candidate.write(out)

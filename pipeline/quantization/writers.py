@@ -110,6 +110,17 @@ class _Writer:
         self.nodes.append(helper.make_node("DequantizeLinear", [held, *parts], [f"{tensor}_dequantized"], name=f"{tensor}_DQ"))
         self.emitted.add(tensor)
 
+    def in_float(self, tensor: str) -> str:
+        """A copy of a dequantized tensor, for a convolution that stays in float between quantized neighbours.
+
+        ONNX Runtime quantizes the weights of a float convolution between a DQ and a Q by itself, one scale for all of them.
+        """
+        copy = f"{tensor}_in_float"
+        if copy not in self.emitted:
+            self.nodes.append(helper.make_node("Sum", [f"{tensor}_dequantized"], [copy], name=copy))
+            self.emitted.add(copy)
+        return copy
+
     def finish(self) -> onnx.ModelProto:
         model = onnx.ModelProto()
         model.CopyFrom(self.graph.model)
@@ -173,7 +184,11 @@ def insert(model: onnx.ModelProto, placement: Placement, scales: Scales, flavour
             residual = not for_cpu and node.op_type == "Add" and placement.skips.get(node.name) == name
             fused = node.op_type in operators and node.name not in held
             if residual or fused or (for_cpu and name in writer.emitted):
-                copy.input[place_] = f"{name}_dequantized"
+                alone = for_cpu and node.op_type in WEIGHTED and graph.activated(node.output[0]) in chosen and not fused
+                if not alone:
+                    copy.input[place_] = f"{name}_dequantized"
+                elif name in graph.producer:  # an image is there in float
+                    copy.input[place_] = writer.in_float(name)
         if node.op_type in operators & set(WEIGHTED) and node.name not in held and node.input[0] in placement.inputs:
             copy.input[1] = writer.weights(node)
         writer.nodes.append(copy)

@@ -91,6 +91,7 @@ def run(
                 f"           quantized, but not run in INT8: {', '.join(x['name'] for x in lost[:5])}"
                 f"{f' and {len(lost) - 5} more' if len(lost) > 5 else ''} (why: audit.json)",
                 soft_wrap=True,
+                markup=False,
             )
         summary = {
             "timed": 1,
@@ -99,7 +100,7 @@ def run(
             "engine_mb": built["summary"]["engine_mb"],
             **{f"ran_{kind}_{name}": x for kind in audit.KINDS for name, x in audit.shares(layers, kind).items()},
             "ran": audit.label(ran),
-            "not_in_int8": [f"{x['name']} ({x.get('reason') or x['op']})" for x in lost],
+            "not_in_int8": None if lost is None else [f"{x['name']} ({x.get('reason') or x['op']})" for x in lost],
             "backend": backend.name,
             "device": device.name(machine, backend.on_gpu),
             "threads": threads,

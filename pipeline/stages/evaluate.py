@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,10 +12,8 @@ from evaluation.statistics import bootstrap
 from evaluation.types import Resolution
 from pipeline.artifacts import Job, read_manifest
 from pipeline.errors import UserError
-from pipeline.inference import Watch, load_results, predict, save_results, shown
+from pipeline.inference import Watch, load_results, predict, resumed
 from pipeline.specs import Backend, Decoder, Framing, Metric, Splits
-
-_SAVE_EVERY = 30.0  # seconds between partial results
 
 
 def run(
@@ -71,25 +68,12 @@ def run(
         read = AveragedFields(decode, runner.spec) if framing.averaged else decode
 
         def results(split: str) -> Iterator[tuple[int, Any, Any]]:
-            """Place, sample and what was found, of every image; an interrupted pass goes on where it was."""
-            part, file = data.open(split), job.scratch / f"{split}.npz"
-            done = load_results(file) if file.exists() else {}
-            kept = list(done.items())
-            for place, (image, found) in enumerate(kept):
-                sample = part[place]
-                assert sample.id == image
-                yield place, sample, found
-            saved = time.monotonic()
-            rest = predict(part, runner, framing, read, size, batch, range(len(kept), len(part)), watch)
-            try:
-                for sample, found in shown(rest, watch, f"{split} images", len(part) - len(kept)):
-                    kept.append((sample.id, found))
-                    yield len(kept) - 1, sample, found
-                    if time.monotonic() - saved > _SAVE_EVERY:
-                        _save(job, file, kept)
-                        saved = time.monotonic()
-            finally:
-                _save(job, file, kept)
+            part = data.open(split)
+
+            def rest(start: int) -> Iterator[tuple[Any, Any]]:
+                return predict(part, runner, framing, read, size, batch, range(start, len(part)), watch)
+
+            return resumed(part, job.scratch / f"{split}.npz", rest, watch, f"{split} images")
 
         for place, sample, found in results("validation"):
             measures[""].process(sample.id, sample.truth, found)
@@ -108,17 +92,7 @@ def run(
             for _, sample, found in results("agreement"):
                 measures["agreement"].process(sample.id, reference[sample.id], found)
     (job.out / "pictures" / "captions.json").write_text(json.dumps(captions))
-    summary: dict[str, Any] = {}
-    for name, measure in measures.items():
-        draws = bootstrap(measure.matches(), resamples)
-        draws.save(job.out / f"draws{name and '.'}{name}.npz")
-        (job.out / f"predictions{name and '.'}{name}.json").write_text(_array(measure.results()))
-        figures = {
-            **measure.evaluate(),
-            f"{measure.primary}_lo": draws.interval.low,
-            f"{measure.primary}_hi": draws.interval.high,
-        }
-        summary |= {f"{name}_{key}" if name else key: value for key, value in {**figures, **measure.counts()}.items()}
+    summary = _figures(job, measures, resamples)
     (job.out / "details.json").write_text(json.dumps(measures[""].details(), indent=1))
     summary |= {
         "primary": measures[""].primary,
@@ -131,10 +105,20 @@ def run(
     return summary
 
 
-def _save(job: Job, file: Any, kept: list[tuple[str, Any]]) -> None:
-    if kept:
-        job.scratch.mkdir(parents=True, exist_ok=True)
-        save_results(file, kept)
+def _figures(job: Job, measures: Mapping[str, Metric[Any, Any]], resamples: int) -> dict[str, Any]:
+    """The figures of every measure, with the primary one's interval; draws and predictions are written."""
+    summary: dict[str, Any] = {}
+    for name, measure in measures.items():
+        draws = bootstrap(measure.matches(), resamples)
+        draws.save(job.out / f"draws{name and '.'}{name}.npz")
+        (job.out / f"predictions{name and '.'}{name}.json").write_text(_array(measure.results()))
+        figures = {
+            **measure.evaluate(),
+            f"{measure.primary}_lo": draws.interval.low,
+            f"{measure.primary}_hi": draws.interval.high,
+        }
+        summary |= {f"{name}_{key}" if name else key: value for key, value in {**figures, **measure.counts()}.items()}
+    return summary
 
 
 def _array(records: Iterator[Mapping[str, Any]]) -> str:

@@ -63,9 +63,9 @@ def run(
         report = dict(quantizer.quantize(model, feed, probe, job.out))
     except ValueError as error:
         raise UserError(str(error)) from error
-    notes = [f"scales from {report['scales_from']}"] if "scales_from" in report else []
+    notes = [f"scales from {source}"] if (source := report.pop("scales_from", "")) else []  # a path, so not for the manifest
     if "tune_error" in report and "tune_agreement" not in report:
         notes.append("agreement did not judge: FP32 is sure of nobody in the tune images")
     if notes:
-        Console(stderr=True, highlight=False).print(f"           {'; '.join(notes)}", soft_wrap=True)
+        Console(stderr=True, highlight=False).print(f"           {'; '.join(notes)}", soft_wrap=True, markup=False)
     return {**report, "macs": macs(onnx.load(model), size)}
