@@ -105,6 +105,11 @@ def test_limits_that_nothing_keeps_are_refused_with_the_nearest():
         ({"max_drop": "abc"}, "max_drop=abc: choose a number"),
     ],
 )
+def test_budgets_that_mean_nothing_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Mixed(**options)
+
+
 def test_a_candidates_engine_is_built_once_and_goes_with_it(smoke, images):
     built = []
 
@@ -122,11 +127,6 @@ def test_a_candidates_engine_is_built_once_and_goes_with_it(smoke, images):
     assert folder.exists()
     del candidate
     assert not folder.exists()
-
-
-def test_budgets_that_mean_nothing_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        Mixed(**options)
 
 
 def test_a_file_quantized_elsewhere_is_taken_measured_and_audited(smoke):
