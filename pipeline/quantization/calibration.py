@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from evaluation.compiled import compiled
 from pipeline.errors import UserError
-from pipeline.quantization.graph import computed_over
+from pipeline.quantization.graph import Graph, computed_over
 
 Method = Literal["minmax", "moving_average", "percentile", "entropy", "mse"]
 METHODS: tuple[str, ...] = get_args(Method)
 
 _BINS = 2048
 _LEVELS = 128  # magnitudes that symmetric 8-bit integers have
-_EXTREMES = {"ReduceMax": 18, "ReduceMin": 18, "ReduceSum": 13}  # operators, and since which opset their axes are an input
+_GREATEST, _LEAST, _SUM = "posepress_greatest", "posepress_least", "posepress_sum"
 _NO_IMAGES = "calibration: no images; run the stage 'sample' with more of them"
 _BROKEN = "calibration: NaN or infinity in the activation '{}'; the network is broken before quantization"
 _LARGEST = np.int32(0x7F7FFFFF)  # the bits of the greatest finite float32
@@ -134,11 +134,12 @@ class Histogram:
             self.images += 1
             self.mean_peak += (float(peaks.max()) - self.mean_peak) / self.images
 
-    def stretch(self, least: NDArray[np.float32], most: NDArray[np.float32]) -> None:
-        """Take in the extremes of each image's channels, [B, C]; nothing is counted."""
-        peaks = np.maximum(np.abs(least), np.abs(most))
+    def stretch(self, values: NDArray[np.float32]) -> None:
+        """Take in the extremes of an array [B, C, ...]; nothing is counted."""
+        flat = values.reshape(*values.shape[:2], -1) if values.ndim > 1 else values.reshape(1, 1, -1)
+        peaks = np.abs(flat).max(-1)
         self.peaks = np.maximum(self.peaks, peaks.max(0)) if len(self.peaks) else peaks.max(0)
-        self.least, self.most = min(self.least, float(least.min())), max(self.most, float(most.max()))
+        self.least, self.most = min(self.least, float(flat.min())), max(self.most, float(flat.max()))
         for peak in peaks.max(1):
             self.images += 1
             self.mean_peak += (float(peak) - self.mean_peak) / self.images
@@ -260,25 +261,17 @@ def observe(
 
 
 def _extremes(model: onnx.ModelProto, tensors: Sequence[str], feed: Iterable[NDArray[np.float32]]) -> dict[str, Histogram]:
-    """The extremes of tensors and of their channels; the network finds them itself, so that nothing large leaves it."""
-    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*model.graph.value_info, *model.graph.output)}
-    inner = [name for name in tensors if ranks.get(name, 0) > 2]
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
-    opset = next(opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx"))
-    for name in inner:
-        axes = list(range(2, ranks[name]))
-        probe.graph.initializer.append(onnx.numpy_helper.from_array(np.array(axes, np.int64), f"{name}_axes"))
-        for kind, since in _EXTREMES.items():
-            node = onnx.helper.make_node(kind, [name], [f"{name}_{kind}"], keepdims=0)
-            if opset >= since:
-                node.input.append(f"{name}_axes")
-            else:
-                node.attribute.append(onnx.helper.make_attribute("axes", axes))
-            probe.graph.node.append(node)
-    whole = [name for name in tensors if name not in inner]
-    wanted = [f"{name}_{kind}" for name in inner for kind in _EXTREMES] + whole
+    """The extremes of tensors and of their channels; the network finds them itself, so that nothing large leaves it.
+
+    The least value of a tensor that cannot be negative is taken to be 0.
+    """
+    probe, sizes, signed = _reducing(model, tensors)
+    ends = np.cumsum([0, *sizes.values()])
+    places = {name: slice(start, end) for name, start, end in zip(sizes, ends, ends[1:], strict=False)}
+    negative = np.array([place for name in signed for place in range(ends[-1])[places[name]]], np.intp)
     found = {name: Histogram(counts=np.zeros(0, np.int64)) for name in tensors}
+    whole = [name for name in tensors if name not in sizes]
+    least, most, mean_peaks, count = np.full(ends[-1], np.inf), np.full(ends[-1], -np.inf), np.zeros(len(sizes)), 0
     last: deque[NDArray[np.float32]] = deque(maxlen=1)
 
     def remembered() -> Iterator[NDArray[np.float32]]:
@@ -286,21 +279,62 @@ def _extremes(model: onnx.ModelProto, tensors: Sequence[str], feed: Iterable[NDA
             last.append(images)
             yield images
 
-    for made in computed_over(probe, wanted, remembered()):
-        for name in whole:
-            flat = made[name].reshape(*made[name].shape[:2], -1) if made[name].ndim > 1 else made[name].reshape(1, 1, -1)
-            made |= {f"{name}_ReduceMax": flat.max(-1), f"{name}_ReduceMin": flat.min(-1), f"{name}_ReduceSum": flat.sum(-1)}
-        # Greatest and least pass over NaN, the sum does not.
-        if not all(np.isfinite(made[f"{name}_{kind}"]).all() for name in tensors for kind in _EXTREMES):
+    wanted = [output.name for output in probe.graph.output[len(model.graph.output) :]]
+    for made in computed_over(probe, [*wanted, *whole], remembered()):
+        # The greatest and the least pass over NaN, the sum does not.
+        if not all(np.isfinite(values).all() for values in made.values()):
             for inside in computed_over(model, tensors, last):
                 broken = next((name for name in tensors if not np.isfinite(inside[name]).all()), None)
                 if broken is not None:
                     raise UserError(_BROKEN.format(broken))
-        for name in tensors:
-            found[name].stretch(made[f"{name}_ReduceMin"], made[f"{name}_ReduceMax"])
+        for name in whole:
+            found[name].stretch(made[name])
+        for n in range(len(last[0]) if sizes else 0):
+            high, low = made[_GREATEST][n].ravel(), np.zeros(ends[-1], np.float32)
+            if signed:
+                low[negative] = made[_LEAST][n].ravel()
+            least, most, count = np.minimum(least, low), np.maximum(most, high), count + 1
+            mean_peaks += (np.maximum.reduceat(np.maximum(-low, high), ends[:-1]) - mean_peaks) / count
     if not last:
         raise UserError(_NO_IMAGES)
+    for (name, place), mean_peak in zip(places.items(), mean_peaks, strict=True):
+        low, high = least[place], most[place]
+        peaks = np.maximum(np.maximum(-low, high), 0).astype(np.float32)
+        found[name] = Histogram(0.0, float(low.min()), float(high.max()), float(mean_peak), count, found[name].counts, peaks)
     return found
+
+
+def _reducing(model: onnx.ModelProto, tensors: Sequence[str]) -> tuple[onnx.ModelProto, dict[str, int], list[str]]:
+    """A network that also returns the greatest value and the sum of every channel, and the least where it may be negative.
+
+    Pooling looks at maps in whatever layout the runtime has them in; a reduction would have all of them put in order first.
+
+    Returns:
+        The network; how many channels tensors have, but for those without maps or of unknown sizes; those that may be negative.
+    """
+    graph = Graph(model)
+    values = (*model.graph.value_info, *model.graph.output, *model.graph.input)
+    shapes = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in values}
+    sizes = {name: shapes[name][1] for name in tensors if len(shapes.get(name, ())) == 4 and shapes[name][1]}
+    signed = [name for name in sizes if (bounds := graph.bounds(name)) is None or bounds[0] < 0]
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    made: dict[str, list[str]] = {_GREATEST: [], _LEAST: [], _SUM: []}
+
+    def node(kind: str, source: str, **attributes: Any) -> str:
+        probe.graph.node.append(onnx.helper.make_node(kind, [source], [f"{source}_{kind}"], **attributes))
+        return f"{source}_{kind}"
+
+    for name in sizes:
+        made[_GREATEST].append(node("GlobalMaxPool", name))
+        made[_SUM].append(node("GlobalAveragePool", name))
+        if name in signed:
+            made[_LEAST].append(node("Neg", node("GlobalMaxPool", node("Neg", name))))
+    for result, parts in made.items():
+        if parts:
+            probe.graph.node.append(onnx.helper.make_node("Concat", parts, [result], axis=1))
+            probe.graph.output.append(onnx.helper.make_tensor_value_info(result, onnx.TensorProto.FLOAT, None))
+    return probe, sizes, signed
 
 
 def save(found: Mapping[str, Histogram]) -> dict[str, NDArray[np.generic]]:
