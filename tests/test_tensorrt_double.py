@@ -1,5 +1,6 @@
 """The strict double refuses what TensorRT refuses, and the backend gets through it."""
 
+import hashlib
 import json
 import sys
 
@@ -11,24 +12,29 @@ from onnx import numpy_helper
 
 from evaluation.types import Resolution
 from pipeline.backends.onnxruntime import OnnxRuntime
-from pipeline.backends.tensorrt import TensorRT, TensorRTRunner, _logger
+from pipeline.backends.tensorrt import TensorRT
+from pipeline.backends.tensorrt_runner import TensorRTRunner, check, logger
 from pipeline.errors import UserError
 from pipeline.specs import ModelFiles, Shapes
 
 SIZE = Resolution(64, 80)
 
 
-@pytest.fixture
-def trt(monkeypatch):
+VERSIONS = ["10_3", "10_16", "11_1"]
+
+
+@pytest.fixture(params=VERSIONS)
+def trt(monkeypatch, request):
     """The double as `tensorrt`, for this test only."""
+    monkeypatch.setenv("POSEPRESS_TENSORRT_DOUBLE", request.param)
     monkeypatch.syspath_prepend(str(FAKES))
-    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
-    _logger.cache_clear()
+    for name in ("tensorrt", "cuda", "cuda.bindings", "cuda.bindings.runtime"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    logger.cache_clear()
     import tensorrt
 
     yield tensorrt
-    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
-    _logger.cache_clear()
+    logger.cache_clear()
 
 
 def quantized(finished, precision):
@@ -107,15 +113,125 @@ def test_an_input_outside_the_profile_is_refused(trt, finished, tmp_path):
         runner(images)
 
 
-def test_a_foreign_or_damaged_plan_is_refused(trt, finished, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tensorrt": "10.1.0"}, r"built by TensorRT 10\.1\.0, here is .*stage=build force=true"),
+        ({"gpu": {"name": "Orin", "sm": "8.7"}}, r"built for Orin \(SM 8\.7\), here is Double of a GPU \(SM 9\.0\)"),
+        ({"hardware_compatibility_level": "same_compute_capability", "gpu": {"name": "A", "sm": "8.7"}}, "built for A"),
+        ({"bytes": 7}, "not the 7 that were built; copy it again"),
+        ({"sha256": "0"}, "that were built; copy it again"),
+        (None, "not the description of a plan"),
+    ],
+)
+def test_a_plan_of_another_machine_or_build_is_refused(trt, finished, tmp_path, change, message):
     engine = TensorRT().build(quantized(finished, "fp32"), shapes(1), tmp_path)
-    blob = engine.read_bytes()
-    engine.write_bytes(blob.replace(b"10.16.0", b"10.03.0"))
-    with pytest.raises(UserError, match=r"Version tag does not match.*stage=build force=true"):
+    side = tmp_path / "engine.json"
+    side.write_text("[]" if change is None else json.dumps({**json.loads(side.read_text()), **change}))
+    with pytest.raises(UserError, match=message):
         TensorRTRunner(engine)
+
+
+def test_compatible_plans_run_elsewhere(trt, finished, tmp_path):
+    engine = TensorRT(version_compatible=True, hardware_compatibility_level="ampere_plus").build(
+        quantized(finished, "fp32"), shapes(1), tmp_path
+    )
+    side = json.loads((tmp_path / "engine.json").read_text())
+    gpu = {"name": "another", "sm": "8.9"}
+    assert check(engine, side["tensorrt"], gpu)["version_compatible"]
+    major, minor, rest = side["tensorrt"].split(".", 2)
+    assert check(engine, f"{major}.{int(minor) + 1}.{rest}", gpu)
+    for version in (f"{int(major) + 1}.0.0", f"{major}.0.0"):
+        with pytest.raises(UserError, match="built by TensorRT"):
+            check(engine, version, gpu)
+    with pytest.raises(UserError, match=r"built for .* here is old \(SM 7\.5\)"):
+        check(engine, side["tensorrt"], {"name": "old", "sm": "7.5"})
+
+
+def test_what_tensorrt_cannot_load_is_refused_with_its_reason(trt, finished, tmp_path):
+    engine = TensorRT().build(quantized(finished, "fp32"), shapes(1), tmp_path)
     engine.write_bytes(b"nothing")
-    with pytest.raises(UserError, match="magic tag does not match"):
+    side = json.loads((tmp_path / "engine.json").read_text())
+    side |= {"bytes": 7, "sha256": hashlib.sha256(b"nothing").hexdigest()}
+    (tmp_path / "engine.json").write_text(json.dumps(side))
+    with pytest.raises(UserError, match="cannot be loaded: .*magic tag does not match.*stage=build force=true"):
         TensorRTRunner(engine)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tactic_sources": ["cudnnn"]}, r"tactic_sources=cudnnn: TensorRT .* has no TacticSource of this name"),
+        ({"preview_features": ["faster"]}, "preview_features=faster: TensorRT .* has no PreviewFeature of this name.*it has "),
+        ({"hardware_compatibility_level": "all"}, "has no HardwareCompatibilityLevel of this name.*none"),
+        ({"plugins": ["missing.so"]}, "backend.plugins: missing.so is not there"),
+    ],
+)
+def test_what_a_version_lacks_is_named(trt, finished, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        TensorRT(**options).build(quantized(finished, "fp32"), shapes(1), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_out_of_range_are_refused():
+    for options in ({"builder_optimization_level": 6}, {"mem_pool_size_mb": 0}, {"tf32": "yes"}, {"device": -1}):
+        with pytest.raises(ValueError, match=f"backend.{next(iter(options))}="):
+            TensorRT(**options)
+
+
+def test_measured_kernels_are_kept_and_taken_up(trt, finished, tmp_path):
+    backend = TensorRT(timing_cache=str(tmp_path / "cache"))
+    (tmp_path / "a").mkdir()
+    backend.build(quantized(finished, "fp32"), shapes(1), tmp_path / "a")
+    (file,) = (tmp_path / "cache").glob("*.timing")
+    assert trt.__version__ in file.name
+    assert "sm9.0" in file.name
+    first = file.read_bytes()
+    assert b"Conv" in first
+    assert b"QuantizeLinear" not in first
+    backend.build(quantized(finished, "int8"), shapes(1), tmp_path / "a")
+    assert b"QuantizeLinear" in file.read_bytes()
+    assert b"Conv" in file.read_bytes()
+    file.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="backend.timing_cache: .*is damaged, or of another TensorRT or GPU.*delete it"):
+        backend.build(quantized(finished, "fp32"), shapes(1), tmp_path / "a")
+    file.write_bytes(first.replace(trt.__version__.encode(), b"9.9.9"))
+    with pytest.raises(UserError, match="delete it"):
+        backend.build(quantized(finished, "fp32"), shapes(1), tmp_path / "a")
+
+
+def test_a_shape_runs_as_one_graph_and_several_shapes_in_turns(trt, finished, tmp_path):
+    from cuda.bindings import runtime
+
+    files, sizes = quantized(finished, "fp32"), (Resolution(64, 80), Resolution(64, 96))
+    engine = TensorRT().build(files, Shapes((sizes[0], sizes[0], sizes[1]), (1, 1, 2)), tmp_path)
+    draw = np.random.default_rng(1)
+    images = [draw.integers(0, 255, (n % 2 + 1, *(64, 80 + 16 * (n // 2 % 2)), 3), np.uint8) for n in range(8)]
+    with TensorRTRunner(engine) as graphs, TensorRTRunner(engine, cuda_graph=False) as plain:
+        runtime.log.clear()
+        every = [graphs(graphs.upload(image)) for image in images]
+        launched = sum(name == "cudaGraphLaunch" for name, _ in runtime.log)
+        assert launched == len(images)
+        allocated = sum(name == "cudaMalloc" for name, _ in runtime.log)
+        again = [graphs.download(graphs(graphs.upload(image))) for image in images]
+        assert sum(name == "cudaMalloc" for name, _ in runtime.log) - allocated < len(images), "memory is used again"
+        for image, kept, found in zip(images, every, again, strict=True):
+            expected = plain.download(plain(plain.upload(image)))
+            for name in expected:
+                assert np.array_equal(expected[name], found[name])
+                assert np.array_equal(expected[name], np.asarray(kept[name])), "later calls do not write over it"
+
+
+def test_the_layers_are_audited(trt, finished, tmp_path):
+    from evaluation import audit
+
+    for precision in ("fp32", "int8"):
+        out = tmp_path / precision
+        out.mkdir()
+        engine = TensorRT().build(quantized(finished, precision), shapes(1), out)
+        listed = TensorRT().audit(engine, SIZE)
+        ran = audit.shares(listed, "layers")
+        assert ran.get(precision, 0) > 0.8
 
 
 def planted(files, tmp_path, fault):
@@ -170,18 +286,24 @@ def test_what_tensorrt_refuses_is_refused(trt, finished, tmp_path, fault, messag
 
 def test_precision_flags_and_missing_profiles_fail_as_in_tensorrt(trt, finished):
     file = str(quantized(finished, "fp32").onnx["tensorrt"])
-    builder = trt.Builder(_logger())
+    builder = trt.Builder(logger())
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    assert trt.OnnxParser(network, _logger()).parse_from_file(file)
+    assert trt.OnnxParser(network, logger()).parse_from_file(file)
     config = builder.create_builder_config()
     assert builder.build_serialized_network(network, config) is None
-    assert "no optimization profile" in _logger().errors[-1]
+    assert "no optimization profile" in logger().errors[-1]
+    if trt.__version__.startswith("11"):
+        with pytest.raises(AttributeError):
+            trt.BuilderFlag.INT8
+        return
     config.set_flag(trt.BuilderFlag.INT8)
     assert builder.build_serialized_network(network, config) is None
-    assert "incompatible with strongly typed networks" in _logger().errors[-1]
+    assert "incompatible with strongly typed networks" in logger().errors[-1]
 
 
-def test_the_whole_chain_runs_and_its_figures_are_left_out(smoke):
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_whole_chain_runs_and_its_figures_are_left_out(smoke, monkeypatch, version):
+    monkeypatch.setenv("POSEPRESS_TENSORRT_DOUBLE", version)
     done = pipeline(*SMOKE, "backend=tensorrt", "precision=int8", cwd=smoke, double=True, check=0)
     assert "left out: 1 evaluated with the TensorRT test double" in done.stdout.replace("\n", " ")
     (folder,) = (smoke / "outputs/smoke/evaluate").glob("*tensorrt*")

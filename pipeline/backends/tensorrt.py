@@ -1,44 +1,23 @@
 """TensorRT 10 and 11, strongly typed: precision is what the ONNX file says."""
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
+from filelock import FileLock
 
-from evaluation.types import Array, Fields, NetworkSpec, Resolution
-from pipeline.errors import UserError
+from evaluation.types import Resolution
+from pipeline.backends.device_memory import DeviceMemory
+from pipeline.backends.engine_inspector import layers
+from pipeline.backends.tensorrt_runner import ENGINE, SIDE, TensorRTRunner, failed, load_plugins, logger
+from pipeline.errors import UserError, nearest
 from pipeline.specs import SPEC_KEY, ModelFiles, Shapes
 
-ENGINE, SIDE = "engine.plan", "engine.json"
-
-
-@cache
-def _logger() -> Any:
-    """TensorRT's logger; it keeps the last errors, because failing calls only return None and say why here."""
-    import tensorrt as trt
-
-    class Logger(trt.ILogger):  # type: ignore[misc] # the base exists only where TensorRT does
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, msg: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(msg)
-
-    return Logger()
-
-
-def _failed(what: str, fix: str) -> UserError:
-    """The error of a call that returned nothing, with what TensorRT logged."""
-    logger = _logger()
-    reason = "; ".join(logger.errors[-3:]) or "TensorRT gave no reason"
-    logger.errors.clear()
-    return UserError(f"{what}: {reason}; {fix}")
+_LAST_WITH_FLAG = 10  # later versions have no other kind of network than strongly typed ones
 
 
 def _shape(batch: int, size: Resolution) -> tuple[int, int, int, int]:
@@ -47,17 +26,60 @@ def _shape(batch: int, size: Resolution) -> tuple[int, int, int, int]:
 
 @dataclass(frozen=True)
 class TensorRT:
-    """Builds plans from the int8 flavour and runs them.
+    """Builds plans from the int8 flavour and runs them. Options have the names that trtexec's users know.
 
     Attributes:
         mem_pool_size_mb: workspace the builder may use.
         builder_optimization_level: 0 to 5.
         tf32: let float32 layers use TF32; off gives a true FP32 baseline.
+        tactic_sources: names of those that may be used; None leaves TensorRT's own.
+        preview_features: names of those that are switched on.
+        hardware_compatibility_level: "none", "ampere_plus" or, from 10.16 on, "same_compute_capability".
+        version_compatible: the plan runs with later versions of the same major one.
+        refit: weights of the plan can be replaced.
+        strip_weights: the plan holds no weights that refitting can bring; implies refitting with the same weights.
+        sparse_weights: use 2:4 sparse kernels where weights are so.
+        plugins: libraries to load before parsing.
+        timing_cache: a folder where measured kernels are kept, by version and GPU; None measures anew.
+        avg_timing_iterations: how often a kernel is measured.
+        cuda_graph: replay the plan as one CUDA graph for each input shape.
+        device: number of the GPU.
     """
 
     mem_pool_size_mb: int = 4096
     builder_optimization_level: int = 3
     tf32: bool = False
+    tactic_sources: Sequence[str] | None = None
+    preview_features: Sequence[str] = ()
+    hardware_compatibility_level: str = "none"
+    version_compatible: bool = False
+    refit: bool = False
+    strip_weights: bool = False
+    sparse_weights: bool = False
+    plugins: Sequence[str] = ()
+    timing_cache: str | None = None
+    avg_timing_iterations: int = 1
+    cuda_graph: bool = True
+    device: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the options that are the same for all versions.
+
+        Raises:
+            ValueError: one is out of range.
+        """
+        for option, least, most in (
+            ("mem_pool_size_mb", 1, 1 << 20),
+            ("builder_optimization_level", 0, 5),
+            ("avg_timing_iterations", 1, 1000),
+            ("device", 0, 1000),
+        ):
+            value = getattr(self, option)
+            if not isinstance(value, int) or not least <= value <= most:
+                raise ValueError(f"backend.{option}={value}: choose {least} to {most}")
+        for option in ("tf32", "version_compatible", "refit", "strip_weights", "sparse_weights", "cuda_graph"):
+            if not isinstance(getattr(self, option), bool):
+                raise ValueError(f"backend.{option}={getattr(self, option)}: choose true or false")  # noqa: TRY004
 
     @property
     def name(self) -> str:
@@ -84,165 +106,162 @@ class TensorRT:
         """Parse the typed network and build a plan with one optimisation profile.
 
         Raises:
-            UserError: the parser or the builder refuses the network.
+            UserError: this version lacks an option, or the parser or the builder refuses the network.
         """
         import onnx
         import tensorrt as trt
 
         source = files.onnx["tensorrt"]
-        builder = trt.Builder(_logger())
+        gpu = DeviceMemory(self.device).gpu
+        trt.init_libnvinfer_plugins(logger(), "")
+        load_plugins(trt, self.plugins)
+        builder = trt.Builder(logger())
         flags = 0
-        if int(trt.__version__.split(".")[0]) < 11:  # later versions have no other kind of network
+        if int(trt.__version__.split(".")[0]) <= _LAST_WITH_FLAG:
             flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         network = builder.create_network(flags)
-        parser = trt.OnnxParser(network, _logger())
+        parser = trt.OnnxParser(network, logger())
         if not parser.parse_from_file(str(source)):
-            reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
-            raise UserError(f"{source.name}: TensorRT cannot parse it: {reasons}")
-        config = builder.create_builder_config()
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self.mem_pool_size_mb << 20)
-        config.builder_optimization_level = self.builder_optimization_level
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        if not self.tf32:
-            config.clear_flag(trt.BuilderFlag.TF32)
+            reasons = "; ".join(_reason(parser.get_error(i)) for i in range(parser.num_errors))
+            raise UserError(f"{source.name}: TensorRT {trt.__version__} cannot parse it: {reasons}")
+        config = self._config(trt, builder)
         profile = builder.create_optimization_profile()
         wanted = [_shape(b, r) for b, r in zip(shapes.batch, shapes.resolution, strict=True)]
         profile.set_shape(network.get_input(0).name, *wanted)
-        config.add_optimization_profile(profile)
-        plan = builder.build_serialized_network(network, config)
+        if config.add_optimization_profile(profile) < 0:
+            raise failed(f"{source.name}: the profile {wanted}", "choose resolution and batch so that min <= opt <= max")
+        plan = self._built(trt, builder, network, config, gpu)
         if plan is None:
-            raise _failed(f"{source.name}: TensorRT cannot build it", "see the log, or try another precision")
-        engine = out / ENGINE
-        engine.write_bytes(memoryview(plan))
+            raise failed(
+                f"{source.name}: TensorRT {trt.__version__} cannot build it",
+                "out of memory: lower backend.mem_pool_size_mb, batch or resolution; else try another precision",
+            )
+        engine, content = out / ENGINE, bytes(memoryview(plan))
+        engine.write_bytes(content)
         metadata = {entry.key: entry.value for entry in onnx.load(source, load_external_data=False).metadata_props}
-        side = {"spec": json.loads(metadata[SPEC_KEY]), "tensorrt": trt.__version__, "profile": wanted}
+        side = {
+            "spec": json.loads(metadata[SPEC_KEY]),
+            "tensorrt": trt.__version__,
+            "gpu": gpu,
+            "profile": wanted,
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "version_compatible": self.version_compatible,
+            "hardware_compatibility_level": self.hardware_compatibility_level.lower(),
+            "plugins": list(self.plugins),
+        }
         (out / SIDE).write_text(json.dumps(side, indent=1))
         return engine
 
-    def load(self, engine: Path, threads: int = 0) -> "TensorRTRunner":  # noqa: ARG002
+    def _config(self, trt: Any, builder: Any) -> Any:
+        """What the builder is told.
+
+        Raises:
+            UserError: this version does not have what an option names.
+        """
+        config = builder.create_builder_config()
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self.mem_pool_size_mb << 20)
+        config.builder_optimization_level = self.builder_optimization_level
+        config.avg_timing_iterations = self.avg_timing_iterations
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        config.hardware_compatibility_level = _member(
+            trt, "HardwareCompatibilityLevel", self.hardware_compatibility_level, "hardware_compatibility_level"
+        )
+        if not self.tf32:
+            config.clear_flag(trt.BuilderFlag.TF32)
+        switches = {
+            "VERSION_COMPATIBLE": self.version_compatible,
+            "REFIT": self.refit and not self.strip_weights,
+            "STRIP_PLAN": self.strip_weights,
+            "REFIT_IDENTICAL": self.strip_weights,
+            "SPARSE_WEIGHTS": self.sparse_weights,
+        }
+        for flag in (name for name, on in switches.items() if on):
+            config.set_flag(_member(trt, "BuilderFlag", flag, flag.lower()))
+        for feature in self.preview_features:
+            config.set_preview_feature(_member(trt, "PreviewFeature", feature, "preview_features"), True)
+        if self.tactic_sources is not None:
+            sources = [_member(trt, "TacticSource", source, "tactic_sources") for source in self.tactic_sources]
+            if not config.set_tactic_sources(sum({1 << int(source) for source in sources})):
+                raise failed(f"backend.tactic_sources={list(self.tactic_sources)}", "leave it out, or choose others")
+        return config
+
+    def _built(self, trt: Any, builder: Any, network: Any, config: Any, gpu: Mapping[str, str]) -> Any:
+        """The plan, with the measured kernels of earlier builds; those of this one are kept, too.
+
+        Raises:
+            UserError: the timing cache is damaged, or of another version or GPU.
+        """
+        if self.timing_cache is None:
+            return builder.build_serialized_network(network, config)
+        name = "-".join(gpu["name"].split())
+        file = Path(self.timing_cache) / f"tensorrt-{trt.__version__}-{name}-sm{gpu['sm']}.timing"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        wrong = f"backend.timing_cache: {file} is damaged, or of another TensorRT or GPU"
+
+        def read() -> Any:
+            cache = config.create_timing_cache(file.read_bytes() if file.exists() else b"")
+            if cache is None:
+                raise failed(wrong, "delete it")
+            return cache
+
+        lock = FileLock(f"{file}.lock")
+        with lock:
+            if not config.set_timing_cache(read(), False):
+                raise failed(wrong, "delete it")
+        plan = builder.build_serialized_network(network, config)
+        with lock:  # another build may have written meanwhile
+            merged = read()
+            if plan is not None and merged.combine(config.get_timing_cache(), False):
+                unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+                unfinished.write_bytes(bytes(memoryview(merged.serialize())))
+                unfinished.replace(file)
+        return plan
+
+    def load(self, engine: Path, threads: int = 0) -> TensorRTRunner:  # noqa: ARG002 - a GPU has its own
         """Load a plan.
 
         Raises:
             UserError: it was built by another version or for another GPU.
         """
-        return TensorRTRunner(engine)
+        return TensorRTRunner(engine, self.device, self.cuda_graph)
 
     def audit(self, engine: Path, resolution: Resolution) -> Sequence[dict[str, Any]]:  # noqa: ARG002
         """The layers as the engine inspector lists them.
 
         Raises:
-            UserError: there is no inspector behind the test double.
+            UserError: the plan holds their names alone.
         """
         import tensorrt as trt
 
-        with TensorRTRunner(engine) as runner:
+        with TensorRTRunner(engine, self.device, cuda_graph=False) as runner:
             inspector = runner.engine.create_engine_inspector()
-            listed = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-        layers = listed["Layers"] if isinstance(listed, dict) else listed
-        return [
-            {
-                "name": layer["Name"],
-                "op": layer.get("LayerType", ""),
-                "precision": _precision(layer),
-                "macs": _macs(layer),
-            }
-            for layer in layers
-        ]
+            return layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
-def _precision(layer: dict[str, Any]) -> str:
-    weights = layer.get("Weights")
-    text = weights["Type"] if isinstance(weights, dict) else str((layer.get("Inputs") or [{}])[0])
-    for word, name in (
-        ("Int8", "int8"),
-        ("BF16", "bf16"),
-        ("BFloat16", "bf16"),
-        ("Half", "fp16"),
-        ("FP16", "fp16"),
-        ("FP8", "fp8"),
-    ):
-        if word.lower() in text.lower():
-            return name
-    return "fp32"
+def _member(trt: Any, kind: str, name: str, option: str) -> Any:
+    """A member of an enum by its name, in any case.
+
+    Raises:
+        UserError: this version has no such member.
+    """
+    owner = getattr(trt, kind)
+    found = getattr(owner, str(name).upper(), None)
+    if found is None:
+        known = _names(owner)
+        raise UserError(
+            f"backend.{option}={name}: TensorRT {trt.__version__} has no {kind} of this name"
+            f"{nearest(str(name).upper(), known)}; it has {', '.join(n.lower() for n in known)}"
+        )
+    return found
 
 
-def _macs(layer: dict[str, Any]) -> int:
-    weights = layer.get("Weights")
-    if not isinstance(weights, dict) or not layer.get("Outputs"):
-        return 0
-    made = layer["Outputs"][0].get("Dimensions") or [0]
-    area = 1
-    for size in made[2:]:
-        area *= size
-    return int(weights.get("Count", 0)) * int(made[0]) * area
+def _names(owner: Any) -> list[str]:
+    members: Iterable[str] = getattr(owner, "__members__", ())
+    return sorted(members)
 
 
-class TensorRTRunner:
-    """A loaded plan with its execution context; buffers are torch tensors on the GPU."""
-
-    workers = 1
-
-    def __init__(self, engine: Path) -> None:
-        import tensorrt as trt
-        import torch
-
-        self.spec = NetworkSpec.from_dict(json.loads((engine.parent / SIDE).read_text())["spec"])
-        self.runtime = trt.Runtime(_logger())
-        self.engine = self.runtime.deserialize_cuda_engine(engine.read_bytes())
-        if self.engine is None:
-            raise _failed(f"{engine}: cannot be loaded", "build it on this machine with stage=build force=true")
-        self.context = self.engine.create_execution_context()
-        if self.context is None:
-            raise _failed(f"{engine}: no execution context", "free memory of the GPU")
-        # Without a GPU there is only the double, which computes in host memory.
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-    def __enter__(self) -> "TensorRTRunner":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.context = self.engine = self.runtime = None
-
-    def upload(self, images: NDArray[Any]) -> Array:
-        """The network's input form, contiguous on the engine's device."""
-        import torch
-
-        from evaluation.pixels_torch import normalise
-
-        made = normalise(images, self.spec.input, self.device).contiguous()
-        if self.stream is not None:
-            torch.cuda.current_stream().synchronize()
-        return made
-
-    def download(self, fields: Fields) -> Mapping[str, NDArray[Any]]:
-        """Copies in the host's memory."""
-        return {name: field.cpu().numpy() for name, field in fields.items()}
-
-    def __call__(self, images: Array) -> Fields:
-        """Fields of uploaded images float32 [B, 3, H, W].
-
-        Raises:
-            UserError: the shape lies outside the plan's profile.
-        """
-        import torch
-
-        name = self.spec.input.name
-        if not self.context.set_input_shape(name, tuple(images.shape)):
-            raise _failed(
-                f"an input of {tuple(images.shape)} lies outside the engine's profile",
-                "build it for that resolution and batch",
-            )
-        self.context.set_tensor_address(name, images.data_ptr())
-        fields = {}
-        for field in self.spec.fields:
-            shape = tuple(self.context.get_tensor_shape(field.name))
-            fields[field.name] = torch.empty(shape, dtype=torch.float32, device=self.device)
-            self.context.set_tensor_address(field.name, fields[field.name].data_ptr())
-        if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream())
-        if not self.context.execute_async_v3(stream_handle=self.stream.cuda_stream if self.stream else 0):
-            raise _failed("the engine did not run", "check the GPU")
-        if self.stream is not None:
-            self.stream.synchronize()
-        return fields
+def _reason(error: Any) -> str:
+    """What the parser complains about, with the node and its operator."""
+    node = error.node_name()
+    return f"{error.desc()}" + (f" (at '{node}', {error.node_operator()})" if node else "")

@@ -1,22 +1,26 @@
 """A strict double of the Python module `tensorrt`, for tests on machines without one.
 
-Its surface is made from api_10_16.json, facts about TensorRT 10.16's bindings (names, arguments, access, enum values): what
-is not there does not exist here either, and a call with other arguments is refused as pybind11 refuses it. It refuses the
-networks that TensorRT refuses, returns None or False where TensorRT does, and runs a network through ONNX Runtime on the
-processor. It says nothing about TensorRT's speed or numbers.
+Its surface is made from api_*.json, facts about the bindings of TensorRT 10.3, 10.16 and 11.1 (names, arguments, access,
+enum values; POSEPRESS_TENSORRT_DOUBLE chooses): what is not there does not exist here either, and a call with other arguments
+is refused as pybind11 refuses it. It refuses the networks that TensorRT refuses, returns None or False where TensorRT does,
+and runs a network through ONNX Runtime on the processor, on memory that the double of cuda-python beside it holds. It says
+nothing about TensorRT's speed or numbers.
 """
 
 import ctypes
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
+from cuda.bindings import runtime as _cuda
 
 POSEPRESS_DOUBLE = True
 
-_API = json.loads((Path(__file__).parent / "api_10_16.json").read_text())
+_VERSION = os.environ.get("POSEPRESS_TENSORRT_DOUBLE", "10_16")
+_API = json.loads((Path(__file__).parent / f"api_{_VERSION}.json").read_text())
 __version__ = _API["meta"]["version"]
 _MAGIC = b"posepress double of a TensorRT plan\n"
 
@@ -50,6 +54,7 @@ class _EnumType(type):
 
 def _enum(name, facts):
     members = {n: _EnumMember(name, n, v) for n, v in facts["members"].items()}
+    members["__members__"] = dict(members)
     return _EnumType(name.rpartition(".")[2], (), members)
 
 
@@ -189,6 +194,25 @@ for _name, _facts in _API["enums"].items():
             setattr(globals()[_outer], _member, getattr(_kind, _member))
 
 
+def nptype(trt_type):
+    """The numpy type of a TensorRT type."""
+    names = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64, "INT8": np.int8, "UINT8": np.uint8}
+    if _need(trt_type, "DataType", "nptype").name not in names:
+        raise TypeError(f"Could not resolve TensorRT datatype to an equivalent numpy datatype: {trt_type}")
+    return names[trt_type.name]
+
+
+def init_libnvinfer_plugins(logger, namespace):
+    """Register TensorRT's own plugins."""
+    _usable(logger)
+    return True
+
+
+def get_plugin_registry():
+    """The registry."""
+    return _made("IPluginRegistry", all_creators=[], parent_search_enabled=True)
+
+
 def __getattr__(name):
     if name in _API["functions"]:
         raise NotImplementedError(f"the double does not simulate tensorrt.{name}()")
@@ -217,7 +241,7 @@ def _(self, logger):
 
 @_behaviour("Builder", "create_network")
 def _(self, flags=0):
-    typed = bool(flags >> int(NetworkDefinitionCreationFlag.STRONGLY_TYPED) & 1)
+    typed = int(__version__.split(".")[0]) > 10 or bool(flags >> int(NetworkDefinitionCreationFlag.STRONGLY_TYPED) & 1)
     return _made("INetworkDefinition", _typed=typed, _model=None, name="Unnamed Network 0")
 
 
@@ -260,6 +284,63 @@ def _(self, flag):
 @_behaviour("IBuilderConfig", "clear_flag")
 def _(self, flag):
     self._state["_flags"].discard(_need(flag, "BuilderFlag", "clear_flag").name)
+
+
+@_behaviour("IBuilderConfig", "set_preview_feature")
+def _(self, feature, enable):
+    _need(feature, "PreviewFeature", "set_preview_feature")
+
+
+@_behaviour("IBuilderConfig", "set_tactic_sources")
+def _(self, tactic_sources):
+    known = sum(1 << value for value in set(_API["enums"]["TacticSource"]["members"].values()))
+    return not tactic_sources & ~known
+
+
+_CACHE = b"posepress double of a timing cache "
+
+
+@_behaviour("IBuilderConfig", "create_timing_cache")
+def _(self, serialized_timing_cache):
+    if not isinstance(serialized_timing_cache, bytes):
+        raise TypeError(f"create_timing_cache(): expected bytes, got {serialized_timing_cache!r}")
+    if serialized_timing_cache and not serialized_timing_cache.startswith(_CACHE):
+        return None
+    version, _, kernels = serialized_timing_cache[len(_CACHE) :].decode().partition(" ")
+    return _made("ITimingCache", _version=version or __version__, _kernels=set(filter(None, kernels.split(","))))
+
+
+@_behaviour("IBuilderConfig", "set_timing_cache")
+def _(self, cache, ignore_mismatch):
+    if cache._state["_version"] != __version__ and not ignore_mismatch:
+        return False
+    self._state["_cache"] = cache
+    return True
+
+
+@_behaviour("IBuilderConfig", "get_timing_cache")
+def _(self):
+    return self._state.get("_cache")
+
+
+@_behaviour("ITimingCache", "combine")
+def _(self, input_cache, ignore_mismatch):
+    if input_cache._state["_version"] != self._state["_version"] and not ignore_mismatch:
+        return False
+    self._state["_kernels"] |= input_cache._state["_kernels"]
+    return True
+
+
+@_behaviour("ITimingCache", "serialize")
+def _(self):
+    return IHostMemory(_CACHE + f"{self._state['_version']} {','.join(sorted(self._state['_kernels']))}".encode())
+
+
+@_behaviour("IPluginRegistry", "load_library")
+def _(self, plugin_path):
+    if not Path(plugin_path).read_bytes().startswith(b"\x7fELF"):
+        return None  # TensorRT says why through the registry's error recorder
+    return object()
 
 
 @_behaviour("IBuilderConfig", "add_optimization_profile")
@@ -310,6 +391,16 @@ def _(self, index):
 @_behaviour("ParserError", "desc")
 def _(self):
     return self._state["_text"]
+
+
+@_behaviour("ParserError", "node_name")
+def _(self):
+    return self._state["_text"].partition(":")[0]
+
+
+@_behaviour("ParserError", "node_operator")
+def _(self):
+    return ""
 
 
 def refusals(model):
@@ -396,7 +487,10 @@ def _(self, network, config, kernel_text=None):
                 logger,
                 f"Network has dynamic or shape inputs, but no optimization profile has been defined for {value.name}",
             )
-    header = json.dumps({"version": __version__, "profiles": profiles}).encode()
+    cache = config._state.get("_cache")
+    if cache is not None:
+        cache._state["_kernels"] |= {node.op_type for node in model.graph.node}
+    header = json.dumps({"version": __version__, "profiles": profiles, "flags": sorted(config._state["_flags"])}).encode()
     return IHostMemory(_MAGIC + len(header).to_bytes(4, "big") + header + model.SerializeToString())
 
 
@@ -431,6 +525,7 @@ def _(self, serialized_engine):
     return _made(
         "ICudaEngine",
         _session=session,
+        _model=_at_best(model, header["profiles"]),
         _names=names,
         _inputs=len(model.graph.input),
         _profiles=header["profiles"],
@@ -438,6 +533,16 @@ def _(self, serialized_engine):
         num_io_tensors=len(names),
         num_optimization_profiles=len(header["profiles"]),
     )
+
+
+def _at_best(model, profiles):
+    """The network with the sizes of the first profile's best shapes."""
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    for value in made.graph.input if profiles else ():
+        for dim, size in zip(value.type.tensor_type.shape.dim, profiles[0][value.name][1], strict=True):
+            dim.dim_value = size
+    return onnx.shape_inference.infer_shapes(made)
 
 
 @_behaviour("ICudaEngine", "get_tensor_name")
@@ -463,13 +568,58 @@ def _(self, name, profile_index):
 
 @_behaviour("ICudaEngine", "create_execution_context")
 def _(self):
-    return _made("IExecutionContext", _engine=self, _shapes={}, _addresses={}, _results=None)
+    return _made("IExecutionContext", _engine=self, _shapes={}, _addresses={}, _results=None, _profile=0)
+
+
+@_behaviour("IExecutionContext", "set_optimization_profile_async")
+def _(self, profile_index, stream_handle):
+    self._state["_profile"] = profile_index
+    return profile_index < len(self._state["_engine"]._state["_profiles"]) and stream_handle in _cuda.streams
+
+
+@_behaviour("ICudaEngine", "create_engine_inspector")
+def _(self):
+    return _made("EngineInspector", _engine=self, execution_context=None, error_recorder=None)
+
+
+@_behaviour("EngineInspector", "get_engine_information")
+def _(self, format):  # noqa: A002
+    _need(format, "LayerInformationFormat", "get_engine_information")
+    return json.dumps(_inspected(self._state["_engine"]._state))
+
+
+def _inspected(engine):
+    """Layers as the inspector lists them; a convolution whose weights are dequantized runs in INT8."""
+    graph = engine["_model"].graph
+    constants = {i.name: i for i in graph.initializer}
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.value_info, *graph.output)}
+    producer = {o: n for n in graph.node for o in n.output}
+    listed = []
+    for node in graph.node:
+        if node.op_type not in ("Conv", "ConvTranspose"):
+            continue
+        source = producer.get(node.input[1])
+        weights = constants.get(source.input[0] if source is not None else node.input[1])
+        kind = "Int8" if source is not None else "Half" if weights.data_type == onnx.TensorProto.FLOAT16 else "Float"
+        listed.append(
+            {
+                "Name": node.name,
+                "LayerType": "CaskConvolution",
+                "ParameterType": "Convolution",
+                "Inputs": [{"Name": node.input[0], "Dimensions": [], "Format/Datatype": "Row major linear FP32"}],
+                "Outputs": [{"Name": node.output[0], "Dimensions": shapes.get(node.output[0], [])}],
+                "Weights": {"Type": kind, "Count": int(np.prod(weights.dims))},
+                "Metadata": f"[ONNX Layer: {node.name}]",
+            }
+        )
+    names = [*engine["_names"]]
+    return {"Layers": listed, "Bindings" if __version__.startswith("10") else "I/O Tensors": names}
 
 
 @_behaviour("IExecutionContext", "set_input_shape")
 def _(self, name, shape):
     engine = self._state["_engine"]._state
-    profile = engine["_profiles"][0].get(name) if engine["_profiles"] else None
+    profile = engine["_profiles"][self._state["_profile"]].get(name) if engine["_profiles"] else None
     if profile is not None:
         least, _, most = profile
         if len(shape) != len(least) or not all(a <= s <= b for a, s, b in zip(least, shape, most, strict=True)):
@@ -515,13 +665,23 @@ def _(self, stream_handle):
     if set(engine["_names"]) - set(state["_addresses"]):
         _error(engine["_logger"], "enqueueV3: the address of a tensor is not set")
         return False
-    feeds = {}
-    for name, shape in state["_shapes"].items():
-        count = int(np.prod(shape))
-        memory = (ctypes.c_float * count).from_address(state["_addresses"][name])
-        feeds[name] = np.ctypeslib.as_array(memory).reshape(shape).copy()
-    outputs = engine["_names"][engine["_inputs"] :]
-    for name, array in zip(outputs, engine["_session"].run(outputs, feeds), strict=True):
-        flat = np.ascontiguousarray(array, np.float32)
-        ctypes.memmove(state["_addresses"][name], flat.ctypes.data, flat.nbytes)
-    return True
+    addresses, given = dict(state["_addresses"]), dict(state["_shapes"])
+    shapes = {**given, **_probe(self)}
+    for name, address in addresses.items():
+        size = 4 * int(np.prod(shapes[name]))
+        if address % 256 or not _cuda.inside(address, size):
+            _error(engine["_logger"], f"enqueueV3: {name} at {address:#x}: {size} bytes are not aligned memory of the GPU")
+            return False
+
+    def run():
+        feeds = {name: _array(addresses[name], shape).copy() for name, shape in given.items()}
+        outputs = engine["_names"][engine["_inputs"] :]
+        for name, array in zip(outputs, engine["_session"].run(outputs, feeds), strict=True):
+            _array(addresses[name], array.shape)[...] = array
+
+    return _cuda.put(stream_handle, run) == _cuda.OK
+
+
+def _array(address, shape):
+    memory = (ctypes.c_float * int(np.prod(shape))).from_address(address)
+    return np.ctypeslib.as_array(memory).reshape(shape)

@@ -1,0 +1,74 @@
+"""What TensorRT's engine inspector says of a plan's layers, as records."""
+
+import json
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+from pipeline.errors import UserError
+
+_WORDS = (  # in this order: "BFloat16" holds "Float", "UInt8" holds "Int8"
+    ("bfloat16", "bf16"),
+    ("bf16", "bf16"),
+    ("fp8", "fp8"),
+    ("uint8", "uint8"),
+    ("int8", "int8"),
+    ("half", "fp16"),
+    ("fp16", "fp16"),
+    ("fp32", "fp32"),
+    ("float", "fp32"),
+)
+_MOVING = {"Reformat", "NoOp", "Constant", "ShapeHostToDevice"}
+
+
+def layers(text: str) -> list[dict[str, Any]]:
+    """The layers of a plan.
+
+    Args:
+        text: JSON of `get_engine_information`: {"Layers": [...]} with "Bindings" (10) or "I/O Tensors" (11), or the list alone.
+
+    Returns:
+        A record a layer: "name", "op", "precision" ("int8", "fp16", ...; of the weights, or of the first input), "macs" (0
+        where none are counted), "reformat" (whether it only moves data) and "unfused_qdq" (whether it is a Q or DQ that
+        was not fused into a layer).
+
+    Raises:
+        UserError: the plan was built without details.
+    """
+    content = json.loads(text)
+    listed = content["Layers"] if isinstance(content, dict) else content
+    if any(isinstance(layer, str) for layer in listed):
+        raise UserError("the plan holds names of layers alone; build it here, with profiling verbosity DETAILED: stage=build")
+    return [
+        {
+            "name": layer["Name"],
+            "op": layer.get("LayerType", ""),
+            "precision": _precision(layer),
+            "macs": _macs(layer),
+            "reformat": layer.get("LayerType") in _MOVING,
+            "unfused_qdq": layer.get("LayerType") == "Reformat" and layer.get("Origin") == "QDQ",
+        }
+        for layer in listed
+    ]
+
+
+def precision_of(text: str) -> str:
+    """The precision that a format or type stands for; "other" for none that is known."""
+    words = text.lower()
+    return next((name for word, name in _WORDS if word in words), "other")
+
+
+def _precision(layer: Mapping[str, Any]) -> str:
+    weights = layer.get("Weights")
+    if isinstance(weights, dict) and "Type" in weights:
+        return precision_of(str(weights["Type"]))
+    first = (layer.get("Inputs") or [{}])[0]
+    return precision_of(str(first.get("Format/Datatype") or first.get("Datatype") or first.get("Format") or ""))
+
+
+def _macs(layer: Mapping[str, Any]) -> int:
+    weights = layer.get("Weights")
+    if not isinstance(weights, dict) or not layer.get("Outputs"):
+        return 0
+    made = layer["Outputs"][0].get("Dimensions") or [0]
+    return int(weights.get("Count", 0)) * int(made[0]) * prod(int(size) for size in made[2:])

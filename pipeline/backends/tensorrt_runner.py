@@ -1,0 +1,305 @@
+"""Loads TensorRT plans and runs them: numpy, tensorrt and cuda-python; torch only to normalise and decode on the GPU."""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from queue import LifoQueue
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.pixels import normalise
+from evaluation.types import Array, Fields, NetworkSpec
+from pipeline.backends.device_memory import DeviceArray, DeviceMemory
+from pipeline.errors import UserError
+
+ENGINE, SIDE = "engine.plan", "engine.json"
+_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
+_SHAPES = 32  # input shapes whose buffers and graphs are kept
+_CONTEXTS = 2  # one computes while the other's results are copied
+
+
+@cache
+def logger() -> Any:
+    """TensorRT's logger; it keeps the last errors, because failing calls only return None and say why here."""
+    import tensorrt as trt
+
+    class Logger(trt.ILogger):  # type: ignore[misc] # the base exists only where TensorRT does
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(msg)
+
+    return Logger()
+
+
+def failed(what: str, fix: str) -> UserError:
+    """The error of a call that returned nothing, with what TensorRT logged."""
+    reason = "; ".join(logger().errors[-3:]) or "TensorRT gave no reason"
+    logger().errors.clear()
+    return UserError(f"{what}: {reason}; {fix}")
+
+
+def installed() -> str | None:
+    """The version of TensorRT, without loading it; None where its package does not say."""
+    for name in _PACKAGES:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def check(engine: Path, version: str | None, gpu: Mapping[str, Any]) -> dict[str, Any]:
+    """What lies beside a plan, if it is whole and was built for this machine.
+
+    Args:
+        engine: the plan.
+        version: of TensorRT; None is not compared.
+        gpu: "name" and "sm" of the GPU.
+
+    Raises:
+        UserError: it was not; nothing of it is loaded.
+    """
+    again = "build it here: stage=build force=true"
+    side = engine.parent / SIDE
+    try:
+        content: dict[str, Any] = json.loads(side.read_text())
+        size, digest, built, built_for = (content[key] for key in ("bytes", "sha256", "tensorrt", "gpu"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{side}: not the description of a plan ({error}); {again}") from error
+    if version is not None and built != version and not (content["version_compatible"] and _newer(version, built)):
+        raise UserError(f"{engine}: built by TensorRT {built}, here is {version}; {again}")
+    if not _fits(content["hardware_compatibility_level"], built_for, gpu):
+        raise UserError(
+            f"{engine}: built for {built_for['name']} (SM {built_for['sm']}), here is {gpu['name']} (SM {gpu['sm']}); {again}"
+        )
+    blob = engine.read_bytes()
+    if len(blob) != size or hashlib.sha256(blob).hexdigest() != digest:
+        raise UserError(f"{engine}: {len(blob)} bytes, not the {size} that were built; copy it again, or {again}")
+    return content
+
+
+def _newer(version: str, built: str) -> bool:
+    """Whether a version-compatible plan runs: with any later version of the same major one."""
+    here, there = ([int(part) for part in text.split(".")[:3]] for text in (version, built))
+    return here[0] == there[0] and here >= there
+
+
+def _fits(level: str, built_for: Mapping[str, Any], gpu: Mapping[str, Any]) -> bool:
+    major = int(str(gpu["sm"]).split(".")[0])
+    if level == "ampere_plus":
+        return major >= 8  # Ampere
+    if level == "same_compute_capability":
+        return str(gpu["sm"]) == str(built_for["sm"])
+    return (gpu["name"], gpu["sm"]) == (built_for["name"], built_for["sm"])
+
+
+@dataclass
+class _Slot:
+    """What one call at a time uses: a context, a stream, buffers and graphs by input shape."""
+
+    context: Any
+    memory: DeviceMemory
+    profile: int = 0
+    inputs: dict[tuple[int, ...], DeviceArray] = field(default_factory=dict)
+    outputs: dict[tuple[int, ...], dict[str, DeviceArray]] = field(default_factory=dict)
+    graphs: dict[tuple[int, ...], Any] = field(default_factory=dict)
+
+
+class TensorRTRunner:
+    """A loaded plan; as many calls as it has workers run at once, each with a context and a stream of its own.
+
+    Args:
+        engine: the plan, with its description beside it.
+        device: number of the GPU.
+        cuda_graph: replay the plan as one CUDA graph for each input shape.
+
+    Raises:
+        UserError: the plan is of another version, GPU or build, or cannot be loaded.
+    """
+
+    def __init__(self, engine: Path, device: int = 0, cuda_graph: bool = True) -> None:
+        first = DeviceMemory(device)
+        side = check(engine, installed(), first.gpu)
+        import tensorrt as trt
+
+        check(engine, trt.__version__, first.gpu)
+        self.spec = NetworkSpec.from_dict(side["spec"])
+        self.cuda_graph, self._torch = cuda_graph, _torch(device)
+        trt.init_libnvinfer_plugins(logger(), "")
+        load_plugins(trt, side["plugins"])
+        self.runtime = trt.Runtime(logger())
+        if side["version_compatible"]:
+            self.runtime.engine_host_code_allowed = True
+        self.engine = self.runtime.deserialize_cuda_engine(engine.read_bytes())
+        if self.engine is None:
+            raise failed(f"{engine}: cannot be loaded", "build it on this machine: stage=build force=true")
+        names = [self.engine.get_tensor_name(n) for n in range(self.engine.num_io_tensors)]
+        self.types = {name: np.dtype(trt.nptype(self.engine.get_tensor_dtype(name))) for name in names}
+        name = self.spec.input.name
+        profiles = range(self.engine.num_optimization_profiles)
+        self.profiles = [self.engine.get_tensor_profile_shape(name, profile) for profile in profiles]
+        self.workers = _CONTEXTS
+        self.slots: LifoQueue[_Slot] = LifoQueue()
+        for memory in (first, *(DeviceMemory(device) for _ in range(self.workers - 1))):
+            context = self.engine.create_execution_context()
+            if context is None:
+                raise failed(f"{engine}: no execution context", "free memory of the GPU")
+            self.slots.put(_Slot(context, memory))
+
+    def __enter__(self) -> "TensorRTRunner":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while not self.slots.empty():
+            self.slots.get().context = None
+        self.engine = self.runtime = None
+
+    @contextmanager
+    def _slot(self) -> Iterator[_Slot]:
+        slot = self.slots.get()
+        try:
+            yield slot
+        finally:
+            self.slots.put(slot)
+
+    def upload(self, images: NDArray[Any]) -> Array:
+        """The network's input form, in the GPU's memory; torch normalises there, where it is installed for the GPU."""
+        if self._torch is not None:
+            from evaluation.pixels_torch import normalise as on_gpu
+
+            made = on_gpu(images, self.spec.input, self._torch.device("cuda")).contiguous()
+            self._torch.cuda.current_stream().synchronize()
+            return made
+        host = normalise(images, self.spec.input).astype(self.types[self.spec.input.name], copy=False)
+        with self._slot() as slot:
+            array = slot.memory.empty(host.shape, host.dtype)
+            slot.memory.copy(array, np.ascontiguousarray(host))
+        return array
+
+    def __call__(self, images: Array) -> Fields:
+        """Fields of uploaded images [B, 3, H, W], where the network ran.
+
+        Raises:
+            UserError: the shape lies outside the plan's profiles.
+        """
+        shape = tuple(images.shape)
+        with self._slot() as slot:
+            if shape not in slot.inputs:
+                self._bind(slot, shape)
+            elif not self.cuda_graph:
+                self._address(slot, shape)
+            slot.memory.copy(slot.inputs[shape], _on_device(images, slot.memory), wait=False)
+            if self.cuda_graph:
+                if shape not in slot.graphs:
+                    self._enqueue(slot)  # TensorRT prepares a shape when it first runs, which a graph must not hold
+                    slot.memory.wait()
+                    slot.graphs[shape] = slot.memory.graph(lambda: self._enqueue(slot))
+                slot.graphs[shape]()
+            else:
+                self._enqueue(slot)
+            made: dict[str, Any] = {}
+            for name, field_ in slot.outputs[shape].items():
+                made[name] = self._empty(field_, slot.memory)
+                slot.memory.copy(_on_device(made[name], slot.memory), field_, wait=False)
+            slot.memory.wait()
+        return made
+
+    def download(self, fields: Fields) -> Mapping[str, NDArray[Any]]:
+        """Copies in the host's memory, float32."""
+        return {
+            name: np.asarray(field_ if isinstance(field_, DeviceArray) else field_.cpu(), np.float32)
+            for name, field_ in fields.items()
+        }
+
+    def _empty(self, like: DeviceArray, memory: DeviceMemory) -> Any:
+        if self._torch is None:
+            return memory.empty(like.shape, like.dtype)
+        return self._torch.empty(like.shape, dtype=getattr(self._torch, like.dtype.name), device="cuda")
+
+    def _bind(self, slot: _Slot, shape: tuple[int, ...]) -> None:
+        """Give a shape buffers of its own."""
+        if len(slot.inputs) >= _SHAPES:
+            for kept in (slot.inputs, slot.outputs, slot.graphs):
+                kept.clear()
+        name = self.spec.input.name
+        self._choose(slot, shape)
+        slot.inputs[shape] = slot.memory.empty(shape, self.types[name])
+        slot.outputs[shape] = {
+            one.name: slot.memory.empty(tuple(slot.context.get_tensor_shape(one.name)), self.types[one.name])
+            for one in self.spec.fields
+        }
+        self._address(slot, shape)
+
+    def _choose(self, slot: _Slot, shape: tuple[int, ...]) -> None:
+        """Take a profile that a shape lies in, and set the shape.
+
+        Raises:
+            UserError: it lies in none.
+        """
+        fitting = [n for n, (least, _, most) in enumerate(self.profiles) if _between(least, shape, most)]
+        if not fitting:
+            listed = "; ".join(f"{tuple(least)} to {tuple(most)}" for least, _, most in self.profiles)
+            raise UserError(
+                f"an input of {shape} lies outside the engine's profile ({listed}); build it for that resolution and batch"
+            )
+        if slot.profile not in fitting:
+            if not slot.context.set_optimization_profile_async(fitting[0], slot.memory.stream):
+                raise failed(f"the engine's profile {fitting[0]}", "build it again")
+            slot.memory.wait()
+            slot.profile = fitting[0]
+        if not slot.context.set_input_shape(self.spec.input.name, shape):
+            raise failed(f"an input of {shape}", "build the engine for that resolution and batch")
+
+    def _address(self, slot: _Slot, shape: tuple[int, ...]) -> None:
+        self._choose(slot, shape)
+        slot.context.set_tensor_address(self.spec.input.name, slot.inputs[shape].address)
+        for name, array in slot.outputs[shape].items():
+            slot.context.set_tensor_address(name, array.address)
+
+    def _enqueue(self, slot: _Slot) -> None:
+        if not slot.context.execute_async_v3(stream_handle=slot.memory.stream):
+            raise failed("the engine did not run", "check the GPU with nvidia-smi")
+
+
+def load_plugins(trt: Any, files: Sequence[str]) -> None:
+    """Load plugin libraries.
+
+    Raises:
+        UserError: one is missing, or TensorRT does not take it.
+    """
+    for file in files:
+        if not Path(file).is_file():
+            raise UserError(f"backend.plugins: {file} is not there; give the plugin library that the engine was built with")
+        if trt.get_plugin_registry().load_library(file) is None:
+            raise failed(f"backend.plugins: {file} cannot be loaded", "build it for this TensorRT and CUDA")
+
+
+def _between(least: Sequence[int], shape: Sequence[int], most: Sequence[int]) -> bool:
+    return len(least) == len(shape) and all(a <= b <= c for a, b, c in zip(least, shape, most, strict=True))
+
+
+def _torch(device: int) -> Any:
+    """Torch, where it is installed and sees the GPU."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch if torch.cuda.is_available() and device == torch.cuda.current_device() else None
+
+
+def _on_device(array: Any, memory: DeviceMemory) -> DeviceArray:
+    if isinstance(array, DeviceArray):
+        return array
+    kind = np.dtype(str(array.dtype).removeprefix("torch."))
+    return DeviceArray(array.data_ptr(), tuple(array.shape), kind, memory)
