@@ -74,6 +74,8 @@ def zeros(file: Path, size: Resolution) -> Table:
 
 
 def interval(found: Mapping[str, Any], name: str, digits: int) -> str:
+    if found[name] == -1:
+        return "–"  # nobody to find
     return f"{found[name]:.{digits}f} [{found[f'{name}_lo']:.{digits}f}, {found[f'{name}_hi']:.{digits}f}]"
 
 

@@ -4,6 +4,7 @@
 and the median of whole processes.
 """
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ def timed(words: list[str], folder: str) -> list[float]:
 
 def main() -> None:
     """Print the figures."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         chain = ["experiment=smoke"]
         subprocess.run([sys.executable, "-m", "pipeline", *chain], cwd=folder, check=True, capture_output=True)

@@ -35,6 +35,8 @@ class Coverage:
             ValueError: they are below 1, or fewer are looked at than chosen.
         """
         check_options(self.min_persons_per_image, self.min_kpts_per_person, self.seed)
+        if not isinstance(self.max_candidates, int):
+            raise ValueError(f"sampler.max_candidates={self.max_candidates}: choose a whole number")  # noqa: TRY004
         if not isinstance(self.num_images, int) or not 1 <= self.num_images <= self.max_candidates:  # type: ignore[redundant-expr]
             raise ValueError(f"sampler.num_images={self.num_images}: choose 1 to sampler.max_candidates={self.max_candidates}")
 

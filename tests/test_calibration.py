@@ -100,8 +100,8 @@ def test_histograms_survive_a_file(branches, tmp_path):
         return calibration.observe(branches, ["ra", "image"], feed())
 
     key = {"network": "n", "images": "i", "preprocessing": "p", "algorithm": "a"}
-    first = caches.tensor_data(tmp_path / "cal" / "data.npz", key, make)
-    again = caches.tensor_data(tmp_path / "cal" / "data.npz", key, make)
+    first = caches.tensor_data(tmp_path / "cal" / "data.npz", key, ["ra", "image"], make)
+    again = caches.tensor_data(tmp_path / "cal" / "data.npz", key, ["ra", "image"], make)
     assert len(made) == 1
     for name in first:
         assert np.array_equal(first[name].counts, again[name].counts)
@@ -121,10 +121,10 @@ def test_histograms_survive_a_file(branches, tmp_path):
 )
 def test_a_cache_of_another_calibration_is_refused_and_what_changed_is_named(change, message, tmp_path):
     key = {"network": "n", "images": "i", "preprocessing": "p", "algorithm": "a"}
-    caches.tensor_data(tmp_path / "data.npz", key, dict)
+    caches.tensor_data(tmp_path / "data.npz", key, [], dict)
     caches.write_scales(tmp_path / "scales.json", key, {}, [], 127)
     with pytest.raises(UserError, match=rf"data.npz: made with another calibration: {message}"):
-        caches.tensor_data(tmp_path / "data.npz", {**key, **change}, dict)
+        caches.tensor_data(tmp_path / "data.npz", {**key, **change}, [], dict)
     with pytest.raises(UserError, match=rf"scales.json: made with another calibration: {message}"):
         caches.read_scales(tmp_path / "scales.json", {**key, **change}, [])
 
@@ -132,12 +132,21 @@ def test_a_cache_of_another_calibration_is_refused_and_what_changed_is_named(cha
 def test_files_that_are_no_caches_are_refused(tmp_path):
     (tmp_path / "data.npz").write_text("nothing")
     (tmp_path / "scales.json").write_text("[1]")
-    caches.tensor_data(tmp_path / "whole.npz", {}, lambda: {"a": filled([1.0])})
+    caches.tensor_data(tmp_path / "whole.npz", {}, ["a"], lambda: {"a": filled([1.0])})
+    assert list(caches.tensor_data(tmp_path / "whole.npz", {}, ["a"], dict)) == ["a"]
+    with pytest.raises(UserError, match="whole.npz: not a cache of tensor data"):
+        caches.tensor_data(tmp_path / "whole.npz", {}, ["a", "b"], dict)
+    (tmp_path / "empty.npz").write_bytes(b"")
+    with pytest.raises(UserError, match="empty.npz: not a cache of tensor data"):
+        caches.tensor_data(tmp_path / "empty.npz", {}, [], dict)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cal_data_file=.*file/x.npz: cannot make its folder"):
+        caches.tensor_data(tmp_path / "file" / "x.npz", {}, [], dict)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:300])
     with pytest.raises(UserError, match="cut.npz: not a cache of tensor data"):
-        caches.tensor_data(tmp_path / "cut.npz", {}, dict)
+        caches.tensor_data(tmp_path / "cut.npz", {}, [], dict)
     with pytest.raises(UserError, match="data.npz: not a cache of tensor data"):
-        caches.tensor_data(tmp_path / "data.npz", {}, dict)
+        caches.tensor_data(tmp_path / "data.npz", {}, [], dict)
     with pytest.raises(UserError, match="scales.json: not a cache of scales"):
         caches.read_scales(tmp_path / "scales.json", {}, [])
 
@@ -197,6 +206,7 @@ def test_tensorrts_cache_has_its_form(tmp_path):
     ("text", "message"),
     [
         ("nothing\n", "begins with 'nothing'"),
+        ("", "begins with ''"),
         ("TRT-1-X\na: zz\n", "line 2: not 'tensor: eight hexadecimal digits'"),
         ("TRT-1-X\na: 7fc00000\n", "line 2: the scale of 'a' is nan"),
         ("TRT-1-X\na: bf800000\n", "line 2: the scale of 'a' is -1.0"),
@@ -221,6 +231,12 @@ def test_tensorrts_scales_are_imported(described, tmp_path):
     assert {n: r["scale"] for n, r in ours.items()} == pytest.approx({n: r["scale"] for n, r in theirs.items()}, rel=1e-6)
     with pytest.raises(ValueError, match="its scales are of the network without equalization"):
         Int8(tensorrt_cache=str(cache))
+    with pytest.raises(UserError, match="cannot read the calibration cache"):
+        Int8(tensorrt_cache=str(described))
+    (tmp_path / "equal").mkdir()
+    Int8().quantize(described, fed(feed()), None, tmp_path / "equal")
+    with pytest.raises(UserError, match="scales are of another network, perhaps of this one equalized"):
+        Int8(tensorrt_cache=f"{tmp_path}/equal/calibration.cache", **off).quantize(described, fed(feed()), None, tmp_path)
     caches.write_tensorrt(cache, {name: 50 * scale for name, scale in caches.read_tensorrt(cache).items()})
     with pytest.raises(UserError, match=r"the fields' error on calibration images is \d\.\d\d of their size, with .* \d\.\d\d"):
         Int8(tensorrt_cache=str(cache), **off).quantize(described, fed(feed()), None, tmp_path)

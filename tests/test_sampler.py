@@ -115,6 +115,11 @@ def test_coverage_takes_the_corners_before_the_middle():
     assert Coverage(5, seed=1).sample(data).digest == Coverage(5, seed=1).sample(data).digest
 
 
+def test_coverage_refuses_a_count_that_is_none():
+    with pytest.raises(ValueError, match="max_candidates=abc: choose a whole number"):
+        Coverage(5, max_candidates="abc")
+
+
 def test_coverage_looks_at_so_many_images_and_no_more():
     data = {**table([1] * 50), "features": np.full((50, 3), np.nan)}
     sampler = Coverage(4, max_candidates=10, seed=2)
@@ -204,7 +209,7 @@ def test_what_is_put_into_the_folder_makes_its_sample_stale(smoke, tmp_path):
 
 def test_calibration_images_come_from_train_or_unlabelled_only(smoke):
     done = pipeline(*WORDS, "sampler.images=[validation]", "stage=sample", cwd=smoke)
-    assert "sampler.images=['validation']: choose train, unlabelled or both" in refused(done)
+    assert "sampler.images=['validation']: choose [train], [unlabelled] or both" in refused(done)
     pipeline(*WORDS, "sampler.images=[train,unlabelled]", "sampler.num_images=9", "stage=sample", cwd=smoke, check=0)
     assert (smoke / "outputs/smoke/sample/stratified-9-train+unlabelled-s0/calibration.json").exists()
 

@@ -106,6 +106,11 @@ def load_annotations(file: Path) -> dict[str, Any]:
         seen: set[str] = set()
         twice = next(str(i["id"]) for i in raw["images"] if str(i["id"]) in seen or seen.add(str(i["id"])))  # type: ignore[func-returns-value]
         raise UserError(f"{file}: the image id {twice} is there twice; give every image an id of its own")
+    numbers = [a["id"] for a in raw["annotations"] if "id" in a]
+    if len(set(numbers)) < len(numbers):
+        again: set[Any] = set()
+        double = next(n for n in numbers if n in again or again.add(n))  # type: ignore[func-returns-value]
+        raise UserError(f"{file}: the annotation id {double} is there twice; give every person one, or drop what is doubled")
     unknown = sorted({str(a["image_id"]) for a in raw["annotations"] if a["image_id"] not in known})
     if unknown:
         raise UserError(

@@ -95,7 +95,7 @@ class Coco:
     def __getitem__(self, index: int) -> Sample[People]:
         record = self.records[index]
         file = self.images / record["file_name"]
-        truth = None if record["annotations"] is None else people(record["annotations"], len(self.labels.names))
+        truth = None if record["annotations"] is None else self._people(record["annotations"])
         if "height" in record:
             size = Resolution(record["height"], record["width"])
             read: Callable[[], NDArray[np.uint8]] = partial(read_sized, file, size)
@@ -103,6 +103,12 @@ class Coco:
             image = read_image(file, upright=True)  # once: nothing else knows its size
             size, read = Resolution(*image.shape[:2]), lambda: image
         return Sample(str(record["id"]), size, read, truth, None if truth is None else truth.boxes[~truth.crowd])
+
+    def _people(self, records: Sequence[Mapping[str, Any]]) -> People:
+        try:
+            return people(records, len(self.labels.names))
+        except UserError as error:
+            raise UserError(f"{self.annotations}: {error}") from error
 
     def table(self) -> dict[str, NDArray[Any]]:
         """Columns id, file_name, persons, area, keypoints and coverage, one row an image.
@@ -119,7 +125,7 @@ class Coco:
         image = np.repeat(np.arange(len(every)), [len(some) for some in labelled])
         for record in flat:
             if len(record["keypoints"]) != 3 * K:
-                people([record], K)  # whose complaint it is
+                self._people([record])  # whose complaint it is
         numbers = np.array([a["keypoints"][2::3] for a in flat]).reshape(len(flat), K)
         areas = np.array([a.get("area", a["bbox"][2] * a["bbox"][3]) for a in flat], np.float64)
         visible = numbers == 2
@@ -256,7 +262,7 @@ class CocoSplits:
         if len(part) == 0:
             raise UserError(f"{part.annotations or part.images}: no images for the split '{split}'")
         if part.annotations is not None and not part.table()["persons"].any():
-            raise UserError(f"{part.annotations}: no person with keypoints in the split '{split}'; this product needs some")
+            raise UserError(f"{part.annotations}: no person with keypoints in the split '{split}'; label some, or give others")
         self._check_disjoint()
         return part
 

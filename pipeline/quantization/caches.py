@@ -50,12 +50,15 @@ def check(file: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> N
         raise UserError(f"{file}: made with another calibration: {', '.join(changed)} changed; delete the file or name another")
 
 
-def tensor_data(file: Path | None, key: Mapping[str, Any], make: Callable[[], dict[str, Histogram]]) -> dict[str, Histogram]:
+def tensor_data(
+    file: Path | None, key: Mapping[str, Any], tensors: Sequence[str], make: Callable[[], dict[str, Histogram]]
+) -> dict[str, Histogram]:
     """Histograms from a file, or made and then written to it.
 
     Args:
         file: an .npz file; None keeps nothing.
         key: what they follow from.
+        tensors: whose histograms they are.
         make: them.
 
     Raises:
@@ -66,17 +69,31 @@ def tensor_data(file: Path | None, key: Mapping[str, Any], make: Callable[[], di
             with np.load(file, allow_pickle=False) as stored:
                 arrays = dict(stored)
             check(file, json.loads(str(arrays.pop("key"))), key)
-            return calibration.restore(arrays)
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            found = calibration.restore(arrays)
+            return {name: found[name] for name in tensors}
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
             raise UserError(f"{file}: not a cache of tensor data; delete it or name another") from error
+    if file is not None:
+        writable(file, "precision.cal_data_file")
     made = make()
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         with unfinished.open("wb") as stream:
             np.savez_compressed(stream, key=np.array(json.dumps(dict(key))), **calibration.save(made))  # type: ignore[arg-type]
         unfinished.replace(file)
     return made
+
+
+def writable(file: Path, option: str) -> None:
+    """Make a file's folder, before work is done whose result would have no place.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option}={file}: cannot make its folder ({error.strerror}); name a file elsewhere") from error
 
 
 def read_scales(file: Path, key: Mapping[str, Any], tensors: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -121,11 +138,9 @@ def write_scales(
     unfinished.replace(file)
 
 
-def write_tensorrt(
-    file: Path, scales: Mapping[str, float], version: str = "100300", algorithm: str = "EntropyCalibration2"
-) -> None:
+def write_tensorrt(file: Path, scales: Mapping[str, float]) -> None:
     """Write scales as TensorRT 10's calibrators do: a header, then "tensor: bits of the float32 scale" in hexadecimal."""
-    lines = [f"TRT-{version}-{algorithm}"]
+    lines = ["TRT-100300-EntropyCalibration2"]
     lines += [f"{name}: {struct.pack('>f', scale).hex()}" for name, scale in sorted(scales.items())]
     file.write_text("\n".join(lines) + "\n")
 
@@ -137,7 +152,7 @@ def read_tensorrt(file: Path) -> dict[str, float]:
         UserError: the file is none, or a scale in it is not positive.
     """
     try:
-        header, *lines = file.read_text().splitlines()
+        header, *lines = file.read_text().splitlines() or [""]
     except (OSError, ValueError) as error:
         raise UserError(
             f"{file}: cannot read the calibration cache ({error}); give the file that a calibrator wrote"

@@ -22,6 +22,7 @@ from pipeline.specs import FLAVOURS, SPEC_KEY, CalibrationFeed, read_spec
 SCALES, STEPS, FLOAT, TENSORRT_CACHE = "scales.json", "steps.json", "float.onnx", "calibration.cache"
 _STEP_IMAGES = 32  # calibration images for the table of steps
 _USELESS, _FAR = 0.5, 3.0  # scales with which fields are this wrong, and so much more than with plain ranges, do not fit
+_MARK, _MARKED = "posepress.network.", 16  # a line of our TensorRT caches that is no tensor's: digits of the network's digest
 _TRIAL_IMAGES = 16  # calibration images on which methods are compared
 _TRIED: tuple[tuple[calibration.Method, float], ...] = (
     ("percentile", 99.999), ("percentile", 99.99), ("percentile", 99.9), ("minmax", 100.0), ("mse", 0.0), ("entropy", 0.0),
@@ -120,6 +121,8 @@ class Int8:
                 raise ValueError(f"precision.{option}={getattr(self, option)}: choose true or false")  # noqa: TRY004
         if not isinstance(self.percentile, (int, float)) or not 50 < self.percentile <= 100:  # type: ignore[redundant-expr]
             raise ValueError(f"precision.percentile={self.percentile}: choose above 50 to 100")
+        if self.tensorrt_cache:
+            caches.read_tensorrt(Path(self.tensorrt_cache))
         if self.tensorrt_cache and (self.equalize_concatenations or self.equalize_layers):
             raise ValueError(
                 f"precision.tensorrt_cache={self.tensorrt_cache}: its scales are of the network without equalization; add "
@@ -184,8 +187,10 @@ class Int8:
             found = {name: Histogram(least=row["least"], most=row["most"]) for name, row in rows.items()}
             thresholds, source = {name: float(row["threshold"]) for name, row in rows.items()}, str(kept)
         else:
+            if kept is not None:
+                caches.writable(kept, "precision.cal_cache_file")
             source = self.tensorrt_cache or (str(data) if data is not None and data.exists() else "the calibration images")
-            found = caches.tensor_data(data, ranges, observe)
+            found = caches.tensor_data(data, ranges, placement.tensors, observe)
             thresholds, tried = self._thresholds(model, placement, found, feed)
         scales = self._scales(thresholds, found, placement)
         shifts = equalization.mean_shifts(model, placement, scales, feed.read(most)) if self.bias_correction else {}
@@ -226,7 +231,7 @@ class Int8:
             return of_all_fields(field_errors(computed(written), expected))
 
         if self.tensorrt_cache:
-            imported = _imported(Path(self.tensorrt_cache), placement)
+            imported = _imported(Path(self.tensorrt_cache), placement, caches.network_digest(model))
             wrong, ours = error(imported), error({name: one.threshold("minmax") for name, one in found.items()})
             if not wrong < max(_USELESS, _FAR * ours):
                 raise UserError(
@@ -259,13 +264,20 @@ class Int8:
         yield {"step": "as written, all images", **probe.errors(final)}
 
 
-def _imported(file: Path, placement: Placement) -> dict[str, float]:
+def _imported(file: Path, placement: Placement, network: str) -> dict[str, float]:
     """Thresholds of every placed tensor from a TensorRT calibration cache.
 
     Raises:
-        UserError: it lacks one.
+        UserError: it lacks one, or we wrote it for another network.
     """
     scales = caches.read_tensorrt(file)
+    marks = [name.removeprefix(_MARK) for name in scales if name.startswith(_MARK)]
+    if marks and marks[0] != network[:_MARKED]:
+        raise UserError(
+            f"precision.tensorrt_cache={file}: its scales are of another network, perhaps of this one equalized (float.onnx "
+            "beside the file); quantize that one, or calibrate with precision.equalize_concatenations=false "
+            "precision.equalize_layers=false for a cache of this one"
+        )
     missing = [name for name in placement.tensors if name not in scales]
     if missing:
         raise UserError(
@@ -356,7 +368,8 @@ class Calibrated:
     def save(self, out: Path) -> None:
         """Write scales.json, TensorRT 10's calibration cache, and the float network that both are of."""
         caches.write_scales(out / SCALES, self.key, self.rows(), sorted(self.placement.excluded), self.scales.most_weight)
-        caches.write_tensorrt(out / TENSORRT_CACHE, self.scales.activations)
+        mark = {f"{_MARK}{caches.network_digest(self.model)[:_MARKED]}": 1.0}
+        caches.write_tensorrt(out / TENSORRT_CACHE, {**self.scales.activations, **mark})
         onnx.save(equalization.corrected(self.model, self.shifts.get("tensorrt", {})), out / FLOAT)
 
     def summary(self) -> dict[str, Any]:

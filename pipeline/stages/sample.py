@@ -45,8 +45,8 @@ def run(
         parts: dict[str, Any] = {"image_dir": Coco.folder(image_dir)}
     else:
         wrong = [split for split in images if split not in ("train", "unlabelled")]
-        if wrong or not images:
-            raise UserError(f"sampler.images={list(images)}: choose train, unlabelled or both; others are for measuring")
+        if isinstance(images, str) or wrong or not images:
+            raise UserError(f"sampler.images={images}: choose [train], [unlabelled] or both; others are for measuring")
         parts = {split: data.open(split) for split in images}
     tables = [part.table() for part in parts.values()]
     table = {name: np.concatenate([one[name] for one in tables]) for name in tables[0]}
