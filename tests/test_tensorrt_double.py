@@ -1,5 +1,6 @@
 """The strict double refuses what TensorRT refuses, and the backend gets through it."""
 
+import ast
 import hashlib
 import json
 import sys
@@ -7,7 +8,7 @@ import sys
 import numpy as np
 import onnx
 import pytest
-from conftest import FAKES, SMOKE, pipeline, real_options, refused
+from conftest import FAKES, ROOT, SMOKE, pipeline, real_options, refused
 from onnx import numpy_helper
 
 from evaluation.types import Resolution
@@ -35,6 +36,39 @@ def trt(monkeypatch, request):
 
     yield tensorrt
     logger.cache_clear()
+
+
+def names_used(source):
+    """Every `trt.A` and `trt.A.B` of a file."""
+    found = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        parts = []
+        while isinstance(node, ast.Attribute):
+            parts.insert(0, node.attr)
+            node = node.value
+        if isinstance(node, ast.Name) and node.id == "trt" and parts:
+            found.add(tuple(parts[:3]))
+    return found
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_name_in_the_source_is_one_of_every_version(version):
+    api = json.loads((FAKES / "tensorrt" / f"api_{version}.json").read_text())
+    own = {"__version__", "POSEPRESS_DOUBLE"}
+    used = set().union(*(names_used(file) for file in (ROOT / "pipeline").rglob("*.py")))
+    assert len(used) > 20
+    for name, *rest in used:
+        if name in own:
+            continue
+        assert name in {*api["classes"], *api["enums"], *api["functions"]}, name
+        if rest and name in api["enums"] and not rest[0].startswith("__"):
+            assert rest[0] in api["enums"][name]["members"], f"{name}.{rest[0]}"
+        elif rest and name in api["classes"]:
+            inner = f"{name}.{rest[0]}"
+            known = {*api["classes"][name].get("methods", {}), *api["classes"][name].get("properties", {})}
+            assert rest[0] in known or inner in api["enums"], inner
+            if inner in api["enums"] and rest[1:]:
+                assert rest[1] in api["enums"][inner]["members"], f"{inner}.{rest[1]}"
 
 
 def quantized(finished, precision):

@@ -1,0 +1,137 @@
+"""doctor: what this machine has, what of Posepress runs on it, and what to install for the rest."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from evaluation import device
+from pipeline.artifacts import Job
+from pipeline.errors import UserError
+
+_LEAST_DISK, _LEAST_MEMORY = 10, 8  # GiB
+_TOO_OLD = ("TX2", "Nano Developer Kit", "TX1")  # whose last TensorRT is 8.2; an Orin Nano is another machine
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was looked for, what is there, and what to do about it.
+
+    Attributes:
+        what: was looked for.
+        found: is there.
+        remedy: a command or a sentence; empty where all is well.
+    """
+
+    what: str
+    found: str
+    remedy: str = ""
+
+
+def run(job: Job, outputs: str, system: str, asked: str) -> dict[str, Any]:  # noqa: ARG001 - `asked` makes each run a new one
+    """Look at the machine, print a table and write doctor.json.
+
+    Args:
+        job: where doctor.json goes.
+        outputs: the folder of results, for its disk.
+        system: root of the file system.
+        asked: when.
+    """
+    findings = [*_computer(Path(outputs), Path(system)), *_packages(), *_gpu(Path(system)), *_tensorrt(Path(system))]
+    table = Table("what", "found", "what to do")
+    for finding in findings:
+        table.add_row(finding.what, finding.found, finding.remedy)
+    Console(stderr=True, highlight=False).print(table)
+    (job.out / "doctor.json").write_text(json.dumps([asdict(finding) for finding in findings], indent=1))
+    return {"findings": len(findings), "to_do": [finding.what for finding in findings if finding.remedy]}
+
+
+def _computer(outputs: Path, root: Path) -> Iterator[Finding]:
+    machine = device.describe()
+    model = root / "proc/device-tree/model"
+    board = model.read_text().rstrip("\0\n") if model.exists() else ""
+    yield Finding("machine", board or f"{machine['cpu']}, {machine['cores']} cores, {platform.machine()}")
+    isa = machine["isa"]
+    fast = any(name in isa for name in ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"))
+    slow = "INT8 on this processor is slower than it could be: weights get 7 bits (precision.reduce_range)"
+    yield Finding("instructions", ", ".join(isa) or "none that matter", "" if fast else slow)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    little = f"less than {_LEAST_MEMORY} GiB: keep batch=1 and stages.train.training.workers low"
+    yield Finding("memory", f"{memory:.0f} GiB", "" if memory > _LEAST_MEMORY else little)
+    there = next(folder for folder in (outputs.resolve(), *outputs.resolve().parents) if folder.exists())
+    free = shutil.disk_usage(there).free / 2**30
+    yield Finding("disk", f"{free:.0f} GiB free for {outputs}", "" if free > _LEAST_DISK else "free some, or set outputs=")
+
+
+def _packages() -> Iterator[Finding]:
+    yield Finding("python", platform.python_version())
+    for name, command in (("onnxruntime", "pip install onnxruntime"), ("torch", "make install"), ("mlflow", "make install")):
+        version = _version(name)
+        more = ""
+        if name == "onnxruntime" and version:
+            import onnxruntime
+
+            more = f" ({', '.join(onnxruntime.get_available_providers())})"
+        yield Finding(name, f"{version}{more}" if version else "not installed", "" if version else command)
+
+
+def _gpu(root: Path) -> Iterator[Finding]:
+    driver = root / "proc/driver/nvidia/version"
+    if not driver.exists() and not (root / "etc/nv_tegra_release").exists():
+        yield Finding("NVIDIA driver", "none", "for TensorRT: a GPU, and its driver from the distribution or nvidia.com")
+    elif driver.exists():
+        yield Finding("NVIDIA driver", driver.read_text().splitlines()[0].partition("Module")[2].split("Release")[0].strip())
+    if importlib.util.find_spec("cuda") is None:
+        yield Finding("cuda-python", "not installed", "for backend=tensorrt: pip install cuda-python")
+        return
+    from pipeline.backends.device_memory import DeviceMemory
+
+    try:
+        gpu = DeviceMemory().gpu
+        yield Finding("GPU", f"{gpu['name']}, SM {gpu['sm']}")
+    except (UserError, RuntimeError) as error:
+        yield Finding("GPU", "does not answer", str(error))
+
+
+def _tensorrt(root: Path) -> Iterator[Finding]:
+    model = root / "proc/device-tree/model"
+    board = model.read_text() if model.exists() else ""
+    if "Orin" not in board and any(name in board for name in _TOO_OLD):
+        yield Finding("TensorRT", "8.2 at most on this board", "not supported: 10.3 is the oldest; build for an Orin or a PC")
+        return
+    if importlib.util.find_spec("tensorrt") is None:
+        where = "JetPack 6 or 7 brings it" if "NVIDIA" in board or "Orin" in board else "pip install tensorrt cuda-python"
+        yield Finding("TensorRT", "not installed", where)
+        return
+    import tensorrt as trt
+
+    double = " (the double of the tests)" if getattr(trt, "POSEPRESS_DOUBLE", False) else ""
+    oldest = tuple(int(part) for part in trt.__version__.split(".")[:2]) < (10, 3)
+    yield Finding("TensorRT", f"{trt.__version__}{double}", "not supported: install 10.3 or later" if oldest else "")
+    flags = trt.BuilderFlag.__members__
+    can = {
+        "int8 by Q/DQ": True,
+        "int8_entropy": hasattr(trt, "IInt8EntropyCalibrator2"),
+        "same_compute_capability": hasattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY"),
+        "strip_weights": "STRIP_PLAN" in flags,
+        "sparse_weights": "SPARSE_WEIGHTS" in flags,
+    }
+    yield Finding("TensorRT can", ", ".join(name for name, there in can.items() if there))
+    if missing := [name for name, there in can.items() if not there]:
+        yield Finding("TensorRT cannot", ", ".join(missing))
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
