@@ -41,8 +41,8 @@ def trt(monkeypatch, request):
 def names_used(source):
     """Every `trt.A` and `trt.A.B` of a file."""
     found = set()
-    for node in ast.walk(ast.parse(source.read_text())):
-        parts = []
+    for at in ast.walk(ast.parse(source.read_text())):
+        node, parts = at, []
         while isinstance(node, ast.Attribute):
             parts.insert(0, node.attr)
             node = node.value
@@ -69,6 +69,39 @@ def test_every_name_in_the_source_is_one_of_every_version(version):
             assert rest[0] in known or inner in api["enums"], inner
             if inner in api["enums"] and rest[1:]:
                 assert rest[1] in api["enums"][inner]["members"], f"{inner}.{rest[1]}"
+
+
+REMOVED = [  # calls that TensorRT 10 has not any more, put where the source has others
+    ("tensorrt", "config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, ", "config.__setattr__('max_workspace_size', "),
+    ("tensorrt", "builder.build_serialized_network(", "builder.build_engine("),
+    ("tensorrt", "builder.create_network(flags)", "builder.create_network(flags, explicit=True)"),
+    ("tensorrt_runner", "execute_async_v3(stream_handle=", "execute_async_v2(stream_handle="),
+    ("tensorrt_runner", "self.engine.num_io_tensors", "self.engine.num_bindings"),
+    ("tensorrt_runner", "self.engine.get_tensor_dtype(name)", "self.engine.get_binding_dtype(name)"),
+    ("tensorrt_runner", "slot.context.set_input_shape(", "slot.context.set_binding_shape("),
+]
+
+
+@pytest.mark.parametrize(("module", "call", "removed"), REMOVED)
+def test_a_call_that_was_removed_fails(trt, finished, tmp_path, monkeypatch, module, call, removed):
+    import importlib
+
+    source = ROOT / "pipeline" / "backends" / f"{module}.py"
+    text = source.read_text()
+    assert call in text
+    mutant = importlib.import_module(f"pipeline.backends.{module}")
+    changed = dict(vars(mutant))
+    exec(compile(text.replace(call, removed), str(source), "exec"), changed)
+    backend = changed["TensorRT"] if module == "tensorrt" else TensorRT
+    runner = changed.get("TensorRTRunner", TensorRTRunner)
+
+    def whole():
+        engine = backend().build(quantized(finished, "fp32"), shapes(1), tmp_path)
+        with runner(engine) as loaded:
+            loaded(loaded.upload(np.zeros((1, 64, 80, 3), np.uint8)))
+
+    with pytest.raises((AttributeError, TypeError)):
+        whole()
 
 
 def quantized(finished, precision):
