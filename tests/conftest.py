@@ -70,6 +70,21 @@ def finished(tmp_path_factory):
     return folder
 
 
+def forget_doubles():
+    """Nothing that was imported from the doubles stays for the next test."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("tensorrt", "cuda")]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def doubles(monkeypatch):
+    """The doubles of TensorRT and cuda-python, importable for one test only."""
+    forget_doubles()
+    monkeypatch.syspath_prepend(str(FAKES))
+    yield
+    forget_doubles()
+
+
 @pytest.fixture
 def smoke(finished, tmp_path):
     """A copy of the finished sweep to write into."""

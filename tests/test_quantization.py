@@ -6,7 +6,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import FAKES
+from conftest import FAKES, forget_doubles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -28,6 +28,7 @@ def refusals():
         import tensorrt
     finally:
         sys.path.remove(str(FAKES))
+        forget_doubles()
     return tensorrt.refusals
 
 

@@ -3,7 +3,6 @@
 import ast
 import hashlib
 import json
-import sys
 
 import numpy as np
 import onnx
@@ -25,12 +24,9 @@ VERSIONS = ["10_3", "10_16", "11_1"]
 
 
 @pytest.fixture(params=VERSIONS)
-def trt(monkeypatch, request):
+def trt(monkeypatch, request, doubles):
     """The double as `tensorrt`, for this test only."""
     monkeypatch.setenv("POSEPRESS_TENSORRT_DOUBLE", request.param)
-    monkeypatch.syspath_prepend(str(FAKES))
-    for name in ("tensorrt", "cuda", "cuda.bindings", "cuda.bindings.runtime"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
     logger.cache_clear()
     import tensorrt
 
