@@ -201,7 +201,7 @@ def test_compatible_plans_run_elsewhere(trt, finished, tmp_path):
     )
     side = json.loads((tmp_path / "engine.json").read_text())
     gpu = {"name": "another", "sm": "8.9"}
-    assert check(engine, side["tensorrt"], gpu)["version_compatible"]
+    assert check(engine, side["tensorrt"], gpu)[0]["version_compatible"]
     major, minor, rest = side["tensorrt"].split(".", 2)
     assert check(engine, f"{major}.{int(minor) + 1}.{rest}", gpu)
     for version in (f"{int(major) + 1}.0.0", f"{major}.0.0"):

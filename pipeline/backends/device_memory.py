@@ -1,6 +1,5 @@
 """Memory, streams and graphs of an NVIDIA GPU through cuda-python, with numpy alone on the host's side."""
 
-import ctypes
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -115,18 +114,6 @@ class DeviceMemory:
         made = DeviceArray(address, tuple(shape), kind, self)
         finalize(made, self._free[size].append, address)
         return made
-
-    def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """An array in page-locked memory of the host, which copies overlap with work from."""
-        kind = np.dtype(dtype)
-        size = max(math.prod(shape) * kind.itemsize, 1)
-        address = int(self._check("cudaHostAlloc", size, self._cuda.cudaHostAllocDefault))
-        held = (ctypes.c_uint8 * size).from_address(address)
-        made: NDArray[Any] = (
-            np.frombuffer(bytearray(0), kind) if not math.prod(shape) else np.ctypeslib.as_array(held).view(kind)
-        )
-        finalize(held, self._cuda.cudaFreeHost, address)
-        return made[: math.prod(shape)].reshape(shape)
 
     def copy(self, to: DeviceArray | NDArray[Any], source: DeviceArray | NDArray[Any], wait: bool = True) -> None:
         """Copy an array to, from or within the GPU, on the stream.

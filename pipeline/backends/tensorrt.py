@@ -36,8 +36,6 @@ class TensorRT:
         preview_features: names of those that are switched on.
         hardware_compatibility_level: "none", "ampere_plus" or, from 10.16 on, "same_compute_capability".
         version_compatible: the plan runs with later versions of the same major one.
-        refit: weights of the plan can be replaced.
-        strip_weights: the plan holds no weights that refitting can bring; implies refitting with the same weights.
         sparse_weights: use 2:4 sparse kernels where weights are so.
         plugins: libraries to load before parsing.
         timing_cache: a folder where measured kernels are kept, by version and GPU; None measures anew.
@@ -53,8 +51,6 @@ class TensorRT:
     preview_features: Sequence[str] = ()
     hardware_compatibility_level: str = "none"
     version_compatible: bool = False
-    refit: bool = False
-    strip_weights: bool = False
     sparse_weights: bool = False
     plugins: Sequence[str] = ()
     timing_cache: str | None = None
@@ -77,7 +73,7 @@ class TensorRT:
             value = getattr(self, option)
             if not isinstance(value, int) or not least <= value <= most:
                 raise ValueError(f"backend.{option}={value}: choose {least} to {most}")
-        for option in ("tf32", "version_compatible", "refit", "strip_weights", "sparse_weights", "cuda_graph"):
+        for option in ("tf32", "version_compatible", "sparse_weights", "cuda_graph"):
             if not isinstance(getattr(self, option), bool):
                 raise ValueError(f"backend.{option}={getattr(self, option)}: choose true or false")  # noqa: TRY004
 
@@ -171,9 +167,6 @@ class TensorRT:
             config.clear_flag(trt.BuilderFlag.TF32)
         switches = {
             "VERSION_COMPATIBLE": self.version_compatible,
-            "REFIT": self.refit and not self.strip_weights,
-            "STRIP_PLAN": self.strip_weights,
-            "REFIT_IDENTICAL": self.strip_weights,
             "SPARSE_WEIGHTS": self.sparse_weights,
         }
         for flag in (name for name, on in switches.items() if on):

@@ -59,8 +59,8 @@ def installed() -> str | None:
     return None
 
 
-def check(engine: Path, version: str | None, gpu: Mapping[str, Any]) -> dict[str, Any]:
-    """What lies beside a plan, if it is whole and was built for this machine.
+def check(engine: Path, version: str | None, gpu: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """What lies beside a plan, and the plan, if it is whole and was built for this machine.
 
     Args:
         engine: the plan.
@@ -74,11 +74,11 @@ def check(engine: Path, version: str | None, gpu: Mapping[str, Any]) -> dict[str
     side = engine.parent / SIDE
     try:
         content: dict[str, Any] = json.loads(side.read_text())
-        size, digest, built, built_for = (content[key] for key in ("bytes", "sha256", "tensorrt", "gpu"))
+        size, digest, built_for = (content[key] for key in ("bytes", "sha256", "gpu"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{side}: not the description of a plan ({error}); {again}") from error
-    if version is not None and built != version and not (content["version_compatible"] and _newer(version, built)):
-        raise UserError(f"{engine}: built by TensorRT {built}, here is {version}; {again}")
+    if version is not None:
+        check_version(engine, content, version)
     if not _fits(content["hardware_compatibility_level"], built_for, gpu):
         raise UserError(
             f"{engine}: built for {built_for['name']} (SM {built_for['sm']}), here is {gpu['name']} (SM {gpu['sm']}); {again}"
@@ -86,7 +86,18 @@ def check(engine: Path, version: str | None, gpu: Mapping[str, Any]) -> dict[str
     blob = engine.read_bytes()
     if len(blob) != size or hashlib.sha256(blob).hexdigest() != digest:
         raise UserError(f"{engine}: {len(blob)} bytes, not the {size} that were built; copy it again, or {again}")
-    return content
+    return content, blob
+
+
+def check_version(engine: Path, content: Mapping[str, Any], version: str) -> None:
+    """Make sure that a plan runs with a version of TensorRT.
+
+    Raises:
+        UserError: it does not.
+    """
+    built = content["tensorrt"]
+    if built != version and not (content["version_compatible"] and _newer(version, built)):
+        raise UserError(f"{engine}: built by TensorRT {built}, here is {version}; build it here: stage=build force=true")
 
 
 def _newer(version: str, built: str) -> bool:
@@ -130,10 +141,10 @@ class TensorRTRunner:
 
     def __init__(self, engine: Path, device: int = 0, cuda_graph: bool = True) -> None:
         first = DeviceMemory(device)
-        side = check(engine, installed(), first.gpu)
+        side, plan = check(engine, installed(), first.gpu)
         import tensorrt as trt
 
-        check(engine, trt.__version__, first.gpu)
+        check_version(engine, side, trt.__version__)
         self.spec = NetworkSpec.from_dict(side["spec"])
         self.cuda_graph, self._torch = cuda_graph, _torch(device)
         trt.init_libnvinfer_plugins(logger(), "")
@@ -141,7 +152,7 @@ class TensorRTRunner:
         self.runtime = trt.Runtime(logger())
         if side["version_compatible"]:
             self.runtime.engine_host_code_allowed = True
-        self.engine = self.runtime.deserialize_cuda_engine(engine.read_bytes())
+        self.engine = self.runtime.deserialize_cuda_engine(plan)
         if self.engine is None:
             raise failed(f"{engine}: cannot be loaded", "build it on this machine: stage=build force=true")
         names = [self.engine.get_tensor_name(n) for n in range(self.engine.num_io_tensors)]

@@ -122,7 +122,6 @@ def _tensorrt(root: Path) -> Iterator[Finding]:
         "int8 by Q/DQ": True,
         "int8_entropy": hasattr(trt, "IInt8EntropyCalibrator2"),
         "same_compute_capability": hasattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY"),
-        "strip_weights": "STRIP_PLAN" in flags,
         "sparse_weights": "SPARSE_WEIGHTS" in flags,
     }
     yield Finding("TensorRT can", ", ".join(name for name, there in can.items() if there))

@@ -36,13 +36,11 @@ class cudaStreamCaptureMode(enum.IntEnum):
 
 
 cudaStreamNonBlocking = 1
-cudaHostAllocDefault = 0
 OK = cudaError_t.cudaSuccess
 
 DEVICES = 2
 LIMIT = 2 << 30  # bytes that a device holds
 allocations = {}  # address -> (array that holds it, size)
-pinned = {}
 streams = {}  # handle -> None, or the work recorded on it
 graphs = {}
 log = []  # calls, for tests
@@ -100,16 +98,6 @@ def cudaMalloc(size):
 
 def cudaFree(address):
     return (OK if allocations.pop(address, None) else cudaError_t.cudaErrorInvalidValue,)
-
-
-def cudaHostAlloc(size, flags):
-    held, address = _aligned(size)
-    pinned[address] = held
-    return OK, address
-
-
-def cudaFreeHost(address):
-    return (OK if pinned.pop(address, None) is not None else cudaError_t.cudaErrorInvalidValue,)
 
 
 def cudaMemcpyAsync(to, source, size, kind, stream):
