@@ -121,7 +121,7 @@ def theirs(file: Path, count: int, size: tuple[int, int], method: str) -> str:
 
 def speed(file: Path, size: tuple[int, int]) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        feed = CalibrationFeed(lambda most: images(min(most or 8, 8), size), "", "")
+        feed = CalibrationFeed(lambda most: images(min(most or 8, 8), size), iter, "", "")
         Int8().quantize(file, feed, None, Path(folder))
         runners = [session(f, 1) for f in (file, ModelFiles.in_folder(Path(folder)).onnx["onnxruntime"])]
         name, given = runners[0].get_inputs()[0].name, next(images(1, size))

@@ -56,7 +56,7 @@ def zeros(file: Path, size: Resolution) -> Table:
     """FP32 and INT8 with and without channels of zeros in the concatenations, timed in turns on noise."""
     shape = (1, 3, size.height, size.width)
     noise = [np.random.default_rng(n).uniform(0, 255, shape).astype(np.float32) for n in range(2)]
-    made = Int8("percentile").calibrate(file, CalibrationFeed(lambda most: iter(noise[:most]), "noise", "noise"))
+    made = Int8("percentile").calibrate(file, CalibrationFeed(lambda most: iter(noise[:most]), iter, "noise", "noise"))
     given = [load(file), made.model]
     floats, bases = ([model, alignment.align(model)[0]] for model in given)
     integers = [writers.insert(base, made.placement, made.scales, "onnxruntime") for base in bases]

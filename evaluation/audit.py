@@ -32,6 +32,16 @@ def label(found: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {100 * share:.3g}%" for name, share in found.items())
 
 
+def counts(layers: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many layers there are, and how many of them fuse several nodes, only move data, or are Q/DQ left alone."""
+    found = {"layers": len(layers)}
+    if any("nodes" in layer for layer in layers):
+        found["fused_groups"] = sum(layer.get("nodes", 0) > 1 for layer in layers)
+        found["reformat_layers"] = sum(bool(layer.get("reformat")) for layer in layers)
+        found["unfused_qdq"] = sum(bool(layer.get("unfused_qdq")) for layer in layers)
+    return found
+
+
 def fallen(layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The layers with MACs that did not run in INT8, in an engine of which some did; those of most MACs first."""
     if not any(layer["precision"] == "int8" for layer in layers):
@@ -46,5 +56,5 @@ def unmet(layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]] | None
     """
     if not any("quantized" in layer for layer in layers):
         return None
-    lost = (layer for layer in layers if layer.get("quantized") and layer["precision"] != "int8")
+    lost = (layer for layer in layers if layer.get("quantized") and layer["precision"] not in ("int8", "fp8"))
     return sorted(lost, key=lambda layer: -layer["macs"])

@@ -71,6 +71,7 @@ for _name, _resolver in (
     ("sampler_words", _sampler_words),
     ("int8_words", _int8_words),
     ("latency_words", lambda limit: "" if limit is None else f"-t{limit}"),
+    ("tf32_word", lambda on: "-tf32" if on else ""),
     ("qat_word", lambda network: "-qat" if network == "qat" else ""),
     ("without_vnni", _without_vnni),
 ):
@@ -114,6 +115,9 @@ class Cell:
         makes = any(not self.stages[name].collect for name in self.plan)
         if lost and makes and config.pruner.weights_from == "train" and not self.sweep:
             raise UserError(f"{lost[0]}: there is no pruner; add pruner=l1")
+        only, backend = config.precision.get("only_on"), str(config.backend._target_).split(".")[-2]
+        if only not in (None, backend):
+            raise UserError(f"precision={config.precision.name}: runs on backend={only} alone; choose it or another precision")
         for option in ("training_resolution", "resolution"):
             _check_resolution(option, str(config[option]), int(config.model.multiple), int(config.model.get("offset", 0)))
         for option, least in (("batch", 1), ("threads", 0), ("seed", 0)):

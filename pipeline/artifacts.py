@@ -40,6 +40,7 @@ DESCRIPTIVE = (
     "image_dir",
     "tuned_by",
     "measured_on",
+    "only_on",
     "trained_with",
     "judged_by",
     "framing",

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from evaluation.skeletons import COCO_17, OPENPOSE_18
-from evaluation.types import NetworkSpec, Resolution, Skeleton
+from evaluation.types import NetworkSpec, Skeleton
 from pipeline.errors import UserError
 from pipeline.specs import SPEC_KEY
 
@@ -188,31 +188,6 @@ def adopt(file: Path, spec: NetworkSpec, out: Path) -> None:
             graph.output.append(onnx.helper.make_tensor_value_info(field.name, onnx.TensorProto.FLOAT, shape))
     onnx.checker.check_model(model)
     onnx.save(model, out)
-
-
-def macs(model: onnx.ModelProto, resolution: Resolution) -> int:
-    """Multiply-accumulates of an ONNX network's convolutions and matrix products for one image of a resolution."""
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
-    dims = fixed.graph.input[0].type.tensor_type.shape.dim
-    for dim, size in zip(dims, (1, dims[1].dim_value, resolution.height, resolution.width), strict=True):
-        dim.Clear()
-        dim.dim_value = size
-    del fixed.graph.value_info[:]
-    for output in fixed.graph.output:
-        output.type.tensor_type.ClearField("shape")
-    graph = onnx.shape_inference.infer_shapes(fixed, data_prop=True).graph
-    weights = {i.name: list(i.dims) for i in graph.initializer}
-    shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in (*graph.value_info, *graph.output)}
-    total = 0
-    for node in graph.node:
-        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul") and node.input[1] in weights:
-            dims_ = weights[node.input[1]]
-            outputs = dims_[0] if node.op_type == "Conv" else dims_[-1]
-            spread = node.input[0] if node.op_type == "ConvTranspose" else node.output[0]
-            per = int(np.prod(dims_)) // (dims_[0] if node.op_type == "ConvTranspose" else outputs)
-            total += per * int(np.prod(shapes.get(spread, [0])))
-    return total
 
 
 def torch_reference(network: nn.Module) -> Reference:

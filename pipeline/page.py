@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline import quantization_page
+from pipeline import engine_page, quantization_page
 from pipeline.report import (
     MORE_STEPS,
     Result,
@@ -77,7 +77,7 @@ def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] 
 <table><thead><tr>{head}</tr></thead>
 <tbody>{body}</tbody></table></div>
 {"".join(f'<p class="note">{note}</p>' for note in notes)}{_waterfall_html(table.results)}
-{quantization_page.sections(table.results)}{_comparisons_html(comparisons)}
+{engine_page.sections(table.results)}{quantization_page.sections(table.results)}{_comparisons_html(comparisons)}
 {"".join(sections)}</body></html>"""
     file.write_text(page, encoding="utf-8")
 

@@ -78,11 +78,11 @@ def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path)
         root: outputs/<name>.
     """
     results, left_out = [], []
-    times: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    times: dict[tuple[str, str], list[tuple[dict[str, Any], dict[str, Path]]]] = {}
     for folder in benchmarks:
         manifest = _manifest(folder)
         if current(manifest, root):
-            times.setdefault(_engine(manifest), []).append(manifest["summary"])
+            times.setdefault(_engine(manifest), []).append((manifest["summary"], {"benchmark": folder}))
     doubles = stale = 0
     for folder in evaluations:
         manifest = _manifest(folder)
@@ -94,9 +94,9 @@ def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path)
             left_out.append(f"{folder.name}: stale, made from inputs that changed since; run its cell again")
             continue
         axes = manifest["config"]["axes"]
-        for timed in times.get(_engine(manifest), [{}]):
+        for timed, measured in times.get(_engine(manifest), [({}, {})]):
             counted, folders = _chain(folder, root)
-            results.append(Result(folder, axes, {**manifest["summary"], **timed, **counted}, folders))
+            results.append(Result(folder, axes, {**manifest["summary"], **timed, **counted}, {**folders, **measured}))
     if doubles:
         left_out.append(f"{doubles} evaluated with the TensorRT test double: no figures of TensorRT")
     results.sort(

@@ -17,6 +17,7 @@ Truth_contra = TypeVar("Truth_contra", contravariant=True)
 Found_contra = TypeVar("Found_contra", contravariant=True)
 
 FLAVOURS = ("tensorrt", "onnxruntime")
+CALIBRATION, CALIBRATION_INPUTS = "calibrator.json", "calibration_inputs.npy"  # beside a network that TensorRT calibrates
 SPEC_KEY = "posepress.spec"  # metadata of every ONNX file we write: NetworkSpec as JSON
 
 
@@ -27,10 +28,12 @@ class Shapes:
     Attributes:
         resolution: least, tuned-for and greatest input size.
         batch: likewise.
+        more: further shapes that the same engine is tuned for.
     """
 
     resolution: tuple[Resolution, Resolution, Resolution]
     batch: tuple[int, int, int]
+    more: tuple["Shapes", ...] = ()
 
     @classmethod
     def of(cls, framing: "Framing", size: Resolution, spec: InputSpec, batch: int) -> "Shapes":
@@ -49,15 +52,18 @@ class ModelFiles:
     Attributes:
         onnx: the typed ONNX file of each flavour, "tensorrt" and "onnxruntime".
         checkpoint: the folder of the torch network; None where there is none.
+        calibration: the folder of what TensorRT calibrates the network with; None where the file says its precision.
     """
 
     onnx: Mapping[str, Path]
     checkpoint: Path | None = None
+    calibration: Path | None = None
 
     @classmethod
     def in_folder(cls, folder: Path, checkpoint: Path | None = None) -> "ModelFiles":
         """The files of a quantized network's folder."""
-        return cls({flavour: folder / f"model.{flavour}.onnx" for flavour in FLAVOURS}, checkpoint)
+        calibrated = folder if (folder / CALIBRATION).exists() else None
+        return cls({flavour: folder / f"model.{flavour}.onnx" for flavour in FLAVOURS}, checkpoint, calibrated)
 
 
 def read_spec(file: Path) -> NetworkSpec:
@@ -274,11 +280,13 @@ class CalibrationFeed:
 
     Attributes:
         read: the first so many of them, or all for None, as batches [B, 3, H, W].
+        frames: the same before they are normalised, RGB uint8 [B, H, W, 3].
         images: digest of their list.
         preprocessing: digest of how they become inputs.
     """
 
     read: Callable[[int | None], Iterable[Array]]
+    frames: Callable[[int | None], Iterable[NDArray[Any]]]
     images: str
     preprocessing: str
 

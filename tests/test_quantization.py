@@ -82,7 +82,7 @@ def feed(count=8, shape=(1, 3, 8, 8), scale=3.0):
 
 
 def fed(images):
-    return CalibrationFeed(lambda most: iter(images[:most]), "images", "preprocessing")
+    return CalibrationFeed(lambda most: iter(images[:most]), iter, "images", "preprocessing")
 
 
 def written(model, flavour, exclude=(), method="minmax"):

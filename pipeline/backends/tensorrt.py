@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,20 @@ from filelock import FileLock
 from evaluation.types import Resolution
 from pipeline.backends.device_memory import DeviceMemory
 from pipeline.backends.engine_inspector import layers
-from pipeline.backends.tensorrt_runner import ENGINE, SIDE, TensorRTRunner, failed, load_plugins, logger
+from pipeline.backends.tensorrt_calibrator import calibrate
+from pipeline.backends.tensorrt_runner import ENGINE, SIDE, WEIGHTS, TensorRTRunner, failed, load_plugins, logger
 from pipeline.errors import UserError, nearest
-from pipeline.specs import SPEC_KEY, ModelFiles, Shapes
+from pipeline.specs import ModelFiles, Shapes, read_spec
 
 _LAST_WITH_FLAG = 10  # later versions have no other kind of network than strongly typed ones
 
 
-def _shape(batch: int, size: Resolution) -> tuple[int, int, int, int]:
-    return (batch, 3, size.height, size.width)
+_FP8_FROM = 8.9  # compute capability
+
+
+def _shapes(shapes: Shapes) -> list[tuple[int, int, int, int]]:
+    """Least, best and greatest shape of the input."""
+    return [(b, 3, r.height, r.width) for b, r in zip(shapes.batch, shapes.resolution, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,9 @@ class TensorRT:
         hardware_compatibility_level: "none", "ampere_plus" or, from 10.16 on, "same_compute_capability".
         version_compatible: the plan runs with later versions of the same major one.
         sparse_weights: use 2:4 sparse kernels where weights are so.
+        strip_weights: the plan holds no weights; they are put in from the ONNX file beside it when it is loaded.
+        use_dla_core: number of the deep-learning accelerator of a Jetson; the GPU runs what it does not. None is the GPU.
+        error_on_timing_cache_miss: build from kernels that were measured before, or fail: the same plan again.
         plugins: libraries to load before parsing.
         timing_cache: a folder where measured kernels are kept, by version and GPU; None measures anew.
         avg_timing_iterations: how often a kernel is measured.
@@ -52,6 +61,9 @@ class TensorRT:
     hardware_compatibility_level: str = "none"
     version_compatible: bool = False
     sparse_weights: bool = False
+    strip_weights: bool = False
+    use_dla_core: int | None = None
+    error_on_timing_cache_miss: bool = False
     plugins: Sequence[str] = ()
     timing_cache: str | None = None
     avg_timing_iterations: int = 1
@@ -73,7 +85,14 @@ class TensorRT:
             value = getattr(self, option)
             if not isinstance(value, int) or not least <= value <= most:
                 raise ValueError(f"backend.{option}={value}: choose {least} to {most}")
-        for option in ("tf32", "version_compatible", "sparse_weights", "cuda_graph"):
+        for option in (
+            "tf32",
+            "version_compatible",
+            "sparse_weights",
+            "strip_weights",
+            "error_on_timing_cache_miss",
+            "cuda_graph",
+        ):
             if not isinstance(getattr(self, option), bool):
                 raise ValueError(f"backend.{option}={getattr(self, option)}: choose true or false")  # noqa: TRY004
 
@@ -99,7 +118,7 @@ class TensorRT:
         return self
 
     def build(self, files: ModelFiles, shapes: Shapes, out: Path) -> Path:
-        """Parse the typed network and build a plan with one optimisation profile.
+        """Parse the typed network and build a plan with a profile for each set of shapes.
 
         Raises:
             UserError: this version lacks an option, or the parser or the builder refuses the network.
@@ -107,26 +126,38 @@ class TensorRT:
         import onnx
         import tensorrt as trt
 
-        source = files.onnx["tensorrt"]
-        gpu = DeviceMemory(self.device).gpu
+        from pipeline.quantization.graph import macs
+
+        source, memory = files.onnx["tensorrt"], DeviceMemory(self.device)
+        model = onnx.load(source)
+        spec = read_spec(source)
+        _check_fp8(trt, model, memory.gpu)
         trt.init_libnvinfer_plugins(logger(), "")
         load_plugins(trt, self.plugins)
         builder = trt.Builder(logger())
-        flags = 0
-        if int(trt.__version__.split(".")[0]) <= _LAST_WITH_FLAG:
+        flags, typed = 0, files.calibration is None
+        if typed and int(trt.__version__.split(".")[0]) <= _LAST_WITH_FLAG:
             flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         network = builder.create_network(flags)
         parser = trt.OnnxParser(network, logger())
         if not parser.parse_from_file(str(source)):
-            reasons = "; ".join(_reason(parser.get_error(i)) for i in range(parser.num_errors))
+            reasons = "; ".join(_reason(parser.get_error(i), model) for i in range(parser.num_errors))
             raise UserError(f"{source.name}: TensorRT {trt.__version__} cannot parse it: {reasons}")
-        config = self._config(trt, builder)
-        profile = builder.create_optimization_profile()
-        wanted = [_shape(b, r) for b, r in zip(shapes.batch, shapes.resolution, strict=True)]
-        profile.set_shape(network.get_input(0).name, *wanted)
-        if config.add_optimization_profile(profile) < 0:
-            raise failed(f"{source.name}: the profile {wanted}", "choose resolution and batch so that min <= opt <= max")
-        plan = self._built(trt, builder, network, config, gpu)
+        config = self._config(trt, builder, memory.gpu, typed)
+        profiles = [_shapes(one) for one in (shapes, *shapes.more)]
+        for wanted in profiles:
+            profile = builder.create_optimization_profile()
+            profile.set_shape(network.get_input(0).name, *wanted)
+            if config.add_optimization_profile(profile) < 0:
+                raise failed(f"{source.name}: the profile {wanted}", "choose resolution and batch so that min <= opt <= max")
+        finish = None
+        if files.calibration is not None:
+            empty = builder.create_optimization_profile()
+            kept = None if self.timing_cache is None else Path(self.timing_cache)
+            finish = calibrate(trt, config, empty, files.calibration, spec.input, memory, kept)
+        plan = self._built(trt, builder, network, config, memory.gpu)
+        if finish is not None:
+            finish()
         if plan is None:
             raise failed(
                 f"{source.name}: TensorRT {trt.__version__} cannot build it",
@@ -134,22 +165,28 @@ class TensorRT:
             )
         engine, content = out / ENGINE, bytes(memoryview(plan))
         engine.write_bytes(content)
-        metadata = {entry.key: entry.value for entry in onnx.load(source, load_external_data=False).metadata_props}
+        if self.strip_weights:
+            shutil.copyfile(source, out / WEIGHTS)
+        made = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+        quantized = {node.name for node in model.graph.node if made.issuperset(node.input[:2]) and len(node.input) > 1}
+        counted = macs(model, Resolution(*profiles[0][1][2:]))
         side = {
-            "spec": json.loads(metadata[SPEC_KEY]),
+            "spec": json.loads(spec.to_json()),
             "tensorrt": trt.__version__,
-            "gpu": gpu,
-            "profile": wanted,
+            "gpu": memory.gpu,
+            "profiles": profiles,
             "bytes": len(content),
             "sha256": hashlib.sha256(content).hexdigest(),
+            "weights": hashlib.sha256((out / WEIGHTS).read_bytes()).hexdigest() if self.strip_weights else None,
             "version_compatible": self.version_compatible,
             "hardware_compatibility_level": self.hardware_compatibility_level.lower(),
             "plugins": list(self.plugins),
+            "nodes": {name: {"macs": count, "quantized": name in quantized} for name, count in counted.items()},
         }
         (out / SIDE).write_text(json.dumps(side, indent=1))
         return engine
 
-    def _config(self, trt: Any, builder: Any) -> Any:
+    def _config(self, trt: Any, builder: Any, gpu: Mapping[str, str], typed: bool) -> Any:
         """What the builder is told.
 
         Raises:
@@ -168,6 +205,9 @@ class TensorRT:
         switches = {
             "VERSION_COMPATIBLE": self.version_compatible,
             "SPARSE_WEIGHTS": self.sparse_weights,
+            "STRIP_PLAN": self.strip_weights,
+            "REFIT_IDENTICAL": self.strip_weights,
+            "ERROR_ON_TIMING_CACHE_MISS": self.error_on_timing_cache_miss,
         }
         for flag in (name for name, on in switches.items() if on):
             config.set_flag(_member(trt, "BuilderFlag", flag, flag.lower()))
@@ -177,6 +217,20 @@ class TensorRT:
             sources = [_member(trt, "TacticSource", source, "tactic_sources") for source in self.tactic_sources]
             if not config.set_tactic_sources(sum({1 << int(source) for source in sources})):
                 raise failed(f"backend.tactic_sources={list(self.tactic_sources)}", "leave it out, or choose others")
+        if self.use_dla_core is not None:
+            there = builder.num_DLA_cores
+            if not 0 <= self.use_dla_core < there:
+                raise UserError(
+                    f"backend.use_dla_core={self.use_dla_core}: TensorRT {trt.__version__} sees {there} DLA cores on "
+                    f"{gpu['name']} (10.8 to 11.3 support none); build for its GPU with backend.use_dla_core=null"
+                )
+            if typed:
+                raise UserError(
+                    f"backend.use_dla_core={self.use_dla_core}: DLA takes no strongly typed network; choose "
+                    "precision=int8_entropy, or backend.use_dla_core=null"
+                )
+            config.default_device_type, config.DLA_core = trt.DeviceType.DLA, self.use_dla_core
+            config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
         return config
 
     def _built(self, trt: Any, builder: Any, network: Any, config: Any, gpu: Mapping[str, str]) -> Any:
@@ -225,11 +279,9 @@ class TensorRT:
         Raises:
             UserError: the plan holds their names alone.
         """
-        import tensorrt as trt
-
         with TensorRTRunner(engine, self.device, cuda_graph=False) as runner:
-            inspector = runner.engine.create_engine_inspector()
-            return layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+            text, times, nodes = runner.inspected()
+        return layers(text, nodes, times)
 
 
 def _member(trt: Any, kind: str, name: str, option: str) -> Any:
@@ -254,7 +306,44 @@ def _names(owner: Any) -> list[str]:
     return sorted(members)
 
 
-def _reason(error: Any) -> str:
-    """What the parser complains about, with the node and its operator."""
-    node = error.node_name()
-    return f"{error.desc()}" + (f" (at '{node}', {error.node_operator()})" if node else "")
+def _check_fp8(trt: Any, model: Any, gpu: Mapping[str, str]) -> None:
+    """Make sure that version and GPU have FP8, if a network does.
+
+    Raises:
+        UserError: one of them has not.
+    """
+    from onnx import TensorProto
+
+    if any(tensor.data_type == TensorProto.FLOAT8E4M3FN for tensor in model.graph.initializer):
+        if not hasattr(trt.DataType, "FP8"):
+            raise UserError(f"precision=fp8: TensorRT {trt.__version__} has no FP8; choose precision=int8")
+        if float(gpu["sm"]) < _FP8_FROM:
+            raise UserError(
+                f"precision=fp8: {gpu['name']} has SM {gpu['sm']}, and FP8 begins at SM {_FP8_FROM}; choose precision=int8"
+            )
+
+
+def _reason(error: Any, model: Any) -> str:
+    """What the parser complains about, with the node, its operator and the torch module it came from."""
+    name, words = error.node_name(), f"{error.desc()}"
+    if not name:
+        return words
+    module = _module(model, name)
+    return f"{words} (at '{name}', {error.node_operator()}" + (f", of the torch module {module})" if module else ")")
+
+
+def _module(model: Any, name: str) -> str:
+    """The torch module whose weights a node reads, or the nearest before it: the exporter names weights after them."""
+    graph = model.graph
+    weights = {tensor.name for tensor in graph.initializer if tensor.name.endswith(".weight")}
+    makers = {output: node for node in graph.node for output in node.output}
+    waiting, seen = [node for node in graph.node if node.name == name], set()
+    while waiting:
+        node = waiting.pop(0)
+        for tensor in node.input:
+            if tensor in weights:
+                return str(tensor).removeprefix("network.").removesuffix(".weight")
+            if tensor in makers and tensor not in seen:
+                seen.add(tensor)
+                waiting.append(makers[tensor])
+    return ""

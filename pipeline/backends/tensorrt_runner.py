@@ -19,7 +19,8 @@ from evaluation.types import Array, Fields, NetworkSpec
 from pipeline.backends.device_memory import DeviceArray, DeviceMemory
 from pipeline.errors import UserError
 
-ENGINE, SIDE = "engine.plan", "engine.json"
+ENGINE, SIDE, WEIGHTS = "engine.plan", "engine.json", "weights.onnx"
+_PROFILED = 20  # runs whose layers are timed
 _PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 _SHAPES = 32  # input shapes whose buffers and graphs are kept
 _CONTEXTS = 2  # one computes while the other's results are copied
@@ -155,6 +156,9 @@ class TensorRTRunner:
         self.engine = self.runtime.deserialize_cuda_engine(plan)
         if self.engine is None:
             raise failed(f"{engine}: cannot be loaded", "build it on this machine: stage=build force=true")
+        self.nodes: Mapping[str, Mapping[str, Any]] = side["nodes"]
+        if side["weights"] is not None:
+            _refit(trt, self.engine, engine.parent / WEIGHTS, side["weights"])
         names = [self.engine.get_tensor_name(n) for n in range(self.engine.num_io_tensors)]
         self.types = {name: np.dtype(trt.nptype(self.engine.get_tensor_dtype(name))) for name in names}
         name = self.spec.input.name
@@ -226,6 +230,34 @@ class TensorRTRunner:
             slot.memory.wait()
         return made
 
+    def inspected(self) -> tuple[str, dict[str, float], Mapping[str, Mapping[str, Any]]]:
+        """What the inspector says, as JSON; microseconds by layer, at the first profile's best shape; the nodes of the file."""
+        import tensorrt as trt
+
+        times: dict[str, list[float]] = {}
+
+        class Profiler(trt.IProfiler):  # type: ignore[misc] # the base exists only where TensorRT does
+            def __init__(self) -> None:
+                trt.IProfiler.__init__(self)
+
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                times.setdefault(layer_name, []).append(1000 * ms)
+
+        with self._slot() as slot:
+            shape = tuple(self.profiles[0][1])
+            self._bind(slot, shape)
+            slot.memory.copy(slot.inputs[shape], np.zeros(shape, slot.inputs[shape].dtype))
+            self._enqueue(slot)
+            slot.memory.wait()
+            slot.context.profiler = Profiler()
+            for _ in range(_PROFILED):
+                self._enqueue(slot)
+                slot.memory.wait()
+            inspector = self.engine.create_engine_inspector()
+            inspector.execution_context = slot.context
+            text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+        return text, {name: float(np.median(some)) for name, some in times.items()}, self.nodes
+
     def download(self, fields: Fields) -> Mapping[str, NDArray[Any]]:
         """Copies in the host's memory, float32."""
         return {
@@ -281,6 +313,20 @@ class TensorRTRunner:
     def _enqueue(self, slot: _Slot) -> None:
         if not slot.context.execute_async_v3(stream_handle=slot.memory.stream):
             raise failed("the engine did not run", "check the GPU with nvidia-smi")
+
+
+def _refit(trt: Any, engine: Any, weights: Path, digest: str) -> None:
+    """Put the weights of an ONNX file into a plan that was built without.
+
+    Raises:
+        UserError: they are not those it was built from.
+    """
+    again = "build it here: stage=build force=true"
+    if not weights.is_file() or hashlib.sha256(weights.read_bytes()).hexdigest() != digest:
+        raise UserError(f"{weights}: not the network that the plan was built from, whose weights it lacks; {again}")
+    refitter = trt.Refitter(engine, logger())
+    if not trt.OnnxParserRefitter(refitter, logger()).refit_from_file(str(weights)) or not refitter.refit_cuda_engine():
+        raise failed(f"{weights}: its weights do not fit the plan", again)
 
 
 def load_plugins(trt: Any, files: Sequence[str]) -> None:

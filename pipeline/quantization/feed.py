@@ -38,17 +38,20 @@ def calibration_feed(
     images = json.loads(chosen.read_text())["images"]
     sources = list(_sources(images, data, image_dir, cache))
 
-    def read(most: int | None) -> Iterator[NDArray[np.float32]]:
+    def frames(most: int | None) -> Iterator[NDArray[np.uint8]]:
         from rich.progress import track
 
         every = (batch for part, order in sources for batch in batches(part, framing, spec, size, 1, order))
         for batch in track(islice(every, most), "calibrating", min(len(images), most or len(images)), transient=True):
             if batch.views:
-                yield normalise(batch.images, spec)
+                yield batch.images
+
+    def read(most: int | None) -> Iterator[NDArray[np.float32]]:
+        return (normalise(images, spec) for images in frames(most))
 
     form = json.dumps([repr(framing), str(size), spec.__dict__], default=str)
     listed = json.dumps([[image["file_name"], image["sha256"]] for image in images])
-    return CalibrationFeed(read, sha256(listed.encode()).hexdigest(), sha256(form.encode()).hexdigest())
+    return CalibrationFeed(read, frames, sha256(listed.encode()).hexdigest(), sha256(form.encode()).hexdigest())
 
 
 def _sources(

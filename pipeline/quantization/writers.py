@@ -11,11 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+from ml_dtypes import float8_e4m3fn
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from pipeline.quantization.graph import CARRIERS, WEIGHTED, Flavour, Graph, Placement, check_shared
 from pipeline.quantization.weights import LEAST_SCALE, WeightScale, quantized
+
+FP8_GREATEST = 448.0  # of E4M3
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,14 @@ class Scales:
         weight_scale: WeightScale = "max",
         most_weight: int = 127,
         least: float = LEAST_SCALE,
+        greatest: float = 127,
     ) -> "Scales":
-        """Scales from the magnitudes that 127 stands for: the greatest of those that share one; 1 for a tensor of zeros."""
-        greatest, lowest = dict(thresholds), dict(lows)
+        """Scales from the magnitudes that `greatest` stands for: the most of those that share one; 1 for a tensor of zeros."""
+        peaks, lowest = dict(thresholds), dict(lows)
         for group in placement.shared:
-            greatest |= dict.fromkeys(group, max(thresholds[name] for name in group))
+            peaks |= dict.fromkeys(group, max(thresholds[name] for name in group))
             lowest |= dict.fromkeys(group, min(lows[name] for name in group))
-        steps = {n: float(np.float32(max(peak / 127, least) if peak > 0 else 1.0)) for n, peak in greatest.items()}
+        steps = {n: float(np.float32(max(peak / greatest, least) if peak > 0 else 1.0)) for n, peak in peaks.items()}
         return cls(steps, lowest, weight_scale, most_weight, least)
 
     @property
@@ -63,9 +67,9 @@ class Scales:
 class _Writer:
     """Rebuilds a model's node list with Q/DQ."""
 
-    def __init__(self, model: onnx.ModelProto, scales: Scales, flavour: Flavour) -> None:
+    def __init__(self, model: onnx.ModelProto, scales: Scales, flavour: Flavour, fp8: bool) -> None:
         self.graph = Graph(model)
-        self.scales, self.flavour = scales, flavour
+        self.scales, self.flavour, self.fp8 = scales, flavour, fp8
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
         self.emitted: set[str] = set()
@@ -75,10 +79,19 @@ class _Writer:
         return name
 
     def weights(self, node: onnx.NodeProto) -> str:
-        """The dequantized weights of a convolution, int8 with a scale a channel."""
+        """The dequantized weights of a convolution: int8 with a scale a channel, or FP8 with one for all."""
         name = node.input[1]
         out = f"{name}_dequantized"
-        if f"{name}_int8" not in self.constants:
+        if self.fp8 and f"{name}_fp8" not in self.constants:
+            values, how = self.graph.value(name), self.scales
+            step = np.float32(max(float(np.abs(values).max()) / FP8_GREATEST, how.least))
+            parts = [
+                self.constant(f"{name}_fp8", (values / step).astype(float8_e4m3fn)),
+                self.constant(f"{name}_scale", np.array(step)),
+                self.constant(f"{name}_zero", np.zeros((), float8_e4m3fn)),
+            ]
+            self.nodes.append(helper.make_node("DequantizeLinear", parts, [out], name=f"{name}_DQ"))
+        elif not self.fp8 and f"{name}_int8" not in self.constants:
             axis = 0 if node.op_type == "Conv" else 1
             how = self.scales
             integers, steps = quantized(self.graph.value(name), axis, how.weight_scale, how.most_weight, how.least)
@@ -96,7 +109,7 @@ class _Writer:
 
     def quantize(self, source: str, tensor: str, bounds: tuple[float, float] | None) -> None:
         """Q, perhaps a clip of the integers to real bounds, and DQ of `source` with the scale of `tensor`."""
-        dtype = np.uint8 if self.flavour == "onnxruntime" else np.int8
+        dtype = float8_e4m3fn if self.fp8 else np.uint8 if self.flavour == "onnxruntime" else np.int8
         zero = self.zero_point(tensor)
         scale = np.float32(self.scales.activations[tensor])
         parts = [self.constant(f"{tensor}_scale", np.array(scale)), self.constant(f"{tensor}_zero", np.array(zero, dtype))]
@@ -133,14 +146,17 @@ class _Writer:
         return model
 
 
-def insert(model: onnx.ModelProto, placement: Placement, scales: Scales, flavour: Flavour) -> onnx.ModelProto:
-    """Write one flavour of an INT8 network.
+def insert(
+    model: onnx.ModelProto, placement: Placement, scales: Scales, flavour: Flavour, fp8: bool = False
+) -> onnx.ModelProto:
+    """Write one flavour of an INT8 or FP8 network.
 
     Args:
         model: the float network.
         placement: what is quantized.
         scales: of every placed tensor; a magnitude of 127 times its scale is the greatest.
         flavour: "tensorrt" or "onnxruntime".
+        fp8: E4M3 numbers instead of integers, in TensorRT's flavour.
 
     Returns:
         A checked model.
@@ -148,7 +164,7 @@ def insert(model: onnx.ModelProto, placement: Placement, scales: Scales, flavour
     Raises:
         ValueError: a concatenation would get inputs of different scales.
     """
-    writer = _Writer(model, scales, flavour)
+    writer = _Writer(model, scales, flavour, fp8)
     graph = writer.graph
     for_cpu = flavour == "onnxruntime"
     chosen = set(placement.ends if for_cpu else (*placement.inputs, *placement.skips.values()))

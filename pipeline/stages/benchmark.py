@@ -60,7 +60,7 @@ def run(
     machine = device.describe()
     summary: dict[str, Any] = {"timed": 0, "backend": backend.name}
     lock = FileLock(Path(tempfile.gettempdir()) / "posepress-benchmark.lock")
-    if backend.timeable and not framing.averaged:  # nobody runs an engine over several views of an image
+    if not framing.averaged:  # nobody runs an engine over several views of an image
         with lock:
             layers = backend.audit(engine, size)
         (job.out / "audit.json").write_text(json.dumps(list(layers), indent=1))
@@ -71,6 +71,7 @@ def run(
                 f"min_int8_share={min_int8_share}: only {ran.get('int8', 0.0):.3f} of the MACs of {engine} run in INT8"
                 + (f"; not in INT8: {slow}" if slow else "; build it with precision=int8")
             )
+    if backend.timeable and not framing.averaged:
         images = data.open("validation")
         some = [(sample.read(), sample.boxes) for sample in (images[n] for n in range(min(_IMAGES, len(images))))]
         tuned = job.inputs.get("tuned")
@@ -99,6 +100,7 @@ def run(
             **memory,
             "engine_mb": built["summary"]["engine_mb"],
             **{f"ran_{kind}_{name}": x for kind in audit.KINDS for name, x in audit.shares(layers, kind).items()},
+            **{f"engine_{name}": count for name, count in audit.counts(layers).items()},
             "ran": audit.label(ran),
             "not_in_int8": None if lost is None else [f"{x['name']} ({x.get('reason') or x['op']})" for x in lost],
             "backend": backend.name,

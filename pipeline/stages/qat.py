@@ -8,8 +8,9 @@ import torch
 from evaluation.types import Resolution
 from pipeline.artifacts import Job
 from pipeline.errors import UserError
-from pipeline.export import macs, stamp
+from pipeline.export import stamp
 from pipeline.quantization.feed import calibration_feed
+from pipeline.quantization.graph import macs
 from pipeline.quantization.quantizers import Int8
 from pipeline.specs import Framing, Objective, Splits, read_spec
 from pipeline.training.augment import Augmentation
@@ -63,4 +64,4 @@ def run(
     model = job.out / "model.onnx"
     onnx.save(network.float_model(calibrated.model), model)
     stamp(model, spec)
-    return {**losses, **calibrated.summary(), "macs": macs(onnx.load(model), size)}
+    return {**losses, **calibrated.summary(), "macs": sum(macs(onnx.load(model), size).values())}

@@ -10,8 +10,8 @@ from rich.console import Console
 from evaluation.types import Resolution
 from pipeline.artifacts import Job
 from pipeline.errors import UserError
-from pipeline.export import macs
 from pipeline.quantization.feed import calibration_feed
+from pipeline.quantization.graph import macs
 from pipeline.quantization.probe import Probe
 from pipeline.specs import Backend, Framing, Quantizer, Splits, read_spec
 
@@ -68,4 +68,4 @@ def run(
         notes.append("agreement did not judge: FP32 is sure of nobody in the tune images")
     if notes:
         Console(stderr=True, highlight=False).print(f"           {'; '.join(notes)}", soft_wrap=True, markup=False)
-    return {**report, "macs": macs(onnx.load(model), size)}
+    return {**report, "macs": sum(macs(onnx.load(model), size).values())}

@@ -89,6 +89,7 @@ _TRAMPOLINES = {
     "IOutputAllocator",
     "IInt8EntropyCalibrator2",
     "IInt8MinMaxCalibrator",
+    "IProfiler",
 }
 _BEHAVIOUR = {}  # (class, method) -> function(self, **arguments)
 
@@ -236,7 +237,7 @@ def _usable(logger):
 
 @_behaviour("Builder", "__init__")
 def _(self, logger):
-    self._state["logger"] = _usable(logger)
+    self._state.update({"logger": _usable(logger), "num_DLA_cores": 0})
 
 
 @_behaviour("Builder", "create_network")
@@ -256,7 +257,16 @@ def _(self):
         hardware_compatibility_level=HardwareCompatibilityLevel.NONE,
         max_aux_streams=0,
         avg_timing_iterations=1,
+        default_device_type=DeviceType.GPU,
+        DLA_core=-1,
+        int8_calibrator=None,
     )
+
+
+@_behaviour("IBuilderConfig", "set_calibration_profile")
+def _(self, profile):
+    self._state["_calibration_profile"] = dict(profile._state["_shapes"])
+    return True
 
 
 @_behaviour("Builder", "create_optimization_profile")
@@ -403,6 +413,17 @@ def _(self):
     return ""
 
 
+_KNOWN = {
+    "Add", "AveragePool", "BatchNormalization", "Cast", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv",
+    "ConvTranspose",
+    "DequantizeLinear", "Div", "Elu", "Exp", "Expand", "Flatten", "Floor", "Gather", "Gemm", "GlobalAveragePool", "HardSigmoid",
+    "HardSwish", "Identity", "LeakyRelu", "MatMul", "Max", "MaxPool", "Mean", "Min", "Mul", "Neg", "PRelu", "Pad", "Pow",
+    "QuantizeLinear", "Range", "ReduceMax", "ReduceMean", "ReduceSum", "Relu", "Reshape", "Resize", "Shape", "Sigmoid", "Slice",
+    "Softmax", "Softplus", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tanh", "Transpose", "Unsqueeze", "Where",
+}  # fmt: skip
+plugins = set()  # operators of plugin libraries, for tests
+
+
 def refusals(model):
     """Why TensorRT would not take a network: rules of its ONNX importer for quantization."""
     graph = model.graph
@@ -415,6 +436,10 @@ def refusals(model):
     unsigned = [value.name for value in graph.input if value.type.tensor_type.elem_type == onnx.TensorProto.UINT8]
     errors = [f"{name}: UINT8 network inputs need a cast before any layer" for name in unsigned]
     for node in graph.node:
+        if node.op_type not in _KNOWN and node.domain in ("", "ai.onnx"):
+            errors.append(f"{node.name}: no importer registered for op: {node.op_type}")
+        if node.domain not in ("", "ai.onnx") and node.op_type not in plugins:
+            errors.append(f"{node.name}: Plugin not found, are the plugin name, version, and namespace correct? {node.op_type}")
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             errors += _quantization_refusals(node, constants, producer, consumers)
         if node.op_type == "Concat":
@@ -427,10 +452,11 @@ def _quantization_refusals(node, constants, producer, consumers):
     zero = constants.get(node.input[2]) if len(node.input) > 2 else None
     scale = constants.get(node.input[1])
     held = constants.get(node.input[0])
-    if zero is None or zero.dtype != np.int8:
+    fp8 = zero is not None and zero.dtype.name == "float8_e4m3fn" and "FP8" in _API["enums"]["DataType"]["members"]
+    if not fp8 and (zero is None or zero.dtype != np.int8):
         kind = None if zero is None else zero.dtype
         errors.append(f"{node.name}: zero point of {kind}: only INT8 is supported")
-    elif zero.any():
+    elif zero.astype(np.float32).any():
         errors.append(f"{node.name}: TensorRT only supports symmetric quantization: zero points must be 0")
     if held is not None and held.dtype == np.int32:
         errors.append(f"{node.name}: only activation types allowed as input to this layer (an INT32 bias)")
@@ -446,6 +472,8 @@ def _quantization_refusals(node, constants, producer, consumers):
                 errors.append(f"{node.name}: per-channel axis {axis} of {reader.op_type} weights, which needs {wanted}")
     if scale is not None and not (scale > 0).all():
         errors.append(f"{node.name}: scales must be positive")
+    elif scale is not None and scale.dtype == np.float16 and (scale < 2.0**-14).any():
+        errors.append(f"{node.name}: a half-precision scale below 2^-14 is subnormal, and flushed to zero")
     return errors
 
 
@@ -476,6 +504,13 @@ def _(self, network, config, kernel_text=None):
     logger, model = self._state["logger"], network._state["_model"]
     if model is None:
         return _error(logger, "Network must have at least one output")
+    if config._state["default_device_type"].name == "DLA":
+        return _error(logger, "there is no DLA")
+    if "ERROR_ON_TIMING_CACHE_MISS" in config._state["_flags"]:
+        kept = config._state["_cache"]._state["_kernels"] if "_cache" in config._state else set()
+        missing = {node.op_type for node in model.graph.node} - kept
+        if missing:
+            return _error(logger, f"the timing cache has no entry for {sorted(missing)}")
     clash = _PRECISION_FLAGS & config._state["_flags"]
     if network._state["_typed"] and clash:
         return _error(logger, f"BuilderFlag {sorted(clash)} is incompatible with strongly typed networks")
@@ -487,11 +522,58 @@ def _(self, network, config, kernel_text=None):
                 logger,
                 f"Network has dynamic or shape inputs, but no optimization profile has been defined for {value.name}",
             )
+    if config._state["int8_calibrator"] is not None:
+        if network._state["_typed"] or "INT8" not in config._state["_flags"]:
+            return _error(logger, "a calibrator needs the flag INT8 and a network that is not strongly typed")
+        model = _calibrated(model, config._state["int8_calibrator"], config._state["_calibration_profile"])
+        if model is None:
+            return _error(logger, "Calibration failure occurred with no scaling factors detected")
     cache = config._state.get("_cache")
     if cache is not None:
         cache._state["_kernels"] |= {node.op_type for node in model.graph.node}
+    if "STRIP_PLAN" in config._state["_flags"]:
+        bare = onnx.ModelProto()
+        bare.CopyFrom(model)
+        for tensor in bare.graph.initializer:
+            for kind in ("raw_data", "float_data", "int32_data", "int64_data"):
+                tensor.ClearField(kind)
+        model = bare
     header = json.dumps({"version": __version__, "profiles": profiles, "flags": sorted(config._state["_flags"])}).encode()
     return IHostMemory(_MAGIC + len(header).to_bytes(4, "big") + header + model.SerializeToString())
+
+
+_CALIBRATION = b"TRT-double-EntropyCalibration2\n"
+
+
+def _calibrated(model, calibrator, shapes):
+    """A network whose plan says which images it was calibrated with; None where there were none."""
+    known = calibrator.read_calibration_cache()
+    if known is None:
+        (name,) = (value.name for value in model.graph.input)
+        shape = shapes[name][1]
+        if calibrator.get_batch_size() != shape[0]:
+            raise ValueError(f"batches of {calibrator.get_batch_size()} for a calibration profile of {shape}")
+        total, seen = 0.0, 0
+        while True:
+            try:
+                addresses = calibrator.get_batch([name])
+            except Exception as error:  # swallowed as the bindings do
+                print(f"[ERROR] Exception caught in get_batch(): {error}")
+                addresses = None
+            if not addresses:
+                break
+            total, seen = total + float(_array(addresses[0], shape).sum()), seen + 1
+        if not seen:
+            return None
+        known = _CALIBRATION + f"{seen} {total:.6g}\n".encode()
+        try:
+            calibrator.write_calibration_cache(known)
+        except Exception as error:
+            print(f"[ERROR] Exception caught in write_calibration_cache(): {error}")
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    made.doc_string = bytes(known).decode()
+    return made
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -516,11 +598,7 @@ def _(self, serialized_engine):
             f"Version tag does not match. Note: Current Version: {__version__}, Serialized Engine Version: {header['version']}",
         )
     model = onnx.load_from_string(blob[at + size :])
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if any(node.op_type == "QuantizeLinear" for node in model.graph.node):  # simulate the written precision to the letter
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = None if "STRIP_PLAN" in header["flags"] else _session(model)
     names = [i.name for i in model.graph.input] + [o.name for o in model.graph.output]
     return _made(
         "ICudaEngine",
@@ -533,6 +611,79 @@ def _(self, serialized_engine):
         num_io_tensors=len(names),
         num_optimization_profiles=len(header["profiles"]),
     )
+
+
+@_behaviour("Refitter", "__init__")
+def _(self, engine, logger):
+    self._state.update({"_engine": engine, "_logger": _usable(logger), "_weights": None})
+
+
+@_behaviour("OnnxParserRefitter", "__init__")
+def _(self, refitter, logger):
+    self._state.update({"_refitter": refitter, "_logger": _usable(logger), "num_errors": 0})
+
+
+@_behaviour("OnnxParserRefitter", "refit_from_file")
+def _(self, model):
+    given, engine = onnx.load(model), self._state["_refitter"]._state["_engine"]._state
+    shapes = [{t.name: list(t.dims) for t in m.graph.initializer} for m in (given, engine["_model"])]
+    if shapes[0] != shapes[1]:
+        _error(self._state["_logger"], "the weights of the ONNX file are not those of the engine")
+        return False
+    self._state["_refitter"]._state["_weights"] = given
+    return True
+
+
+@_behaviour("Refitter", "refit_cuda_engine")
+def _(self):
+    if self._state["_weights"] is None:
+        return False
+    engine = self._state["_engine"]._state
+    engine["_session"] = _session(self._state["_weights"])
+    return True
+
+
+def _in_float(model):
+    """A network whose bfloat16 tensors are float32 numbers that are rounded to it: ONNX Runtime has no such kernels."""
+    kind = onnx.TensorProto.BFLOAT16
+    narrow = {t.name for t in model.graph.initializer if t.data_type == kind}
+    if not narrow:
+        return model
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    for tensor in made.graph.initializer:
+        if tensor.name in narrow:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+    nodes = []
+    for node in made.graph.node:
+        widens = node.op_type == "Cast" and node.attribute[0].i != kind
+        narrows = node.op_type == "Cast" and node.attribute[0].i == kind
+        if widens or not (narrows or narrow.intersection(node.input)) or node.op_type == "Shape":
+            nodes.append(node)
+            continue
+        narrow |= set(node.output)
+        exact = [f"{name} exact" for name in node.output]
+        if not narrows:
+            whole = list(node.output)
+            node.output[:] = exact
+            nodes.append(node)
+        else:
+            whole, exact = list(node.output), list(node.input)
+        for source, target in zip(exact, whole, strict=True):
+            nodes.append(onnx.helper.make_node("Cast", [source], [f"{target} narrow"], to=kind))
+            nodes.append(onnx.helper.make_node("Cast", [f"{target} narrow"], [target], to=onnx.TensorProto.FLOAT))
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del made.graph.node[:], made.graph.value_info[:]
+    made.graph.node.extend(copies)
+    return made
+
+
+def _session(model):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if any(node.op_type == "QuantizeLinear" for node in model.graph.node):  # simulate the written precision to the letter
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(_in_float(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _at_best(model, profiles):
@@ -568,7 +719,9 @@ def _(self, name, profile_index):
 
 @_behaviour("ICudaEngine", "create_execution_context")
 def _(self):
-    return _made("IExecutionContext", _engine=self, _shapes={}, _addresses={}, _results=None, _profile=0)
+    if self._state["_session"] is None:
+        return _error(self._state["_logger"], "the engine was stripped of its weights, and was not refitted")
+    return _made("IExecutionContext", _engine=self, _shapes={}, _addresses={}, _results=None, _profile=0, profiler=None)
 
 
 @_behaviour("IExecutionContext", "set_optimization_profile_async")
@@ -600,7 +753,8 @@ def _inspected(engine):
             continue
         source = producer.get(node.input[1])
         weights = constants.get(source.input[0] if source is not None else node.input[1])
-        kind = "Int8" if source is not None else "Half" if weights.data_type == onnx.TensorProto.FLOAT16 else "Float"
+        types = {"FLOAT16": "Half", "BFLOAT16": "BFloat16", "INT8": "Int8", "FLOAT8E4M3FN": "FP8"}
+        kind = types.get(onnx.TensorProto.DataType.Name(weights.data_type), "Float")
         listed.append(
             {
                 "Name": node.name,
@@ -678,6 +832,9 @@ def _(self, stream_handle):
         outputs = engine["_names"][engine["_inputs"] :]
         for name, array in zip(outputs, engine["_session"].run(outputs, feeds), strict=True):
             _array(addresses[name], array.shape)[...] = array
+        if state["profiler"] is not None:
+            for layer in _inspected(engine)["Layers"]:
+                state["profiler"].report_layer_time(layer["Name"], 0.001)
 
     return _cuda.put(stream_handle, run) == _cuda.OK
 

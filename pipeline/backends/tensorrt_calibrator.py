@@ -1,0 +1,103 @@
+"""INT8 by TensorRT 10's own calibrators, fed with inputs that the stage `quantize` wrote. TensorRT 11 has none."""
+
+import json
+import os
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import Progress
+
+from evaluation.pixels import normalise
+from evaluation.types import InputSpec
+from pipeline.backends.device_memory import DeviceMemory
+from pipeline.errors import UserError
+from pipeline.specs import CALIBRATION, CALIBRATION_INPUTS
+
+_BASES = {"entropy": "IInt8EntropyCalibrator2", "minmax": "IInt8MinMaxCalibrator"}
+
+
+def calibrate(
+    trt: Any, config: Any, profile: Any, folder: Path, spec: InputSpec, memory: DeviceMemory, kept: Path | None
+) -> Callable[[], None]:
+    """Tell a builder to calibrate; what is returned raises, when it is called after the build, what went wrong in between.
+
+    Args:
+        trt: the module.
+        config: the builder's; the network must not be strongly typed.
+        profile: an empty one of the builder.
+        folder: of calibrator.json and calibration_inputs.npy.
+        spec: of the network's input.
+        memory: of the GPU.
+        kept: a folder of calibration caches; one is reused where network, images, preprocessing, calibrator and version of
+            TensorRT are the same. None calibrates anew.
+
+    Raises:
+        UserError: this version of TensorRT has no calibrators.
+    """
+    about = json.loads((folder / CALIBRATION).read_text())
+    base: Any = getattr(trt, _BASES[about["calibrator"]], None)
+    if base is None:
+        raise UserError(
+            f"precision=int8_entropy: TensorRT {trt.__version__} has no calibrators, the last that had them is 10; choose "
+            "precision=int8, whose scales are in the file"
+        )
+    images = np.load(folder / CALIBRATION_INPUTS, mmap_mode="r")
+    digest = sha256(json.dumps([about, trt.__version__], sort_keys=True).encode()).hexdigest()
+    cache = None if kept is None else kept / f"calibration-{digest[:16]}.cache"
+    shape = (1, 3, *images.shape[1:3])
+    profile.set_shape(spec.name, shape, shape, shape)
+    config.set_calibration_profile(profile)
+    for flag in ("INT8", *(["FP16"] if about["high_precision_dtype"] == "fp16" else [])):
+        config.set_flag(getattr(trt.BuilderFlag, flag))
+    progress = Progress(transient=True)
+    task = progress.add_task("calibrating in TensorRT", total=len(images))
+
+    class Calibrator(base):  # type: ignore[misc] # the base exists only where TensorRT 10 does
+        def __init__(self) -> None:
+            base.__init__(self)
+            self.failure: Exception | None = None
+            self.at = 0
+            self.input = memory.empty(shape, np.float32)
+
+        def get_batch_size(self) -> int:
+            return 1
+
+        def get_batch(self, names: list[str]) -> list[int] | None:
+            if self.at >= len(images) or self.failure is not None:
+                progress.stop()
+                return None
+            try:  # TensorRT swallows what is raised here and goes on with what it has
+                memory.copy(self.input, normalise(images[self.at : self.at + 1], spec))
+            except Exception as error:  # noqa: BLE001 - whatever it was, it is raised after the build
+                self.failure = error
+                return None
+            self.at += 1
+            progress.start()
+            progress.advance(task)
+            return [self.input.address for _ in names]
+
+        def read_calibration_cache(self) -> bytes | None:
+            return cache.read_bytes() if cache is not None and cache.exists() else None
+
+        def write_calibration_cache(self, content: Any) -> None:
+            if cache is None or self.failure is not None:
+                return
+            try:
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                unfinished = cache.with_name(f".{cache.name}.{os.getpid()}.tmp")
+                unfinished.write_bytes(bytes(memoryview(content)))
+                unfinished.replace(cache)
+            except Exception as error:  # noqa: BLE001 - whatever it was, it is raised after the build
+                self.failure = error
+
+    calibrator = config.int8_calibrator = Calibrator()
+
+    def finish() -> None:
+        progress.stop()
+        if calibrator.failure is not None:
+            raise calibrator.failure
+
+    return finish

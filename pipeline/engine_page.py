@@ -1,0 +1,62 @@
+"""What the report shows of engines: every layer as it ran, drawn by its part of the time and coloured by precision."""
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evaluation import audit
+from pipeline.report import Result
+
+_COLOURS = {"int8": "#7fa66a", "fp8": "#4f9d9d", "fp16": "#e0a83a", "bf16": "#c98bb9", "tf32": "#b5651d", "fp32": "#d1603d"}
+_OTHER = "#999999"
+_MOST = 24  # engines that are drawn: a study has hundreds
+_NAMED = ("network", "pruning", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "backend")
+
+
+def sections(results: Sequence[Result]) -> str:
+    """HTML of every engine whose layers are known."""
+    drawn = []
+    for result in results:
+        folder = result.made_of.get("benchmark")
+        if folder is not None and (folder / "audit.json").exists():
+            layers = json.loads((folder / "audit.json").read_text())
+            name = " ".join(str(result.axes[key]) for key in _NAMED if result.axes.get(key))
+            drawn.append(f"<h3>{html.escape(name)}</h3>{strip(layers)}")
+    if not drawn:
+        return ""
+    legend = " ".join(
+        f'<span style="background:{colour};color:white;padding:0 6px">{name}</span>' for name, colour in _COLOURS.items()
+    )
+    more = f'<p class="note">{len(drawn) - _MOST} more engines are not drawn.</p>' if len(drawn) > _MOST else ""
+    return (
+        f'<h2>What ran in which precision</h2><p class="note">One box a layer, as wide as its part of the time (of the '
+        f"multiply-accumulates where nothing was timed). {legend}</p>{''.join(drawn[:_MOST])}{more}"
+    )
+
+
+def strip(layers: Sequence[Mapping[str, Any]]) -> str:
+    """Layers in order as boxes, and the shares of time, MACs and layers in each precision."""
+    timed = any(layer.get("us") for layer in layers)
+    widths = [float(layer.get("us", 0.0)) if timed else float(layer["macs"]) for layer in layers]
+    total = max(sum(widths), 1e-12)
+    boxes = "".join(
+        f'<div title="{html.escape(_words(layer))}" style="flex:{max(width / total, 0.0005):.5f} 0 0;height:28px;'
+        f'background:{_COLOURS.get(layer["precision"], _OTHER)};{"opacity:.35" if layer.get("reformat") else ""}"></div>'
+        for layer, width in zip(layers, widths, strict=True)
+    )
+    shares = [
+        f"{kind}: {html.escape(audit.label(found))}" for kind in reversed(audit.KINDS) if (found := audit.shares(layers, kind))
+    ]
+    counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in audit.counts(layers).items())
+    return (
+        f'<div style="display:flex;gap:1px;max-width:900px;overflow:hidden">{boxes}</div>'
+        f'<p class="note">{"; ".join(shares)}; {html.escape(counts)}</p>'
+    )
+
+
+def _words(layer: Mapping[str, Any]) -> str:
+    parts = [f"{layer['name']} ({layer['op']}): {layer['precision']}"]
+    parts += [f"{layer['us']:.1f} us"] if layer.get("us") else []
+    parts += [f"{layer['macs'] / 1e6:.2f} MMACs"] if layer["macs"] else []
+    return ", ".join(parts + ([layer["reason"]] if layer.get("reason") else []))
