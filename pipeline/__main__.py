@@ -71,7 +71,8 @@ for _name, _resolver in (
     ("sampler_words", _sampler_words),
     ("int8_words", _int8_words),
     ("latency_words", lambda limit: "" if limit is None else f"-t{limit}"),
-    ("tf32_word", lambda on: "-tf32" if on else ""),
+    ("quantized_by", lambda exported: None if exported is None else "quantize"),
+    ("word_if", lambda on, word: word if on else ""),
     ("qat_word", lambda network: "-qat" if network == "qat" else ""),
     ("without_vnni", _without_vnni),
 ):
@@ -115,9 +116,11 @@ class Cell:
         makes = any(not self.stages[name].collect for name in self.plan)
         if lost and makes and config.pruner.weights_from == "train" and not self.sweep:
             raise UserError(f"{lost[0]}: there is no pruner; add pruner=l1")
-        only, backend = config.precision.get("only_on"), str(config.backend._target_).split(".")[-2]
-        if only not in (None, backend):
-            raise UserError(f"precision={config.precision.name}: runs on backend={only} alone; choose it or another precision")
+        backend = str(config.backend._target_).split(".")[-2]
+        for group, label in (("precision", config.precision.name), ("model", config.model.label)):
+            only = config[group].get("only_on")
+            if only not in (None, backend):
+                raise UserError(f"{group}={label}: runs on backend={only} alone; choose it or another {group}")
         for option in ("training_resolution", "resolution"):
             _check_resolution(option, str(config[option]), int(config.model.multiple), int(config.model.get("offset", 0)))
         for option, least in (("batch", 1), ("threads", 0), ("seed", 0)):

@@ -1,6 +1,5 @@
 """Torch to ONNX: exported, simplified, described and compared with what it came from."""
 
-import json
 import subprocess
 import sys
 import warnings
@@ -15,12 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from evaluation.skeletons import COCO_17, OPENPOSE_18
-from evaluation.types import NetworkSpec, Skeleton
+from evaluation.types import NetworkSpec
 from pipeline.errors import UserError
 from pipeline.specs import SPEC_KEY
 
-SKELETONS: Mapping[str, Skeleton] = {"openpose_18": OPENPOSE_18, "coco_17": COCO_17}
 _AXES = {0: "batch", 2: "height", 3: "width"}
 
 Reference = Callable[[NDArray[np.float32]], Mapping[str, NDArray[np.float32]]]
@@ -110,25 +107,6 @@ def stamp(file: Path, spec: NetworkSpec) -> None:
     onnx.helper.set_model_props(model, {**kept, SPEC_KEY: spec.to_json()})
     onnx.checker.check_model(model)
     onnx.save(model, file)
-
-
-def described(raw: Mapping[str, Any]) -> NetworkSpec:
-    """The description given in the configuration, `model.spec`.
-
-    Raises:
-        UserError: it is not one.
-    """
-    labels = raw.get("labels")
-    try:
-        if isinstance(labels, str):
-            if labels not in SKELETONS:
-                raise UserError(
-                    f"model.spec.labels={labels}: unknown; choose {', '.join(SKELETONS)} or give names, limbs and sigmas"
-                )
-            raw = {**raw, "labels": json.loads(json.dumps(SKELETONS[labels].__dict__))}
-        return NetworkSpec.from_dict(raw)
-    except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"model.spec: not a network description ({error}); see conf/model/onnx.yaml") from error
 
 
 def adopt(file: Path, spec: NetworkSpec, out: Path) -> None:

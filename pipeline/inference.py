@@ -1,9 +1,10 @@
 """The one loop that runs a network over images: calibration and evaluation are both made of it."""
 
+import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -24,6 +25,21 @@ _SAVE_EVERY = 30.0  # seconds between partial results
 _READ_AHEAD = 16  # images being read or waiting: bounds the memory
 # More threads than these only wait for each other's turn in Python: on 16 cores and a GPU, 16 and 4 of them lost a tenth.
 _MOST_READERS, _MOST_DECODERS = 8, 2
+
+
+def decoder_options(tuned: Path | None, decoder: Any) -> dict[str, Any]:
+    """What the stage `tune` chose; where it did not run, the first of each list of candidates.
+
+    Args:
+        tuned: its folder.
+        decoder: a partial decoder, with options that may be lists.
+    """
+    if tuned is not None:
+        chosen: dict[str, Any] = json.loads((tuned / "decoder.json").read_text())["options"]
+        return chosen
+    given: Mapping[str, Any] = decoder.keywords
+    first = {name: value[0] for name, value in given.items() if isinstance(value, (list, tuple)) and name != "score_weights"}
+    return first | ({"score_weights": None} if given.get("score_weights") == "tuned" else {})
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What stages and components promise each other. The data itself is in `evaluation.types`."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +8,9 @@ from typing import Any, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
+from evaluation.skeletons import COCO_17, OPENPOSE_18
 from evaluation.statistics import Resampled
-from evaluation.types import Array, Fields, InputSpec, NetworkSpec, Resolution, Sample, View
+from evaluation.types import Array, Fields, InputSpec, NetworkSpec, Resolution, Sample, Skeleton, View
 from pipeline.errors import UserError
 
 Truth = TypeVar("Truth")
@@ -18,6 +20,7 @@ Found_contra = TypeVar("Found_contra", contravariant=True)
 
 FLAVOURS = ("tensorrt", "onnxruntime")
 CALIBRATION, CALIBRATION_INPUTS = "calibrator.json", "calibration_inputs.npy"  # beside a network that TensorRT calibrates
+SKELETONS: Mapping[str, Skeleton] = {"openpose_18": OPENPOSE_18, "coco_17": COCO_17}
 SPEC_KEY = "posepress.spec"  # metadata of every ONNX file we write: NetworkSpec as JSON
 
 
@@ -36,13 +39,13 @@ class Shapes:
     more: tuple["Shapes", ...] = ()
 
     @classmethod
-    def of(cls, framing: "Framing", size: Resolution, spec: InputSpec, batch: int) -> "Shapes":
+    def of(cls, framing: "Framing", size: Resolution, spec: InputSpec, batch: int, more: tuple["Shapes", ...] = ()) -> "Shapes":
         """What a framing asks of an engine of a resolution: up to `batch` images, of free width where their widths differ."""
         narrow, wide = size, size
         if not framing.one_size:  # images between a third as wide as high and three times as wide
             narrow = Resolution(size.height, spec.fit(size.height / 3))
             wide = Resolution(size.height, max(spec.fit(size.height * 3), size.width))
-        return cls((narrow, size, wide), (1, batch, batch))
+        return cls((narrow, size, wide), (1, batch, batch), more)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,25 @@ def read_spec(file: Path) -> NetworkSpec:
         if entry.key == SPEC_KEY:
             return NetworkSpec.from_json(entry.value)
     raise UserError(f"{file}: no network description in its metadata; the stage 'export' writes it (model=onnx adopts a file)")
+
+
+def described(raw: Mapping[str, Any]) -> NetworkSpec:
+    """The description given in the configuration, `model.spec`.
+
+    Raises:
+        UserError: it is not one.
+    """
+    labels = raw.get("labels")
+    try:
+        if isinstance(labels, str):
+            if labels not in SKELETONS:
+                raise UserError(
+                    f"model.spec.labels={labels}: unknown; choose {', '.join(SKELETONS)} or give names, limbs and sigmas"
+                )
+            raw = {**raw, "labels": json.loads(json.dumps(SKELETONS[labels].__dict__))}
+        return NetworkSpec.from_dict(raw)
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError(f"model.spec: not a network description ({error}); see conf/model/onnx.yaml") from error
 
 
 class Network(Protocol):

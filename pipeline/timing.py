@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import cycle
 from multiprocessing import get_context
@@ -80,26 +81,30 @@ def apart(function: Any, *values: Any) -> dict[str, Any]:
         return result
 
 
-def time_of(work: Work, engine: Path, reference: Path, seconds: float) -> dict[str, Any]:
+def time_of(work: Work, engine: Path, reference: Path | None, seconds: float) -> dict[str, Any]:
     """Percentiles of every step in ms, with intervals, and how much faster the engine's network is than the reference's.
 
     A percentile above which no call can be expected is left out; "gpu" is the GPU's state at the end. Both
-    run all steps, in turns, so that neither has warmer caches.
+    run all steps, in turns, so that neither has warmer caches. Without a reference there is no comparison.
     """
     import cv2
 
     cv2.setNumThreads(1)
-    with work.backend.load(engine, work.threads) as ours, work.backend.load(reference, work.threads) as theirs:
+    with ExitStack() as stack:
+        ours, *others = (stack.enter_context(work.backend.load(e, work.threads)) for e in (engine, reference) if e is not None)
         steps = work.steps(ours)
-        mine, other = latency.in_turns([steps, work.steps(theirs)], seconds, _NETWORK)
+        mine, *other = latency.in_turns([steps, *(work.steps(runner) for runner in others)], seconds, _NETWORK)
         inputs = ours.upload(steps[0](None))
         calls = max(int(_ENERGY_SECONDS * 1e3 / max(mine.percentile(50, _NETWORK).value, 0.1)), 1)
         with power.EnergyMeter(work.backend.on_gpu) as meter:
             for _ in range(calls):
                 ours(inputs)
         state = power.gpu_state() if work.backend.on_gpu else {}  # before it cools down
-    faster = latency.speedup(mine, other, _NETWORK)
     figures: dict[str, Any] = {}
+    if other:
+        faster = latency.speedup(mine, other[0], _NETWORK)
+        figures = {"speedup": faster.value, "speedup_lo": faster.low, "speedup_hi": faster.high}
+        figures["fp32_p50_ms"] = other[0].percentile(50, _NETWORK).value
     for step, name in enumerate(STEPS):
         prefix = "latency" if step == _NETWORK else name
         for q in (50, 95, 99):
@@ -112,10 +117,6 @@ def time_of(work: Work, engine: Path, reference: Path, seconds: float) -> dict[s
     return {
         **figures,
         "latency_width": mine.width(_NETWORK),
-        "fp32_p50_ms": other.percentile(50, _NETWORK).value,
-        "speedup": faster.value,
-        "speedup_lo": faster.low,
-        "speedup_hi": faster.high,
         "calls": mine.calls,
         "warm_up_calls": mine.warm_up,
         "gpu": state,

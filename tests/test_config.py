@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 import pipeline.__main__ as main
 from evaluation.types import NetworkSpec
-from pipeline import export
+from pipeline import specs
 from pipeline.artifacts import DESCRIPTIVE, WIRING, Stage, _component, arguments, targets
 
 CONF = ROOT / "conf"
@@ -31,7 +31,12 @@ def compose(*words):
 
 
 def composed(group, choice):
-    more = {"onnx": ["model.onnx=m"], "external": ["precision.file=f"], "calibration_study": ["weights=w"]}
+    more = {
+        "onnx": ["model.onnx=m"],
+        "plan": ["model.plan=p", "backend=tensorrt"],
+        "external": ["precision.file=f"],
+        "calibration_study": ["weights=w"],
+    }
     extra = NEEDED if choice in ("coco", "mobilenetv2_paf_coco") else more.get(choice, [])
     return compose(f"{group}={choice}", *extra)
 
@@ -59,7 +64,7 @@ def test_every_choice_binds_to_its_signatures(group, choice):
 
 @pytest.mark.parametrize(("group", "choice"), [c for c in CHOICES if c[0] not in ("tracking", "experiment", "family")])
 def test_every_component_can_be_made(group, choice):
-    if (group, choice) in {("model", "onnx"), ("pruner", "none")}:
+    if (group, choice) in {("model", "onnx"), ("model", "plan"), ("pruner", "none"), ("precision", "as_built")}:
         return  # described by data alone
     config = composed(group, choice)
     component = OmegaConf.to_container(config[group], resolve=True)
@@ -70,8 +75,8 @@ def test_every_component_can_be_made(group, choice):
 @pytest.mark.parametrize("model", [c for g, c in CHOICES if g == "model"])
 def test_the_multiple_in_the_file_is_the_networks(model):
     config = composed("model", model)
-    if model == "onnx":
-        spec = export.described(OmegaConf.to_container(config.model.spec, resolve=True))
+    if model in ("onnx", "plan"):
+        spec = specs.described(OmegaConf.to_container(config.model.spec, resolve=True))
     else:
         plain = {k: v for k, v in main._resolved(config.model).items() if k not in DESCRIPTIVE}
         made = main._instantiate({"it": plain})["it"]

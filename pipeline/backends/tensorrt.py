@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from evaluation.types import Resolution
+from evaluation.types import NetworkSpec, Resolution
 from pipeline.backends.device_memory import DeviceMemory
 from pipeline.backends.engine_inspector import layers
 from pipeline.backends.tensorrt_calibrator import calibrate
@@ -126,7 +126,7 @@ class TensorRT:
         import onnx
         import tensorrt as trt
 
-        from pipeline.quantization.graph import macs
+        from pipeline.backends.macs import macs
 
         source, memory = files.onnx["tensorrt"], DeviceMemory(self.device)
         model = onnx.load(source)
@@ -170,21 +170,66 @@ class TensorRT:
         made = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
         quantized = {node.name for node in model.graph.node if made.issuperset(node.input[:2]) and len(node.input) > 1}
         counted = macs(model, Resolution(*profiles[0][1][2:]))
-        side = {
-            "spec": json.loads(spec.to_json()),
-            "tensorrt": trt.__version__,
-            "gpu": memory.gpu,
+        side = self._side(trt, spec, memory.gpu, content) | {
+            "tensors": {name: name for name in (spec.input.name, *(field.name for field in spec.fields))},
             "profiles": profiles,
-            "bytes": len(content),
-            "sha256": hashlib.sha256(content).hexdigest(),
             "weights": hashlib.sha256((out / WEIGHTS).read_bytes()).hexdigest() if self.strip_weights else None,
-            "version_compatible": self.version_compatible,
-            "hardware_compatibility_level": self.hardware_compatibility_level.lower(),
-            "plugins": list(self.plugins),
             "nodes": {name: {"macs": count, "quantized": name in quantized} for name, count in counted.items()},
         }
         (out / SIDE).write_text(json.dumps(side, indent=1))
         return engine
+
+    def adopt(self, plan: Path, spec: NetworkSpec, tensors: Mapping[str, str], out: Path) -> Path:
+        """Take an engine that somebody else built, with a description made from what it says of itself.
+
+        Args:
+            plan: the engine.
+            spec: what it computes.
+            tensors: names of its tensors where they are not those of the input and the fields.
+            out: a folder.
+
+        Raises:
+            UserError: it is no plan of this version and GPU, or lacks a tensor of the description.
+        """
+        import tensorrt as trt
+
+        memory = DeviceMemory(self.device)
+        content = plan.read_bytes()
+        trt.init_libnvinfer_plugins(logger(), "")
+        load_plugins(trt, self.plugins)
+        runtime = trt.Runtime(logger())
+        runtime.engine_host_code_allowed = self.version_compatible
+        engine = runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            raise failed(f"model.plan={plan}: TensorRT {trt.__version__} cannot load it", "build it on this machine")
+        names = [engine.get_tensor_name(n) for n in range(engine.num_io_tensors)]
+        wanted = {name: tensors.get(name, name) for name in (spec.input.name, *(field.name for field in spec.fields))}
+        missing = [tensor for tensor in wanted.values() if tensor not in names]
+        if missing:
+            raise UserError(
+                f"model.plan={plan}: has no tensor {', '.join(missing)}; its tensors are {', '.join(names)}: name them with "
+                f"model.tensors={{{missing[0]}: ...}}"
+            )
+        shape = tuple(engine.get_tensor_shape(wanted[spec.input.name]))
+        if len(shape) != 4 or shape[1] != 3:
+            raise UserError(f"model.plan={plan}: takes {shape}; only images [B, 3, H, W] can be evaluated")
+        (out / ENGINE).write_bytes(content)
+        side = self._side(trt, spec, memory.gpu, content) | {"tensors": wanted, "profiles": None, "weights": None, "nodes": {}}
+        (out / SIDE).write_text(json.dumps(side, indent=1))
+        return out / ENGINE
+
+    def _side(self, trt: Any, spec: NetworkSpec, gpu: Mapping[str, str], content: bytes) -> dict[str, Any]:
+        """What lies beside every plan."""
+        return {
+            "spec": json.loads(spec.to_json()),
+            "tensorrt": trt.__version__,
+            "gpu": dict(gpu),
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "version_compatible": self.version_compatible,
+            "hardware_compatibility_level": self.hardware_compatibility_level.lower(),
+            "plugins": list(self.plugins),
+        }
 
     def _config(self, trt: Any, builder: Any, gpu: Mapping[str, str], typed: bool) -> Any:
         """What the builder is told.

@@ -159,9 +159,10 @@ class TensorRTRunner:
         self.nodes: Mapping[str, Mapping[str, Any]] = side["nodes"]
         if side["weights"] is not None:
             _refit(trt, self.engine, engine.parent / WEIGHTS, side["weights"])
-        names = [self.engine.get_tensor_name(n) for n in range(self.engine.num_io_tensors)]
-        self.types = {name: np.dtype(trt.nptype(self.engine.get_tensor_dtype(name))) for name in names}
-        name = self.spec.input.name
+        self.tensors: Mapping[str, str] = side["tensors"]
+        engine_type = self.engine.get_tensor_dtype
+        self.types = {name: np.dtype(trt.nptype(engine_type(tensor))) for name, tensor in self.tensors.items()}
+        name = self.tensors[self.spec.input.name]
         profiles = range(self.engine.num_optimization_profiles)
         self.profiles = [self.engine.get_tensor_profile_shape(name, profile) for profile in profiles]
         self.workers = _CONTEXTS
@@ -279,7 +280,7 @@ class TensorRTRunner:
         self._choose(slot, shape)
         slot.inputs[shape] = slot.memory.empty(shape, self.types[name])
         slot.outputs[shape] = {
-            one.name: slot.memory.empty(tuple(slot.context.get_tensor_shape(one.name)), self.types[one.name])
+            one.name: slot.memory.empty(tuple(slot.context.get_tensor_shape(self.tensors[one.name])), self.types[one.name])
             for one in self.spec.fields
         }
         self._address(slot, shape)
@@ -301,14 +302,14 @@ class TensorRTRunner:
                 raise failed(f"the engine's profile {fitting[0]}", "build it again")
             slot.memory.wait()
             slot.profile = fitting[0]
-        if not slot.context.set_input_shape(self.spec.input.name, shape):
+        if not slot.context.set_input_shape(self.tensors[self.spec.input.name], shape):
             raise failed(f"an input of {shape}", "build the engine for that resolution and batch")
 
     def _address(self, slot: _Slot, shape: tuple[int, ...]) -> None:
         self._choose(slot, shape)
-        slot.context.set_tensor_address(self.spec.input.name, slot.inputs[shape].address)
+        slot.context.set_tensor_address(self.tensors[self.spec.input.name], slot.inputs[shape].address)
         for name, array in slot.outputs[shape].items():
-            slot.context.set_tensor_address(name, array.address)
+            slot.context.set_tensor_address(self.tensors[name], array.address)
 
     def _enqueue(self, slot: _Slot) -> None:
         if not slot.context.execute_async_v3(stream_handle=slot.memory.stream):

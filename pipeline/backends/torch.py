@@ -31,10 +31,12 @@ class Torch:
     Attributes:
         precision: fp32, fp16 or bf16; half precisions run the weights and everything between input and fields.
         cuda_graph: replay the network as one CUDA graph for each input shape.
+        compile: by torch.compile on a GPU, some seconds for each input shape.
     """
 
     precision: str = "fp32"
     cuda_graph: bool = True
+    compile: bool = False
 
     def __post_init__(self) -> None:
         """Check the precision.
@@ -78,7 +80,8 @@ class Torch:
             for name in (store.WEIGHTS, store.ARCHITECTURE):
                 shutil.copyfile(files.checkpoint / name, out / name)
         engine = out / ENGINE
-        engine.write_text(json.dumps({"precision": self.precision, "cuda_graph": self.cuda_graph}))
+        options = {"precision": self.precision, "cuda_graph": self.cuda_graph, "compile": self.compile}
+        engine.write_text(json.dumps(options))
         return engine
 
     def load(self, engine: Path, threads: int = 0) -> "TorchRunner":
@@ -89,7 +92,8 @@ class Torch:
         """One record a convolution or linear layer, in the precision of all."""
         import torch
 
-        with self.load(engine) as runner:
+        plain = {**json.loads(engine.read_text()), "compile": False, "fuse": False}
+        with TorchRunner(engine.parent, plain, 0) as runner:
             records: list[dict[str, Any]] = []
 
             def count(name: str) -> Any:
@@ -125,6 +129,7 @@ class TorchRunner:
     def __init__(self, folder: Path, options: Mapping[str, Any], threads: int) -> None:
         import torch
 
+        from pipeline.backends.torch_fusion import fused
         from pipeline.models import store
         from pipeline.models.onnx_graph import OnnxNetwork
 
@@ -139,9 +144,14 @@ class TorchRunner:
         if threads:
             torch.set_num_threads(threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        self.network = network.eval().to(self.device, memory_format=torch.channels_last)
+        network.eval()
+        if on_gpu and self.dtype == torch.float16 and options.get("fuse", True):
+            fused(network)
+        self.network = network.to(self.device, memory_format=torch.channels_last)
         if not typed:  # whose nodes have types of their own
             self.network.to(self.dtype)
+        if on_gpu and not typed and options.get("compile"):
+            self.network = torch.compile(self.network, dynamic=False)
         self.cuda_graph = bool(options["cuda_graph"]) and on_gpu and not typed
         self.capturing = Lock()
         self.slots: LifoQueue[_Slot] = LifoQueue()
@@ -194,7 +204,7 @@ class TorchRunner:
         if key not in slot.graphs:
             with self.capturing:
                 given = images.clone(memory_format=torch.channels_last)
-                for _ in range(2):
+                for _ in range(3):
                     self.forward(given)
                 slot.stream.synchronize()
                 graph = torch.cuda.CUDAGraph()

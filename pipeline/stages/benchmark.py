@@ -13,6 +13,7 @@ from evaluation import audit, device, power
 from evaluation.types import Resolution
 from pipeline.artifacts import Job, read_manifest
 from pipeline.errors import UserError
+from pipeline.inference import decoder_options
 from pipeline.specs import Backend, Decoder, Framing, ModelFiles, Shapes, Splits
 from pipeline.timing import Work, apart, memory_of, time_of
 
@@ -74,11 +75,10 @@ def run(
     if backend.timeable and not framing.averaged:
         images = data.open("validation")
         some = [(sample.read(), sample.boxes) for sample in (images[n] for n in range(min(_IMAGES, len(images))))]
-        tuned = job.inputs.get("tuned")
-        options = json.loads((tuned / "decoder.json").read_text())["options"] if tuned else {}
+        options = decoder_options(job.inputs.get("tuned"), decoder)
         work = Work(backend, some, framing, decoder, options, size, batch, threads)
         with tempfile.TemporaryDirectory() as folder, lock:
-            reference = _reference(backend, job, size, batch, Path(folder))
+            reference = _reference(backend, job, size, batch, Path(folder)) if "reference" in job.inputs else None
             timed = apart(time_of, work, engine, reference, seconds)
             memory = apart(memory_of, work, engine)
         machine |= timed.pop("gpu")

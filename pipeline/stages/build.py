@@ -1,24 +1,73 @@
-"""build: an engine from a typed network."""
+"""build: an engine from a typed network, or one that somebody else built."""
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from evaluation.types import Resolution
 from pipeline.artifacts import Job
-from pipeline.specs import Backend, Framing, ModelFiles, Shapes, read_spec
+from pipeline.errors import UserError
+from pipeline.specs import Backend, Framing, ModelFiles, Shapes, described, read_spec
+
+_SHAPE = "give it as {min: 1x224x320, opt: 4x288x384, max: 8x368x656}, batch x height x width"
 
 
-def run(job: Job, backend: Backend, framing: Framing, resolution: str, batch: int) -> dict[str, Any]:
+def run(
+    job: Job,
+    backend: Backend,
+    framing: Framing,
+    resolution: str,
+    batch: int,
+    profiles: Sequence[Mapping[str, str]],
+    plan: str | None,
+    spec: Mapping[str, Any] | None,
+    tensors: Mapping[str, str] | None,
+) -> dict[str, Any]:
     """Build the input "network" for a resolution and batches up to `batch`.
+
+    Args:
+        job: inputs hold "network" unless `plan` is given.
+        backend: builds it.
+        framing: of the images.
+        resolution: of the input.
+        batch: most images at once.
+        profiles: further shapes, "min", "opt" and "max", that the engine is tuned for as well.
+        plan: an engine that somebody else built, to be taken as it is.
+        spec: its description.
+        tensors: names of its tensors where they are not those of input and fields.
 
     Returns:
         The backend that built it and the engine's size.
 
     Raises:
-        UserError: the backend cannot build it.
+        UserError: the backend cannot build it, or a profile is none.
     """
-    files = ModelFiles.in_folder(job.inputs["network"], job.inputs.get("checkpoint"))
-    size = Resolution.parse(resolution)
-    shapes = Shapes.of(framing, size, read_spec(files.onnx["tensorrt"]).input, batch)
-    engine = backend.build(files, shapes, job.out)
+    if plan is not None:
+        assert spec is not None
+        engine = backend.adopt(Path(plan), described(spec), tensors or {}, job.out)  # type: ignore[attr-defined] # only_on
+    else:
+        files = ModelFiles.in_folder(job.inputs["network"], job.inputs.get("checkpoint"))
+        size = Resolution.parse(resolution)
+        more = tuple(_profile(one) for one in profiles)
+        shapes = Shapes.of(framing, size, read_spec(files.onnx["tensorrt"]).input, batch, more)
+        engine = backend.build(files, shapes, job.out)
     bytes_ = sum(file.stat().st_size for file in job.out.iterdir())
     return {"backend": backend.name, "engine_mb": bytes_ / 2**20, "engine": engine.name}
+
+
+def _profile(given: Mapping[str, str]) -> Shapes:
+    """A set of shapes as the configuration writes it.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        parts = [str(given[key]).lower().partition("x") for key in ("min", "opt", "max")]
+        least, best, most = (Resolution.parse(rest) for _, _, rest in parts)
+        batch = [int(count) for count, _, _ in parts]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"stages.build.profiles: {given} is no profile; {_SHAPE}") from error
+    sizes = [batch, [r.height for r in (least, best, most)], [r.width for r in (least, best, most)]]
+    if any(not 0 < a <= b <= c for a, b, c in sizes):
+        raise UserError(f"stages.build.profiles: {given} is not min <= opt <= max; {_SHAPE}")
+    return Shapes((least, best, most), (batch[0], batch[1], batch[2]))

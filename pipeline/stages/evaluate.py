@@ -12,7 +12,7 @@ from evaluation.statistics import bootstrap
 from evaluation.types import Resolution
 from pipeline.artifacts import Job, read_manifest
 from pipeline.errors import UserError
-from pipeline.inference import Watch, load_results, predict, resumed
+from pipeline.inference import Watch, decoder_options, load_results, predict, resumed
 from pipeline.specs import Backend, Decoder, Framing, Metric, Splits
 
 
@@ -53,7 +53,7 @@ def run(
     built = read_manifest(job.inputs["engine"])
     assert built is not None
     tuned = job.inputs.get("tuned")
-    options = json.loads((tuned / "decoder.json").read_text())["options"] if tuned else {}
+    options = decoder_options(tuned, decoder)
     images: Any = data.open("validation")
     size, watch = Resolution.parse(resolution), Watch()
     (job.out / "pictures").mkdir()

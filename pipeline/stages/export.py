@@ -15,6 +15,7 @@ from pipeline.inference import batches
 from pipeline.models import store
 from pipeline.pruning import macs
 from pipeline.specs import Framing, Splits
+from pipeline.specs import described as description
 
 MODEL = "model.onnx"
 
@@ -59,7 +60,7 @@ def run(
         counted = {"params": sum(p.numel() for p in network.parameters()), "macs": macs(network, size)}
     else:
         assert spec is not None
-        described = onnx_export.described(spec)
+        described = description(spec)
         onnx_export.adopt(Path(onnx), described, file)
         reference = onnx_export.onnx_reference(Path(onnx), described)
         inputs = _inputs(data, framing, described, size)

@@ -7,10 +7,10 @@ import torch
 
 from evaluation.types import Resolution
 from pipeline.artifacts import Job
+from pipeline.backends.macs import macs
 from pipeline.errors import UserError
 from pipeline.export import stamp
 from pipeline.quantization.feed import calibration_feed
-from pipeline.quantization.graph import macs
 from pipeline.quantization.quantizers import Int8
 from pipeline.specs import Framing, Objective, Splits, read_spec
 from pipeline.training.augment import Augmentation

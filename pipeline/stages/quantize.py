@@ -9,9 +9,9 @@ from rich.console import Console
 
 from evaluation.types import Resolution
 from pipeline.artifacts import Job
+from pipeline.backends.macs import macs
 from pipeline.errors import UserError
 from pipeline.quantization.feed import calibration_feed
-from pipeline.quantization.graph import macs
 from pipeline.quantization.probe import Probe
 from pipeline.specs import Backend, Framing, Quantizer, Splits, read_spec
 

@@ -1,0 +1,120 @@
+"""FP16 in torch on a GPU: eager, as backend=torch runs it, and compiled; graph replays beside the roofline's floor.
+
+    python benchmarks/torch_gpu.py [--compile] [--resolutions 368x656 ...] [--batches 1 8 32]
+
+The floor is the greater of arithmetic (2 operations a multiply-accumulate at `--tflops`) and of what must be read and written
+once (input, weights, fields, at `--bandwidth` TB/s). The weights are drawn at random: times do not depend on them.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from evaluation.heatmap_paf import limb_order
+from evaluation.heatmap_paf_torch import candidates
+from evaluation.pixels_torch import normalise
+from evaluation.types import Resolution
+from pipeline.backends.torch import TorchRunner
+from pipeline.models import store
+from pipeline.models.lightweight_openpose import LightweightOpenPose
+from pipeline.pruning import macs
+
+REPEATS, WARM_UP = 300, 50
+
+
+def events(work: Callable[[], Any]) -> list[float]:
+    """Milliseconds of each call, by CUDA events."""
+    for _ in range(WARM_UP):
+        work()
+    times = []
+    for _ in range(REPEATS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return times
+
+
+def shown(times: list[float]) -> str:
+    return f"{np.median(times):.3f} / {np.percentile(times, 95):.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resolutions", nargs="+", default=["224x320", "288x384", "320x448", "368x656"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--compile", action="store_true", help="also by torch.compile")
+    parser.add_argument("--tflops", type=float, default=989.0, help="dense FP16 peak of the GPU")
+    parser.add_argument("--bandwidth", type=float, default=4.8, help="of its memory, TB/s")
+    options = parser.parse_args()
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        torch.manual_seed(0)
+        network = LightweightOpenPose().eval()
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(layer.weight)  # the default's would let rounding grow from layer to layer
+        store.save(network, Path(folder), partial(LightweightOpenPose), [])
+        given = {"precision": "fp16", "cuda_graph": True, "compile": False}
+        ours = TorchRunner(Path(folder), given, 0)
+        plain = TorchRunner(Path(folder), {**given, "cuda_graph": False, "fuse": False}, 0)
+        compiled = TorchRunner(Path(folder), {**given, "compile": True}, 0) if options.compile else None
+        weights = sum(p.numel() for p in network.parameters()) * 2
+        rows = []
+        for text in options.resolutions:
+            size = Resolution.parse(text)
+            for batch in options.batches:
+                images = np.random.default_rng(0).integers(0, 255, (batch, size.height, size.width, 3), np.uint8)
+                row = {"resolution": text, "batch": batch}
+                for name, runner in (("ours", ours), ("compiled", compiled)):
+                    if runner is not None:
+                        started = time.perf_counter()
+                        fields = runner(runner.upload(images))
+                        row[f"{name} first s"] = round(time.perf_counter() - started, 1)
+                        slot = runner.slots.queue[-1]
+                        graph = slot.graphs[(batch, 3, size.height, size.width)][0]
+                        with torch.cuda.stream(slot.stream):
+                            row[f"{name} p50/p95 ms"] = shown(events(graph.replay))
+                        row[f"{name} frame to candidates ms"] = shown(whole(runner, images)) if batch == 1 else ""
+                given_images = plain.upload(images)
+                row["eager p50/p95 ms"] = shown(events(lambda given_images=given_images: plain.forward(given_images)))
+                moved = images.size * 2 + weights + sum(field.numel() * 4 for field in fields.values())
+                work = 2 * macs(network, size) * batch / options.tflops / 1e9
+                row["floor ms"] = f"{max(work, moved / options.bandwidth / 1e9):.3f}"
+                exact = network.float().cuda()(normalise(images, network.spec.input, torch.device("cuda")))
+                apart = max(float((fields[n] - exact[n]).abs().max() / exact[n].abs().max()) for n in fields)
+                row["from fp32"] = f"{apart:.4f}"
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+    columns = list(rows[0])
+    print("| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(str(row[column]) for column in columns) + " |")
+
+
+def whole(runner: TorchRunner, images: np.ndarray) -> list[float]:
+    """Milliseconds from frames in the host's memory to the candidates of people there."""
+    spec = runner.spec
+    limbs, _ = limb_order(spec.skeleton)
+    joints = len(spec.skeleton.names)
+    times = []
+    for _ in range(WARM_UP + REPEATS):
+        started = time.perf_counter()
+        fields = runner(runner.upload(images))
+        list(candidates(fields["heatmaps"][:, :joints], fields["pafs"], limbs, 0.0, 0.1, 0.05, 32))
+        times.append(1e3 * (time.perf_counter() - started))
+    return times[WARM_UP:]
+
+
+if __name__ == "__main__":
+    main()
