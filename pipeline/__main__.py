@@ -206,6 +206,7 @@ class Cell:
                     collected={role: [f for f, _ in found] for role, found in inputs.items()} if stage.collect else {},
                     scratch=scratch,
                     cache=self.results.cache,
+                    overrides=self.overrides,
                 )
                 summary = hydra.utils.get_method(target)(job, **options)
                 dropped = getattr(options.get("data"), "dropped", {})
@@ -250,7 +251,12 @@ class Cell:
             summary = self.summaries.get(name, {})
             figures |= {key: value for key, value in summary.items() if wanted is None or key in wanted}
         tracker = Tracker(str(self.config.tracking.uri), str(self.config.name), self.results.run)
-        tracker.log_cell(_plain(self.config.axes), figures, self.ran, error)
+        brought = [(ran, cell) for ran in self.ran for cell in ran["summary"].get("cells", [])]
+        for ran, cell in brought:  # of a device
+            times = {"started": ran["started"], "ended": ran["ended"]}
+            tracker.log_cell(cell["axes"], cell["figures"], [{**stage, **times} for stage in cell["stages"]], None)
+        if not brought:
+            tracker.log_cell(_plain(self.config.axes), figures, self.ran, error)
 
 
 def _record(number: int, content: Mapping[str, Any]) -> None:

@@ -101,6 +101,7 @@ class Job:
         collected: role to every finished folder, of a stage that collects.
         scratch: a folder that outlives the result, for checkpoints and caches of exactly this fingerprint.
         cache: the folder of caches shared by all.
+        overrides: words of the command line.
     """
 
     out: Path
@@ -108,6 +109,7 @@ class Job:
     collected: Mapping[str, Sequence[Path]]
     scratch: Path
     cache: Path
+    overrides: Sequence[str] = ()
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

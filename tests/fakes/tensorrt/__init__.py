@@ -712,6 +712,17 @@ def _(self, name):
     return DataType.FLOAT
 
 
+@_behaviour("ICudaEngine", "get_tensor_shape")
+def _(self, name):
+    graph, profiles = self._state["_model"].graph, self._state["_profiles"]
+    value = next(v for v in (*graph.input, *graph.output) if v.name == name)
+    sizes = [d.dim_value for d in value.type.tensor_type.shape.dim]
+    if profiles and name in profiles[0]:
+        least, _, most = profiles[0][name]
+        return tuple(a if a == b else -1 for a, b in zip(least, most, strict=True))
+    return tuple(sizes)
+
+
 @_behaviour("ICudaEngine", "get_tensor_profile_shape")
 def _(self, name, profile_index):
     return [tuple(shape) for shape in self._state["_profiles"][profile_index][name]]

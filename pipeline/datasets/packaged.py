@@ -1,0 +1,111 @@
+"""The images that a package carries to a device: those an engine is evaluated on, as COCO data, with their digests."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts import sha256
+from pipeline.datasets.annotations import skeleton_of
+from pipeline.datasets.coco import Coco
+from pipeline.errors import UserError
+from pipeline.specs import Splits
+
+LISTED = "data.json"
+_GROUPS = (("validation",), ("validation", "agreement"))  # whose digests the stages ask for
+
+
+def pack(data: Splits, out: Path) -> dict[str, int]:
+    """Copy the validation and agreement images with their labels into a folder; returns how many there are.
+
+    Args:
+        data: with images on disk, as `Coco` has them.
+        out: a new folder.
+    """
+    counts, digests = {}, {}
+    for split in ("validation", "agreement"):
+        if split not in data:
+            continue
+        part: Any = data.open(split)
+        images = out / split / "images"
+        images.mkdir(parents=True)
+        for record in part.records:
+            shutil.copyfile(part.images / record["file_name"], images / record["file_name"])
+            digests[f"{split}/images/{record['file_name']}"] = sha256(images / record["file_name"])
+        if part.annotations is not None:
+            (out / split / "annotations.json").write_text(json.dumps(_content(part)))
+            digests[f"{split}/annotations.json"] = sha256(out / split / "annotations.json")
+        counts[split] = len(part)
+    whole = {" ".join(group): data.digest(group) for group in _GROUPS}
+    (out / LISTED).write_text(json.dumps({"splits": counts, "digests": whole, "files": digests}, indent=1))
+    return counts
+
+
+def _content(part: Any) -> dict[str, Any]:
+    """A COCO annotation file of one split."""
+    skeleton = part.labels
+    category = {
+        "id": 1,
+        "name": "person",
+        "keypoints": list(skeleton.names),
+        "skeleton": [[a + 1, b + 1] for a, b in skeleton.limbs],
+        "sigmas": list(skeleton.sigmas),
+    }
+    images = [{key: value for key, value in record.items() if key != "annotations"} for record in part.records]
+    people = [annotation for record in part.records for annotation in record["annotations"] or []]
+    made = {"images": images, "annotations": people, "categories": [category]}
+    assert skeleton_of(made) == skeleton
+    return made
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """What `pack` wrote, in place of the data set it came from.
+
+    Attributes:
+        folder: of it.
+    """
+
+    folder: str
+
+    @cached_property
+    def _listed(self) -> Mapping[str, Any]:
+        file = Path(self.folder) / LISTED
+        try:
+            listed: Mapping[str, Any] = json.loads(file.read_text())
+            changed = [name for name, digest in listed["files"].items() if sha256(Path(self.folder) / name) != digest]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file}: not the images of a package ({error}); copy the package again") from error
+        if changed:
+            raise UserError(f"{self.folder}/{changed[0]}: not the file that was packaged; copy the package again")
+        return listed
+
+    def open(self, split: str) -> Coco:
+        """The images of a split.
+
+        Raises:
+            UserError: they were not packaged, or changed since.
+        """
+        if split not in self:
+            raise UserError(f"{self.folder}: holds no {split} images, but {', '.join(self._listed['splits'])}")
+        annotations = Path(self.folder) / split / "annotations.json"
+        images = annotations.parent / "images"
+        return Coco(images, annotations if annotations.exists() else None, remedy="copy the package again")
+
+    def __contains__(self, split: str) -> bool:
+        """Whether there are images for this."""
+        return split in self._listed["splits"]
+
+    def digest(self, splits: Sequence[str]) -> str:
+        """That of the data set they came from.
+
+        Raises:
+            UserError: it is not known of these splits.
+        """
+        digests: Mapping[str, str] = self._listed["digests"]
+        if " ".join(splits) not in digests:
+            raise UserError(f"{self.folder}: a package serves build, evaluate and benchmark alone")
+        return digests[" ".join(splits)]

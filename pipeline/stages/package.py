@@ -1,0 +1,43 @@
+"""package: a folder that builds, evaluates, times and audits an engine on a device without torch."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipeline import edge
+from pipeline.artifacts import Job
+from pipeline.datasets.packaged import pack
+from pipeline.errors import UserError
+from pipeline.specs import Splits
+
+TARGETS = ("tensorrt", "onnxruntime")
+_ELSEWHERE = ("stage", "data", "outputs", "tracking", "force", "weights", "target", "backend", "hydra", "debug")
+
+
+def run(job: Job, data: Splits, target: str, outputs: str, name: str, label: str) -> dict[str, Any]:
+    """Package the input "network" with what it is evaluated by.
+
+    Args:
+        job: inputs hold "network", and "reference" and "tuned" where there are such.
+        data: its validation and agreement images go along.
+        target: the backend of the device.
+        outputs: where results lie.
+        name: that they belong to.
+        label: of the data.
+
+    Returns:
+        The images and the size.
+
+    Raises:
+        UserError: an unknown target.
+    """
+    if target not in TARGETS:
+        raise UserError(f"target={target}: choose {', '.join(TARGETS)}")
+    images = pack(data, job.out / "data")
+    kept = [word for word in job.overrides if word.lstrip("+~").partition("=")[0].partition(".")[0] not in _ELSEWHERE]
+    words = [*kept, "data=packaged", f"data.label={label}", "data.folder=data", "tracking=none", f"backend={target}"]
+    edge.write_package(job.out, Path(outputs) / name, list(job.inputs.values()), words, {"backend": target})
+    size = edge.bytes_of(job.out) / 2**20
+    Console(stderr=True, highlight=False).print(f"           {size:.0f} MiB, {images}; see README.txt in it", markup=False)
+    return {"target": target, "mb": size, **{f"{split}_images": count for split, count in images.items()}}
