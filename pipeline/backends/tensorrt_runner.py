@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 ENGINE, SIDE, WEIGHTS = "engine.plan", "engine.json", "weights.onnx"
 _PROFILED = 20  # runs whose layers are timed
 _PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
+_KEYS = ("tensors", "nodes", "weights", "plugins", "version_compatible", "spec")  # of what lies beside a plan
 _SHAPES = 32  # input shapes whose buffers and graphs are kept
 _CONTEXTS = 2  # one computes while the other's results are copied
 
@@ -75,7 +76,7 @@ def check(engine: Path, version: str | None, gpu: Mapping[str, Any]) -> tuple[di
     side = engine.parent / SIDE
     try:
         content: dict[str, Any] = json.loads(side.read_text())
-        size, digest, built_for = (content[key] for key in ("bytes", "sha256", "gpu"))
+        size, digest, built_for, *_ = (content[key] for key in ("bytes", "sha256", "gpu", *_KEYS))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{side}: not the description of a plan ({error}); {again}") from error
     if version is not None:

@@ -1,0 +1,44 @@
+"""Parts of an ONNX network: as far as one of its tensors."""
+
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto, helper
+
+from evaluation.types import FieldSpec, NetworkSpec
+from pipeline.specs import FLAVOURS, SPEC_KEY, ModelFiles
+
+_NUMERIC = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+_BETWEEN = ("QuantizeLinear", "DequantizeLinear", "Cast", "Shape", "Constant")
+
+
+def tensors_of(model: onnx.ModelProto) -> list[str]:
+    """Tensors that convolutions, sums and the like return, in the order of the file, whose shapes are inferred."""
+    types = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.output)}
+    nodes = (node for node in model.graph.node if node.op_type not in _BETWEEN)
+    return [name for node in nodes for name in node.output if types.get(name) in _NUMERIC]
+
+
+def cut(model: onnx.ModelProto, tensor: str, spec: NetworkSpec, folder: Path) -> ModelFiles:
+    """The network as far as a tensor, which becomes its only field, float32.
+
+    Args:
+        model: with inferred shapes.
+        tensor: one of `tensors_of`.
+        spec: of the whole network.
+        folder: where the file goes.
+    """
+    part = onnx.utils.Extractor(model).extract_model([spec.input.name], [tensor])
+    value = part.graph.output[0].type.tensor_type
+    if value.elem_type != TensorProto.FLOAT:
+        for node in part.graph.node:
+            for names in (node.input, node.output):
+                names[:] = [f"{name}_narrow" if name == tensor else name for name in names]
+        part.graph.node.append(helper.make_node("Cast", [f"{tensor}_narrow"], [tensor], to=TensorProto.FLOAT))
+        value.elem_type = TensorProto.FLOAT
+    channels = int(value.shape.dim[1].dim_value) if len(value.shape.dim) > 1 else 1
+    described = NetworkSpec(spec.input, (FieldSpec(tensor, 1, channels),), spec.labels, spec.dynamic)
+    helper.set_model_props(part, {SPEC_KEY: described.to_json()})
+    file = folder / "part.onnx"
+    onnx.save(part, file)
+    return ModelFiles(dict.fromkeys(FLAVOURS, file))

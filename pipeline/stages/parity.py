@@ -1,0 +1,125 @@
+"""parity: torch, ONNX Runtime and the engine on the same images, tensor by tensor, and the first layer that differs."""
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto
+from rich.console import Console
+from rich.table import Table
+
+from evaluation.parity import compare, first_apart
+from evaluation.pixels import normalise
+from evaluation.types import NetworkSpec, Resolution
+from pipeline.artifacts import Job, read_manifest
+from pipeline.backends.onnxruntime import OnnxRuntime
+from pipeline.backends.torch import Torch
+from pipeline.inference import batches
+from pipeline.onnx_parts import cut, tensors_of
+from pipeline.quantization.graph import Graph, computed_over
+from pipeline.specs import FLAVOURS, Backend, Framing, ModelFiles, Runner, Shapes, Splits, read_spec
+
+
+def run(
+    job: Job, data: Splits, backend: Backend, framing: Framing, resolution: str, images: int, tolerance: float
+) -> dict[str, Any]:
+    """Compare the input "engine" with the typed file it was built from (in "network"), and that with FP32 ("reference").
+
+    Args:
+        job: inputs hold "engine", "network", "reference" and perhaps "checkpoint".
+        data: its first validation images are computed.
+        backend: runs the engine, and engines of parts of the network when they differ.
+        framing: how images become inputs.
+        resolution: of the input.
+        images: how many.
+        tolerance: greatest relative RMS of a tensor that is taken for the same.
+
+    Returns:
+        The greatest relative RMS between neighbours of the chain, and the first tensor in which engine and file differ.
+    """
+    built = read_manifest(job.inputs["engine"])
+    assert built is not None
+    size = Resolution.parse(resolution)
+    exported = job.inputs["reference"] / "model.onnx"
+    spec = read_spec(exported)
+    some = range(min(images, len(data.open("validation"))))
+    frames = [batch.images for batch in batches(data.open("validation"), framing, spec.input, size, 1, some) if batch.views]
+    typed = _typed(job.inputs["network"], isinstance(backend, OnnxRuntime))
+    names = [field.name for field in spec.fields]
+    shapes = Shapes((size, size, size), (1, 1, 1))
+    with tempfile.TemporaryDirectory() as scratch:
+        fp32 = ModelFiles(dict.fromkeys(FLAVOURS, exported), job.inputs.get("checkpoint"))
+        chain = {
+            "torch, FP32": _fields(Torch(cuda_graph=False), fp32, shapes, frames, Path(scratch) / "torch"),
+            "ONNX Runtime, FP32": _fields(OnnxRuntime(), fp32, shapes, frames, Path(scratch) / "fp32"),
+            "ONNX Runtime, typed file": [dict(made) for made in _as_written(typed, names, frames, spec)],
+        }
+        with backend.load(job.inputs["engine"] / built["summary"]["engine"]) as runner:
+            chain[backend.name] = _computed(runner, frames)
+        links = list(zip(list(chain), list(chain)[1:], strict=False))
+        rows: list[dict[str, Any]] = [
+            {"reference": first, "other": second, "tensor": name, **figures}
+            for first, second in links
+            for name, figures in compare(list(zip(chain[first], chain[second], strict=True))).items()
+        ]
+        parted = None
+        if any(row["relative"] > tolerance for row in rows[-len(names) :]):
+
+            def apart(tensor: str) -> bool:
+                files = cut(typed, tensor, spec, Path(scratch))
+                found = _fields(backend, files, shapes, frames, Path(scratch) / "part")
+                expected = _as_written(onnx.load(files.onnx["tensorrt"]), [tensor], frames, spec)
+                return compare(list(zip(expected, found, strict=True)))[tensor]["relative"] > tolerance
+
+            parted = first_apart(tensors_of(typed), apart)
+    node = Graph(typed).producer.get(parted) if parted else None
+    summary = {
+        f"relative_{n}": max(row["relative"] for row in rows if row["other"] == other) for n, (_, other) in enumerate(links)
+    }
+    found = {"first_apart": parted, "first_apart_node": node and f"{node.name} ({node.op_type})", "images": len(frames)}
+    (job.out / "parity.json").write_text(json.dumps({"rows": rows, **found}, indent=1))
+    _print(rows, found, tolerance)
+    return {**summary, **found}
+
+
+def _typed(folder: Path, for_onnxruntime: bool) -> onnx.ModelProto:
+    """The file that says what an engine computes; of bfloat16, for which ONNX Runtime has no kernels, its simulation."""
+    files = ModelFiles.in_folder(folder).onnx
+    typed = onnx.load(files["tensorrt"])
+    narrow = any(tensor.data_type == TensorProto.BFLOAT16 for tensor in typed.graph.initializer)
+    return onnx.shape_inference.infer_shapes(onnx.load(files["onnxruntime"]) if narrow or for_onnxruntime else typed)
+
+
+def _as_written(
+    model: onnx.ModelProto, names: Sequence[str], frames: Sequence[NDArray[np.uint8]], spec: NetworkSpec
+) -> Iterator[Mapping[str, NDArray[Any]]]:
+    """Tensors as the file says, node by node without any optimisation."""
+    inputs = (normalise(frame, spec.input) for frame in frames)
+    for made in computed_over(model, names, inputs, optimise=False):
+        yield {name: np.array(values) for name, values in made.items()}
+
+
+def _fields(backend: Backend, files: ModelFiles, shapes: Shapes, frames: Sequence[Any], folder: Path) -> list[dict[str, Any]]:
+    folder.mkdir(exist_ok=True)
+    with backend.load(backend.build(files, shapes, folder)) as runner:
+        return _computed(runner, frames)
+
+
+def _computed(runner: Runner, frames: Sequence[NDArray[np.uint8]]) -> list[dict[str, Any]]:
+    return [{k: np.array(v) for k, v in runner.download(runner(runner.upload(frame))).items()} for frame in frames]
+
+
+def _print(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any], tolerance: float) -> None:
+    columns = ("reference", "other", "tensor", "cosine", "max", "mean", "relative")
+    table = Table(*columns, title=f"{found['images']} images", header_style="bold")
+    for row in rows:
+        table.add_row(*(f"{row[c]:.6g}" if isinstance(row[c], float) else str(row[c]) for c in columns))
+    console = Console(width=None if Console().is_terminal else 160)
+    console.print(table)
+    at = f"first in '{found['first_apart']}', of {found['first_apart_node']}" if found["first_apart"] else "nowhere"
+    console.print(f"engine and typed file are more than {tolerance:g} apart: {at}", markup=False)
