@@ -72,6 +72,8 @@ for _name, _resolver in (
     ("int8_words", _int8_words),
     ("latency_words", lambda limit: "" if limit is None else f"-t{limit}"),
     ("quantized_by", lambda exported: None if exported is None else "quantize"),
+    ("placed_words", lambda placement, backend, threads: "" if placement == "default" else f"-placed-{backend}-t{threads}"),
+    ("first_build", lambda rebuild, value: value if rebuild == 0 else None),
     ("word_if", lambda on, word: word if on else ""),
     ("qat_word", lambda network: "-qat" if network == "qat" else ""),
     ("without_vnni", _without_vnni),
@@ -123,7 +125,7 @@ class Cell:
                 raise UserError(f"{group}={label}: runs on backend={only} alone; choose it or another {group}")
         for option in ("training_resolution", "resolution"):
             _check_resolution(option, str(config[option]), int(config.model.multiple), int(config.model.get("offset", 0)))
-        for option, least in (("batch", 1), ("threads", 0), ("seed", 0)):
+        for option, least in (("batch", 1), ("threads", 0), ("seed", 0), ("rebuild", 0)):
             value = config[option]
             if not isinstance(value, int) or value < least:
                 raise UserError(f"{option}={value}: choose a whole number, at least {least}")

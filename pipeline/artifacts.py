@@ -41,6 +41,7 @@ DESCRIPTIVE = (
     "tuned_by",
     "measured_on",
     "only_on",
+    "measuring",
     "trained_with",
     "judged_by",
     "framing",

@@ -3,6 +3,7 @@
 import html
 import json
 from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 from evaluation import audit
@@ -15,7 +16,44 @@ _NAMED = ("network", "pruning", "resolution", "keep_aspect_ratio_mode", "precisi
 
 
 def sections(results: Sequence[Result]) -> str:
-    """HTML of every engine whose layers are known."""
+    """HTML of every engine whose layers are known, and of how far rebuilds differ."""
+    return _rebuilds(results) + _drawn(results)
+
+
+def rebuilds(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Of engines that were built more than once: how many builds, and mean and deviation of AP and ms over them."""
+    groups: dict[tuple[str, ...], dict[int, Result]] = {}
+    for result in results:
+        key = tuple(str(value) for name, value in result.axes.items() if name != "rebuild")
+        groups.setdefault(key, {})[int(result.axes.get("rebuild", 0))] = result
+    rows = []
+    for builds in groups.values():
+        if len(builds) > 1:
+            row: dict[str, Any] = {**next(iter(builds.values())).axes, "builds": len(builds)}
+            for figure in ("ap", "latency_p50_ms"):
+                values = [float(r.figures[figure]) for r in builds.values() if figure in r.figures]
+                if len(values) == len(builds):
+                    row |= {figure: fmean(values), f"{figure}_sd": stdev(values), f"{figure}_range": max(values) - min(values)}
+            rows.append(row)
+    return rows
+
+
+def _rebuilds(results: Sequence[Result]) -> str:
+    rows = ""
+    for row in rebuilds(results):
+        cells = [" ".join(str(row[key]) for key in _NAMED if row.get(key)), str(row["builds"])]
+        for figure, digits in (("ap", 4), ("latency_p50_ms", 3)):
+            known = f"{row[figure]:.{digits}f} ± {row[f'{figure}_sd']:.{digits}f}" if figure in row else "–"
+            cells += [known, f"{row[f'{figure}_range']:.{digits}f}" if figure in row else "–"]
+        rows += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+    head = "".join(
+        f"<th>{name}</th>" for name in ("engine", "builds", "AP ± deviation", "range", "p50 ms ± deviation", "range")
+    )
+    table = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return f"<h2>The same engine, built again</h2>{table}" if rows else ""
+
+
+def _drawn(results: Sequence[Result]) -> str:
     drawn = []
     for result in results:
         folder = result.made_of.get("benchmark")

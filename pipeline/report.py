@@ -15,7 +15,7 @@ from pipeline.artifacts import current
 COLUMNS = (
     "data", "network", "pruning", "params", "macs", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "ran",
     "backend", "device",
-    "threads", "batch", "images", "ap", "ap_lo", "ap_hi", "ap50", "ap75", "ap_medium", "ap_large", "as_found_ap",
+    "threads", "batch", "rebuild", "images", "ap", "ap_lo", "ap_hi", "ap50", "ap75", "ap_medium", "ap_large", "as_found_ap",
     "as_found_ap_lo", "as_found_ap_hi", "agreement_ap", "agreement_ap_lo", "agreement_ap_hi", "agreement_people",
     "dropped_peaks", "images_not_finite", "ap_vs_fp32",
     "ap_vs_fp32_lo", "ap_vs_fp32_hi", "ap_vs_dense", "ap_vs_dense_lo", "ap_vs_dense_hi", "latency_p50_ms",
@@ -130,7 +130,7 @@ def _chain(folder: Path, root: Path) -> tuple[dict[str, Any], dict[str, Path]]:
     return found, folders
 
 
-def _kin(result: Result, others: Sequence[Result], **changed: str) -> Result | None:
+def _kin(result: Result, others: Sequence[Result], **changed: Any) -> Result | None:
     """The result whose axes are the same but for some."""
     wanted = {**result.axes, **changed}
     return next((other for other in others if dict(other.axes) == wanted and other is not result), None)
@@ -144,7 +144,7 @@ def _difference(result: Result, other: Result | None) -> Interval | None:
 
 def _row(result: Result, results: Sequence[Result]) -> dict[str, Any]:
     row = {**result.axes, **result.figures}
-    plain = {"precision": "fp32", "calibration": "", "network": result.axes["network"].removesuffix("-qat")}
+    plain = {"precision": "fp32", "calibration": "", "network": result.axes["network"].removesuffix("-qat"), "rebuild": 0}
     fp32 = _kin(result, results, **plain) if result.axes["precision"] != "fp32" else None
     dense = _kin(result, results, **plain, pruning="dense") if result.axes["pruning"] != "dense" else None
     for name, other in (("fp32", fp32), ("dense", dense)):
@@ -183,6 +183,7 @@ def tabulated(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             ("device", "device"),
             ("threads", "threads"),
             ("batch", "batch"),
+            ("rebuild", "rebuild"),
             ("images", "images"),
         )
         if len({row[column] for row in rows if row[column] != ""}) > 1

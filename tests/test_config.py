@@ -33,6 +33,7 @@ def compose(*words):
 def composed(group, choice):
     more = {
         "onnx": ["model.onnx=m"],
+        "packaged": ["data.label=d"],
         "plan": ["model.plan=p", "backend=tensorrt"],
         "external": ["precision.file=f"],
         "calibration_study": ["weights=w"],

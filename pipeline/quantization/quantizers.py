@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -10,9 +11,10 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from rich.console import Console
 
 from pipeline.errors import UserError
-from pipeline.quantization import alignment, caches, calibration, equalization, half, writers
+from pipeline.quantization import alignment, caches, calibration, equalization, half, placement, writers
 from pipeline.quantization.calibration import Histogram
 from pipeline.quantization.graph import Graph, Placement, computed_over, load, matching, place
 from pipeline.quantization.probe import Candidate, Probe, field_errors, of_all_fields
@@ -84,6 +86,7 @@ class Int8:
         reduce_range: weights of 7 bits, for kernels that add two products of 8 x 8 bits in 16 bits (processors without VNNI).
         high_precision_dtype: "fp32" or "fp16", of what is not INT8 in TensorRT's flavour.
         nodes_to_exclude: patterns of names of nodes that stay in float.
+        placement: "default", or "search" for the Q/DQ nodes with which the whole engine is fastest on the backend.
         cal_data_file: an .npz file where histograms are kept, or taken from if the calibration is the same.
         cal_cache_file: a .json file where scales are, likewise.
         tensorrt_cache: a calibration cache of TensorRT 10 whose scales are taken; equalization must be off, for they are of the
@@ -99,6 +102,7 @@ class Int8:
     reduce_range: bool = False
     high_precision_dtype: str = "fp32"
     nodes_to_exclude: tuple[str, ...] = ()
+    placement: Literal["default", "search"] = "default"
     cal_data_file: str | None = None
     cal_cache_file: str | None = None
     tensorrt_cache: str | None = None
@@ -113,6 +117,7 @@ class Int8:
             ("calibration_method", ("auto", *calibration.METHODS)),
             ("weight_scale", WEIGHT_SCALES),
             ("high_precision_dtype", ("fp32", "fp16")),
+            ("placement", ("default", "search")),
         ):
             if getattr(self, option) not in known:
                 raise ValueError(f"precision.{option}={getattr(self, option)}: choose {', '.join(known)}")
@@ -137,12 +142,17 @@ class Int8:
         """
         assert feed is not None
         calibrated = self.calibrate(onnx_file, feed)
+        tried: dict[str, Any] = {}
+        if self.placement == "search":
+            say = partial(Console(stderr=True, highlight=False).print, soft_wrap=True, markup=False)
+            calibrated, rows = placement.search(calibrated, probe, lambda words: say(f"           {words}"))
+            tried = {"placements": rows}
         candidate = calibrated.written()
         candidate.write(out)
         calibrated.save(out)
         steps = [] if probe is None else list(self._steps(onnx_file, feed, probe, candidate))
         (out / STEPS).write_text(json.dumps(steps, indent=1))
-        return {"precision": "int8", **calibrated.summary(), **(_last(steps) if steps else {})}
+        return {"precision": "int8", **calibrated.summary(), **tried, **(_last(steps) if steps else {})}
 
     def calibrate(self, onnx_file: Path, feed: CalibrationFeed, most: int | None = None) -> "Calibrated":
         """Equalize, find ranges and correct biases.

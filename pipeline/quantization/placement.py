@@ -1,0 +1,63 @@
+"""Where Q/DQ nodes stand, decided by the time of whole engines: fusing them pays on one GPU and not on another."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import onnx
+
+from pipeline.errors import UserError
+from pipeline.quantization.graph import WEIGHTED, place
+from pipeline.quantization.probe import Probe
+
+_LEAST_GAIN = 0.01  # of the time, for which a variant is taken
+_SECONDS = 6.0  # of timing a pair of engines, at most
+
+
+def _variants(model: onnx.ModelProto) -> Iterator[tuple[str, set[str]]]:
+    """What may stand in float: a name, and nodes."""
+    kinds = {"sums": "Add", "concatenations": "Concat", "pooling": "MaxPool", "transposed convolutions": "ConvTranspose"}
+    for name, op in kinds.items():
+        if nodes := {node.name for node in model.graph.node if node.op_type == op}:
+            yield name, nodes
+    weights = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    convolutions = [node for node in model.graph.node if node.op_type in WEIGHTED]
+    yield "the first convolution", {convolutions[0].name}
+    depthwise = {n.name for n in convolutions if n.op_type == "Conv" and weights.get(n.input[1], [0, 0])[1] == 1}
+    if depthwise:
+        yield "depthwise convolutions", depthwise
+
+
+def search(calibrated: Any, probe: Probe | None, progress: Callable[[str], None]) -> tuple[Any, list[dict[str, Any]]]:
+    """Try what may stand in float one after the other, and keep what makes the whole engine faster.
+
+    Args:
+        calibrated: a `pipeline.quantization.quantizers.Calibrated`.
+        probe: times engines.
+        progress: is told what was found.
+
+    Returns:
+        What was calibrated with the fastest placement; of each variant its name, ms before and with it, and whether it stays.
+
+    Raises:
+        UserError: nothing can be timed.
+    """
+    if probe is None or not probe.backend.timeable:
+        raise UserError(
+            "precision.placement=search: needs tune images and a backend whose times mean something; choose placement=default"
+        )
+    best, engine = calibrated, calibrated.written()
+    rows = []
+    for name, nodes in _variants(calibrated.model):
+        excluded = best.placement.excluded | nodes
+        if nodes <= best.placement.excluded or not (placed := place(best.model, excluded)).quantized(best.model):
+            continue
+        other = replace(best, placement=placed)
+        candidate = other.written()
+        before, after = probe.latencies([engine, candidate], _SECONDS)
+        faster = after < before * (1 - _LEAST_GAIN)
+        rows.append({"in_float": name, "before_ms": before, "ms": after, "kept": faster})
+        progress(f"{name} in float: {before:.3f} -> {after:.3f} ms{', kept' if faster else ''}")
+        if faster:
+            best, engine = other, candidate
+    return best, rows
