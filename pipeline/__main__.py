@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -74,6 +75,7 @@ for _name, _resolver in (
     ("quantized_by", lambda exported: None if exported is None else "quantize"),
     ("placed_words", lambda placement, backend, threads: "" if placement == "default" else f"-placed-{backend}-t{threads}"),
     ("first_build", lambda rebuild, value: value if rebuild == 0 else None),
+    ("stem", lambda file: re.sub(r"[^\w.+=-]", "-", Path(str(file)).stem)),
     ("word_if", lambda on, word: word if on else ""),
     ("qat_word", lambda network: "-qat" if network == "qat" else ""),
     ("without_vnni", _without_vnni),

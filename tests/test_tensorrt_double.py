@@ -3,6 +3,9 @@
 import ast
 import hashlib
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -10,12 +13,19 @@ import pytest
 from conftest import FAKES, ROOT, SMOKE, pipeline, real_options, refused
 from onnx import numpy_helper
 
+from evaluation.pixels import normalise
 from evaluation.types import Resolution
+from pipeline.backends.device_memory import DeviceMemory
 from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.backends.tensorrt import TensorRT
 from pipeline.backends.tensorrt_runner import TensorRTRunner, check, logger
 from pipeline.errors import UserError
-from pipeline.specs import ModelFiles, Shapes
+from pipeline.quantization.bfloat16 import Bf16
+from pipeline.quantization.fp8 import Fp8
+from pipeline.quantization.graph import computed_over
+from pipeline.quantization.implicit import ImplicitInt8
+from pipeline.quantization.quantizers import Int8
+from pipeline.specs import CalibrationFeed, ModelFiles, Shapes, read_spec
 
 SIZE = Resolution(64, 80)
 
@@ -72,8 +82,8 @@ REMOVED = [  # calls that TensorRT 10 has not any more, put where the source has
     ("tensorrt", "builder.build_serialized_network(", "builder.build_engine("),
     ("tensorrt", "builder.create_network(flags)", "builder.create_network(flags, explicit=True)"),
     ("tensorrt_runner", "execute_async_v3(stream_handle=", "execute_async_v2(stream_handle="),
-    ("tensorrt_runner", "self.engine.num_io_tensors", "self.engine.num_bindings"),
-    ("tensorrt_runner", "self.engine.get_tensor_dtype(name)", "self.engine.get_binding_dtype(name)"),
+    ("tensorrt_runner", "self.engine.get_tensor_profile_shape(", "self.engine.get_profile_shape("),
+    ("tensorrt_runner", "= self.engine.get_tensor_dtype\n", "= self.engine.get_binding_dtype\n"),
     ("tensorrt_runner", "slot.context.set_input_shape(", "slot.context.set_binding_shape("),
 ]
 
@@ -285,16 +295,215 @@ def test_a_shape_runs_as_one_graph_and_several_shapes_in_turns(trt, finished, tm
                 assert np.array_equal(expected[name], np.asarray(kept[name])), "later calls do not write over it"
 
 
-def test_the_layers_are_audited(trt, finished, tmp_path):
+def test_the_layers_are_audited_with_their_times_and_nodes(trt, finished, tmp_path):
     from evaluation import audit
+    from pipeline.backends.macs import macs
 
     for precision in ("fp32", "int8"):
         out = tmp_path / precision
         out.mkdir()
-        engine = TensorRT().build(quantized(finished, precision), shapes(1), out)
-        listed = TensorRT().audit(engine, SIZE)
-        ran = audit.shares(listed, "layers")
-        assert ran.get(precision, 0) > 0.8
+        files = quantized(finished, precision)
+        listed = TensorRT().audit(TensorRT().build(files, shapes(1), out), SIZE)
+        assert audit.shares(listed, "layers").get(precision, 0) > 0.8
+        assert audit.shares(listed, "time").get(precision, 0) > 0.8
+        assert sum(layer["macs"] for layer in listed) == sum(macs(onnx.load(files.onnx["tensorrt"]), SIZE).values())
+        assert sum(layer["quantized"] for layer in listed) == sum(layer["precision"] == "int8" for layer in listed)
+        assert audit.unmet(listed) == []
+        assert audit.counts(listed) == {"layers": len(listed), "fused_groups": 0, "reformat_layers": 0, "unfused_qdq": 0}
+
+
+def test_too_little_int8_fails_on_every_version(smoke):
+    words = ["backend=tensorrt", "precision=fp32", "stages.benchmark.min_int8_share=0.5"]
+    message = refused(pipeline(*SMOKE, *words, "stage=[build,benchmark]", cwd=smoke, double=True))
+    assert "min_int8_share=0.5: only 0.000 of the MACs" in message
+
+
+@pytest.fixture
+def made(finished, tmp_path):
+    """The exported network, written by a quantizer with the images of the sweep."""
+    (model,) = (finished / "outputs/smoke/export").glob("*_dense/model.onnx")
+    draw = np.random.default_rng(0)
+    frames = [draw.integers(0, 255, (1, 64, 80, 3), np.uint8) for _ in range(5)]
+    spec = read_spec(model).input
+    feed = CalibrationFeed(lambda n: (normalise(f, spec) for f in frames[:n]), lambda n: iter(frames[:n]), "images", "form")
+
+    def write(quantizer, name="made"):
+        (tmp_path / name).mkdir()
+        report = quantizer.quantize(model, feed, None, tmp_path / name)
+        return ModelFiles.in_folder(tmp_path / name), report
+
+    return write
+
+
+def as_written(file, images):
+    """What a file says, computed node by node."""
+    (found,) = computed_over(onnx.load(file), ["heatmaps", "pafs"], [normalise(images, read_spec(file).input)], optimise=False)
+    return found
+
+
+@pytest.mark.parametrize(
+    "quantizer", [Bf16(), Fp8(), Fp8(high_precision_dtype="fp32"), Int8("minmax", high_precision_dtype="fp16")]
+)
+def test_every_precision_computes_what_its_file_says(trt, made, tmp_path, quantizer):
+    files, _ = made(quantizer)
+    images = np.random.default_rng(1).integers(0, 255, (1, 64, 80, 3), np.uint8)
+    with TensorRTRunner(TensorRT().build(files, shapes(1), tmp_path)) as runner:
+        found = runner.download(runner(runner.upload(images)))
+    expected = as_written(files.onnx["onnxruntime" if isinstance(quantizer, Bf16) else "tensorrt"], images)
+    for name, field in expected.items():
+        assert np.abs(found[name] - field).max() <= 1e-6 * max(np.abs(field).max(), 1)
+    kind = {"Bf16": "bf16", "Fp8": "fp8", "Int8": "int8"}[type(quantizer).__name__]
+    assert any(layer["precision"] == kind for layer in TensorRT().audit(tmp_path / "engine.plan", SIZE))
+
+
+def test_a_gpu_without_fp8_is_told_so(trt, made, tmp_path, monkeypatch):
+    files, _ = made(Fp8())
+    monkeypatch.setattr(DeviceMemory, "gpu", {"name": "Orin", "sm": "8.7"})
+    with pytest.raises(UserError, match=r"precision=fp8: Orin has SM 8\.7, and FP8 begins at SM 8\.9; choose precision=int8"):
+        TensorRT().build(files, shapes(1), tmp_path)
+
+
+def test_tensorrts_own_calibration_is_kept_and_taken_up(trt, made, tmp_path, monkeypatch):
+    files, report = made(ImplicitInt8())
+    assert report["calibration_inputs"] == 5
+    backend = TensorRT(timing_cache=str(tmp_path / "cache"))
+    if trt.__version__.startswith("11"):
+        with pytest.raises(UserError, match=r"int8_entropy: TensorRT 11.* has no calibrators.*choose precision=int8"):
+            backend.build(files, shapes(1), tmp_path)
+        assert not (tmp_path / "engine.plan").exists()
+        return
+    backend.build(files, shapes(1), tmp_path)
+    first = (tmp_path / "engine.plan").read_bytes()
+    assert b"EntropyCalibration2\n5 " in first, "five images"
+    (cache,) = (tmp_path / "cache").glob("calibration-*.cache")
+    other, _ = made(ImplicitInt8("minmax"), "other")
+    backend.build(other, shapes(1), tmp_path)
+    assert len(list((tmp_path / "cache").glob("calibration-*.cache"))) == 2, "of another calibrator"
+    cache.write_bytes(b"TRT-kept\n")
+    again, _ = made(ImplicitInt8(), "again")
+    backend.build(again, shapes(1), tmp_path)
+    assert b"TRT-kept" in (tmp_path / "engine.plan").read_bytes()
+
+
+def test_what_goes_wrong_while_tensorrt_calibrates_is_raised(trt, made, tmp_path, monkeypatch):
+    if trt.__version__.startswith("11"):
+        pytest.skip("TensorRT 11 has no calibrators")
+    files, _ = made(ImplicitInt8())
+    copy = DeviceMemory.copy
+
+    def full(self, to, source, wait=True):
+        if getattr(source, "shape", None) == (1, 3, 64, 80):
+            raise UserError("GPU 0: out of memory")
+        copy(self, to, source, wait)
+
+    monkeypatch.setattr(DeviceMemory, "copy", full)
+    with pytest.raises(UserError, match="GPU 0: out of memory"):
+        TensorRT(timing_cache=str(tmp_path / "cache")).build(files, shapes(1), tmp_path)
+    assert not (tmp_path / "engine.plan").exists()
+    assert not list((tmp_path / "cache").glob("calibration-*"))
+
+
+def test_a_stripped_plan_gets_its_weights_back(trt, finished, tmp_path):
+    files = quantized(finished, "fp32")
+    (tmp_path / "whole").mkdir()
+    whole = TensorRT().build(files, shapes(1), tmp_path / "whole")
+    engine = TensorRT(strip_weights=True).build(files, shapes(1), tmp_path)
+    assert engine.stat().st_size < 0.5 * whole.stat().st_size
+    images = np.random.default_rng(1).integers(0, 255, (1, 64, 80, 3), np.uint8)
+    with TensorRTRunner(engine) as bare, TensorRTRunner(whole) as full:
+        ours, theirs = (runner.download(runner(runner.upload(images))) for runner in (bare, full))
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    (tmp_path / "weights.onnx").write_bytes(b"others")
+    with pytest.raises(UserError, match="weights.onnx: not the network that the plan was built from"):
+        TensorRTRunner(engine)
+
+
+def test_kernels_that_nobody_measured_are_refused_where_that_is_asked(trt, finished, tmp_path):
+    options = {"timing_cache": str(tmp_path / "cache")}
+    strict = TensorRT(error_on_timing_cache_miss=True, **options)
+    with pytest.raises(UserError, match="the timing cache has no entry"):
+        strict.build(quantized(finished, "fp32"), shapes(1), tmp_path)
+    TensorRT(**options).build(quantized(finished, "fp32"), shapes(1), tmp_path)
+    assert strict.build(quantized(finished, "fp32"), shapes(1), tmp_path).exists()
+
+
+def test_a_machine_without_dla_says_so(trt, finished, tmp_path):
+    with pytest.raises(UserError, match=r"use_dla_core=0: TensorRT .* sees 0 DLA cores on .*use_dla_core=null"):
+        TensorRT(use_dla_core=0).build(quantized(finished, "fp32"), shapes(1), tmp_path)
+
+
+def test_one_engine_serves_several_profiles(trt, finished, tmp_path):
+    small, large = Resolution(64, 80), Resolution(96, 128)
+    both = Shapes((small, small, small), (1, 1, 1), (Shapes((large, large, large), (1, 2, 4)),))
+    engine = TensorRT().build(quantized(finished, "fp32"), both, tmp_path)
+    with TensorRTRunner(engine) as runner:
+        for size, batch in ((small, 1), (large, 4), (small, 1)):
+            fields = runner.download(runner(runner.upload(np.zeros((batch, size.height, size.width, 3), np.uint8))))
+            assert fields["heatmaps"].shape == (batch, 19, size.height // 8, size.width // 8)
+        with pytest.raises(UserError, match=r"outside the engine's profile \(\(1, 3, 64, 80\) to .*; \(1, 3, 96, 128\) to"):
+            runner(runner.upload(np.zeros((4, 64, 80, 3), np.uint8)))
+
+
+@pytest.mark.parametrize(
+    ("profile", "message"),
+    [
+        ("{min: 1x64x80}", "is no profile; give it as"),
+        ("{min: 64x80, opt: 64x80, max: 64x80}", "is no profile"),
+        ("{min: 2x64x80, opt: 1x64x80, max: 4x64x80}", "is not min <= opt <= max"),
+    ],
+)
+def test_a_profile_that_is_none_is_refused(smoke, profile, message):
+    words = ["backend=tensorrt", "stage=build", f"stages.build.profiles=[{profile}]"]
+    assert message in refused(pipeline(*SMOKE, *words, cwd=smoke, double=True))
+    assert not list((smoke / "outputs/smoke/build").glob("*tensorrt*"))
+
+
+GIVEN = ["experiment=smoke", "tracking=none", "backend=tensorrt", "model=plan", "name=given"]
+LIKE_OURS = "model.spec.input={name: image, order: RGB, range: 1.0, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5], multiple: 8}"
+
+
+def test_an_engine_of_somebody_else_is_measured(smoke):
+    pipeline(*SMOKE, "backend=tensorrt", cwd=smoke, double=True, check=0)
+    (plan,) = (smoke / "outputs/smoke/build").glob("*tensorrt-b1/engine.plan")
+    (plan.parent / "engine.json").unlink()  # it has nothing of ours
+    pipeline(*GIVEN, f"model.plan={plan}", LIKE_OURS, cwd=smoke, double=True, check=0)
+    (theirs,) = (smoke / "outputs/given/evaluate").glob("*/metrics.json")
+    ours = json.loads((smoke / "outputs/smoke/evaluate" / plan.parent.name / "metrics.json").read_text())
+    assert json.loads(theirs.read_text())["images"] == ours["images"]
+    assert list((smoke / "outputs/given/benchmark").glob("*/audit.json"))
+    missing = "model.spec.fields=[{name: maps, stride: 8, channels: 19}, {name: pafs, stride: 8, channels: 38}]"
+    message = refused(pipeline(*GIVEN, f"model.plan={plan}", LIKE_OURS, missing, "force=true", cwd=smoke, double=True))
+    assert "has no tensor maps; its tensors are image, heatmaps, pafs: name them with model.tensors={maps: ...}" in message
+    plan.write_bytes(b"no plan")
+    message = refused(pipeline(*GIVEN, f"model.plan={plan}", LIKE_OURS, cwd=smoke, double=True))
+    assert "cannot load it: " in message
+    assert "magic tag does not match" in message
+    message = refused(pipeline(*GIVEN, f"model.plan={plan}", "backend=onnxruntime", cwd=smoke))
+    assert "model=plan-engine: runs on backend=tensorrt alone" in message
+
+
+def test_a_wrong_engine_is_refused_before_tensorrt_is_loaded(trt, finished, tmp_path):
+    engine = TensorRT().build(quantized(finished, "fp32"), shapes(1), tmp_path)
+    side = tmp_path / "engine.json"
+    side.write_text(json.dumps({**json.loads(side.read_text()), "gpu": {"name": "Orin", "sm": "8.7"}}))
+    code = f"""
+import sys
+from pathlib import Path
+from pipeline.backends.tensorrt_runner import TensorRTRunner
+try:
+    TensorRTRunner(Path({str(engine)!r}))
+except Exception as error:
+    print(type(error).__name__, "tensorrt" in sys.modules, error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{FAKES}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("UserError False")
+    assert "built for Orin" in done.stdout
 
 
 def planted(files, tmp_path, fault):
@@ -318,6 +527,24 @@ def planted(files, tmp_path, fault):
         held = weights.input[0]
         put(held, numpy_helper.to_array(initializers[held]).astype(np.int32))
         put(weights.input[2], numpy_helper.to_array(initializers[weights.input[2]]).astype(np.int32))
+    elif fault == "unsigned input":
+        model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.UINT8
+        model.graph.node.insert(0, onnx.helper.make_node("Cast", ["image"], ["as_float"], to=onnx.TensorProto.FLOAT))
+        for node in list(model.graph.node)[1:]:
+            node.input[:] = ["as_float" if name == "image" else name for name in node.input]
+    elif fault == "scale":
+        put(weights.input[1], -numpy_helper.to_array(initializers[weights.input[1]]))
+    elif fault == "half scale":
+        put(weights.input[1], np.full_like(numpy_helper.to_array(initializers[weights.input[1]]), 2.0**-16, np.float16))
+    elif fault == "activations per channel":
+        quantizer = next(n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] != "image")
+        model.graph.initializer.append(numpy_helper.from_array(np.full(16, 0.1, np.float32), "many_scales"))
+        quantizer.input[1] = "many_scales"
+    elif fault in ("unknown operator", "plugin"):
+        relu = next(n for n in model.graph.node if n.op_type == "Relu")
+        relu.op_type, relu.domain = ("Det", "") if fault == "unknown operator" else ("FastRelu", "our.plugins")
+        if fault == "plugin":
+            model.opset_import.append(onnx.helper.make_opsetid("our.plugins", 1))
     elif fault == "concat":
         concat = next(n for n in model.graph.node if n.op_type == "Concat")
         maker = next(n for n in model.graph.node if n.output[0] == concat.input[0])
@@ -337,6 +564,12 @@ def planted(files, tmp_path, fault):
         ("axis", "per-channel axis 1 of Conv weights"),
         ("bias", "only activation types allowed"),
         ("concat", "must share one scale"),
+        ("unsigned input", "UINT8 network inputs need a cast"),
+        ("scale", "scales must be positive"),
+        ("half scale", "subnormal"),
+        ("activations per channel", "per-channel quantization of activations is not supported"),
+        ("unknown operator", "no importer registered for op: Det.*of the torch module backbone"),
+        ("plugin", "Plugin not found.*FastRelu"),
     ],
 )
 def test_what_tensorrt_refuses_is_refused(trt, finished, tmp_path, fault, message):
@@ -364,19 +597,35 @@ def test_precision_flags_and_missing_profiles_fail_as_in_tensorrt(trt, finished)
     assert "incompatible with strongly typed networks" in logger().errors[-1]
 
 
+PRECISIONS = ["fp32", "fp16", "bf16", "fp8", "int8", "mixed", "int8_entropy"]
+
+
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_whole_chain_runs_and_its_figures_are_left_out(smoke, monkeypatch, version):
+def test_the_whole_chain_runs_in_every_precision_and_its_figures_are_left_out(smoke, monkeypatch, version):
     monkeypatch.setenv("POSEPRESS_TENSORRT_DOUBLE", version)
-    done = pipeline(*SMOKE, "backend=tensorrt", "precision=int8", cwd=smoke, double=True, check=0)
-    assert "left out: 1 evaluated with the TensorRT test double" in done.stdout.replace("\n", " ")
-    (folder,) = (smoke / "outputs/smoke/evaluate").glob("*tensorrt*")
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["backend"] == "tensorrt-double"
-    assert metrics["ap"] >= 0
-    (latency,) = (smoke / "outputs/smoke/benchmark").glob("*tensorrt*/latency.json")
-    assert json.loads(latency.read_text())["timed"] == 0
-    table = (smoke / "outputs/smoke/report/results.csv").read_text()
-    assert "tensorrt" not in table
+    words = ["--multirun", *SMOKE, "backend=tensorrt", f"precision={','.join(PRECISIONS)}"]
+    done = pipeline(*words, cwd=smoke, double=True, timeout=600)
+    ran = PRECISIONS if version.startswith("10") else PRECISIONS[:-1]
+    if version.startswith("10"):
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        assert "precision=int8_entropy: TensorRT 11.1" in refused(done)
+        assert "choose precision=int8" in done.stderr
+    assert f"left out: {len(ran)} evaluated with the TensorRT test double" in done.stdout.replace("\n", " ")
+    for precision in ran:
+        (folder,) = (
+            folder
+            for folder in (smoke / "outputs/smoke/evaluate").glob("*_dense_*_tensorrt-b1")
+            if folder.name.partition(f"_pad_{precision}")[2].startswith(("-", "_tensorrt"))
+        )
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert metrics["backend"] == "tensorrt-double"
+        assert metrics["ap"] >= 0
+        (latency,) = (smoke / "outputs/smoke/benchmark").glob(f"{folder.name}_t1/latency.json")
+        assert json.loads(latency.read_text())["timed"] == 0
+        layers = json.loads((latency.parent / "audit.json").read_text())
+        assert all(layer["us"] > 0 for layer in layers)
+    assert "tensorrt" not in (smoke / "outputs/smoke/report/results.csv").read_text()
 
 
 def test_without_tensorrt_nothing_is_started(tmp_path):

@@ -380,14 +380,14 @@ def _reason(error: Any, model: Any) -> str:
 def _module(model: Any, name: str) -> str:
     """The torch module whose weights a node reads, or the nearest before it: the exporter names weights after them."""
     graph = model.graph
-    weights = {tensor.name for tensor in graph.initializer if tensor.name.endswith(".weight")}
+    weights = {tensor.name for tensor in graph.initializer if ".weight" in tensor.name}
     makers = {output: node for node in graph.node for output in node.output}
     waiting, seen = [node for node in graph.node if node.name == name], set()
     while waiting:
         node = waiting.pop(0)
         for tensor in node.input:
             if tensor in weights:
-                return str(tensor).removeprefix("network.").removesuffix(".weight")
+                return str(tensor).removeprefix("network.").partition(".weight")[0]
             if tensor in makers and tensor not in seen:
                 seen.add(tensor)
                 waiting.append(makers[tensor])

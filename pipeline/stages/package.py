@@ -15,7 +15,7 @@ TARGETS = ("tensorrt", "onnxruntime")
 _ELSEWHERE = ("stage", "data", "outputs", "tracking", "force", "weights", "target", "backend", "hydra", "debug")
 
 
-def run(job: Job, data: Splits, target: str, outputs: str, name: str, label: str) -> dict[str, Any]:
+def run(job: Job, data: Splits, target: str, outputs: str, name: str, data_label: str) -> dict[str, Any]:
     """Package the input "network" with what it is evaluated by.
 
     Args:
@@ -24,7 +24,7 @@ def run(job: Job, data: Splits, target: str, outputs: str, name: str, label: str
         target: the backend of the device.
         outputs: where results lie.
         name: that they belong to.
-        label: of the data.
+        data_label: of it, in tables.
 
     Returns:
         The images and the size.
@@ -36,7 +36,7 @@ def run(job: Job, data: Splits, target: str, outputs: str, name: str, label: str
         raise UserError(f"target={target}: choose {', '.join(TARGETS)}")
     images = pack(data, job.out / "data")
     kept = [word for word in job.overrides if word.lstrip("+~").partition("=")[0].partition(".")[0] not in _ELSEWHERE]
-    words = [*kept, "data=packaged", f"data.label={label}", "data.folder=data", "tracking=none", f"backend={target}"]
+    words = [*kept, "data=packaged", f"data.label={data_label}", "data.folder=data", "tracking=none", f"backend={target}"]
     edge.write_package(job.out, Path(outputs) / name, list(job.inputs.values()), words, {"backend": target})
     size = edge.bytes_of(job.out) / 2**20
     Console(stderr=True, highlight=False).print(f"           {size:.0f} MiB, {images}; see README.txt in it", markup=False)

@@ -384,6 +384,8 @@ def _(self, model):
         errors = refusals(loaded)
     except (OSError, ValueError, onnx.checker.ValidationError) as error:
         errors = [f"Failed to parse ONNX model from file: {error}"]
+        loaded = onnx.ModelProto()
+    self._state["_operators"] = {node.name: node.op_type for node in loaded.graph.node}
     self._state["_errors"], self._state["num_errors"] = errors, len(errors)
     for text in errors:
         _error(self._state["_logger"], text)
@@ -395,7 +397,7 @@ def _(self, model):
 
 @_behaviour("OnnxParser", "get_error")
 def _(self, index):
-    return _made("ParserError", _text=self._state["_errors"][index])
+    return _made("ParserError", _text=self._state["_errors"][index], _operators=self._state["_operators"])
 
 
 @_behaviour("ParserError", "desc")
@@ -410,7 +412,7 @@ def _(self):
 
 @_behaviour("ParserError", "node_operator")
 def _(self):
-    return ""
+    return self._state["_operators"].get(self._state["_text"].partition(":")[0], "")
 
 
 _KNOWN = {

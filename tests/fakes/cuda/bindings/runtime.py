@@ -59,7 +59,7 @@ def _aligned(size):
 
 def inside(address, size):
     """Whether some bytes lie in one living allocation of the device."""
-    return any(start <= address and address + size <= start + length for start, (_, length) in allocations.items())
+    return any(start <= address and address + size <= start + length for start, (_, length) in list(allocations.items()))
 
 
 def put(stream, work):
@@ -89,7 +89,7 @@ def cudaMalloc(size):
     log.append(("cudaMalloc", size))
     if size <= 0:
         return cudaError_t.cudaErrorInvalidValue, 0
-    if sum(length for _, length in allocations.values()) + size > LIMIT:
+    if sum(length for _, length in list(allocations.values())) + size > LIMIT:
         return cudaError_t.cudaErrorMemoryAllocation, 0
     held, address = _aligned(size)
     allocations[address] = (held, size)
@@ -106,7 +106,7 @@ def cudaMemcpyAsync(to, source, size, kind, stream):
     if not inside(to, size) and not inside(source, size):
         return (cudaError_t.cudaErrorIllegalAddress,)
     for address in (to, source):  # an address inside a device's allocation must stay in it
-        near = [(start, length) for start, (_, length) in allocations.items() if start <= address < start + length]
+        near = [(start, length) for start, (_, length) in list(allocations.items()) if start <= address < start + length]
         if near and not inside(address, size):
             return (cudaError_t.cudaErrorIllegalAddress,)
     return (put(stream, lambda: ctypes.memmove(to, source, size)),)
