@@ -143,7 +143,7 @@ def _difference(result: Result, other: Result | None) -> Interval | None:
 
 
 def _row(result: Result, results: Sequence[Result]) -> dict[str, Any]:
-    row = {**result.axes, **result.figures}
+    row = {**result.figures, **result.axes}  # a label may say more than the name of what ran
     plain = {"precision": "fp32", "calibration": "", "network": result.axes["network"].removesuffix("-qat"), "rebuild": 0}
     fp32 = _kin(result, results, **plain) if result.axes["precision"] != "fp32" else None
     dense = _kin(result, results, **plain, pruning="dense") if result.axes["pruning"] != "dense" else None

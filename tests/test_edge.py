@@ -1,0 +1,171 @@
+"""A package goes to a device without torch, and its results come home."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from conftest import FAKES, ROOT, SMOKE, pipeline, refused
+
+from pipeline import edge
+from pipeline.artifacts import Results
+from pipeline.datasets.packaged import Packaged
+from pipeline.errors import UserError
+
+WORDS = [*SMOKE, "precision=int8"]
+
+
+def packaged(sweep, target):
+    """A package of the smoke network's INT8, taken away from where it was made."""
+    pipeline(*WORDS, f"backend={target}", f"target={target}", "stage=package", cwd=sweep, double=True, check=0)
+    (folder,) = (sweep / "outputs/smoke/package").glob(f"*_{target}")
+    return shutil.copytree(folder, sweep / "device" / target)
+
+
+def on_device(folder, python=sys.executable, double=False, check=0):
+    """Run a package as its README says, without the project on the path."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("POSEPRESS_RUN", "PYTHONPATH"))}
+    env |= {"PYTHONPATH": str(FAKES)} if double else {}
+    done = subprocess.run(
+        [str(python), "-m", "pipeline.edge"], cwd=folder, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == check, done.stdout[-2000:] + done.stderr[-5000:]
+    return done
+
+
+def test_a_device_without_torch_builds_evaluates_and_brings_results_home(smoke):
+    """The whole way, in a virtual environment that holds the edge lock alone; TensorRT is its double."""
+    folder = packaged(smoke, "tensorrt")
+    assert (folder / "README.txt").read_text().count("\n    ") <= 3, "at most three commands"
+    install = folder / "install.sh"
+    install.write_text(install.read_text().replace("--system-site-packages ", ""))  # what lies on this machine must not help
+    subprocess.run(["sh", "install.sh"], cwd=folder, check=True, env={**os.environ, "PYTHON": sys.executable})
+    python = folder / ".venv/bin/python"
+    listed = subprocess.run([str(python), "-m", "pip", "list", "--format=json"], capture_output=True, text=True, check=True)
+    names = {entry["name"].lower() for entry in json.loads(listed.stdout)}
+    assert not names & {"torch", "mlflow", "dvc", "scipy", "posepress"}
+    assert "take it home" in on_device(folder, python, double=True).stdout
+    home = pipeline(*SMOKE[:1], "stage=import", f"results={folder / 'results.zip'}", cwd=smoke, check=0)
+    assert "double.of.a.gpu" in home.stderr
+    (imported,) = (smoke / "outputs/smoke/evaluate").glob("*_tensorrt-double.of.a.gpu-b1/metrics.json")
+    assert json.loads(imported.read_text())["backend"] == "tensorrt-double"
+    report = pipeline(*SMOKE, "stage=report", cwd=smoke, check=0)
+    assert "left out: 1 evaluated with the TensorRT test double" in report.stdout.replace("\n", " ")
+
+
+@pytest.fixture
+def home(smoke):
+    """A finished sweep, and the results of a package of it that ran with ONNX Runtime."""
+    folder = packaged(smoke, "onnxruntime")
+    on_device(folder)
+    return smoke, folder / "results.zip"
+
+
+def rewritten(source, target, change):
+    """A copy of a zip file whose members a function changes."""
+    with zipfile.ZipFile(source) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    change(files)
+    with zipfile.ZipFile(target, "w") as archive:
+        for name, blob in files.items():
+            archive.writestr(name, blob)
+    return target
+
+
+def resealed(files):
+    """Somebody changed a figure and the listing with it, but not the manifest."""
+    name = next(name for name in files if name.endswith("latency.json"))
+    files[name] = files[name].replace(b"latency_p50_ms", b"latency_p05_ms")
+    about = json.loads(files["package.json"])
+    about["files"][name] = edge.sha256(files[name]).hexdigest()
+    files["package.json"] = json.dumps(about).encode()
+
+
+def edited(files):
+    name = next(name for name in files if name.endswith("metrics.json"))
+    files[name] = files[name].replace(b'"ap": ', b'"ap": 0.9')
+
+
+def removed(files):
+    del files[next(name for name in files if name.endswith("audit.json"))]
+
+
+def added(files):
+    files["evaluate/../../escaped.txt"] = b""
+    about = json.loads(files["package.json"])
+    about["files"]["evaluate/../../escaped.txt"] = edge.sha256(b"").hexdigest()
+    files["package.json"] = json.dumps(about).encode()
+
+
+def test_results_come_home_whole_or_not_at_all(home, tmp_path):
+    sweep, results = home
+    before = {file: file.read_bytes() for file in (sweep / "outputs/smoke").rglob("*") if file.is_file()}
+    for change in (edited, removed, resealed, added):
+        wrong = rewritten(results, tmp_path / "wrong.zip", change)
+        message = refused(pipeline(*SMOKE, "stage=import", f"results={wrong}", cwd=sweep))
+        assert "was changed since the device wrote it; copy results.zip again" in message, change
+    (tmp_path / "short.zip").write_bytes(results.read_bytes()[:1000])
+    message = refused(pipeline(*SMOKE, "stage=import", f"results={tmp_path}/short.zip", cwd=sweep))
+    assert "not the results of a package" in message
+    assert "results has no value" in refused(pipeline(*SMOKE, "stage=import", cwd=sweep))
+    message = refused(pipeline(*SMOKE, "stage=import", f"results={results}", "name=other", cwd=sweep))
+    assert "of name=smoke, not other; add name=smoke" in message
+    assert before == {file: file.read_bytes() for file in before}, "earlier results are untouched"
+    (network,) = (sweep / "outputs/smoke/quantize").glob("*_dense_*_int8*")
+    manifest = json.loads((network / "manifest.json").read_text())
+    (network / "manifest.json").write_text(json.dumps({**manifest, "digest": "0"}))
+    with pytest.raises(UserError, match="was made again since; package it again"):
+        edge.read_results(results, Results(sweep / "outputs", "smoke", "run"))
+
+
+def test_imported_figures_are_in_report_and_mlflow(home):
+    sweep, results = home
+    pipeline(SMOKE[0], "stage=import", f"results={results}", cwd=sweep, check=0)
+    pipeline(*SMOKE, "stage=report", cwd=sweep, check=0)
+    rows = (sweep / "outputs/smoke/report/results.csv").read_text().splitlines()
+    assert sum(",onnxruntime-" in row and ",int8," in row for row in rows) == 1
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{sweep}/outputs/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("smoke").experiment_id], "tags.kind = 'cell'")
+    brought = [run for run in runs if run.data.params["backend"].startswith("onnxruntime-")]
+    assert len(brought) == 1
+    assert brought[0].data.metrics["latency_p50_ms"] > 0
+
+
+def test_a_package_that_was_changed_is_refused_on_the_device(smoke):
+    folder = packaged(smoke, "onnxruntime")
+    image = next((folder / "data/validation/images").iterdir())
+    image.write_bytes(b"another")
+    assert "not the file that was packaged; copy the package again" in on_device(folder, check=2).stderr
+    (folder / "package.json").write_text("{")
+    assert "not a package" in on_device(folder, check=2).stderr
+    assert not (folder / "results.zip").exists()
+    assert "target=mobile: choose tensorrt, onnxruntime" in refused(
+        pipeline(*WORDS, "stage=package", "target=mobile", cwd=smoke)
+    )
+
+
+def test_packaged_images_are_those_that_engines_are_measured_on(smoke):
+    folder = packaged(smoke, "onnxruntime")
+    data = Packaged(str(folder / "data"))
+    assert "validation" in data
+    assert "train" not in data
+    assert len(data.open("validation")) == 12
+    with pytest.raises(UserError, match="holds no train images, but validation, agreement"):
+        data.open("train")
+    with pytest.raises(UserError, match="serves build, evaluate and benchmark alone"):
+        data.digest(["train"])
+
+
+def test_the_edge_lock_pins_what_the_base_needs():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = {line.partition("==")[0].lower().replace("_", "-") for line in (ROOT / edge.LOCK).read_text().splitlines()}
+    for need in project["dependencies"]:
+        assert need.partition(">")[0].lower().replace("_", "-") in pinned, need
+    assert not pinned & {"torch", "mlflow", "dvc", "scipy"}
