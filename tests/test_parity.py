@@ -91,7 +91,7 @@ class Broken(OnnxRuntime):
     def build(self, files, shapes, out):
         model = onnx.load(files.onnx["onnxruntime"])
         for tensor in model.graph.initializer:
-            if tensor.name == "network.backbone.3.1.0.weight":
+            if tensor.name == "network.refining_heads.0.heatmaps.0.0.weight":
                 tensor.CopyFrom(numpy_helper.from_array(2 * numpy_helper.to_array(tensor), tensor.name))
         onnx.save(model, out / "changed.onnx")
         return super().build(ModelFiles(dict.fromkeys(files.onnx, out / "changed.onnx")), shapes, out)
@@ -107,7 +107,7 @@ def test_the_layer_that_differs_is_named(finished, images, exported, tmp_path):
     job = Job(tmp_path, {"engine": engine, "network": typed, "reference": exported.parent}, {}, tmp_path, tmp_path)
     found = parity.run(job, images, Broken(), WholeImage("pad_image_input"), "64x80", 2, 1e-5)
     model = onnx.load(typed / "model.onnxruntime.onnx")
-    (victim,) = (node for node in model.graph.node if "network.backbone.3.1.0.weight" in node.input)
+    (victim,) = (node for node in model.graph.node if "network.refining_heads.0.heatmaps.0.0.weight" in node.input)
     assert found["first_apart"] == victim.output[0]
     assert found["first_apart_node"] == f"{victim.name} (Conv)"
     assert found["relative_engine"] > 1e-5 > found["relative_export"]

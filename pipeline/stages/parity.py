@@ -78,9 +78,8 @@ def run(
 
             parted = first_apart(tensors_of(typed), apart)
     node = Graph(typed).producer.get(parted) if parted else None
-    summary = {
-        f"relative_{n}": max(row["relative"] for row in rows if row["other"] == other) for n, (_, other) in enumerate(links)
-    }
+    most = [max(row["relative"] for row in rows if row["other"] == other) for _, other in links]
+    summary = dict(zip(("relative_export", "relative_precision", "relative_engine"), most, strict=True))
     found = {"first_apart": parted, "first_apart_node": node and f"{node.name} ({node.op_type})", "images": len(frames)}
     (job.out / "parity.json").write_text(json.dumps({"rows": rows, **found}, indent=1))
     _print(rows, found, tolerance)
