@@ -12,11 +12,23 @@ _NUMERIC = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _BETWEEN = ("QuantizeLinear", "DequantizeLinear", "Cast", "Shape", "Constant")
 
 
-def tensors_of(model: onnx.ModelProto) -> list[str]:
-    """Tensors that convolutions, sums and the like return, in the order of the file, whose shapes are inferred."""
+def tensors_of(model: onnx.ModelProto, end: str) -> list[str]:
+    """Tensors that convolutions, sums and the like return on the way to one, in the order of the file.
+
+    Args:
+        model: with inferred shapes.
+        end: the last of them.
+    """
+    makers = {name: node for node in model.graph.node for name in node.output}
+    needed, waiting = {end}, [end]
+    while waiting:
+        maker = makers.get(waiting.pop())
+        new = set() if maker is None else set(maker.input) - needed
+        needed |= new
+        waiting += new
     types = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.output)}
     nodes = (node for node in model.graph.node if node.op_type not in _BETWEEN)
-    return [name for node in nodes for name in node.output if types.get(name) in _NUMERIC]
+    return [name for node in nodes for name in node.output if name in needed and types.get(name) in _NUMERIC]
 
 
 def cut(model: onnx.ModelProto, tensor: str, spec: NetworkSpec, folder: Path) -> ModelFiles:

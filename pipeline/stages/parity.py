@@ -68,7 +68,8 @@ def run(
             for name, figures in compare(list(zip(chain[first], chain[second], strict=True))).items()
         ]
         parted = None
-        if any(row["relative"] > tolerance for row in rows[-len(names) :]):
+        worst = max(rows[-len(names) :], key=lambda row: float(row["relative"]))
+        if worst["relative"] > tolerance:
 
             def apart(tensor: str) -> bool:
                 files = cut(typed, tensor, spec, Path(scratch))
@@ -76,7 +77,7 @@ def run(
                 expected = _as_written(onnx.load(files.onnx["tensorrt"]), [tensor], frames, spec)
                 return compare(list(zip(expected, found, strict=True)))[tensor]["relative"] > tolerance
 
-            parted = first_apart(tensors_of(typed), apart)
+            parted = first_apart(tensors_of(typed, worst["tensor"]), apart)
     node = Graph(typed).producer.get(parted) if parted else None
     most = [max(row["relative"] for row in rows if row["other"] == other) for _, other in links]
     summary = dict(zip(("relative_export", "relative_precision", "relative_engine"), most, strict=True))
