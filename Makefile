@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-gpu lint clean
 install: .venv/installed
 
 .venv/installed: requirements.lock pyproject.toml
@@ -21,10 +21,16 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
+# For a machine with a GPU and TensorRT: builds, compares, and prints a certificate.
+test-gpu: install
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e .[tensorrt]
+	PYTHONPATH=. $(BIN)/python tests/gpu/certify.py
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/*
 
 clean:
 	rm -rf .venv outputs
