@@ -82,8 +82,8 @@ REMOVED = [  # calls that TensorRT 10 has not any more, put where the source has
     ("tensorrt", "builder.build_serialized_network(", "builder.build_engine("),
     ("tensorrt", "builder.create_network(flags)", "builder.create_network(flags, explicit=True)"),
     ("tensorrt_runner", "execute_async_v3(stream_handle=", "execute_async_v2(stream_handle="),
-    ("tensorrt_runner", "self.engine.get_tensor_profile_shape(", "self.engine.get_profile_shape("),
-    ("tensorrt_runner", "= self.engine.get_tensor_dtype\n", "= self.engine.get_binding_dtype\n"),
+    ("tensorrt_runner", "loaded.get_tensor_profile_shape(", "loaded.get_profile_shape("),
+    ("tensorrt_runner", "loaded.get_tensor_dtype(", "loaded.get_binding_dtype("),
     ("tensorrt_runner", "slot.context.set_input_shape(", "slot.context.set_binding_shape("),
 ]
 
@@ -247,7 +247,14 @@ def test_what_a_version_lacks_is_named(trt, finished, tmp_path, options, message
 
 
 def test_options_out_of_range_are_refused():
-    for options in ({"builder_optimization_level": 6}, {"mem_pool_size_mb": 0}, {"tf32": "yes"}, {"device": -1}):
+    for options in (
+        {"builder_optimization_level": 6},
+        {"mem_pool_size_mb": 0},
+        {"tf32": "yes"},
+        {"device": -1},
+        {"device": [0, 0]},
+        {"device": []},
+    ):
         with pytest.raises(ValueError, match=f"backend.{next(iter(options))}="):
             TensorRT(**options)
 
@@ -430,6 +437,35 @@ def test_kernels_that_nobody_measured_are_refused_where_that_is_asked(trt, finis
 def test_a_machine_without_dla_says_so(trt, finished, tmp_path):
     with pytest.raises(UserError, match=r"use_dla_core=0: TensorRT .* sees 0 DLA cores on .*use_dla_core=null"):
         TensorRT(use_dla_core=0).build(quantized(finished, "fp32"), shapes(1), tmp_path)
+
+
+def test_several_gpus_share_the_work(trt, finished, tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from cuda.bindings import runtime
+
+    engine = TensorRT().build(quantized(finished, "fp32"), shapes(1), tmp_path)
+    draw = np.random.default_rng(1)
+    images = [draw.integers(0, 255, (1, 64, 80, 3), np.uint8) for _ in range(8)]
+    with TensorRT().load(engine) as one, TensorRT(device=[0, 1]).load(engine) as two:
+        assert (one.workers, two.workers) == (2, 4)
+        runtime.log.clear()
+
+        def found(image):
+            array = two.upload(image)
+            fields = two(array)
+            return array.memory.device, two.download(fields)
+
+        with ThreadPoolExecutor(4) as pool:
+            made = list(pool.map(found, images))
+        assert {device for device, _ in made} == {0, 1}
+        assert {device for name, device in runtime.log if name == "cudaMalloc on"} == {0, 1}
+        assert any(name == "cudaHostAlloc" for name, _ in runtime.log)
+        for image, (_, fields) in zip(images, made, strict=True):
+            expected = one.download(one(one.upload(image)))
+            assert all(np.array_equal(fields[name], expected[name]) for name in expected)
+    with pytest.raises(UserError, match="GPU 7: cudaSetDevice failed.*choose one that nvidia-smi lists"):
+        TensorRT(device=[0, 7]).load(engine)
 
 
 def test_one_engine_serves_several_profiles(trt, finished, tmp_path):

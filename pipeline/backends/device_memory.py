@@ -1,5 +1,6 @@
 """Memory, streams and graphs of an NVIDIA GPU through cuda-python, with numpy alone on the host's side."""
 
+import ctypes
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -39,7 +40,7 @@ class DeviceArray:
     @cached_property
     def host(self) -> NDArray[Any]:
         """Its content when it was first asked for, in the host's memory."""
-        made = np.empty(self.shape, self.dtype)
+        made = self.memory.pinned(self.shape, self.dtype)
         self.memory.copy(made, self)
         return made
 
@@ -68,8 +69,9 @@ class DeviceMemory:
     def __init__(self, device: int = 0) -> None:
         self.device = device
         self._free: dict[int, list[int]] = defaultdict(list)
+        self._pinned: dict[int, list[int]] = defaultdict(list)
         self._lock = RLock()  # what is copied while a graph is recorded would become part of it
-        self._check("cudaSetDevice", device)
+        self.activate()
 
     @cached_property
     def _cuda(self) -> Any:
@@ -101,6 +103,10 @@ class DeviceMemory:
         name = found.name.decode() if isinstance(found.name, bytes) else str(found.name)
         return {"name": name.rstrip("\0"), "sm": f"{found.major}.{found.minor}"}
 
+    def activate(self) -> None:
+        """Send this thread's calls to this GPU."""
+        self._check("cudaSetDevice", self.device)
+
     @cached_property
     def stream(self) -> int:
         """A stream of its own: on the default one TensorRT waits for the whole GPU."""
@@ -114,6 +120,16 @@ class DeviceMemory:
         made = DeviceArray(address, tuple(shape), kind, self)
         finalize(made, self._free[size].append, address)
         return made
+
+    def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """An array in page-locked memory of the host, which copies go to and from at full speed; used again, too."""
+        kind = np.dtype(dtype)
+        size = max(math.prod(shape) * kind.itemsize, 1)
+        free = self._pinned[size]
+        address = free.pop() if free else int(self._check("cudaHostAlloc", size, self._cuda.cudaHostAllocDefault))
+        held = (ctypes.c_uint8 * size).from_address(address)
+        finalize(held, free.append, address)
+        return np.frombuffer(memoryview(held), np.uint8)[: math.prod(shape) * kind.itemsize].view(kind).reshape(shape)
 
     def copy(self, to: DeviceArray | NDArray[Any], source: DeviceArray | NDArray[Any], wait: bool = True) -> None:
         """Copy an array to, from or within the GPU, on the stream.

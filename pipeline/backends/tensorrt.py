@@ -50,7 +50,7 @@ class TensorRT:
         timing_cache: a folder where measured kernels are kept, by version and GPU; None measures anew.
         avg_timing_iterations: how often a kernel is measured.
         cuda_graph: replay the plan as one CUDA graph for each input shape.
-        device: number of the GPU.
+        device: number of the GPU, or numbers of several that share the work; the first builds.
     """
 
     mem_pool_size_mb: int = 4096
@@ -68,7 +68,7 @@ class TensorRT:
     timing_cache: str | None = None
     avg_timing_iterations: int = 1
     cuda_graph: bool = True
-    device: int = 0
+    device: int | Sequence[int] = 0
 
     def __post_init__(self) -> None:
         """Check the options that are the same for all versions.
@@ -80,11 +80,13 @@ class TensorRT:
             ("mem_pool_size_mb", 1, 1 << 20),
             ("builder_optimization_level", 0, 5),
             ("avg_timing_iterations", 1, 1000),
-            ("device", 0, 1000),
         ):
             value = getattr(self, option)
             if not isinstance(value, int) or not least <= value <= most:
                 raise ValueError(f"backend.{option}={value}: choose {least} to {most}")
+        numbers = self.devices
+        if not numbers or len(set(numbers)) < len(numbers) or any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError(f"backend.device={self.device}: choose the number of a GPU, or a list of different ones")
         for option in (
             "tf32",
             "version_compatible",
@@ -95,6 +97,11 @@ class TensorRT:
         ):
             if not isinstance(getattr(self, option), bool):
                 raise ValueError(f"backend.{option}={getattr(self, option)}: choose true or false")  # noqa: TRY004
+
+    @property
+    def devices(self) -> list[int]:
+        """Numbers of the GPUs."""
+        return list(self.device) if isinstance(self.device, Sequence) else [self.device]
 
     @property
     def name(self) -> str:
@@ -128,7 +135,7 @@ class TensorRT:
 
         from pipeline.backends.macs import macs
 
-        source, memory = files.onnx["tensorrt"], DeviceMemory(self.device)
+        source, memory = files.onnx["tensorrt"], DeviceMemory(self.devices[0])
         model = onnx.load(source)
         spec = read_spec(source)
         _check_fp8(trt, model, memory.gpu)
@@ -193,7 +200,7 @@ class TensorRT:
         """
         import tensorrt as trt
 
-        memory = DeviceMemory(self.device)
+        memory = DeviceMemory(self.devices[0])
         content = plan.read_bytes()
         trt.init_libnvinfer_plugins(logger(), "")
         load_plugins(trt, self.plugins)
@@ -316,7 +323,7 @@ class TensorRT:
         Raises:
             UserError: it was built by another version or for another GPU.
         """
-        return TensorRTRunner(engine, self.device, self.cuda_graph)
+        return TensorRTRunner(engine, self.devices, self.cuda_graph)
 
     def audit(self, engine: Path, resolution: Resolution) -> Sequence[dict[str, Any]]:  # noqa: ARG002
         """The layers as the engine inspector lists them.
@@ -324,7 +331,7 @@ class TensorRT:
         Raises:
             UserError: the plan holds their names alone.
         """
-        with TensorRTRunner(engine, self.device, cuda_graph=False) as runner:
+        with TensorRTRunner(engine, self.devices[:1], cuda_graph=False) as runner:
             text, times, nodes = runner.inspected()
         return layers(text, nodes, times)
 

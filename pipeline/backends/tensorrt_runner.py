@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from queue import LifoQueue
 from typing import Any
@@ -24,7 +25,7 @@ _PROFILED = 20  # runs whose layers are timed
 _PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 _KEYS = ("tensors", "nodes", "weights", "plugins", "version_compatible", "spec")  # of what lies beside a plan
 _SHAPES = 32  # input shapes whose buffers and graphs are kept
-_CONTEXTS = 2  # one computes while the other's results are copied
+_CONTEXTS = 2  # of a GPU: one computes while the other's results are copied
 
 
 @cache
@@ -134,74 +135,84 @@ class TensorRTRunner:
 
     Args:
         engine: the plan, with its description beside it.
-        device: number of the GPU.
+        devices: numbers of the GPUs that share the work.
         cuda_graph: replay the plan as one CUDA graph for each input shape.
 
     Raises:
         UserError: the plan is of another version, GPU or build, or cannot be loaded.
     """
 
-    def __init__(self, engine: Path, device: int = 0, cuda_graph: bool = True) -> None:
-        first = DeviceMemory(device)
-        side, plan = check(engine, installed(), first.gpu)
+    def __init__(self, engine: Path, devices: Sequence[int] = (0,), cuda_graph: bool = True) -> None:
+        memories = {device: [DeviceMemory(device) for _ in range(_CONTEXTS)] for device in devices}
+        for first, *_ in memories.values():
+            side, plan = check(engine, installed(), first.gpu)
         import tensorrt as trt
 
         check_version(engine, side, trt.__version__)
         self.spec = NetworkSpec.from_dict(side["spec"])
-        self.cuda_graph, self._torch = cuda_graph, _torch(device)
+        self.cuda_graph, self._torch = cuda_graph, _torch(devices)
         trt.init_libnvinfer_plugins(logger(), "")
         load_plugins(trt, side["plugins"])
-        self.runtime = trt.Runtime(logger())
-        if side["version_compatible"]:
-            self.runtime.engine_host_code_allowed = True
-        self.engine = self.runtime.deserialize_cuda_engine(plan)
-        if self.engine is None:
-            raise failed(f"{engine}: cannot be loaded", "build it on this machine: stage=build force=true")
         self.nodes: Mapping[str, Mapping[str, Any]] = side["nodes"]
-        if side["weights"] is not None:
-            _refit(trt, self.engine, engine.parent / WEIGHTS, side["weights"])
         self.tensors: Mapping[str, str] = side["tensors"]
-        engine_type = self.engine.get_tensor_dtype
-        self.types = {name: np.dtype(trt.nptype(engine_type(tensor))) for name, tensor in self.tensors.items()}
+        self.slots: dict[int, LifoQueue[_Slot]] = {device: LifoQueue() for device in devices}
+        self.engines = []
+        for device, some in memories.items():
+            some[0].activate()
+            runtime = trt.Runtime(logger())
+            if side["version_compatible"]:
+                runtime.engine_host_code_allowed = True
+            loaded = runtime.deserialize_cuda_engine(plan)
+            if loaded is None:
+                raise failed(f"{engine}: cannot be loaded", "build it on this machine: stage=build force=true")
+            if side["weights"] is not None:
+                _refit(trt, loaded, engine.parent / WEIGHTS, side["weights"])
+            self.engines.append((loaded, runtime))
+            for memory in some:
+                context = loaded.create_execution_context()
+                if context is None:
+                    raise failed(f"{engine}: no execution context", "free memory of the GPU")
+                self.slots[device].put(_Slot(context, memory))
+        self.types = {name: np.dtype(trt.nptype(loaded.get_tensor_dtype(tensor))) for name, tensor in self.tensors.items()}
         name = self.tensors[self.spec.input.name]
-        profiles = range(self.engine.num_optimization_profiles)
-        self.profiles = [self.engine.get_tensor_profile_shape(name, profile) for profile in profiles]
-        self.workers = _CONTEXTS
-        self.slots: LifoQueue[_Slot] = LifoQueue()
-        for memory in (first, *(DeviceMemory(device) for _ in range(self.workers - 1))):
-            context = self.engine.create_execution_context()
-            if context is None:
-                raise failed(f"{engine}: no execution context", "free memory of the GPU")
-            self.slots.put(_Slot(context, memory))
+        profiles = range(loaded.num_optimization_profiles)
+        self.profiles = [loaded.get_tensor_profile_shape(name, profile) for profile in profiles]
+        self.workers = _CONTEXTS * len(devices)
+        self._turn = cycle(devices)
 
     def __enter__(self) -> "TensorRTRunner":
         return self
 
     def __exit__(self, *_: object) -> None:
-        while not self.slots.empty():
-            self.slots.get().context = None
-        self.engine = self.runtime = None
+        for queue in self.slots.values():
+            while not queue.empty():
+                queue.get().context = None
+        self.engines.clear()
 
     @contextmanager
-    def _slot(self) -> Iterator[_Slot]:
-        slot = self.slots.get()
+    def _slot(self, device: int) -> Iterator[_Slot]:
+        """A free slot of a GPU, which this thread's calls then go to."""
+        slot = self.slots[device].get()
         try:
+            slot.memory.activate()
             yield slot
         finally:
-            self.slots.put(slot)
+            self.slots[device].put(slot)
 
     def upload(self, images: NDArray[Any]) -> Array:
-        """The network's input form, in the GPU's memory; torch normalises there, where it is installed for the GPU."""
+        """The network's input form, in a GPU's memory, of each in turn; torch normalises there, where it is at hand."""
         if self._torch is not None:
             from evaluation.pixels_torch import normalise as on_gpu
 
             made = on_gpu(images, self.spec.input, self._torch.device("cuda")).contiguous()
             self._torch.cuda.current_stream().synchronize()
             return made
-        host = normalise(images, self.spec.input).astype(self.types[self.spec.input.name], copy=False)
-        with self._slot() as slot:
-            array = slot.memory.empty(host.shape, host.dtype)
-            slot.memory.copy(array, np.ascontiguousarray(host))
+        host = normalise(images, self.spec.input)
+        with self._slot(next(self._turn)) as slot:
+            staged = slot.memory.pinned(host.shape, self.types[self.spec.input.name])
+            np.copyto(staged, host, casting="same_kind")
+            array = slot.memory.empty(staged.shape, staged.dtype)
+            slot.memory.copy(array, staged)
         return array
 
     def __call__(self, images: Array) -> Fields:
@@ -211,7 +222,8 @@ class TensorRTRunner:
             UserError: the shape lies outside the plan's profiles.
         """
         shape = tuple(images.shape)
-        with self._slot() as slot:
+        device = images.memory.device if isinstance(images, DeviceArray) else next(iter(self.slots))
+        with self._slot(device) as slot:
             if shape not in slot.inputs:
                 self._bind(slot, shape)
             elif not self.cuda_graph:
@@ -245,7 +257,7 @@ class TensorRTRunner:
             def report_layer_time(self, layer_name: str, ms: float) -> None:
                 times.setdefault(layer_name, []).append(1000 * ms)
 
-        with self._slot() as slot:
+        with self._slot(next(iter(self.slots))) as slot:
             shape = tuple(self.profiles[0][1])
             self._bind(slot, shape)
             slot.memory.copy(slot.inputs[shape], np.zeros(shape, slot.inputs[shape].dtype))
@@ -255,7 +267,7 @@ class TensorRTRunner:
             for _ in range(_PROFILED):
                 self._enqueue(slot)
                 slot.memory.wait()
-            inspector = self.engine.create_engine_inspector()
+            inspector = self.engines[0][0].create_engine_inspector()
             inspector.execution_context = slot.context
             text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
         return text, {name: float(np.median(some)) for name, some in times.items()}, self.nodes
@@ -348,13 +360,13 @@ def _between(least: Sequence[int], shape: Sequence[int], most: Sequence[int]) ->
     return len(least) == len(shape) and all(a <= b <= c for a, b, c in zip(least, shape, most, strict=True))
 
 
-def _torch(device: int) -> Any:
-    """Torch, where it is installed and sees the GPU."""
+def _torch(devices: Sequence[int]) -> Any:
+    """Torch, where it is installed and sees the one GPU."""
     try:
         import torch
     except ImportError:
         return None
-    return torch if torch.cuda.is_available() and device == torch.cuda.current_device() else None
+    return torch if torch.cuda.is_available() and list(devices) == [torch.cuda.current_device()] else None
 
 
 def _on_device(array: Any, memory: DeviceMemory) -> DeviceArray:

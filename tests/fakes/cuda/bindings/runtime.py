@@ -7,6 +7,7 @@ not exist fails as CUDA fails it. What is put on a stream while it is captured r
 
 import ctypes
 import enum
+import threading
 
 import numpy as np
 
@@ -36,11 +37,13 @@ class cudaStreamCaptureMode(enum.IntEnum):
 
 
 cudaStreamNonBlocking = 1
+cudaHostAllocDefault = 0
 OK = cudaError_t.cudaSuccess
 
 DEVICES = 2
 LIMIT = 2 << 30  # bytes that a device holds
 allocations = {}  # address -> (array that holds it, size)
+pinned = {}
 streams = {}  # handle -> None, or the work recorded on it
 graphs = {}
 log = []  # calls, for tests
@@ -81,18 +84,30 @@ def cudaGetDeviceCount():
     return OK, DEVICES
 
 
+current = threading.local()
+
+
 def cudaSetDevice(device):
+    current.device = device
     return (OK if 0 <= device < DEVICES else cudaError_t.cudaErrorInvalidDevice,)
 
 
 def cudaMalloc(size):
     log.append(("cudaMalloc", size))
+    log.append(("cudaMalloc on", getattr(current, "device", 0)))
     if size <= 0:
         return cudaError_t.cudaErrorInvalidValue, 0
     if sum(length for _, length in list(allocations.values())) + size > LIMIT:
         return cudaError_t.cudaErrorMemoryAllocation, 0
     held, address = _aligned(size)
     allocations[address] = (held, size)
+    return OK, address
+
+
+def cudaHostAlloc(size, flags):
+    log.append(("cudaHostAlloc", size))
+    held, address = _aligned(size)
+    pinned[address] = held
     return OK, address
 
 
