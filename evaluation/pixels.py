@@ -35,15 +35,13 @@ def frame(image: NDArray[np.uint8], view: View, spec: InputSpec) -> NDArray[np.u
 
 
 @compiled
-def _planes(images: NDArray[np.uint8], order: NDArray[np.int64], factor: F32, offset: F32) -> F32:
+def _planes(images: NDArray[np.uint8], order: NDArray[np.int64], factor: F32, offset: F32, out: F32) -> None:
     N, P, C = images.shape
-    out = np.empty((N, C, P), np.float32)
     for n in range(N):
         for c in range(C):
             source, f, o = order[c], factor[c], offset[c]
             for p in range(P):
                 out[n, c, p] = np.float32(images[n, p, source]) * f - o
-    return out
 
 
 def input_form(spec: InputSpec) -> tuple[NDArray[np.int64], F32, F32]:
@@ -54,8 +52,10 @@ def input_form(spec: InputSpec) -> tuple[NDArray[np.int64], F32, F32]:
     return order, factor, offset
 
 
-def normalise(images: NDArray[np.uint8], spec: InputSpec) -> F32:
-    """RGB pixels [..., H, W, 3] to the network's input form [..., 3, H, W]."""
+def normalise(images: NDArray[np.uint8], spec: InputSpec, out: F32 | None = None) -> F32:
+    """RGB pixels [..., H, W, 3] to the network's input form [..., 3, H, W], in `out`, a contiguous array, if it is given."""
     *before, height, width, channels = images.shape
     flat = np.ascontiguousarray(images).reshape(-1, height * width, channels)
-    return _planes(flat, *input_form(spec)).reshape(*before, channels, height, width)
+    made = np.empty((*before, channels, height, width), np.float32) if out is None else out
+    _planes(flat, *input_form(spec), made.reshape(-1, channels, height * width))
+    return made

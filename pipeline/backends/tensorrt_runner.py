@@ -208,12 +208,11 @@ class TensorRTRunner:
             made = on_gpu(images, self.spec.input, self._torch.device("cuda")).contiguous()
             self._torch.cuda.current_stream().synchronize()
             return made
-        host = normalise(images, self.spec.input)
         with self._slot(next(self._turn)) as slot:
-            staged = slot.memory.pinned(host.shape, self.types[self.spec.input.name])
-            np.copyto(staged, host, casting="same_kind")
-            array = slot.memory.empty(staged.shape, staged.dtype)
-            slot.memory.copy(array, staged)
+            staged = slot.memory.pinned((len(images), 3, *images.shape[1:3]), np.float32)
+            host = normalise(images, self.spec.input, staged).astype(self.types[self.spec.input.name], copy=False)
+            array = slot.memory.empty(host.shape, host.dtype)
+            slot.memory.copy(array, host)
         return array
 
     def __call__(self, images: Array) -> Fields:
