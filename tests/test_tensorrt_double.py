@@ -605,7 +605,6 @@ def planted(files, tmp_path, fault):
         ("half scale", "subnormal"),
         ("activations per channel", "per-channel quantization of activations is not supported"),
         ("unknown operator", "no importer registered for op: Det.*of the torch module backbone"),
-        ("plugin", "Plugin not found.*FastRelu"),
     ],
 )
 def test_what_tensorrt_refuses_is_refused(trt, finished, tmp_path, fault, message):
@@ -614,6 +613,38 @@ def test_what_tensorrt_refuses_is_refused(trt, finished, tmp_path, fault, messag
     with pytest.raises(UserError, match=f"cannot parse it:.*{message}"):
         TensorRT().build(faulty, shapes(1), tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_operator_that_no_plugin_has_is_named_before_the_build(trt, finished, tmp_path, monkeypatch):
+    faulty = planted(quantized(finished, "int8"), tmp_path, "plugin")
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(trt, "plugins", {"FastReLU"})
+    message = r"no plugin has the operator FastRelu \(of the node 'node_relu.*'\); did you mean 'FastReLU'.*backend.plugins"
+    with pytest.raises(UserError, match=message):
+        TensorRT().build(faulty, shapes(1), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_two_builds_at_once_keep_the_kernels_of_both(trt, finished, tmp_path, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Barrier
+
+    together = Barrier(2)
+    built = TensorRT._built
+
+    def at_once(self, *arguments):
+        together.wait(30)
+        return built(self, *arguments)
+
+    monkeypatch.setattr(TensorRT, "_built", at_once)
+    backend = TensorRT(timing_cache=str(tmp_path / "cache"))
+    for name in ("fp32", "int8"):
+        (tmp_path / name).mkdir()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: backend.build(quantized(finished, name), shapes(1), tmp_path / name), ("fp32", "int8")))
+    (file,) = (tmp_path / "cache").glob("*.timing")
+    assert b"QuantizeLinear" in file.read_bytes()
+    assert b"Conv" in file.read_bytes()
 
 
 def test_precision_flags_and_missing_profiles_fail_as_in_tensorrt(trt, finished):

@@ -141,6 +141,7 @@ class TensorRT:
         _check_fp8(trt, model, memory.gpu)
         trt.init_libnvinfer_plugins(logger(), "")
         load_plugins(trt, self.plugins)
+        _check_plugins(trt, model, source.name)
         builder = trt.Builder(logger())
         flags, typed = 0, files.calibration is None
         if typed and int(trt.__version__.split(".")[0]) <= _LAST_WITH_FLAG:
@@ -356,6 +357,22 @@ def _member(trt: Any, kind: str, name: str, option: str) -> Any:
 def _names(owner: Any) -> list[str]:
     members: Iterable[str] = getattr(owner, "__members__", ())
     return sorted(members)
+
+
+def _check_plugins(trt: Any, model: Any, file: str) -> None:
+    """Make sure that somebody has every operator that is not ONNX's.
+
+    Raises:
+        UserError: nobody has one.
+    """
+    known = {str(creator.name) for creator in trt.get_plugin_registry().all_creators}
+    for node in model.graph.node:
+        native = node.domain in ("", "ai.onnx") or node.op_type.startswith("TRT_")  # the parser has its own of these
+        if not native and node.op_type not in known:
+            raise UserError(
+                f"{file}: no plugin has the operator {node.op_type} (of the node '{node.name}'){nearest(node.op_type, known)}; "
+                "name its library in backend.plugins"
+            )
 
 
 def _check_fp8(trt: Any, model: Any, gpu: Mapping[str, str]) -> None:

@@ -263,10 +263,12 @@ class TensorRTRunner:
             slot.memory.copy(slot.inputs[shape], np.zeros(shape, slot.inputs[shape].dtype))
             self._enqueue(slot)
             slot.memory.wait()
-            slot.context.profiler = Profiler()
+            profiler = slot.context.profiler = Profiler()  # alive while the context reports to it
             for _ in range(_PROFILED):
                 self._enqueue(slot)
                 slot.memory.wait()
+            slot.context.profiler = None
+            del profiler
             inspector = self.engines[0][0].create_engine_inspector()
             inspector.execution_context = slot.context
             text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)

@@ -211,7 +211,8 @@ def init_libnvinfer_plugins(logger, namespace):
 
 def get_plugin_registry():
     """The registry."""
-    return _made("IPluginRegistry", all_creators=[], parent_search_enabled=True)
+    creators = [_made("IPluginCreator", name=name, plugin_version="1", plugin_namespace="") for name in sorted(plugins)]
+    return _made("IPluginRegistry", all_creators=creators, parent_search_enabled=True)
 
 
 def __getattr__(name):
