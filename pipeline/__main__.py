@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from evaluation.types import InputSpec, Resolution
-from pipeline.artifacts import Job, Results, Stage, arguments, read_manifest, requested, targets, value_at
+from pipeline.artifacts import Job, Results, Stage, arguments, option_of, read_manifest, requested, targets, value_at
 from pipeline.errors import UserError, nearest
 
 RUN_VARIABLE = "POSEPRESS_RUN"
@@ -74,6 +74,7 @@ for _name, _resolver in (
     ("latency_words", lambda limit: "" if limit is None else f"-t{limit}"),
     ("quantized_by", lambda exported: None if exported is None else "quantize"),
     ("placed_words", lambda placement, backend, threads: "" if placement == "default" else f"-placed-{backend}-t{threads}"),
+    ("is_search", lambda placement: placement == "search"),
     ("first_build", lambda rebuild, value: value if rebuild == 0 else None),
     ("stem", lambda file: re.sub(r"[^\w.+=-]", "-", Path(str(file)).stem)),
     ("word_if", lambda on, word: word if on else ""),
@@ -137,13 +138,16 @@ class Cell:
         scheme = str(config.tracking.uri).partition("://")[0].partition("+")[0]
         if config.tracking.enabled and scheme not in _TRACKING:
             raise UserError(f"tracking.uri={config.tracking.uri}: choose one of {', '.join(_TRACKING)}://..., or tracking=none")
+        if config.exported is None and {"parity", "package"}.intersection(self.plan):
+            raise UserError(
+                f"stage={self.plan[0]}: model={config.model.label} is an engine; this is for networks that are built here"
+            )
         for name in self.plan:
             _require_values(self.config.stages[name], name)
             for option in self.stages[name].files:
                 file = value_at(self.stages[name].options, option)
                 if file is not None and not Path(str(file)).is_file():
-                    named = option.replace("quantizer.", "precision.")
-                    raise UserError(f"{named}={file}: no such file; give the path of an existing one")
+                    raise UserError(f"{option_of(option)}={file}: no such file; give the path of an existing one")
             for component in self._components(name):
                 for module in component.get("requires") or []:
                     if find_spec(module) is None:

@@ -42,6 +42,7 @@ DESCRIPTIVE = (
     "measured_on",
     "only_on",
     "measuring",
+    "measures_here",
     "trained_with",
     "judged_by",
     "framing",
@@ -200,6 +201,11 @@ def requested(stage: str | Sequence[str] | None, stages: Mapping[str, Stage]) ->
                 f"set the option that needs it, for instance {_WAKES.get(name, 'a pruner or a precision')}"
             )
     return chain if "all" in wanted else [name for name in chain if name in wanted]
+
+
+def option_of(key: str) -> str:
+    """What an option of a stage is called on the command line."""
+    return {"plan": "model.plan", "onnx": "model.onnx"}.get(key, key.replace("quantizer.", "precision."))
 
 
 def value_at(options: Mapping[str, Any], path: str) -> Any:
@@ -368,7 +374,7 @@ class Results:
             if (value := value_at(options, key)) is not None:
                 file = Path(str(value))
                 if not file.is_file():
-                    named = key.replace("quantizer.", "precision.")
+                    named = option_of(key)
                     raise UserError(f"{named}={file}: no such file; give the path of an existing one")
                 where, _, name = key.rpartition(".")
                 inner = value_at(options, where) if where else options

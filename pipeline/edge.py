@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 
 STAGES = ("build", "evaluate", "benchmark")
 PACKAGE, RESULTS, LOCK = "package.json", "results.zip", "requirements-edge.lock"
+_MEMBER = re.compile(rf"({'|'.join(STAGES)})/[\w+=-][\w.+=-]*/[^/].*")  # <stage>/<address>/<file>
 _CODE = ("pipeline", "evaluation", "calib_samplers", "conf")
 _INSTALL = """#!/bin/sh
 # Python 3.10 to 3.12 (PYTHON=...). TensorRT is the device's own: JetPack has it, elsewhere .venv/bin/pip install tensorrt.
@@ -63,6 +64,8 @@ def write_package(out: Path, root: Path, folders: Sequence[Path], options: Seque
     shutil.copyfile(lock, out / LOCK)
     (out / "install.sh").write_text(_INSTALL)
     (out / "README.txt").write_text(_README)
+    shutil.copyfile(ROOT / "docker" / "Dockerfile.jetson", out / "Dockerfile")
+    (out / ".dockerignore").write_text(".venv\nresults.zip\n")
     there = out / "outputs" / root.name
     for folder in folders:
         shutil.copytree(folder, there / folder.relative_to(root))
@@ -138,20 +141,21 @@ def read_results(file: Path, results: Results) -> tuple[dict[str, Any], dict[str
         with zipfile.ZipFile(file) as archive:
             files = {name: archive.read(name) for name in archive.namelist()}
         about = json.loads(files.pop(PACKAGE))
-        listed, made_of = dict(about["files"]), dict(about["made_of"])
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        listed, made_of, _ = dict(about["files"]), dict(about["made_of"]), (about["name"], about["device"])
+        outside = [name for name in files if not _MEMBER.fullmatch(name) or ".." in PurePosixPath(name).parts]
+        wrong = outside + sorted(set(files) ^ set(listed))
+        wrong = wrong or [name for name, blob in files.items() if sha256(blob).hexdigest() != listed[name]]
+        manifests = {} if wrong else {n: json.loads(blob) for n, blob in files.items() if n.endswith(f"/{MANIFEST}")}
+        for place, manifest in manifests.items():
+            folder = place.removesuffix(MANIFEST)
+            known = {f"{folder}{name}": digest for name, digest in manifest["files"].items()}
+            there = {name for name in files if name.startswith(folder) and name != place}
+            wrong += sorted(there ^ set(known)) or [n for n, digest in known.items() if sha256(files[n]).hexdigest() != digest]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"results={file}: not the results of a package ({error}); copy results.zip again") from error
-    wrong = sorted(set(files) ^ set(listed)) or [n for n, blob in files.items() if sha256(blob).hexdigest() != listed[n]]
-    manifests = {PurePosixPath(name).parent: json.loads(blob) for name, blob in files.items() if name.endswith(f"/{MANIFEST}")}
-    for folder, manifest in manifests.items():
-        wrong += [
-            f"{folder}/{name}"
-            for name, digest in manifest["files"].items()
-            if sha256(files.get(f"{folder}/{name}", b"")).hexdigest() != digest
-        ]
-    outside = [name for name in files if ".." in PurePosixPath(name).parts or PurePosixPath(name).parts[0] not in STAGES]
-    if wrong or outside:
-        raise UserError(f"results={file}: {(wrong + outside)[0]} was changed since the device wrote it; copy results.zip again")
+    if wrong or {name.rsplit("/", 1)[0] for name in manifests} < {"/".join(name.split("/")[:2]) for name in files}:
+        name = (wrong or sorted(files))[0]
+        raise UserError(f"results={file}: {name} was changed since the device wrote it; copy results.zip again")
     if about["name"] != results.name:
         raise UserError(f"results={file}: of name={about['name']}, not {results.name}; add name={about['name']}")
     root = results.outputs / results.name

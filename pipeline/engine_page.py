@@ -24,7 +24,8 @@ def rebuilds(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Of engines that were built more than once: how many builds, and mean and deviation of AP and ms over them."""
     groups: dict[tuple[str, ...], dict[int, Result]] = {}
     for result in results:
-        key = tuple(str(value) for name, value in result.axes.items() if name != "rebuild")
+        timed = [result.figures.get(name) for name in ("threads", "device")]
+        key = tuple(str(value) for value in (*(v for name, v in result.axes.items() if name != "rebuild"), *timed))
         groups.setdefault(key, {})[int(result.axes.get("rebuild", 0))] = result
     rows = []
     for builds in groups.values():

@@ -100,10 +100,28 @@ def added(files):
     files["package.json"] = json.dumps(about).encode()
 
 
+def above(files):
+    """A manifest in place of a whole stage: everything that was built here would go."""
+    files["build/manifest.json"] = b'{"files": {}, "inputs": {}, "summary": {}}'
+    about = json.loads(files["package.json"])
+    about["files"]["build/manifest.json"] = edge.sha256(files["build/manifest.json"]).hexdigest()
+    files["package.json"] = json.dumps(about).encode()
+
+
+def no_manifest(files):
+    name = next(name for name in files if name.startswith("build/") and name.endswith("manifest.json"))
+    files[name] = b"{}"
+    about = json.loads(files["package.json"])
+    about["files"][name] = edge.sha256(b"{}").hexdigest()
+    files["package.json"] = json.dumps(about).encode()
+
+
 def test_results_come_home_whole_or_not_at_all(home, tmp_path):
     sweep, results = home
     before = {file: file.read_bytes() for file in (sweep / "outputs/smoke").rglob("*") if file.is_file()}
-    for change in (edited, removed, resealed, added):
+    wrong = rewritten(results, tmp_path / "wrong.zip", no_manifest)
+    assert "not the results of a package" in refused(pipeline(*SMOKE, "stage=import", f"results={wrong}", cwd=sweep))
+    for change in (edited, removed, resealed, added, above):
         wrong = rewritten(results, tmp_path / "wrong.zip", change)
         message = refused(pipeline(*SMOKE, "stage=import", f"results={wrong}", cwd=sweep))
         assert "was changed since the device wrote it; copy results.zip again" in message, change

@@ -110,5 +110,5 @@ def test_the_layer_that_differs_is_named(finished, images, exported, tmp_path):
     model = onnx.load(typed / "model.onnxruntime.onnx")
     (victim,) = (node for node in model.graph.node if "network.refining_heads.0.heatmaps.0.0.weight" in node.input)
     assert found["first_apart"] == victim.output[0]
-    assert found["first_apart_node"] == f"{victim.name} (Conv)"
+    assert found["where"] == f"first in '{victim.output[0]}', of {victim.name} (Conv)"
     assert found["relative_engine"] > 1e-5 > found["relative_export"]

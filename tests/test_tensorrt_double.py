@@ -1,6 +1,7 @@
 """The strict double refuses what TensorRT refuses, and the backend gets through it."""
 
 import ast
+import gc
 import hashlib
 import json
 import os
@@ -84,7 +85,7 @@ REMOVED = [  # calls that TensorRT 10 has not any more, put where the source has
     ("tensorrt_runner", "execute_async_v3(stream_handle=", "execute_async_v2(stream_handle="),
     ("tensorrt_runner", "loaded.get_tensor_profile_shape(", "loaded.get_profile_shape("),
     ("tensorrt_runner", "loaded.get_tensor_dtype(", "loaded.get_binding_dtype("),
-    ("tensorrt_runner", "slot.context.set_input_shape(", "slot.context.set_binding_shape("),
+    ("tensorrt_runner", "context.made.set_input_shape(", "context.made.set_binding_shape("),
 ]
 
 
@@ -287,6 +288,7 @@ def test_a_shape_runs_as_one_graph_and_several_shapes_in_turns(trt, finished, tm
     engine = TensorRT().build(files, Shapes((sizes[0], sizes[0], sizes[1]), (1, 1, 2)), tmp_path)
     draw = np.random.default_rng(1)
     images = [draw.integers(0, 255, (n % 2 + 1, *(64, 80 + 16 * (n // 2 % 2)), 3), np.uint8) for n in range(8)]
+    held = dict(runtime.allocations)
     with TensorRTRunner(engine) as graphs, TensorRTRunner(engine, cuda_graph=False) as plain:
         runtime.log.clear()
         every = [graphs(graphs.upload(image)) for image in images]
@@ -300,6 +302,44 @@ def test_a_shape_runs_as_one_graph_and_several_shapes_in_turns(trt, finished, tm
             for name in expected:
                 assert np.array_equal(expected[name], found[name])
                 assert np.array_equal(expected[name], np.asarray(kept[name])), "later calls do not write over it"
+    del every, again, kept, found, expected
+    gc.collect()
+    assert dict(runtime.allocations) == held
+    assert not runtime.pinned
+    assert not runtime.graphs
+    assert not runtime.executables
+
+
+def test_more_shapes_than_have_graphs_run_too(trt, finished, tmp_path):
+    small, large = Resolution(64, 80), Resolution(64, 160)
+    engine = TensorRT().build(quantized(finished, "fp32"), Shapes((small, small, large), (1, 1, 1)), tmp_path)
+    draw = np.random.default_rng(1)
+    images = [draw.integers(0, 255, (1, 64, 80 + 8 * (n % 9), 3), np.uint8) for n in range(27)]
+    with TensorRTRunner(engine) as graphs, TensorRTRunner(engine, cuda_graph=False) as plain:
+        for image in images:
+            found, expected = (runner.download(runner(runner.upload(image))) for runner in (graphs, plain))
+            assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_plugin_library_is_loaded_once(trt, finished, tmp_path):
+    library = tmp_path / "plugin.so"
+    library.write_bytes(b"\x7fELF")
+    backend = TensorRT(plugins=[str(library)])
+    engine = backend.build(quantized(finished, "fp32"), shapes(1), tmp_path)
+    with backend.load(engine), backend.load(engine):
+        pass
+    (tmp_path / "text.so").write_text("no library")
+    with pytest.raises(UserError, match="text.so cannot be loaded: .*build it for this TensorRT and CUDA"):
+        TensorRT(plugins=[str(tmp_path / "text.so")]).build(quantized(finished, "fp32"), shapes(1), tmp_path)
+
+
+def test_a_gpu_without_bfloat16_is_told_so(trt, made, tmp_path, monkeypatch):
+    files, _ = made(Bf16())
+    monkeypatch.setattr(DeviceMemory, "gpu", {"name": "T4", "sm": "7.5"})
+    with pytest.raises(
+        UserError, match=r"precision=bf16: T4 has SM 7\.5, and bfloat16 begins at SM 8\.0; choose precision=fp16"
+    ):
+        TensorRT().build(files, shapes(1), tmp_path)
 
 
 def test_the_layers_are_audited_with_their_times_and_nodes(trt, finished, tmp_path):

@@ -70,8 +70,8 @@ class DeviceMemory:
         self.device = device
         self._free: dict[int, list[int]] = defaultdict(list)
         self._pinned: dict[int, list[int]] = defaultdict(list)
+        self._closed = False
         self._lock = RLock()  # what is copied while a graph is recorded would become part of it
-        self.activate()
 
     @cached_property
     def _cuda(self) -> Any:
@@ -110,26 +110,51 @@ class DeviceMemory:
     @cached_property
     def stream(self) -> int:
         """A stream of its own: on the default one TensorRT waits for the whole GPU."""
-        return int(self._check("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking))
+        self.activate()
+        made = int(self._check("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking))
+        finalize(self, self._cuda.cudaStreamDestroy, made).atexit = False
+        return made
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceArray:
         """An array that nothing was written to."""
         kind = np.dtype(dtype)
         size = max(math.prod(shape) * kind.itemsize, 1)
-        address = self._free[size].pop() if self._free[size] else int(self._check("cudaMalloc", size))
+        try:
+            address = self._free[size].pop()
+        except IndexError:
+            address = int(self._check("cudaMalloc", size))
         made = DeviceArray(address, tuple(shape), kind, self)
-        finalize(made, self._free[size].append, address)
+        finalize(made, self._release, self._free, size, address, "cudaFree").atexit = False
         return made
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """An array in page-locked memory of the host, which copies go to and from at full speed; used again, too."""
         kind = np.dtype(dtype)
         size = max(math.prod(shape) * kind.itemsize, 1)
-        free = self._pinned[size]
-        address = free.pop() if free else int(self._check("cudaHostAlloc", size, self._cuda.cudaHostAllocDefault))
+        try:
+            address = self._pinned[size].pop()
+        except IndexError:
+            address = int(self._check("cudaHostAlloc", size, self._cuda.cudaHostAllocDefault))
         held = (ctypes.c_uint8 * size).from_address(address)
-        finalize(held, free.append, address)
+        finalize(held, self._release, self._pinned, size, address, "cudaFreeHost").atexit = False
         return np.frombuffer(memoryview(held), np.uint8)[: math.prod(shape) * kind.itemsize].view(kind).reshape(shape)
+
+    def _release(self, pool: dict[int, list[int]], size: int, address: int, free: str) -> None:
+        """Keep memory that nobody holds any more for the next array of its size, or give it back after `close`."""
+        if self._closed:
+            self.activate()
+            self._check(free, address)
+        else:
+            pool[size].append(address)
+
+    def close(self) -> None:
+        """Give back what nobody holds; what is still held is given back when it is not any more."""
+        self._closed = True
+        self.activate()
+        for pool, free in ((self._free, "cudaFree"), (self._pinned, "cudaFreeHost")):
+            for addresses in pool.values():
+                while addresses:
+                    self._check(free, addresses.pop())
 
     def copy(self, to: DeviceArray | NDArray[Any], source: DeviceArray | NDArray[Any], wait: bool = True) -> None:
         """Copy an array to, from or within the GPU, on the stream.
@@ -168,10 +193,12 @@ class DeviceMemory:
             finally:
                 captured = self._check("cudaStreamEndCapture", self.stream)
         executable = self._check("cudaGraphInstantiate", captured, 0)
+        self._check("cudaGraphDestroy", captured)
 
         def launch() -> None:
             self._check("cudaGraphLaunch", executable, self.stream)
 
+        finalize(launch, self._cuda.cudaGraphExecDestroy, executable).atexit = False
         return launch
 
 

@@ -64,7 +64,7 @@ def _record(layer: Mapping[str, Any], nodes: Mapping[str, Mapping[str, Any]], ti
         "nodes": len(of),
         "reformat": op in _MOVING,
         "unfused_qdq": op == "Reformat" and layer.get("Origin") == "QDQ",
-        "reason": "TensorRT had no faster INT8 kernel for it" if quantized and precision != "int8" else "",
+        "reason": "TensorRT did not choose an 8-bit kernel for it" if quantized and precision not in ("int8", "fp8") else "",
     }
     return {**record, "quantized": quantized} if nodes else record
 

@@ -22,7 +22,7 @@ from pipeline.specs import ModelFiles, Shapes, read_spec
 _LAST_WITH_FLAG = 10  # later versions have no other kind of network than strongly typed ones
 
 
-_FP8_FROM = 8.9  # compute capability
+_BF16_FROM, _FP8_FROM = 8.0, 8.9  # compute capability
 
 
 def _shapes(shapes: Shapes) -> list[tuple[int, int, int, int]]:
@@ -136,9 +136,11 @@ class TensorRT:
         from pipeline.backends.macs import macs
 
         source, memory = files.onnx["tensorrt"], DeviceMemory(self.devices[0])
+        memory.activate()
+        logger().errors.clear()
         model = onnx.load(source)
         spec = read_spec(source)
-        _check_fp8(trt, model, memory.gpu)
+        _check_types(trt, model, memory.gpu)
         trt.init_libnvinfer_plugins(logger(), "")
         load_plugins(trt, self.plugins)
         _check_plugins(trt, model, source.name)
@@ -202,6 +204,8 @@ class TensorRT:
         import tensorrt as trt
 
         memory = DeviceMemory(self.devices[0])
+        memory.activate()
+        logger().errors.clear()
         content = plan.read_bytes()
         trt.init_libnvinfer_plugins(logger(), "")
         load_plugins(trt, self.plugins)
@@ -218,6 +222,18 @@ class TensorRT:
                 f"model.plan={plan}: has no tensor {', '.join(missing)}; its tensors are {', '.join(names)}: name them with "
                 f"model.tensors={{{missing[0]}: ...}}"
             )
+        further = [name for name in names if name not in wanted.values()]
+        if further:
+            raise UserError(
+                f"model.plan={plan}: has further tensors, {', '.join(further)}; build it with the input and the fields alone"
+            )
+        for tensor in wanted.values():
+            kind, form = engine.get_tensor_dtype(tensor), engine.get_tensor_format(tensor)
+            if kind not in (trt.DataType.FLOAT, trt.DataType.HALF) or form != trt.TensorFormat.LINEAR:
+                raise UserError(
+                    f"model.plan={plan}: its tensor {tensor} is {kind.name} in the format {form.name}; build it with float or "
+                    "half tensors in linear format (trtexec --inputIOFormats=fp32:chw --outputIOFormats=fp32:chw)"
+                )
         shape = tuple(engine.get_tensor_shape(wanted[spec.input.name]))
         if len(shape) != 4 or shape[1] != 3:
             raise UserError(f"model.plan={plan}: takes {shape}; only images [B, 3, H, W] can be evaluated")
@@ -334,7 +350,8 @@ class TensorRT:
         """
         with TensorRTRunner(engine, self.devices[:1], cuda_graph=False) as runner:
             text, times, nodes = runner.inspected()
-        return layers(text, nodes, times)
+        found = layers(text, nodes, times)
+        return [{**x, "precision": "tf32"} if self.tf32 and x["precision"] == "fp32" and x["macs"] else x for x in found]
 
 
 def _member(trt: Any, kind: str, name: str, option: str) -> Any:
@@ -375,15 +392,20 @@ def _check_plugins(trt: Any, model: Any, file: str) -> None:
             )
 
 
-def _check_fp8(trt: Any, model: Any, gpu: Mapping[str, str]) -> None:
-    """Make sure that version and GPU have FP8, if a network does.
+def _check_types(trt: Any, model: Any, gpu: Mapping[str, str]) -> None:
+    """Make sure that version and GPU have FP8 and bfloat16, if a network does.
 
     Raises:
         UserError: one of them has not.
     """
     from onnx import TensorProto
 
-    if any(tensor.data_type == TensorProto.FLOAT8E4M3FN for tensor in model.graph.initializer):
+    kinds = {tensor.data_type for tensor in model.graph.initializer}
+    if TensorProto.BFLOAT16 in kinds and float(gpu["sm"]) < _BF16_FROM:
+        raise UserError(
+            f"precision=bf16: {gpu['name']} has SM {gpu['sm']}, and bfloat16 begins at SM {_BF16_FROM}; choose precision=fp16"
+        )
+    if TensorProto.FLOAT8E4M3FN in kinds:
         if not hasattr(trt.DataType, "FP8"):
             raise UserError(f"precision=fp8: TensorRT {trt.__version__} has no FP8; choose precision=int8")
         if float(gpu["sm"]) < _FP8_FROM:

@@ -3,7 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -24,7 +24,8 @@ ENGINE, SIDE, WEIGHTS = "engine.plan", "engine.json", "weights.onnx"
 _PROFILED = 20  # runs whose layers are timed
 _PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 _KEYS = ("tensors", "nodes", "weights", "plugins", "version_compatible", "spec")  # of what lies beside a plan
-_SHAPES = 32  # input shapes whose buffers and graphs are kept
+_SHAPES = 32  # input shapes whose buffers are kept
+_GRAPHS = 4  # of them the first so many have a context and a graph of their own, which take memory
 _CONTEXTS = 2  # of a GPU: one computes while the other's results are copied
 
 
@@ -120,15 +121,31 @@ def _fits(level: str, built_for: Mapping[str, Any], gpu: Mapping[str, Any]) -> b
 
 
 @dataclass
-class _Slot:
-    """What one call at a time uses: a context, a stream, buffers and graphs by input shape."""
+class _Context:
+    """An execution context, and the profile that it has."""
 
-    context: Any
-    memory: DeviceMemory
+    made: Any
     profile: int = 0
-    inputs: dict[tuple[int, ...], DeviceArray] = field(default_factory=dict)
-    outputs: dict[tuple[int, ...], dict[str, DeviceArray]] = field(default_factory=dict)
-    graphs: dict[tuple[int, ...], Any] = field(default_factory=dict)
+
+
+@dataclass
+class _Bound:
+    """What an input shape uses: a context, buffers, and a graph if the context is its own."""
+
+    context: _Context
+    given: DeviceArray
+    fields: dict[str, DeviceArray]
+    graph: Callable[[], None] | None = None
+
+
+@dataclass
+class _Slot:
+    """What one call at a time uses: an engine, a stream, a context that shapes share, and shapes."""
+
+    engine: Any
+    memory: DeviceMemory
+    shared: _Context | None = None
+    bound: dict[tuple[int, ...], _Bound] = field(default_factory=dict)
 
 
 class TensorRTRunner:
@@ -152,6 +169,7 @@ class TensorRTRunner:
         check_version(engine, side, trt.__version__)
         self.spec = NetworkSpec.from_dict(side["spec"])
         self.cuda_graph, self._torch = cuda_graph, _torch(devices)
+        logger().errors.clear()
         trt.init_libnvinfer_plugins(logger(), "")
         load_plugins(trt, side["plugins"])
         self.nodes: Mapping[str, Mapping[str, Any]] = side["nodes"]
@@ -170,10 +188,7 @@ class TensorRTRunner:
                 _refit(trt, loaded, engine.parent / WEIGHTS, side["weights"])
             self.engines.append((loaded, runtime))
             for memory in some:
-                context = loaded.create_execution_context()
-                if context is None:
-                    raise failed(f"{engine}: no execution context", "free memory of the GPU")
-                self.slots[device].put(_Slot(context, memory))
+                self.slots[device].put(_Slot(loaded, memory))
         self.types = {name: np.dtype(trt.nptype(loaded.get_tensor_dtype(tensor))) for name, tensor in self.tensors.items()}
         name = self.tensors[self.spec.input.name]
         profiles = range(loaded.num_optimization_profiles)
@@ -187,7 +202,10 @@ class TensorRTRunner:
     def __exit__(self, *_: object) -> None:
         for queue in self.slots.values():
             while not queue.empty():
-                queue.get().context = None
+                slot = queue.get()
+                slot.bound.clear()
+                slot.shared = None
+                slot.memory.close()
         self.engines.clear()
 
     @contextmanager
@@ -205,8 +223,9 @@ class TensorRTRunner:
         if self._torch is not None:
             from evaluation.pixels_torch import normalise as on_gpu
 
-            made = on_gpu(images, self.spec.input, self._torch.device("cuda")).contiguous()
-            self._torch.cuda.current_stream().synchronize()
+            there, kind = self._torch.device("cuda", next(self._turn)), self.types[self.spec.input.name].name
+            made = on_gpu(images, self.spec.input, there).to(getattr(self._torch, kind)).contiguous()
+            self._torch.cuda.current_stream(there).synchronize()
             return made
         with self._slot(next(self._turn)) as slot:
             staged = slot.memory.pinned((len(images), 3, *images.shape[1:3]), np.float32)
@@ -224,21 +243,15 @@ class TensorRTRunner:
         shape = tuple(images.shape)
         device = images.memory.device if isinstance(images, DeviceArray) else next(iter(self.slots))
         with self._slot(device) as slot:
-            if shape not in slot.inputs:
-                self._bind(slot, shape)
-            elif not self.cuda_graph:
-                self._address(slot, shape)
-            slot.memory.copy(slot.inputs[shape], _on_device(images, slot.memory), wait=False)
-            if self.cuda_graph:
-                if shape not in slot.graphs:
-                    self._enqueue(slot)  # TensorRT prepares a shape when it first runs, which a graph must not hold
-                    slot.memory.wait()
-                    slot.graphs[shape] = slot.memory.graph(lambda: self._enqueue(slot))
-                slot.graphs[shape]()
+            bound = slot.bound.get(shape) or self._bind(slot, shape)
+            slot.memory.copy(bound.given, _on_device(images, slot.memory), wait=False)
+            if bound.graph is not None:
+                bound.graph()
             else:
-                self._enqueue(slot)
+                self._address(slot, bound)
+                self._enqueue(slot, bound.context)
             made: dict[str, Any] = {}
-            for name, field_ in slot.outputs[shape].items():
+            for name, field_ in bound.fields.items():
                 made[name] = self._empty(field_, slot.memory)
                 slot.memory.copy(_on_device(made[name], slot.memory), field_, wait=False)
             slot.memory.wait()
@@ -259,18 +272,19 @@ class TensorRTRunner:
 
         with self._slot(next(iter(self.slots))) as slot:
             shape = tuple(self.profiles[0][1])
-            self._bind(slot, shape)
-            slot.memory.copy(slot.inputs[shape], np.zeros(shape, slot.inputs[shape].dtype))
-            self._enqueue(slot)
+            bound = self._bind(slot, shape)
+            slot.memory.copy(bound.given, np.zeros(shape, bound.given.dtype))
+            context = bound.context.made
+            self._enqueue(slot, bound.context)
             slot.memory.wait()
-            profiler = slot.context.profiler = Profiler()  # alive while the context reports to it
+            profiler = context.profiler = Profiler()  # alive while the context reports to it
             for _ in range(_PROFILED):
-                self._enqueue(slot)
+                self._enqueue(slot, bound.context)
                 slot.memory.wait()
-            slot.context.profiler = None
+            context.profiler = None
             del profiler
-            inspector = self.engines[0][0].create_engine_inspector()
-            inspector.execution_context = slot.context
+            inspector = slot.engine.create_engine_inspector()
+            inspector.execution_context = context
             text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
         return text, {name: float(np.median(some)) for name, some in times.items()}, self.nodes
 
@@ -284,23 +298,39 @@ class TensorRTRunner:
     def _empty(self, like: DeviceArray, memory: DeviceMemory) -> Any:
         if self._torch is None:
             return memory.empty(like.shape, like.dtype)
-        return self._torch.empty(like.shape, dtype=getattr(self._torch, like.dtype.name), device="cuda")
+        # On the stream that it is written on: torch may give memory that its own stream still works with to nobody else.
+        with self._torch.cuda.stream(self._torch.cuda.ExternalStream(memory.stream)):
+            there = self._torch.device("cuda", memory.device)
+            return self._torch.empty(like.shape, dtype=getattr(self._torch, like.dtype.name), device=there)
 
-    def _bind(self, slot: _Slot, shape: tuple[int, ...]) -> None:
-        """Give a shape buffers of its own."""
-        if len(slot.inputs) >= _SHAPES:
-            for kept in (slot.inputs, slot.outputs, slot.graphs):
-                kept.clear()
-        name = self.spec.input.name
-        self._choose(slot, shape)
-        slot.inputs[shape] = slot.memory.empty(shape, self.types[name])
-        slot.outputs[shape] = {
-            one.name: slot.memory.empty(tuple(slot.context.get_tensor_shape(self.tensors[one.name])), self.types[one.name])
+    def _bind(self, slot: _Slot, shape: tuple[int, ...]) -> _Bound:
+        """Give a shape buffers, and the first shapes a context and a graph, which must not see another shape.
+
+        Raises:
+            UserError: the shape lies in no profile.
+        """
+        if len(slot.bound) >= _SHAPES:
+            slot.bound = {known: bound for known, bound in slot.bound.items() if bound.graph is not None}
+        own = self.cuda_graph and sum(bound.graph is not None for bound in slot.bound.values()) < _GRAPHS
+        if own:
+            context = _context(slot.engine)
+        else:
+            context = slot.shared = slot.shared or _context(slot.engine)
+        self._choose(slot, context, shape)
+        fields = {
+            one.name: slot.memory.empty(tuple(context.made.get_tensor_shape(self.tensors[one.name])), self.types[one.name])
             for one in self.spec.fields
         }
-        self._address(slot, shape)
+        bound = _Bound(context, slot.memory.empty(shape, self.types[self.spec.input.name]), fields)
+        self._address(slot, bound)
+        if own:
+            self._enqueue(slot, context)  # TensorRT prepares a shape when it first runs, which a graph must not hold
+            slot.memory.wait()
+            bound.graph = slot.memory.graph(lambda: self._enqueue(slot, context))
+        slot.bound[shape] = bound
+        return bound
 
-    def _choose(self, slot: _Slot, shape: tuple[int, ...]) -> None:
+    def _choose(self, slot: _Slot, context: _Context, shape: tuple[int, ...]) -> None:
         """Take a profile that a shape lies in, and set the shape.
 
         Raises:
@@ -312,23 +342,35 @@ class TensorRTRunner:
             raise UserError(
                 f"an input of {shape} lies outside the engine's profile ({listed}); build it for that resolution and batch"
             )
-        if slot.profile not in fitting:
-            if not slot.context.set_optimization_profile_async(fitting[0], slot.memory.stream):
+        if context.profile not in fitting:
+            if not context.made.set_optimization_profile_async(fitting[0], slot.memory.stream):
                 raise failed(f"the engine's profile {fitting[0]}", "build it again")
             slot.memory.wait()
-            slot.profile = fitting[0]
-        if not slot.context.set_input_shape(self.tensors[self.spec.input.name], shape):
+            context.profile = fitting[0]
+        if not context.made.set_input_shape(self.tensors[self.spec.input.name], shape):
             raise failed(f"an input of {shape}", "build the engine for that resolution and batch")
 
-    def _address(self, slot: _Slot, shape: tuple[int, ...]) -> None:
-        self._choose(slot, shape)
-        slot.context.set_tensor_address(self.tensors[self.spec.input.name], slot.inputs[shape].address)
-        for name, array in slot.outputs[shape].items():
-            slot.context.set_tensor_address(self.tensors[name], array.address)
+    def _address(self, slot: _Slot, bound: _Bound) -> None:
+        self._choose(slot, bound.context, bound.given.shape)
+        bound.context.made.set_tensor_address(self.tensors[self.spec.input.name], bound.given.address)
+        for name, array in bound.fields.items():
+            bound.context.made.set_tensor_address(self.tensors[name], array.address)
 
-    def _enqueue(self, slot: _Slot) -> None:
-        if not slot.context.execute_async_v3(stream_handle=slot.memory.stream):
+    def _enqueue(self, slot: _Slot, context: _Context) -> None:
+        if not context.made.execute_async_v3(stream_handle=slot.memory.stream):
             raise failed("the engine did not run", "check the GPU with nvidia-smi")
+
+
+def _context(engine: Any) -> _Context:
+    """A new context.
+
+    Raises:
+        UserError: there is no room for it.
+    """
+    made = engine.create_execution_context()
+    if made is None:
+        raise failed("no execution context of the engine", "free memory of the GPU")
+    return _Context(made)
 
 
 def _refit(trt: Any, engine: Any, weights: Path, digest: str) -> None:
@@ -346,7 +388,7 @@ def _refit(trt: Any, engine: Any, weights: Path, digest: str) -> None:
 
 
 def load_plugins(trt: Any, files: Sequence[str]) -> None:
-    """Load plugin libraries.
+    """Load plugin libraries, each once in a process.
 
     Raises:
         UserError: one is missing, or TensorRT does not take it.
@@ -354,8 +396,15 @@ def load_plugins(trt: Any, files: Sequence[str]) -> None:
     for file in files:
         if not Path(file).is_file():
             raise UserError(f"backend.plugins: {file} is not there; give the plugin library that the engine was built with")
-        if trt.get_plugin_registry().load_library(file) is None:
-            raise failed(f"backend.plugins: {file} cannot be loaded", "build it for this TensorRT and CUDA")
+        _library(trt, str(Path(file).resolve()))
+
+
+@cache
+def _library(trt: Any, file: str) -> Any:
+    handle = trt.get_plugin_registry().load_library(file)
+    if handle is None:
+        raise failed(f"backend.plugins: {file} cannot be loaded", "build it for this TensorRT and CUDA")
+    return handle
 
 
 def _between(least: Sequence[int], shape: Sequence[int], most: Sequence[int]) -> bool:
@@ -368,7 +417,7 @@ def _torch(devices: Sequence[int]) -> Any:
         import torch
     except ImportError:
         return None
-    return torch if torch.cuda.is_available() and list(devices) == [torch.cuda.current_device()] else None
+    return torch if torch.cuda.is_available() and len(devices) == 1 else None
 
 
 def _on_device(array: Any, memory: DeviceMemory) -> DeviceArray:

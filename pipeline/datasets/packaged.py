@@ -31,8 +31,8 @@ def pack(data: Splits, out: Path) -> dict[str, int]:
             continue
         part: Any = data.open(split)
         images = out / split / "images"
-        images.mkdir(parents=True)
         for record in part.records:
+            (images / record["file_name"]).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(part.images / record["file_name"], images / record["file_name"])
             digests[f"{split}/images/{record['file_name']}"] = sha256(images / record["file_name"])
         if part.annotations is not None:
@@ -92,8 +92,9 @@ class Packaged:
         if split not in self:
             raise UserError(f"{self.folder}: holds no {split} images, but {', '.join(self._listed['splits'])}")
         annotations = Path(self.folder) / split / "annotations.json"
-        images = annotations.parent / "images"
-        return Coco(images, annotations if annotations.exists() else None, remedy="copy the package again")
+        images, inside = annotations.parent / "images", f"{split}/images/"
+        names = tuple(sorted(name.removeprefix(inside) for name in self._listed["files"] if name.startswith(inside)))
+        return Coco(images, annotations if annotations.exists() else None, names, remedy="copy the package again")
 
     def __contains__(self, split: str) -> bool:
         """Whether there are images for this."""

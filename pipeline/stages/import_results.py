@@ -1,14 +1,13 @@
 """import: results of a package, verified, beside those of this machine: in the next report, and in MLflow."""
 
 import json
-import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rich.console import Console
 
 from pipeline import edge
-from pipeline.artifacts import MANIFEST, Job, Results
+from pipeline.artifacts import MANIFEST, Job, Results, Stage
 from pipeline.errors import UserError
 
 
@@ -29,19 +28,17 @@ def run(job: Job, results: str | None, outputs: str, name: str) -> dict[str, Any
     """
     if results is None:
         raise UserError("results has no value, and stage=import needs it; give it as results=results.zip")
-    about, files = edge.read_results(Path(results), Results(Path(outputs), name, "import"))
-    root = Path(outputs) / name
-    folders = sorted({PurePosixPath(file).parent for file in files if file.endswith(f"/{MANIFEST}")})
+    there = Results(Path(outputs), name, "import")
+    about, files = edge.read_results(Path(results), there)
+    folders = sorted(PurePosixPath(file).parent for file in files if file.endswith(f"/{MANIFEST}"))
     for folder in folders:
-        new, final = root / folder.parent / f".{folder.name}.new", root / folder
-        shutil.rmtree(new, ignore_errors=True)
-        for file, blob in files.items():
-            if PurePosixPath(file).is_relative_to(folder):
-                target = new / PurePosixPath(file).relative_to(folder)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(blob)
-        shutil.rmtree(final, ignore_errors=True)
-        new.rename(final)
+        stage = Stage(folder.parts[0], folder.parts[1], {})
+        with there.lock(stage), there.writing(stage) as new:
+            for file, blob in files.items():
+                if PurePosixPath(file).is_relative_to(folder):
+                    target = new / PurePosixPath(file).relative_to(folder)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(blob)
     (job.out / edge.PACKAGE).write_text(json.dumps(about, indent=1))
     manifests = {str(folder): json.loads(files[f"{folder}/{MANIFEST}"]) for folder in folders}
     cells = [_cell(manifest, manifests) for place, manifest in manifests.items() if place.startswith("evaluate/")]

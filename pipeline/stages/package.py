@@ -1,5 +1,6 @@
 """package: a folder that builds, evaluates, times and audits an engine on a device without torch."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ TARGETS = ("tensorrt", "onnxruntime")
 _ELSEWHERE = ("stage", "data", "outputs", "tracking", "force", "weights", "target", "backend", "hydra", "debug")
 
 
-def run(job: Job, data: Splits, target: str, outputs: str, name: str, data_label: str) -> dict[str, Any]:
+def run(
+    job: Job, data: Splits, target: str, outputs: str, name: str, data_label: str, as_here: Mapping[str, str]
+) -> dict[str, Any]:
     """Package the input "network" with what it is evaluated by.
 
     Args:
@@ -25,6 +28,7 @@ def run(job: Job, data: Splits, target: str, outputs: str, name: str, data_label
         outputs: where results lie.
         name: that they belong to.
         data_label: of it, in tables.
+        as_here: options that follow from this machine, and must not follow from the device.
 
     Returns:
         The images and the size.
@@ -35,8 +39,17 @@ def run(job: Job, data: Splits, target: str, outputs: str, name: str, data_label
     if target not in TARGETS:
         raise UserError(f"target={target}: choose {', '.join(TARGETS)}")
     images = pack(data, job.out / "data")
+    fixed = [f"{option}={value}" for option, value in as_here.items()]
     kept = [word for word in job.overrides if word.lstrip("+~").partition("=")[0].partition(".")[0] not in _ELSEWHERE]
-    words = [*kept, "data=packaged", f"data.label={data_label}", "data.folder=data", "tracking=none", f"backend={target}"]
+    words = [
+        *kept,
+        "data=packaged",
+        f"data.label={data_label}",
+        "data.folder=data",
+        *fixed,
+        "tracking=none",
+        f"backend={target}",
+    ]
     edge.write_package(job.out, Path(outputs) / name, list(job.inputs.values()), words, {"backend": target})
     size = edge.bytes_of(job.out) / 2**20
     Console(stderr=True, highlight=False).print(f"           {size:.0f} MiB, {images}; see README.txt in it", markup=False)

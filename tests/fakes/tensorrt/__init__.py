@@ -347,10 +347,16 @@ def _(self):
     return IHostMemory(_CACHE + f"{self._state['_version']} {','.join(sorted(self._state['_kernels']))}".encode())
 
 
+_libraries = set()
+
+
 @_behaviour("IPluginRegistry", "load_library")
 def _(self, plugin_path):
     if not Path(plugin_path).read_bytes().startswith(b"\x7fELF"):
         return None  # TensorRT says why through the registry's error recorder
+    if plugin_path in _libraries:
+        return None  # its plugins are registered already
+    _libraries.add(plugin_path)
     return object()
 
 
@@ -726,6 +732,11 @@ def _(self, name):
     return tuple(sizes)
 
 
+@_behaviour("ICudaEngine", "get_tensor_format")
+def _(self, name, profile_index=0):
+    return TensorFormat.LINEAR
+
+
 @_behaviour("ICudaEngine", "get_tensor_profile_shape")
 def _(self, name, profile_index):
     return [tuple(shape) for shape in self._state["_profiles"][profile_index][name]]
@@ -841,7 +852,11 @@ def _(self, stream_handle):
             _error(engine["_logger"], f"enqueueV3: {name} at {address:#x}: {size} bytes are not aligned memory of the GPU")
             return False
 
+    profile = state["_profile"]
+
     def run():
+        if state["_shapes"] != given or state["_profile"] != profile:
+            raise RuntimeError("a graph is replayed after its context was given another shape: undefined in TensorRT")
         feeds = {name: _array(addresses[name], shape).copy() for name, shape in given.items()}
         outputs = engine["_names"][engine["_inputs"] :]
         for name, array in zip(outputs, engine["_session"].run(outputs, feeds), strict=True):

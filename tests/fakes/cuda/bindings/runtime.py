@@ -46,6 +46,7 @@ allocations = {}  # address -> (array that holds it, size)
 pinned = {}
 streams = {}  # handle -> None, or the work recorded on it
 graphs = {}
+executables = {}
 log = []  # calls, for tests
 _next = [0]
 
@@ -111,6 +112,22 @@ def cudaHostAlloc(size, flags):
     return OK, address
 
 
+def cudaFreeHost(address):
+    return (OK if pinned.pop(address, None) is not None else cudaError_t.cudaErrorInvalidValue,)
+
+
+def cudaStreamDestroy(stream):
+    return (OK if streams.pop(stream, "none") != "none" else cudaError_t.cudaErrorInvalidResourceHandle,)
+
+
+def cudaGraphDestroy(graph):
+    return (OK if graphs.pop(graph, None) is not None else cudaError_t.cudaErrorInvalidValue,)
+
+
+def cudaGraphExecDestroy(executable):
+    return (OK if executables.pop(executable, None) is not None else cudaError_t.cudaErrorInvalidValue,)
+
+
 def cudaFree(address):
     return (OK if allocations.pop(address, None) else cudaError_t.cudaErrorInvalidValue,)
 
@@ -151,12 +168,16 @@ def cudaStreamEndCapture(stream):
 
 
 def cudaGraphInstantiate(graph, flags):
-    return (OK, graph) if graph in graphs else (cudaError_t.cudaErrorInvalidValue, 0)
+    if graph not in graphs:
+        return cudaError_t.cudaErrorInvalidValue, 0
+    executable = _handle()
+    executables[executable] = graphs[graph]
+    return OK, executable
 
 
 def cudaGraphLaunch(graph, stream):
     log.append(("cudaGraphLaunch", graph))
-    for work in graphs[graph]:
+    for work in executables[graph]:
         if (status := put(stream, work)) != OK:
             return (status,)
     return (OK,)
