@@ -31,6 +31,7 @@ RUN_VARIABLE = "POSEPRESS_RUN"
 os.environ.setdefault(RUN_VARIABLE, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
 
 
+_TARGETS = ("tensorrt", "onnxruntime")  # of packages
 _FRAMINGS = {None: "stretch", "pad_image_input": "pad", "adjust_network_input": "adjust"}
 _TRACKING = ("sqlite", "http", "https", "file", "postgresql", "mysql", "mssql", "databricks")  # what MLflow takes
 
@@ -126,8 +127,24 @@ class Cell:
             only = config[group].get("only_on")
             if only not in (None, backend):
                 raise UserError(f"{group}={label}: runs on backend={only} alone; choose it or another {group}")
+        grid = (int(config.model.multiple), int(config.model.get("offset", 0)))
         for option in ("training_resolution", "resolution"):
-            _check_resolution(option, str(config[option]), int(config.model.multiple), int(config.model.get("offset", 0)))
+            _check_resolution(option, str(config[option]), *grid)
+        for given in _plain(config.stages.build.profiles):
+            from pipeline.specs import Shapes
+
+            for size in Shapes.parse(given).resolution:
+                _check_resolution("stages.build.profiles", str(size), *grid)
+        if config.target not in _TARGETS:
+            raise UserError(f"target={config.target}: choose {', '.join(_TARGETS)}")
+        if (last := config.precision.get("last_tensorrt")) is not None:
+            from pipeline.backends.tensorrt_runner import installed
+
+            if int((installed() or "0").split(".")[0]) > last:
+                raise UserError(
+                    f"precision={config.precision.name}: TensorRT {installed()} has no calibrators, the last that had them is "
+                    f"{last}; choose precision=int8, whose scales are in the file"
+                )
         for option, least in (("batch", 1), ("threads", 0), ("seed", 0), ("rebuild", 0)):
             value = config[option]
             if not isinstance(value, int) or value < least:
@@ -375,8 +392,9 @@ def _cell(config: DictConfig) -> None:
 
 def _message(error: BaseException) -> str:
     """An error in one line that names the file or option."""
-    if isinstance(error, MissingMandatoryValue):
-        return f"an option has no value: {error}"
+    missing = re.search(r"Missing mandatory value: (\S+)", str(error))
+    if isinstance(error, MissingMandatoryValue) or missing:
+        return f"{missing[1]} has no value; give it as {missing[1]}=..." if missing else f"an option has no value: {error}"
     if isinstance(error, OSError):
         outputs = _outputs(sys.argv[1:])
         if error.errno != errno.ENOSPC and error.filename and Path(error.filename).is_relative_to(outputs):

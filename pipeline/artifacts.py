@@ -41,6 +41,7 @@ DESCRIPTIVE = (
     "tuned_by",
     "measured_on",
     "only_on",
+    "last_tensorrt",
     "measuring",
     "measures_here",
     "trained_with",

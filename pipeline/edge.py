@@ -37,9 +37,10 @@ _README = """Builds, evaluates, times and audits an engine on this device, in tw
 
 The second leaves results.zip. On the machine that made this package:
 
-    python -m pipeline stage=import results=results.zip
+    python -m pipeline stage=import results=results.zip name={name}
 
-An engine that TensorRT has to be told more about takes options: .venv/bin/python -m pipeline.edge backend.mem_pool_size_mb=1024
+What the backend has to be told more takes options: .venv/bin/python -m pipeline.edge {option}
+The first evaluation compiles its decoder for this processor, which takes up to a minute.
 """
 
 
@@ -63,7 +64,8 @@ def write_package(out: Path, root: Path, folders: Sequence[Path], options: Seque
         shutil.copytree(ROOT / name, out / name, ignore=shutil.ignore_patterns("__pycache__", "*.nbi", "*.nbc"))
     shutil.copyfile(lock, out / LOCK)
     (out / "install.sh").write_text(_INSTALL)
-    (out / "README.txt").write_text(_README)
+    option = {"tensorrt": "backend.mem_pool_size_mb=1024"}.get(str(about["backend"]), "threads=4")
+    (out / "README.txt").write_text(_README.format(name=root.name, option=option))
     shutil.copyfile(ROOT / "docker" / "Dockerfile.jetson", out / "Dockerfile")
     (out / ".dockerignore").write_text(".venv\nresults.zip\n")
     there = out / "outputs" / root.name
@@ -137,6 +139,8 @@ def read_results(file: Path, results: Results) -> tuple[dict[str, Any], dict[str
     Raises:
         UserError: the file is damaged or was changed, or is of networks that are not here.
     """
+    if not file.is_file():
+        raise UserError(f"results={file}: no such file; give the path of results.zip")
     try:
         with zipfile.ZipFile(file) as archive:
             files = {name: archive.read(name) for name in archive.namelist()}
@@ -152,10 +156,12 @@ def read_results(file: Path, results: Results) -> tuple[dict[str, Any], dict[str
             there = {name for name in files if name.startswith(folder) and name != place}
             wrong += sorted(there ^ set(known)) or [n for n, digest in known.items() if sha256(files[n]).hexdigest() != digest]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f"results={file}: not the results of a package ({error}); copy results.zip again") from error
+        raise UserError(f"results={file}: no results of a package ({type(error).__name__}: {error}); copy it again") from error
     if wrong or {name.rsplit("/", 1)[0] for name in manifests} < {"/".join(name.split("/")[:2]) for name in files}:
         name = (wrong or sorted(files))[0]
-        raise UserError(f"results={file}: {name} was changed since the device wrote it; copy results.zip again")
+        raise UserError(
+            f"results={file}: {name} was changed, added or removed since the device wrote it; copy results.zip again"
+        )
     if about["name"] != results.name:
         raise UserError(f"results={file}: of name={about['name']}, not {results.name}; add name={about['name']}")
     root = results.outputs / results.name
@@ -175,7 +181,9 @@ def bytes_of(folder: Path) -> int:
 def main() -> None:
     """Run on the device and exit: 0 done, 2 bad input."""
     try:
-        print(f"{run(Path(), sys.argv[1:])}: take it home, to python -m pipeline stage=import results={RESULTS}")
+        made = run(Path(), sys.argv[1:])
+        name = json.loads(Path(PACKAGE).read_text())["name"]
+        print(f"{made}: take it home, to python -m pipeline stage=import results={RESULTS} name={name}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

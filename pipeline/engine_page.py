@@ -11,6 +11,7 @@ from pipeline.report import Result
 
 _COLOURS = {"int8": "#7fa66a", "fp8": "#4f9d9d", "fp16": "#e0a83a", "bf16": "#c98bb9", "tf32": "#b5651d", "fp32": "#d1603d"}
 _OTHER = "#999999"
+_MANY = 150  # layers between which there is no room
 _MOST = 24  # engines that are drawn: a study has hundreds
 _NAMED = ("network", "pruning", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "backend")
 
@@ -69,8 +70,8 @@ def _drawn(results: Sequence[Result]) -> str:
     )
     more = f'<p class="note">{len(drawn) - _MOST} more engines are not drawn.</p>' if len(drawn) > _MOST else ""
     return (
-        f'<h2>What ran in which precision</h2><p class="note">One box a layer, as wide as its part of the time (of the '
-        f"multiply-accumulates where nothing was timed). {legend}</p>{''.join(drawn[:_MOST])}{more}"
+        '<h2>What ran in which precision</h2><p class="note">One box a layer, as wide as its part of the time (of the MACs '
+        f"where nothing was timed); the pointer shows its name. {legend}</p>{''.join(drawn[:_MOST])}{more}"
     )
 
 
@@ -89,7 +90,7 @@ def strip(layers: Sequence[Mapping[str, Any]]) -> str:
     ]
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in audit.counts(layers).items())
     return (
-        f'<div style="display:flex;gap:1px;max-width:900px;overflow:hidden">{boxes}</div>'
+        f'<div style="display:flex;gap:{int(len(layers) < _MANY)}px;max-width:900px;overflow:hidden">{boxes}</div>'
         f'<p class="note">{"; ".join(shares)}; {html.escape(counts)}</p>'
     )
 

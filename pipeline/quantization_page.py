@@ -30,7 +30,7 @@ def sections(results: Sequence[Result]) -> str:
             _steps(folder),
             _sensitivity(folder),
             _kept(summary),
-            "" if result.axes["precision"] == "fp16" else _not_in_int8(ran.get(folder, {})),
+            "" if result.axes["precision"] in ("fp16", "bf16") else _not_in_int8(ran.get(folder, {})),
             _sampled(result.made_of.get("sample")),
         ]
         if any(parts) and len(seen) <= _MOST:

@@ -144,8 +144,11 @@ def _difference(result: Result, other: Result | None) -> Interval | None:
 
 def _row(result: Result, results: Sequence[Result]) -> dict[str, Any]:
     row = {**result.figures, **result.axes}  # a label may say more than the name of what ran
-    plain = {"precision": "fp32", "calibration": "", "network": result.axes["network"].removesuffix("-qat"), "rebuild": 0}
-    fp32 = _kin(result, results, **plain) if result.axes["precision"] != "fp32" else None
+    network = result.axes["network"].removesuffix("-qat")
+    plain: dict[str, Any] = {"precision": "fp32", "calibration": "", "network": network, "rebuild": 0}
+    fp32 = None
+    if result.axes["precision"] != "fp32":  # in which AP is that of any backend: a device may have evaluated INT8 alone
+        fp32 = _kin(result, results, **plain) or _kin(result, results, **plain, backend="onnxruntime")
     dense = _kin(result, results, **plain, pruning="dense") if result.axes["pruning"] != "dense" else None
     for name, other in (("fp32", fp32), ("dense", dense)):
         found = _difference(result, other)
@@ -250,10 +253,15 @@ _STEPS: tuple[tuple[str, Callable[[Mapping[str, Any]], bool]], ...] = (
     ("several scales, torch", lambda a: _torch_fp32(a) and "-x" in a["keep_aspect_ratio_mode"]),
     ("one scale, torch", lambda a: _torch_fp32(a) and a["keep_aspect_ratio_mode"] in ("adjust", "stretch")),
     ("strict letterbox, torch", lambda a: _torch_fp32(a) and a["keep_aspect_ratio_mode"] == "pad"),
-    ("ONNX", lambda a: a["backend"] == "onnxruntime" and a["keep_aspect_ratio_mode"] == "pad" and a["precision"] == "fp32"),
+    ("ONNX", lambda a: _onnxruntime(a, "fp32")),
     ("FP16", lambda a: a["backend"] == "torch" and a["keep_aspect_ratio_mode"] == "pad" and a["precision"] == "fp16"),
-    ("INT8", lambda a: a["backend"] == "onnxruntime" and a["keep_aspect_ratio_mode"] == "pad" and a["precision"] == "int8"),
+    ("INT8", lambda a: _onnxruntime(a, "int8")),
 )
+
+
+def _onnxruntime(axes: Mapping[str, Any], precision: str) -> bool:
+    runs = str(axes["backend"]).startswith("onnxruntime")
+    return bool(runs and axes["keep_aspect_ratio_mode"] == "pad" and axes["precision"] == precision)
 
 
 def averaged(axes: Mapping[str, Any]) -> bool:

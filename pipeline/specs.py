@@ -47,6 +47,25 @@ class Shapes:
             wide = Resolution(size.height, max(spec.fit(size.height * 3), size.width))
         return cls((narrow, size, wide), (1, batch, batch), more)
 
+    @classmethod
+    def parse(cls, given: Any) -> "Shapes":
+        """A profile as the configuration writes it, {min: 1x224x320, opt: 4x288x384, max: 8x368x656}.
+
+        Raises:
+            UserError: it is none.
+        """
+        form = "give it as {min: 1x224x320, opt: 4x288x384, max: 8x368x656}, batch x height x width"
+        try:
+            parts = [str(given[key]).lower().partition("x") for key in ("min", "opt", "max")]
+            least, best, most = (Resolution.parse(rest) for _, _, rest in parts)
+            batch = [int(count) for count, _, _ in parts]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"stages.build.profiles: {given} is no profile; {form}") from error
+        sizes = [batch, [r.height for r in (least, best, most)], [r.width for r in (least, best, most)]]
+        if any(not 0 < a <= b <= c for a, b, c in sizes):
+            raise UserError(f"stages.build.profiles: {given} is not min <= opt <= max; {form}")
+        return cls((least, best, most), (batch[0], batch[1], batch[2]))
+
 
 @dataclass(frozen=True)
 class ModelFiles:

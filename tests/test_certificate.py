@@ -30,7 +30,7 @@ def test_stripped_cached_and_dynamic_engines_pass(certificate):
     assert [row["passed"] for row in certificate.rows] == [True] * 3
     certificate.check("AP", lambda: certificate.accuracy("fp32"))
     assert certificate.rows[-1]["passed"] is True
-    assert certificate.precisions() == ["fp32", "fp16", "bf16", "int8", "fp8", "int8_entropy"]
+    assert certificate.precisions() == ["fp32", "fp16", "int8", "bf16", "fp8", "int8_entropy"]
 
 
 def test_an_engine_that_finds_other_people_or_is_slow_fails(certificate, tmp_path, monkeypatch):

@@ -120,14 +120,14 @@ def test_results_come_home_whole_or_not_at_all(home, tmp_path):
     sweep, results = home
     before = {file: file.read_bytes() for file in (sweep / "outputs/smoke").rglob("*") if file.is_file()}
     wrong = rewritten(results, tmp_path / "wrong.zip", no_manifest)
-    assert "not the results of a package" in refused(pipeline(*SMOKE, "stage=import", f"results={wrong}", cwd=sweep))
+    assert "no results of a package" in refused(pipeline(*SMOKE, "stage=import", f"results={wrong}", cwd=sweep))
     for change in (edited, removed, resealed, added, above):
         wrong = rewritten(results, tmp_path / "wrong.zip", change)
         message = refused(pipeline(*SMOKE, "stage=import", f"results={wrong}", cwd=sweep))
-        assert "was changed since the device wrote it; copy results.zip again" in message, change
+        assert "was changed, added or removed since the device wrote it; copy it again" in message, change
     (tmp_path / "short.zip").write_bytes(results.read_bytes()[:1000])
     message = refused(pipeline(*SMOKE, "stage=import", f"results={tmp_path}/short.zip", cwd=sweep))
-    assert "not the results of a package" in message
+    assert "no results of a package" in message
     assert "results has no value" in refused(pipeline(*SMOKE, "stage=import", cwd=sweep))
     message = refused(pipeline(*SMOKE, "stage=import", f"results={results}", "name=other", cwd=sweep))
     assert "of name=smoke, not other; add name=smoke" in message

@@ -426,7 +426,12 @@ def test_tensorrts_own_calibration_is_kept_and_taken_up(trt, made, tmp_path, mon
     other, _ = made(ImplicitInt8("minmax"), "other")
     backend.build(other, shapes(1), tmp_path)
     assert len(list((tmp_path / "cache").glob("calibration-*.cache"))) == 2, "of another calibrator"
-    cache.write_bytes(b"TRT-kept\n")
+    whole = cache.read_bytes()
+    cache.write_bytes(whole[:-3])
+    again, _ = made(ImplicitInt8(), "short")
+    with pytest.raises(UserError, match=r"calibration-.*\.cache: damaged or cut short; delete it"):
+        backend.build(again, shapes(1), tmp_path)
+    cache.write_bytes(hashlib.sha256(b"TRT-kept\n").hexdigest().encode() + b"\nTRT-kept\n")
     again, _ = made(ImplicitInt8(), "again")
     backend.build(again, shapes(1), tmp_path)
     assert b"TRT-kept" in (tmp_path / "engine.plan").read_bytes()

@@ -84,6 +84,9 @@ class TensorRT:
             value = getattr(self, option)
             if not isinstance(value, int) or not least <= value <= most:
                 raise ValueError(f"backend.{option}={value}: choose {least} to {most}")
+        for file in self.plugins:
+            if not Path(file).is_file():
+                raise UserError(f"backend.plugins: {file} is not there; give the library's path")
         numbers = self.devices
         if not numbers or len(set(numbers)) < len(numbers) or any(type(n) is not int or n < 0 for n in numbers):
             raise ValueError(f"backend.device={self.device}: choose the number of a GPU, or a list of different ones")
@@ -169,10 +172,10 @@ class TensorRT:
         if finish is not None:
             finish()
         if plan is None:
-            raise failed(
-                f"{source.name}: TensorRT {trt.__version__} cannot build it",
-                "out of memory: lower backend.mem_pool_size_mb, batch or resolution; else try another precision",
-            )
+            fix = "lower backend.mem_pool_size_mb, batch or resolution if memory ran out; else try another precision"
+            if self.error_on_timing_cache_miss:
+                fix = "build it once with backend.error_on_timing_cache_miss=false, which measures what is missing"
+            raise failed(f"{source.name}: TensorRT {trt.__version__} cannot build it", fix)
         engine, content = out / ENGINE, bytes(memoryview(plan))
         engine.write_bytes(content)
         if self.strip_weights:
@@ -213,7 +216,9 @@ class TensorRT:
         runtime.engine_host_code_allowed = self.version_compatible
         engine = runtime.deserialize_cuda_engine(content)
         if engine is None:
-            raise failed(f"model.plan={plan}: TensorRT {trt.__version__} cannot load it", "build it on this machine")
+            raise failed(
+                f"model.plan={plan}: TensorRT {trt.__version__} cannot load it", "give a plan that it built on this GPU"
+            )
         names = [engine.get_tensor_name(n) for n in range(engine.num_io_tensors)]
         wanted = {name: tensors.get(name, name) for name in (spec.input.name, *(field.name for field in spec.fields))}
         missing = [tensor for tensor in wanted.values() if tensor not in names]
@@ -312,7 +317,12 @@ class TensorRT:
             return builder.build_serialized_network(network, config)
         name = "-".join(gpu["name"].split())
         file = Path(self.timing_cache) / f"tensorrt-{trt.__version__}-{name}-sm{gpu['sm']}.timing"
-        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"backend.timing_cache={self.timing_cache}: cannot write there ({error.strerror}); choose another, or null"
+            ) from error
         wrong = f"backend.timing_cache: {file} is damaged, or of another TensorRT or GPU"
 
         def read() -> Any:

@@ -47,6 +47,7 @@ def calibrate(
     images = np.load(folder / CALIBRATION_INPUTS, mmap_mode="r")
     digest = sha256(json.dumps([about, trt.__version__], sort_keys=True).encode()).hexdigest()
     cache = None if kept is None else kept / f"calibration-{digest[:16]}.cache"
+    known = _kept(cache)
     shape = (1, 3, *images.shape[1:3])
     profile.set_shape(spec.name, shape, shape, shape)
     config.set_calibration_profile(profile)
@@ -80,7 +81,7 @@ def calibrate(
             return [self.input.address for _ in names]
 
         def read_calibration_cache(self) -> bytes | None:
-            return cache.read_bytes() if cache is not None and cache.exists() else None
+            return known
 
         def write_calibration_cache(self, content: Any) -> None:
             if cache is None or self.failure is not None:
@@ -88,7 +89,8 @@ def calibrate(
             try:
                 cache.parent.mkdir(parents=True, exist_ok=True)
                 unfinished = cache.with_name(f".{cache.name}.{os.getpid()}.tmp")
-                unfinished.write_bytes(bytes(memoryview(content)))
+                blob = bytes(memoryview(content))
+                unfinished.write_bytes(sha256(blob).hexdigest().encode() + b"\n" + blob)
                 unfinished.replace(cache)
             except Exception as error:  # noqa: BLE001 - whatever it was, it is raised after the build
                 self.failure = error
@@ -101,3 +103,17 @@ def calibrate(
             raise calibrator.failure
 
     return finish
+
+
+def _kept(cache: Path | None) -> bytes | None:
+    """What TensorRT wrote, behind its digest; None where there is nothing.
+
+    Raises:
+        UserError: it is not whole.
+    """
+    if cache is None or not cache.exists():
+        return None
+    digest, _, content = cache.read_bytes().partition(b"\n")
+    if digest != sha256(content).hexdigest().encode():
+        raise UserError(f"{cache}: damaged or cut short; delete it, and TensorRT calibrates anew")
+    return content

@@ -43,9 +43,8 @@ def search(calibrated: Any, probe: Probe | None, progress: Callable[[str], None]
         UserError: nothing can be timed.
     """
     if probe is None or not probe.backend.timeable:
-        raise UserError(
-            "precision.placement=search: needs tune images and a backend whose times mean something; choose placement=default"
-        )
+        lacking = "the data has no tune images" if probe is None else "this backend cannot be timed"
+        raise UserError(f"precision.placement=search: {lacking}; choose precision.placement=default")
     best, engine = calibrated, calibrated.written()
     rows = []
     for name, nodes in _variants(calibrated.model):

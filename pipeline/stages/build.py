@@ -6,10 +6,7 @@ from typing import Any
 
 from evaluation.types import Resolution
 from pipeline.artifacts import Job
-from pipeline.errors import UserError
 from pipeline.specs import Backend, Framing, ModelFiles, Shapes, described, read_spec
-
-_SHAPE = "give it as {min: 1x224x320, opt: 4x288x384, max: 8x368x656}, batch x height x width"
 
 
 def run(
@@ -48,26 +45,8 @@ def run(
     else:
         files = ModelFiles.in_folder(job.inputs["network"], job.inputs.get("checkpoint"))
         size = Resolution.parse(resolution)
-        more = tuple(_profile(one) for one in profiles)
+        more = tuple(Shapes.parse(one) for one in profiles)
         shapes = Shapes.of(framing, size, read_spec(files.onnx["tensorrt"]).input, batch, more)
         engine = backend.build(files, shapes, job.out)
     bytes_ = sum(file.stat().st_size for file in job.out.iterdir())
     return {"backend": backend.name, "engine_mb": bytes_ / 2**20, "engine": engine.name}
-
-
-def _profile(given: Mapping[str, str]) -> Shapes:
-    """A set of shapes as the configuration writes it.
-
-    Raises:
-        UserError: it is none.
-    """
-    try:
-        parts = [str(given[key]).lower().partition("x") for key in ("min", "opt", "max")]
-        least, best, most = (Resolution.parse(rest) for _, _, rest in parts)
-        batch = [int(count) for count, _, _ in parts]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"stages.build.profiles: {given} is no profile; {_SHAPE}") from error
-    sizes = [batch, [r.height for r in (least, best, most)], [r.width for r in (least, best, most)]]
-    if any(not 0 < a <= b <= c for a, b, c in sizes):
-        raise UserError(f"stages.build.profiles: {given} is not min <= opt <= max; {_SHAPE}")
-    return Shapes((least, best, most), (batch[0], batch[1], batch[2]))

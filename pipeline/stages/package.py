@@ -9,10 +9,8 @@ from rich.console import Console
 from pipeline import edge
 from pipeline.artifacts import Job
 from pipeline.datasets.packaged import pack
-from pipeline.errors import UserError
 from pipeline.specs import Splits
 
-TARGETS = ("tensorrt", "onnxruntime")
 _ELSEWHERE = ("stage", "data", "outputs", "tracking", "force", "weights", "target", "backend", "hydra", "debug")
 
 
@@ -32,12 +30,7 @@ def run(
 
     Returns:
         The images and the size.
-
-    Raises:
-        UserError: an unknown target.
     """
-    if target not in TARGETS:
-        raise UserError(f"target={target}: choose {', '.join(TARGETS)}")
     images = pack(data, job.out / "data")
     fixed = [f"{option}={value}" for option, value in as_here.items()]
     kept = [word for word in job.overrides if word.lstrip("+~").partition("=")[0].partition(".")[0] not in _ELSEWHERE]
