@@ -159,9 +159,7 @@ def read_results(file: Path, results: Results) -> tuple[dict[str, Any], dict[str
         raise UserError(f"results={file}: no results of a package ({type(error).__name__}: {error}); copy it again") from error
     if wrong or {name.rsplit("/", 1)[0] for name in manifests} < {"/".join(name.split("/")[:2]) for name in files}:
         name = (wrong or sorted(files))[0]
-        raise UserError(
-            f"results={file}: {name} was changed, added or removed since the device wrote it; copy results.zip again"
-        )
+        raise UserError(f"results={file}: {name} was changed, added or removed since the device wrote it; copy it again")
     if about["name"] != results.name:
         raise UserError(f"results={file}: of name={about['name']}, not {results.name}; add name={about['name']}")
     root = results.outputs / results.name
