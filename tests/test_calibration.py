@@ -1,6 +1,7 @@
 # ruff: noqa: F811
 import json
 import struct
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -179,7 +180,7 @@ def test_a_calibration_is_taken_up_again_and_a_changed_one_is_not(described, tmp
     kept = (tmp_path / "scales.json").read_bytes()
     other = fed(feed())
     with pytest.raises(UserError, match=r"scales.json: .*the list of calibration images changed"):
-        Int8(**options).quantize(described, type(other)(other.read, other.frames, "others", other.preprocessing), None, tmp_path)
+        Int8(**options).quantize(described, replace(other, images="others"), None, tmp_path)
     with pytest.raises(UserError, match=r"scales.json: .*the algorithm"):
         Int8("mse", **options).quantize(described, fed(feed()), None, tmp_path)
     assert (tmp_path / "scales.json").read_bytes() == kept
