@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from evaluation.heatmap_paf import limb_order
-from evaluation.heatmap_paf_torch import candidates
+from evaluation.heatmap_paf_torch import OFTEN, candidates, to_candidates, to_scores
+from evaluation.pixels import input_form
 from evaluation.pixels_torch import normalise
 from evaluation.types import Resolution
 from pipeline.backends.torch import TorchRunner
@@ -28,6 +29,7 @@ from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.pruning import macs
 
 REPEATS, WARM_UP = 300, 50
+DECODING = (0.0, 0.1, 0.05, 32)  # shift between fields, thresholds of peaks and limbs, peaks a map
 
 
 def events(work: Callable[[], Any]) -> list[float]:
@@ -85,7 +87,8 @@ def main() -> None:
                         graph = slot.graphs[(batch, 3, size.height, size.width)][0]
                         with torch.cuda.stream(slot.stream):
                             row[f"{name} p50/p95 ms"] = shown(events(graph.replay))
-                        row[f"{name} frame to candidates ms"] = shown(whole(runner, images)) if batch == 1 else ""
+                        row[f"{name} frame to candidates ms"] = shown(in_steps(runner, images)) if batch == 1 else ""
+                        row[f"{name} as one graph ms"] = shown(in_one_graph(runner, images)) if batch == 1 else ""
                 given_images = plain.upload(images)
                 row["eager p50/p95 ms"] = shown(events(lambda given_images=given_images: plain.forward(given_images)))
                 moved = images.size * 2 + weights + sum(field.numel() * 4 for field in fields.values())
@@ -102,16 +105,66 @@ def main() -> None:
         print("| " + " | ".join(str(row[column]) for column in columns) + " |")
 
 
-def whole(runner: TorchRunner, images: np.ndarray) -> list[float]:
-    """Milliseconds from frames in the host's memory to the candidates of people there."""
+def in_steps(runner: TorchRunner, images: np.ndarray) -> list[float]:
+    """Milliseconds from frames in the host's memory to the candidates of people there, as evaluation does it."""
     spec = runner.spec
     limbs, _ = limb_order(spec.skeleton)
     joints = len(spec.skeleton.names)
+
+    def call() -> None:
+        fields = runner(runner.upload(images))
+        list(candidates(fields["heatmaps"][:, :joints], fields["pafs"], limbs, *DECODING))
+
+    return on_the_clock(call)
+
+
+def in_one_graph(runner: TorchRunner, images: np.ndarray) -> list[float]:
+    """The same with upload, network, peaks, limb scores and the way back recorded as one graph."""
+    spec = runner.spec
+    limbs, _ = limb_order(spec.skeleton)
+    joints = len(spec.skeleton.names)
+    _, factor, offset = input_form(spec.input)
+    mirrored = spec.input.order == "BGR"
+    scale, shift = (torch.from_numpy(values).cuda()[:, None, None] for values in (factor, offset))
+    given = torch.empty(images.shape, dtype=torch.uint8, pin_memory=True)
+    there = given.cuda()
+
+    @partial(torch.compile, dynamic=False)
+    def normalised(pixels: torch.Tensor) -> torch.Tensor:
+        values = (pixels.flip(-1) if mirrored else pixels).permute(0, 3, 1, 2).float() * scale - shift
+        return values.half().contiguous(memory_format=torch.channels_last)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        there.copy_(given, non_blocking=True)
+        fields = runner.forward(normalised(there))
+        return to_scores(fields["heatmaps"][:, :joints].contiguous(), fields["pafs"], limbs, *DECODING)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(OFTEN + 5):  # after which peaks and scores are compiled
+            made = step()
+        back = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in made]
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for host, tensor in zip(back, step(), strict=True):
+                host.copy_(tensor, non_blocking=True)
+
+        def call() -> None:
+            np.copyto(given.numpy(), images)
+            graph.replay()
+            stream.synchronize()
+            list(to_candidates(*(host.numpy() for host in back), limbs))
+
+        return on_the_clock(call)
+
+
+def on_the_clock(call: Callable[[], None]) -> list[float]:
+    """Milliseconds of each call."""
     times = []
     for _ in range(WARM_UP + REPEATS):
         started = time.perf_counter()
-        fields = runner(runner.upload(images))
-        list(candidates(fields["heatmaps"][:, :joints], fields["pafs"], limbs, 0.0, 0.1, 0.05, 32))
+        call()
         times.append(1e3 * (time.perf_counter() - started))
     return times[WARM_UP:]
 

@@ -509,7 +509,7 @@ def test_several_gpus_share_the_work(trt, finished, tmp_path):
         for image, (_, fields) in zip(images, made, strict=True):
             expected = one.download(one(one.upload(image)))
             assert all(np.array_equal(fields[name], expected[name]) for name in expected)
-    with pytest.raises(UserError, match="GPU 7: cudaSetDevice failed.*choose one that nvidia-smi lists"):
+    with pytest.raises(UserError, match="GPU 7: cudaGetDeviceProperties failed.*choose one that nvidia-smi lists"):
         TensorRT(device=[0, 7]).load(engine)
 
 

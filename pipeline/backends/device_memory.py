@@ -204,5 +204,6 @@ class DeviceMemory:
 
 _REMEDIES = {
     "cudaSetDevice": "choose one that nvidia-smi lists",
+    "cudaGetDeviceProperties": "choose one that nvidia-smi lists",
     "cudaMalloc": "free its memory, or take a smaller batch or resolution",
 }

@@ -188,4 +188,4 @@ class _Properties:
 
 
 def cudaGetDeviceProperties(device):
-    return OK, _Properties
+    return OK if 0 <= device < DEVICES else cudaError_t.cudaErrorInvalidDevice, _Properties
