@@ -96,7 +96,9 @@ def _gpu(root: Path) -> Iterator[Finding]:
     from pipeline.backends.device_memory import DeviceMemory
 
     try:
-        gpu = DeviceMemory().gpu
+        memory = DeviceMemory()
+        gpu = memory.gpu
+        memory.activate()  # whether it answers
         yield Finding("GPU", f"{gpu['name']}, SM {gpu['sm']}")
     except (UserError, RuntimeError) as error:
         yield Finding("GPU", "does not answer", str(error))
