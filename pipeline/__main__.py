@@ -26,63 +26,15 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from evaluation.types import InputSpec, Resolution
 from pipeline.artifacts import Job, Results, Stage, arguments, option_of, read_manifest, requested, targets, value_at
 from pipeline.errors import UserError, nearest
+from pipeline.labels import register
 
 RUN_VARIABLE = "POSEPRESS_RUN"
 os.environ.setdefault(RUN_VARIABLE, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
 
 
 _TARGETS = ("tensorrt", "onnxruntime")  # of packages
-_FRAMINGS = {None: "stretch", "pad_image_input": "pad", "adjust_network_input": "adjust"}
 _TRACKING = ("sqlite", "http", "https", "file", "postgresql", "mysql", "mssql", "databricks")  # what MLflow takes
-
-
-def _framing_label(mode: str | None, scales: Any, flip: bool) -> str:
-    """How images become inputs, in a word: pad, or pad-x0.5-1-1.5-2-flip where several views are averaged."""
-    scales = scales if isinstance(scales, Sequence) else [scales]  # which the framing then refuses
-    several = "" if list(scales) == [1] else "-x" + "-".join(f"{scale:g}" for scale in scales)
-    return f"{_FRAMINGS.get(mode, mode)}{several}{'-flip' if flip else ''}"
-
-
-def _sampler_words(images: Any, image_dir: str | None, allocation: str) -> str:
-    """What of a sampler differs from the usual, in its label."""
-    where = "-dir" if image_dir is not None else "" if list(images) == ["train"] else f"-{'+'.join(images)}"
-    return where + ("" if allocation == "proportional" else f"-{allocation}")
-
-
-def _int8_words(
-    percentile: float, weights: str, concatenations: bool, layers: bool, bias: bool, rest: str, narrow: bool
-) -> str:
-    """What of INT8 differs from the usual, in its label."""
-    off = {"concat": concatenations, "layers": layers, "bias": bias}
-    words = ["" if percentile == 99.99 else str(percentile), "" if weights == "max" else f"-w.{weights}"]
-    words += [f"-no.{name}" for name, on in off.items() if not on]
-    return "".join(words) + ("" if rest == "fp32" else f"-{rest}") + ("-w7" if narrow else "")
-
-
-def _without_vnni(backend: str) -> bool:
-    """Whether INT8 kernels of this processor add two products of 8 bits in 16 bits, so that weights need one bit less."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return backend == "onnxruntime" and "avx2" in text and "vnni" not in text
-
-
-for _name, _resolver in (
-    ("framing_label", _framing_label),
-    ("sampler_words", _sampler_words),
-    ("int8_words", _int8_words),
-    ("latency_words", lambda limit: "" if limit is None else f"-t{limit}"),
-    ("quantized_by", lambda exported: None if exported is None else "quantize"),
-    ("placed_words", lambda placement, backend, threads: "" if placement == "default" else f"-placed-{backend}-t{threads}"),
-    ("is_search", lambda placement: placement == "search"),
-    ("first_build", lambda rebuild, value: value if rebuild == 0 else None),
-    ("stem", lambda file: re.sub(r"[^\w.+=-]", "-", Path(str(file)).stem)),
-    ("word_if", lambda on, word: word if on else ""),
-    ("qat_word", lambda network: "-qat" if network == "qat" else ""),
-    ("without_vnni", _without_vnni),
-):
-    OmegaConf.register_new_resolver(_name, _resolver, replace=True)
+register()
 
 
 class Cell:

@@ -1,5 +1,6 @@
 """The one loop that runs a network over images: calibration and evaluation are both made of it."""
 
+import itertools
 import json
 import os
 import time
@@ -27,6 +28,15 @@ _READ_AHEAD = 16  # images being read or waiting: bounds the memory
 _MOST_READERS, _MOST_DECODERS = 8, 2
 
 
+FITTED = "tuned"  # the value of an option of a decoder that the stage `tune` fits
+
+
+def candidates(options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every combination of a decoder's options that are lists of candidates, the first of each list first."""
+    lists = {name: value for name, value in options.items() if isinstance(value, (list, tuple)) and name != "score_weights"}
+    return [dict(zip(lists, chosen, strict=True)) for chosen in itertools.product(*lists.values())]
+
+
 def decoder_options(tuned: Path | None, decoder: Any) -> dict[str, Any]:
     """What the stage `tune` chose; where it did not run, the first of each list of candidates.
 
@@ -38,8 +48,7 @@ def decoder_options(tuned: Path | None, decoder: Any) -> dict[str, Any]:
         chosen: dict[str, Any] = json.loads((tuned / "decoder.json").read_text())["options"]
         return chosen
     given: Mapping[str, Any] = decoder.keywords
-    first = {name: value[0] for name, value in given.items() if isinstance(value, (list, tuple)) and name != "score_weights"}
-    return first | ({"score_weights": None} if given.get("score_weights") == "tuned" else {})
+    return candidates(given)[0] | ({"score_weights": None} if given.get("score_weights") == FITTED else {})
 
 
 @dataclass(frozen=True)

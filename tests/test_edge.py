@@ -18,9 +18,9 @@ from pipeline.errors import UserError
 WORDS = [*SMOKE, "precision=int8"]
 
 
-def packaged(sweep, target):
+def packaged(sweep, target, *more):
     """A package of the smoke network's INT8, taken away from where it was made."""
-    pipeline(*WORDS, f"backend={target}", f"target={target}", "stage=package", cwd=sweep, double=True, check=0)
+    pipeline(*WORDS, f"backend={target}", f"target={target}", "stage=package", *more, cwd=sweep, double=True, check=0)
     (folder,) = (sweep / "outputs/smoke/package").glob(f"*_{target}")
     return shutil.copytree(folder, sweep / "device" / target)
 
@@ -38,7 +38,8 @@ def on_device(folder, python=sys.executable, double=False, check=0):
 
 def test_a_device_without_torch_builds_evaluates_and_brings_results_home(smoke):
     """The whole way, in a virtual environment that holds the edge lock alone; TensorRT is its double."""
-    folder = packaged(smoke, "tensorrt")
+    folder = packaged(smoke, "tensorrt", "backend.mem_pool_size_mb=256")
+    assert "backend.mem_pool_size_mb=256" in json.loads((folder / "package.json").read_text())["options"]
     assert (folder / "README.txt").read_text().count("\n    ") <= 3, "at most three commands"
     install = folder / "install.sh"
     install.write_text(install.read_text().replace("--system-site-packages ", ""))  # what lies on this machine must not help

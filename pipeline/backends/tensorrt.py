@@ -15,13 +15,11 @@ from evaluation.types import NetworkSpec, Resolution
 from pipeline.backends.device_memory import DeviceMemory
 from pipeline.backends.engine_inspector import layers
 from pipeline.backends.tensorrt_calibrator import calibrate
-from pipeline.backends.tensorrt_runner import ENGINE, SIDE, WEIGHTS, TensorRTRunner, failed, load_plugins, logger
+from pipeline.backends.tensorrt_runner import ENGINE, SIDE, WEIGHTS, TensorRTRunner, failed, logger, prepare
 from pipeline.errors import UserError, nearest
 from pipeline.specs import ModelFiles, Shapes, read_spec
 
 _LAST_WITH_FLAG = 10  # later versions have no other kind of network than strongly typed ones
-
-
 _BF16_FROM, _FP8_FROM = 8.0, 8.9  # compute capability
 
 
@@ -140,12 +138,10 @@ class TensorRT:
 
         source, memory = files.onnx["tensorrt"], DeviceMemory(self.devices[0])
         memory.activate()
-        logger().errors.clear()
         model = onnx.load(source)
         spec = read_spec(source)
         _check_types(trt, model, memory.gpu)
-        trt.init_libnvinfer_plugins(logger(), "")
-        load_plugins(trt, self.plugins)
+        prepare(trt, self.plugins)
         _check_plugins(trt, model, source.name)
         builder = trt.Builder(logger())
         flags, typed = 0, files.calibration is None
@@ -208,10 +204,8 @@ class TensorRT:
 
         memory = DeviceMemory(self.devices[0])
         memory.activate()
-        logger().errors.clear()
         content = plan.read_bytes()
-        trt.init_libnvinfer_plugins(logger(), "")
-        load_plugins(trt, self.plugins)
+        prepare(trt, self.plugins)
         runtime = trt.Runtime(logger())
         runtime.engine_host_code_allowed = self.version_compatible
         engine = runtime.deserialize_cuda_engine(content)

@@ -169,9 +169,7 @@ class TensorRTRunner:
         check_version(engine, side, trt.__version__)
         self.spec = NetworkSpec.from_dict(side["spec"])
         self.cuda_graph, self._torch = cuda_graph, _torch(devices)
-        logger().errors.clear()
-        trt.init_libnvinfer_plugins(logger(), "")
-        load_plugins(trt, side["plugins"])
+        prepare(trt, side["plugins"])
         self.nodes: Mapping[str, Mapping[str, Any]] = side["nodes"]
         self.tensors: Mapping[str, str] = side["tensors"]
         self.slots: dict[int, LifoQueue[_Slot]] = {device: LifoQueue() for device in devices}
@@ -387,12 +385,14 @@ def _refit(trt: Any, engine: Any, weights: Path, digest: str) -> None:
         raise failed(f"{weights}: its weights do not fit the plan", again)
 
 
-def load_plugins(trt: Any, files: Sequence[str]) -> None:
-    """Load plugin libraries, each once in a process.
+def prepare(trt: Any, files: Sequence[str]) -> None:
+    """Forget what was logged before, and load TensorRT's own plugins and further libraries, each once in a process.
 
     Raises:
         UserError: one is missing, or TensorRT does not take it.
     """
+    logger().errors.clear()
+    trt.init_libnvinfer_plugins(logger(), "")
     for file in files:
         if not Path(file).is_file():
             raise UserError(f"backend.plugins: {file} is not there; give the plugin library that the engine was built with")

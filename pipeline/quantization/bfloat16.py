@@ -29,8 +29,7 @@ class Bf16:
         model = load(onnx_file)
         candidate = Candidate({"tensorrt": convert(model), "onnxruntime": simulated(model)})
         candidate.write(out)
-        errors = {} if probe is None else {f"error_{name}": value for name, value in probe.errors(candidate).items()}
-        return {"precision": "bf16", **errors}
+        return {"precision": "bf16", **Probe.summary(probe, candidate)}
 
 
 def _weights(graph: Graph) -> set[str]:

@@ -74,9 +74,8 @@ class Fp8:
             {"tensorrt": half.convert(written, near) if in_half else written, "onnxruntime": simulated(written)}
         )
         candidate.write(out)
-        errors = {} if probe is None else {f"error_{name}": value for name, value in probe.errors(candidate).items()}
         kept = {"kept_fp32": sorted(near)} if in_half else {}
-        return {"precision": "fp8", "float_layers": sorted(placement.excluded), **kept, **errors}
+        return {"precision": "fp8", "float_layers": sorted(placement.excluded), **kept, **Probe.summary(probe, candidate)}
 
 
 def _unfit(model: onnx.ModelProto) -> set[str]:

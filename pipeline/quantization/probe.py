@@ -144,6 +144,11 @@ class Probe:
         read: Any = AveragedFields(self.decoder, self.spec) if self.framing.averaged else self.decoder
         return predict(self.images, runner, self.framing, read, self.size, 1, self.indices)
 
+    @staticmethod
+    def summary(probe: "Probe | None", candidate: Candidate) -> dict[str, float]:
+        """The errors as a manifest names them; nothing where nothing is measured."""
+        return {} if probe is None else {f"error_{name}": value for name, value in probe.errors(candidate).items()}
+
     def figures(self, candidate: Candidate) -> dict[str, float]:
         """The primary figure, its drop from FP32's with a paired 95 % interval, and the agreement with what FP32 finds."""
         assert self.decoder is not None

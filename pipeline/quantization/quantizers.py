@@ -67,8 +67,7 @@ class Fp16:
         made = half.convert(model, {*asked, *near, *broken})
         candidate = Candidate(dict.fromkeys(FLAVOURS, made))
         candidate.write(out)
-        errors = {} if probe is None else {f"error_{name}": value for name, value in probe.errors(candidate).items()}
-        return {"precision": "fp16", **half.report(near, broken, model), **errors}
+        return {"precision": "fp16", **half.report(near, broken, model), **Probe.summary(probe, candidate)}
 
 
 @dataclass(frozen=True)
@@ -437,8 +436,7 @@ class Retrained:
         candidate = made.written()
         candidate.write(out)
         made.save(out)
-        errors = {} if probe is None else {f"error_{name}": value for name, value in probe.errors(candidate).items()}
-        return {"precision": "int8", **made.summary(), **errors}
+        return {"precision": "int8", **made.summary(), **Probe.summary(probe, candidate)}
 
 
 @dataclass(frozen=True)
@@ -479,5 +477,4 @@ class External:
         )
         candidate = Candidate(dict.fromkeys(FLAVOURS, model))
         candidate.write(out)
-        errors = {} if probe is None else {f"error_{name}": value for name, value in probe.errors(candidate).items()}
-        return {"precision": "external", "dequantized": pairs, **errors}
+        return {"precision": "external", "dequantized": pairs, **Probe.summary(probe, candidate)}

@@ -34,6 +34,8 @@ def run(
     images = pack(data, job.out / "data")
     fixed = [f"{option}={value}" for option, value in as_here.items()]
     kept = [word for word in job.overrides if word.lstrip("+~").partition("=")[0].partition(".")[0] not in _ELSEWHERE]
+    if f"backend={target}" in job.overrides:
+        kept += [word for word in job.overrides if word.lstrip("+~").startswith("backend.")]
     words = [
         *kept,
         "data=packaged",

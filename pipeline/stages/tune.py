@@ -1,6 +1,5 @@
 """tune: the decoder's thresholds and the person score, chosen on tune images, and what FP32 finds on agreement images."""
 
-import itertools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,16 +12,8 @@ from evaluation.together import Together
 from evaluation.types import Resolution
 from pipeline.artifacts import Job
 from pipeline.errors import UserError
-from pipeline.inference import Watch, predict, save_results, shown
+from pipeline.inference import FITTED, Watch, candidates, predict, save_results, shown
 from pipeline.specs import Backend, Decoder, Framing, Splits
-
-FITTED = "tuned"  # the value of an option that is fitted here
-
-
-def candidates(options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every combination of the options that are lists of candidates, the first of each list first."""
-    lists = {name: value for name, value in options.items() if isinstance(value, (list, tuple)) and name != "score_weights"}
-    return [dict(zip(lists, chosen, strict=True)) for chosen in itertools.product(*lists.values())]
 
 
 def run(
