@@ -26,7 +26,7 @@ from evaluation.types import Resolution
 from pipeline.backends.torch import TorchRunner
 from pipeline.models import store
 from pipeline.models.lightweight_openpose import LightweightOpenPose
-from pipeline.pruning import macs
+from pipeline.pruning.graph import macs
 
 REPEATS, WARM_UP = 300, 50
 DECODING = (0.0, 0.1, 0.05, 32)  # shift between fields, thresholds of peaks and limbs, peaks a map

@@ -33,6 +33,34 @@ def _int8_words(
     return "".join(words) + ("" if rest == "fp32" else f"-{rest}") + ("-w7" if narrow else "")
 
 
+def _pruner_words(backend: str, resolution: str, threads: int, *, _parent_: Any) -> str:
+    """How a network is pruned, in a label; what is measured depends on where."""
+    pruner = _parent_
+    ways = {"": pruner.pruning_ratio, "th": pruner.pruning_threshold, f"{pruner.target}-": pruner.value}
+    name = "l1" if pruner.criterion == "group_l1" else pruner.criterion.replace("_", ".")
+    words = [name, *(f"{way}{value}" for way, value in ways.items() if value is not None)]
+    words += [f"n{pruner.iterative_steps}"] if pruner.iterative_steps > 1 else []
+    words += ["global"] if pruner.global_pruning and not pruner.isomorphic else []
+    words += ["isomorphic"] if pruner.isomorphic else []
+    words += ["sensitivity"] if pruner.sensitivity is not None else []
+    if pruner.round_to is None and pruner.target is None:
+        words.append(f"r{pruner.unmeasured}")
+    else:
+        words.append("rauto" if pruner.round_to is None else f"r{pruner.round_to}")
+    if pruner.target is not None and (pruner.target == "latency" or pruner.round_to is None):
+        words.append(f"{backend}-{resolution}-t{threads}")
+    return "-".join(words)
+
+
+def _control_words(control: str | None, seed: int) -> str:
+    return "" if control is None else f"-{control}{seed}" if control == "scratch" else f"-{control}"
+
+
+def _divisor_for(backend: str, precision: str) -> int:
+    """Channel counts are best multiples of this, where nothing is measured: NVIDIA's documentation of its tensor cores."""
+    return 32 if backend.startswith("tensorrt") and precision.startswith("int8") else 16
+
+
 def _without_vnni(backend: str) -> bool:
     """Whether INT8 kernels of this processor add two products of 8 bits in 16 bits, so that weights need one bit less."""
     try:
@@ -56,6 +84,13 @@ def register() -> None:
         ("stem", lambda file: re.sub(r"[^\w.+=-]", "-", Path(str(file)).stem)),
         ("word_if", lambda on, word: word if on else ""),
         ("qat_word", lambda network: "-qat" if network == "qat" else ""),
+        ("pruner_words", _pruner_words),
+        ("divisor_for", _divisor_for),
+        ("either", lambda condition, yes, no: yes if condition else no),
+        ("not_null", lambda value: value is not None),
+        ("steps_measured", lambda target, steps: target is not None or steps > 1),
+        ("weights_of", lambda control: "prune" if control == "pruned" else "retrain"),
+        ("control_words", _control_words),
         ("without_vnni", _without_vnni),
     ):
         OmegaConf.register_new_resolver(name, resolver, replace=True)

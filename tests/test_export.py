@@ -14,7 +14,7 @@ from pipeline import export, specs
 from pipeline.backends.macs import macs as file_macs
 from pipeline.errors import UserError
 from pipeline.models.lightweight_openpose import LightweightOpenPose
-from pipeline.pruning import macs
+from pipeline.pruning.graph import macs
 from pipeline.specs import read_spec
 
 SHAPES = [(1, 3, 64, 80), (2, 3, 72, 88), (1, 3, 56, 104)]

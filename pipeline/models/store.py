@@ -14,7 +14,8 @@ from torch import nn
 
 from evaluation.types import NetworkSpec
 from pipeline.errors import UserError
-from pipeline.pruning import replay
+from pipeline.pruning import sparse24
+from pipeline.pruning.graph import History, replay
 
 WEIGHTS, ARCHITECTURE = "model.safetensors", "architecture.json"
 
@@ -54,10 +55,26 @@ def load(folder: Path) -> tuple[nn.Module, "partial[nn.Module]", list[Any]]:
         make = partial(getattr(importlib.import_module(module), name), **architecture["options"])
     except (ImportError, AttributeError) as error:
         raise UserError(f"{folder / ARCHITECTURE}: cannot import {architecture['target']} ({error})") from error
-    network = make()
-    replay(network, architecture["pruning"])
+    history = architecture["pruning"]
+    try:
+        network = build(make, history)
+    except UserError as error:
+        raise UserError(f"{folder / ARCHITECTURE}: {error}") from error
     load_state(network, load_file(folder / WEIGHTS), folder / WEIGHTS)
-    return network, make, architecture["pruning"]
+    sparse24.check(network)
+    return network, make, history
+
+
+def build(make: "partial[nn.Module]", history: History) -> nn.Module:
+    """A network of random weights with the structure that a pruning history leaves.
+
+    Raises:
+        UserError: the history is of another network.
+    """
+    network = make()
+    replay(network, [entry for entry in history if entry[1] != sparse24.KIND])
+    sparse24.apply(network, history)
+    return network
 
 
 def read_weights(file: Path) -> dict[str, torch.Tensor]:

@@ -53,6 +53,10 @@ class Candidate:
         """One file for both flavours."""
         return cls(dict.fromkeys(FLAVOURS, onnx.load(file)))
 
+    def save(self, file: Path) -> None:
+        """Write a network that is the same in both flavours."""
+        onnx.save(self.models[FLAVOURS[0]], file)
+
     def write(self, folder: Path) -> ModelFiles:
         """Write both flavours into a folder."""
         files = ModelFiles.in_folder(folder)

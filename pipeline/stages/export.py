@@ -13,7 +13,7 @@ from pipeline import export as onnx_export
 from pipeline.artifacts import Job
 from pipeline.inference import batches
 from pipeline.models import store
-from pipeline.pruning import macs
+from pipeline.pruning.graph import macs
 from pipeline.specs import Framing, Splits
 from pipeline.specs import described as description
 

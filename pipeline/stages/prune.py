@@ -1,29 +1,162 @@
-"""prune: remove channels from a trained network."""
+"""prune: remove channels from a trained network, by ratio or down to a target, and write down what each step gave."""
 
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import nn
 
 from evaluation.types import Resolution
 from pipeline.artifacts import Job
+from pipeline.errors import UserError
+from pipeline.inference import decoder_options
 from pipeline.models import store
-from pipeline.pruning import L1Pruner, macs
+from pipeline.pruning.cycle import Cycle, exported, near_dead
+from pipeline.pruning.graph import macs
+from pipeline.pruning.pruner import Pruner
+from pipeline.pruning.sparse24 import Sparse24
+from pipeline.pruning.torch_pruning_default import TorchPruningDefault
+from pipeline.quantization.probe import Probe
+from pipeline.specs import Backend, Framing, Objective, Splits
+from pipeline.training.augment import NONE, Augmentation
+from pipeline.training.distillation import Distillation
+from pipeline.training.loop import Training, train
+from pipeline.training.views import Views
+
+_TAYLOR_BATCHES, _TAYLOR_IMAGES = 8, 8
 
 
-def run(job: Job, pruner: L1Pruner, resolution: str) -> dict[str, Any]:
-    """Prune the input "network"; its weights stay as they were, less the channels.
+def run(
+    job: Job,
+    pruner: Pruner | Sparse24 | TorchPruningDefault,
+    data: Splits,
+    backend: Backend | None,
+    framing: Framing,
+    judged_by: Mapping[str, Any],
+    probe_images: int,
+    objective: Objective[Any] | None,
+    training_resolution: str,
+    resolution: str,
+    seed: int,
+    augment: Augmentation,
+    training: Training,
+    distillation: Distillation | None,
+) -> dict[str, Any]:
+    """Prune the input "network"; write it, steps.json and groups.json.
+
+    Args:
+        job: inputs hold "network", and "sensitivity" where it sets the ratios.
+        pruner: what goes.
+        data: its tune images measure the steps, its train images train between them.
+        backend: measures latency, and runs what is measured on tune images; None measures parameters and MACs alone.
+        framing: of the measured engines.
+        judged_by: "decoder", "metric", "agreement" and "threads" of the measurement.
+        probe_images: most tune images that a step is measured on.
+        objective: of the short trainings and the criterion "taylor".
+        training_resolution: of the short trainings.
+        resolution: of latency and MACs.
+        seed: of the short trainings.
+        augment: of their views.
+        training: between two steps.
+        distillation: likewise, from the dense network.
 
     Returns:
-        Parameters and MACs before and after.
+        Parameters and MACs before and after, and the multiply-accumulates of the short trainings ("train_macs").
     """
     network, make, history = store.load(job.inputs["network"])
     size = Resolution.parse(resolution)
     before, dense_params = macs(network, size), sum(p.numel() for p in network.parameters())
-    history = history + pruner.prune(network)
-    store.save(network, job.out, make, history)
+    spent = 0.0
+    if isinstance(pruner, Pruner):
+        views = None
+        if pruner.criterion == "taylor" or pruner.iterative_steps > 1:
+            if objective is None:
+                raise UserError("pruner: this family's networks are not trained here; choose another criterion, and one step")
+            seen = Resolution.parse(training_resolution)
+            views = Views.of(data, ["train"], objective, network, seen, augment, seed, job.cache)
+        teacher, _, _ = store.load(job.inputs["network"])
+
+        def retrain(net: nn.Module, step: int) -> None:
+            nonlocal spent
+            assert views is not None
+            checkpoint = job.scratch / f"step{step}.ckpt"
+            done = train(net, replace(views, seed=seed + step), training, checkpoint, teacher, distillation)
+            spent += training.batch_size * done["steps"] * (3 * macs(net, views.resolution))
+
+        cycle = Cycle(
+            network,
+            pruner,
+            size,
+            _probe(job, network, data, backend, framing, judged_by, probe_images, size),
+            (lambda net: _gates(net, replace(views, augment=NONE))) if views else None,
+            retrain if training.steps and pruner.iterative_steps > 1 else None,
+            json.loads((job.inputs["sensitivity"] / "curves.json").read_text()) if "sensitivity" in job.inputs else None,
+        )
+        plan = cycle.run()
+        removed = cycle.history
+        dead = near_dead(plan.groups, plan.ranked)
+        groups = [
+            {"name": g.name, "size": cycle.whole[g.name], "kept": k, "importance": None if r is None else np.round(r, 6).tolist()}
+            for g, k, r in zip(plan.groups, plan.kept, plan.ranked, strict=True)
+        ]
+        content = {"criterion": pruner.criterion, "threshold": pruner.pruning_threshold, "near_dead": dead, "groups": groups}
+        (job.out / "groups.json").write_text(json.dumps(content))
+        steps = {"steps": cycle.rows, "divisors": cycle.divisors, "backend": backend.name if backend else None}
+        (job.out / "steps.json").write_text(json.dumps(steps, indent=1))
+        channels = sum(cycle.whole.values())
+        Console(stderr=True, highlight=False).print(
+            f"           {channels - sum(plan.kept)} of {channels} channels removed; {dead} channels were near dead before"
+        )
+        summary: dict[str, Any] = {"near_dead_channels": dead, "round_to": cycle.round_to or pruner.round_to or pruner.unmeasured}
+    else:
+        removed, summary = pruner.prune(network), {}
+    store.save(network, job.out, make, [*history, *removed])
     after = macs(network, size)
     return {
+        **summary,
         "macs": after,
         "macs_dense": before,
         "macs_ratio": after / before,
         "params": sum(p.numel() for p in network.parameters()),
         "params_dense": dense_params,
+        "train_macs": spent,
     }
+
+
+def _gates(network: nn.Module, views: Views) -> Any:
+    from pipeline.pruning.criteria import taylor_gates
+
+    def backward() -> Iterator[None]:
+        parts = iter([range(n, n + _TAYLOR_IMAGES) for n in range(0, _TAYLOR_BATCHES * _TAYLOR_IMAGES, _TAYLOR_IMAGES)])
+        for images, targets in views.batches(parts, torch.device("cpu")):
+            network.zero_grad()
+            torch.stack([*views.objective.loss(network.eval()(images), targets).values()]).sum().backward()
+            yield
+        network.zero_grad()
+
+    return taylor_gates(network, backward())
+
+
+def _probe(
+    job: Job,
+    network: nn.Module,
+    data: Splits,
+    backend: Backend | None,
+    framing: Framing,
+    judged_by: Mapping[str, Any],
+    count: int,
+    size: Resolution,
+) -> Probe | None:
+    if backend is None or "tune" not in data:
+        return None
+    reference = job.scratch / "dense.onnx"
+    reference.parent.mkdir(parents=True, exist_ok=True)
+    exported(network, size).save(reference)
+    decoder = judged_by["decoder"]
+    decode = decoder(network.spec, **decoder_options(None, decoder))
+    judges = (judged_by["metric"], judged_by["agreement"], reference, judged_by["threads"])
+    return Probe(data, count, framing, size, backend.in_fp32(), decode, *judges)

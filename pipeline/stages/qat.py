@@ -16,6 +16,7 @@ from pipeline.specs import Framing, Objective, Splits, read_spec
 from pipeline.training.augment import Augmentation
 from pipeline.training.fake_quantization import FakeQuantized
 from pipeline.training.loop import Training, train
+from pipeline.training.views import Views
 
 
 def run(
@@ -59,7 +60,9 @@ def run(
     feed = calibration_feed(chosen, data, image_dir, framing, spec.input, size, job.cache)
     calibrated = quantizer.calibrate(exported, feed)
     network = FakeQuantized(calibrated.model, calibrated.placement, calibrated.scales)
-    losses = train(network, data.open("train"), objective, size, augment, training, job.scratch / "state.ckpt", seed)
+    views = Views.of(data, ["train"], objective, network, size, augment, seed, job.cache)
+    losses = train(network, views, training, job.scratch / "state.ckpt")
+    del losses["curve"], losses["train_macs"]
     calibrated.save(job.out)
     model = job.out / "model.onnx"
     onnx.save(network.float_model(calibrated.model), model)

@@ -1,25 +1,33 @@
-"""train and retrain: weights for a network, dense or pruned."""
+"""train and retrain: weights for a network, dense or pruned, or for the control that has only the pruned one's shape."""
 
-from collections.abc import Mapping
+import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from evaluation.types import Resolution
-from pipeline.artifacts import Job
+from pipeline.artifacts import Job, read_manifest
 from pipeline.errors import UserError
 from pipeline.models import store
-from pipeline.pruning import macs
+from pipeline.pruning.criteria import importance
+from pipeline.pruning.graph import groups, macs
 from pipeline.specs import Objective, Splits
-from pipeline.training.augment import Augmentation
+from pipeline.training.augment import NONE, Augmentation
+from pipeline.training.distillation import Distillation
 from pipeline.training.loop import Training, train
+from pipeline.training.views import Views
+
+CONTROLS = (None, "pruned", "scratch")
 
 
 def run(
     job: Job,
+    control: str | None,
     network: "partial[nn.Module] | None",
     weights: str | None,
     data: Splits,
@@ -28,22 +36,26 @@ def run(
     seed: int,
     augment: Augmentation,
     training: Training,
+    distillation: Distillation | None,
 ) -> dict[str, Any]:
     """Train a new network, one with given weights, or the one of the input "network".
 
     Args:
-        job: inputs may hold "network".
+        job: inputs may hold "network", and then "teacher", the dense network.
+        control: "scratch" forgets the input's weights, and trains as long as the dense network, its pruning and its retraining
+            took together, counted in multiply-accumulates; nothing is learnt from a teacher.
         network: class and options; None takes the input.
         weights: a state file to begin from.
-        data: its train images are used, unless there are 0 steps.
+        data: its train images are used, unless there are 0 steps; with a teacher also those without labels.
         objective: what is learnt; None where the family has none yet.
         resolution: of the views.
         seed: of the weights, the order and the views.
         augment: how views are drawn.
         training: how long and how fast.
+        distillation: what is learnt from the teacher; None where there is none.
 
     Returns:
-        Losses, parameters and MACs.
+        Losses, parameters, MACs of an image and of all training.
 
     Raises:
         UserError: neither training nor weights are asked for; or as the parts raise it.
@@ -52,6 +64,9 @@ def run(
     size = Resolution.parse(resolution)
     if network is None:
         model, make, history = store.load(job.inputs["network"])
+        if control == "scratch":
+            training, distillation = _as_long(job, model, size, training, distillation), None
+            model = store.build(make, history)
     else:
         make, history = network, []
         try:
@@ -64,14 +79,51 @@ def run(
             raise UserError(
                 "stages.train.training.steps=0 and no weights=FILE: an untrained network is of no use; give one of them"
             )
-    losses: Mapping[str, float] = {}
+    found: dict[str, Any] = {"train_macs": 0}
     if training.steps:
         if objective is None:
             raise UserError(
                 "this family's networks are not trained here: give model=onnx model.onnx=FILE, or "
                 "stages.train.training.steps=0 and weights=FILE"
             )
-        losses = train(model, data.open("train"), objective, size, augment, training, job.scratch / "state.ckpt", seed)
+        norms = {"before": _norms(model)}
+        teacher = store.load(job.inputs["teacher"])[0] if distillation is not None else None
+        splits = ["train"]
+        if distillation is not None and distillation.unlabelled and "unlabelled" in data:
+            splits.append("unlabelled")
+        views = Views.of(data, splits, objective, model, size, augment, seed, job.cache)
+        tune = None
+        if training.patience is not None and "tune" in data:
+            tune = Views.of(data, ["tune"], objective, model, size, NONE, seed, job.cache)
+        found = train(model, views, training, job.scratch / "state.ckpt", teacher, distillation, tune)
+        (job.out / "curve.json").write_text(json.dumps(found.pop("curve")))
+        (job.out / "norms.json").write_text(json.dumps({**norms, "after": _norms(model)}))
     store.save(model, job.out, make, history)
     params = sum(p.numel() for p in model.parameters())
-    return {**losses, "params": params, "macs": macs(model, size)}
+    return {**found, "params": params, "macs": macs(model, size)}
+
+
+def _norms(model: nn.Module) -> dict[str, list[float]]:
+    """The norm of every channel that can be pruned, by group."""
+    found = groups(model)
+    values = importance(model, found, "group_l1", None, "union") if found else []
+    return {group.name: [round(float(x), 5) for x in norms] for group, norms in zip(found, values, strict=True) if norms is not None}
+
+
+def _as_long(job: Job, model: nn.Module, size: Resolution, training: Training, distillation: Distillation | None) -> Training:
+    """As many steps for the control as the multiply-accumulates of all the training it is compared with pay for.
+
+    Raises:
+        UserError: the dense network was not trained here, so that nobody knows what it took.
+    """
+    dense, pruned = (read_manifest(job.inputs[role]) for role in ("teacher", "network"))
+    assert dense is not None
+    assert pruned is not None
+    if not dense["summary"]["train_macs"]:
+        raise UserError("control=scratch: the dense network came trained (weights=), so nobody knows what its training took")
+    own = 3 * macs(model, size)
+    taught = own + (dense["summary"]["macs"] if distillation is not None else 0)
+    spent = dense["summary"]["train_macs"] + pruned["summary"]["train_macs"] + training.steps * training.batch_size * taught
+    steps = round(spent / (own * training.batch_size))
+    Console(stderr=True, highlight=False).print(f"           as long as dense, pruning and retraining together: {steps} steps")
+    return replace(training, steps=steps)

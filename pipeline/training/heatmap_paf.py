@@ -5,48 +5,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
-from evaluation.compiled import compiled
 from evaluation.skeletons import COCO_17
-from evaluation.types import FieldSpec, NetworkSpec, People, Skeleton, View
-from evaluation.views import input_to_cells
+from evaluation.types import FieldSpec, NetworkSpec, People, Resolution, Skeleton
 from pipeline.errors import UserError
+from pipeline.training.augment import sampling_grid
 
-F32 = NDArray[np.float32]
-
-
-@compiled
-def _draw_pafs(cells: F32, seen: NDArray[np.bool_], limbs: NDArray[np.int64], width: np.float32, out: F32) -> None:
-    """Add the limbs [L, 2] of people [N, K, 2] to empty PAFs [2 L, h, w]; where limbs of a kind overlap, their mean."""
-    h, w = out.shape[1], out.shape[2]
-    count = np.zeros((h, w), np.int32)
-    for limb in range(limbs.shape[0]):
-        a, b = limbs[limb, 0], limbs[limb, 1]
-        count[:] = 0
-        for person in range(cells.shape[0]):
-            ax, ay = cells[person, a]
-            dx, dy = cells[person, b, 0] - ax, cells[person, b, 1] - ay
-            length = np.float32(np.hypot(dx, dy))
-            if not (seen[person, a] and seen[person, b]) or length < 1e-3:
-                continue
-            ux, uy = dx / length, dy / length
-            x0, x1 = max(int(np.floor(min(ax, ax + dx) - width)), 0), min(int(np.ceil(max(ax, ax + dx) + width)) + 1, w)
-            y0, y1 = max(int(np.floor(min(ay, ay + dy) - width)), 0), min(int(np.ceil(max(ay, ay + dy) + width)) + 1, h)
-            for y in range(y0, y1):
-                for x in range(x0, x1):
-                    px, py = np.float32(x) - ax, np.float32(y) - ay
-                    along, across = px * ux + py * uy, abs(px * uy - py * ux)
-                    if across <= width and -width <= along <= length + width:
-                        out[2 * limb, y, x] += ux
-                        out[2 * limb + 1, y, x] += uy
-                        count[y, x] += 1
-        for y in range(h):
-            for x in range(w):
-                if count[y, x] > 1:
-                    out[2 * limb, y, x] /= np.float32(count[y, x])
-                    out[2 * limb + 1, y, x] /= np.float32(count[y, x])
+_MASK_STRIDE = 4  # stored pixels a cell of the mask of unlabelled people
 
 
 @dataclass(frozen=True)
@@ -63,40 +32,107 @@ class HeatmapPafObjective:
     paf_width: float = 1.0
     foreground: float = 4.0
 
-    def targets(self, truth: People, view: View, spec: NetworkSpec) -> dict[str, F32]:
-        """Fields of a perfect network for a view.
+    def people(self, truth: People | None) -> int:
+        """How many people of an image are learnt from."""
+        return 0 if truth is None else int(_labelled(truth).sum())
+
+    def labels(
+        self, truth: People | None, size: Resolution, stored: Resolution, whole: Resolution, most: int
+    ) -> dict[str, NDArray[Any]]:
+        """What is kept of an image's truth.
+
+        Args:
+            truth: None for an image without labels.
+            size: of the image that the truth speaks of.
+            stored: the size it is kept at.
+            whole: of the array it is kept in.
+            most: people that any image has.
 
         Returns:
-            "heatmaps" [K + 1, h, w] with the background last, "pafs" [2 L, h, w], and "mask" [1, h, w]: 0 on crowds and
-            people without labels, else 1.
+            "keypoints" float32 [most, 17, 3] and "boxes" [most, 4] of labelled people, in pixels as stored, and "unlabelled"
+            uint8 [H / 4, W / 4]: 1 on crowds and people without keypoints.
+
+        Raises:
+            UserError: the labels are of another skeleton than COCO's.
+        """
+        keypoints, boxes = np.zeros((most, len(COCO_17.names), 3), np.float32), np.zeros((most, 4), np.float32)
+        mask = np.zeros((-(-whole.height // _MASK_STRIDE), -(-whole.width // _MASK_STRIDE)), np.uint8)
+        if truth is not None:
+            if truth.keypoints.shape[1] != len(COCO_17.names):
+                raise UserError(
+                    f"training needs COCO's {len(COCO_17.names)} keypoints; these annotations have {truth.keypoints.shape[1]}"
+                )
+            chosen, scale = _labelled(truth), np.array([stored.width / size.width, stored.height / size.height])
+            kept = truth.keypoints[chosen].astype(np.float64)
+            kept[..., :2] = (kept[..., :2] + 0.5) * scale - 0.5
+            keypoints[: len(kept)] = kept
+            boxes[: len(kept)] = truth.boxes[chosen] * np.tile(scale, 2)
+            for index in np.flatnonzero(~chosen):
+                _cover(mask, truth, int(index), scale / _MASK_STRIDE)
+        return {"keypoints": keypoints, "boxes": boxes, "unlabelled": mask}
+
+    def targets(self, labels: Mapping[str, Tensor], size: Resolution, spec: NetworkSpec) -> dict[str, Tensor]:
+        """Fields of a perfect network for a batch of views.
+
+        Args:
+            labels: what `labels` kept [B, ...], "matrix" [B, 2, 3] from stored image to view, "flipped" [B] and "labelled" [B].
+            size: of the views, in pixels.
+            spec: of the network.
+
+        Returns:
+            "heatmaps" [B, K + 1, h, w] with the background last, "pafs" [B, 2 L, h, w], and "mask" [B, 1, h, w]: 0 on crowds,
+            people without labels and images without any, else 1.
         """
         heat, paf = spec.field("heatmaps"), spec.field("pafs")
-        points, seen = named_keypoints(truth, view, spec.skeleton)
-        h, w = view.size.height // heat.stride, view.size.width // heat.stride
+        points, seen = _named(labels, spec.skeleton)
+        cells = Resolution(size.height // heat.stride, size.width // heat.stride)
+        source = (labels["unlabelled"].shape[1] * _MASK_STRIDE, labels["unlabelled"].shape[2] * _MASK_STRIDE)
+        grid = sampling_grid(labels["matrix"], cells, source, heat.stride, heat.shift)
+        hidden = F.grid_sample(labels["unlabelled"][:, None].float(), grid, padding_mode="zeros", align_corners=False)
         return {
-            "heatmaps": self._heatmaps(input_to_cells(points, heat), seen, h, w),
-            "pafs": self._pafs(input_to_cells(points, paf), seen, spec.skeleton, h, w),
-            "mask": 1 - _unlabelled(truth, view, heat, h, w)[None],
+            "heatmaps": self._heatmaps(_cells(points, heat), seen, cells),
+            "pafs": self._pafs(_cells(points, paf), seen, spec.skeleton, cells),
+            "mask": (hidden < 0.01).float() * labels["labelled"][:, None, None, None],
         }
 
-    def _heatmaps(self, cells: NDArray[np.float64], seen: NDArray[np.bool_], h: int, w: int) -> F32:
-        far = np.where(seen[..., None], cells, -1e3).astype(np.float32)
-        scale = np.float32(-0.5 / self.sigma**2)
-        gx = np.exp(scale * (np.arange(w, dtype=np.float32) - far[..., :1]) ** 2)  # [N, K, w]
-        gy = np.exp(scale * (np.arange(h, dtype=np.float32) - far[..., 1:]) ** 2)  # [N, K, h]
-        K = cells.shape[1]
-        out = np.zeros((K + 1, h, w), np.float32)
-        for y, x in zip(gy, gx, strict=True):
-            np.maximum(out[:K], y[:, :, None] * x[:, None, :], out=out[:K])
+    def _heatmaps(self, cells: Tensor, seen: Tensor, size: Resolution) -> Tensor:
+        far = torch.where(seen[..., None], cells, -1e3)
+        xs, ys = (torch.arange(n, device=cells.device) for n in (size.width, size.height))
+        gx = torch.exp(-0.5 / self.sigma**2 * (xs - far[..., :1]) ** 2)  # [B, P, K, w]
+        gy = torch.exp(-0.5 / self.sigma**2 * (ys - far[..., 1:]) ** 2)  # [B, P, K, h]
+        B, P, K = seen.shape
+        out = torch.zeros(B, K + 1, size.height, size.width, device=cells.device)
+        for person in range(P):  # all people at once would take P times the memory
+            joints = gy[:, person, :, :, None] * gx[:, person, :, None, :]
+            out[:, :K] = torch.maximum(out[:, :K], joints)
         out[out < 0.01] = 0
-        out[K] = 1 - out[:K].max(axis=0)
+        out[:, K] = 1 - out[:, :K].amax(dim=1)
         return out
 
-    def _pafs(self, cells: NDArray[np.float64], seen: NDArray[np.bool_], skeleton: Skeleton, h: int, w: int) -> F32:
-        limbs = np.array(skeleton.limbs, np.int64)
-        out = np.zeros((2 * len(limbs), h, w), np.float32)
-        _draw_pafs(cells.astype(np.float32), seen, limbs, np.float32(self.paf_width), out)
-        return out
+    def _pafs(self, cells: Tensor, seen: Tensor, skeleton: Skeleton, size: Resolution) -> Tensor:
+        """Unit vectors along each limb near it; where limbs of a kind overlap, their mean."""
+        limbs = torch.tensor(skeleton.limbs, device=cells.device)
+        a, b = cells[:, :, limbs[:, 0]], cells[:, :, limbs[:, 1]]  # [B, P, L, 2]
+        length = (b - a).norm(dim=-1)
+        there = seen[:, :, limbs[:, 0]] & seen[:, :, limbs[:, 1]] & (length >= 1e-3)
+        unit = (b - a) / length.clamp(min=1e-3)[..., None]
+        B, P, L = there.shape
+        xs = torch.arange(size.width, device=cells.device, dtype=torch.float32)
+        ys = torch.arange(size.height, device=cells.device, dtype=torch.float32)
+        total = torch.zeros(B, L, 2, size.height, size.width, device=cells.device)
+        count = torch.zeros(B, L, 1, size.height, size.width, device=cells.device)
+        for person in range(P):
+            u = unit[:, person, :, :, None, None]  # [B, L, 2, 1, 1]
+            px = xs - a[:, person, :, 0, None, None]  # [B, L, 1, w]
+            py = ys[:, None] - a[:, person, :, 1, None, None]  # [B, L, h, 1]
+            along = px * u[:, :, 0] + py * u[:, :, 1]
+            across = (px * u[:, :, 1] - py * u[:, :, 0]).abs()
+            reach = length[:, person, :, None, None] + self.paf_width
+            near = (across <= self.paf_width) & (along >= -self.paf_width) & (along <= reach)
+            covered = (near & there[:, person, :, None, None])[:, :, None].float()
+            total += covered * u
+            count += covered
+        return (total / count.clamp(min=1)).flatten(1, 2)
 
     def loss(self, fields: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Squared errors summed over channels and averaged over cells and images, of all stages together.
@@ -120,54 +156,55 @@ class HeatmapPafObjective:
         return losses
 
 
-def named_keypoints(truth: People, view: View, skeleton: Skeleton) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """COCO's keypoints of the people of an image in a network's skeleton, in input pixels.
+def _labelled(truth: People) -> NDArray[np.bool_]:
+    labelled: NDArray[np.bool_] = ~truth.crowd & (truth.keypoints[..., 2] > 0).any(axis=1)
+    return labelled
 
-    Returns:
-        Points [N, K, 2], and which of them are labelled [N, K]. A neck is the middle of two labelled shoulders.
 
-    Raises:
-        UserError: the labels are of another skeleton than COCO's.
+def _named(labels: Mapping[str, Tensor], skeleton: Skeleton) -> tuple[Tensor, Tensor]:
+    """COCO's keypoints in a network's skeleton and in the pixels of the views [B, P, K, 2], and which are labelled [B, P, K].
+
+    A neck is the middle of two labelled shoulders; in a mirrored view left and right change places.
     """
-    keypoints = truth.keypoints[~truth.crowd]
-    if keypoints.shape[1] != len(COCO_17.names):
-        raise UserError(f"training needs COCO's {len(COCO_17.names)} keypoints; these annotations have {keypoints.shape[1]}")
-    points = view.to_input(keypoints[..., :2])
+    matrix, keypoints = labels["matrix"], labels["keypoints"]
+    points = keypoints[..., :2] @ matrix[:, None, :, :2].transpose(-1, -2) + matrix[:, None, None, :, 2]
     seen = keypoints[..., 2] > 0
-    if view.flipped:
-        mirror = list(COCO_17.flip)
-        points, seen = points[:, mirror], seen[:, mirror]
-    K = len(skeleton.names)
-    out, labelled = np.zeros((len(points), K, 2)), np.zeros((len(points), K), bool)
-    for k, name in enumerate(skeleton.names):
-        sources = ["left_shoulder", "right_shoulder"] if name == "neck" else [name]
-        columns = [COCO_17.names.index(source) for source in sources]
-        out[:, k] = points[:, columns].mean(axis=1)
-        labelled[:, k] = seen[:, columns].all(axis=1)
-    return out, labelled
+    mirror = torch.tensor(COCO_17.flip, device=points.device)
+    turned = labels["flipped"][:, None, None]
+    points = torch.where(turned[..., None], points[:, :, mirror], points)
+    seen = torch.where(turned, seen[:, :, mirror], seen)
+    first, second = [], []
+    for name in skeleton.names:
+        sources = ["left_shoulder", "right_shoulder"] if name == "neck" else [name, name]
+        first.append(COCO_17.names.index(sources[0]))
+        second.append(COCO_17.names.index(sources[1]))
+    return (points[:, :, first] + points[:, :, second]) / 2, seen[:, :, first] & seen[:, :, second]
 
 
-def _unlabelled(truth: People, view: View, spec: FieldSpec, h: int, w: int) -> F32:
-    """1 in cells [h, w] that show crowds or people without keypoints, else 0."""
+def _cells(points: Tensor, spec: FieldSpec) -> Tensor:
+    """`evaluation.views.input_to_cells`, where the tensor is."""
+    return (points + 0.5) / spec.stride - 0.5 - spec.shift
+
+
+def _cover(mask: NDArray[np.uint8], truth: People, index: int, scale: NDArray[np.float64]) -> None:
+    """Set the cells of a mask that show a person."""
     import cv2
 
-    out = np.zeros((h, w), np.float32)
-    nobody = truth.crowd | ~(truth.keypoints[..., 2] > 0).any(axis=1)
-    to_cells = view.matrix / spec.stride
-    to_cells[:, 2] += 0.5 / spec.stride - 0.5 - spec.shift
-    for index in np.flatnonzero(nobody):
-        mask: Any = truth.masks[index] if index < len(truth.masks) else None
-        if isinstance(mask, list) and mask:
-            polygons = [np.asarray(p, np.float64).reshape(-1, 2) @ to_cells[:, :2].T + to_cells[:, 2] for p in mask]
-            cv2.fillPoly(out, [np.rint(p).astype(np.int32) for p in polygons], (1.0,))
-        elif isinstance(mask, dict):
-            pixels = cv2.warpAffine(_decode(mask), to_cells, (w, h), flags=cv2.INTER_AREA)
-            out = np.maximum(out, (pixels > 0).astype(np.float32))
-        else:
-            x, y, width, height = truth.boxes[index]
-            corners = np.array([[x, y], [x + width, y], [x + width, y + height], [x, y + height]])
-            cv2.fillPoly(out, [np.rint(corners @ to_cells[:, :2].T + to_cells[:, 2]).astype(np.int32)], (1.0,))
-    return out
+    shape: Any = truth.masks[index] if index < len(truth.masks) else None
+    if isinstance(shape, dict):
+        pixels = _decode(shape)
+        inside = (max(1, round(pixels.shape[1] * scale[0])), max(1, round(pixels.shape[0] * scale[1])))
+        small = cv2.resize(pixels * np.uint8(255), inside, interpolation=cv2.INTER_AREA) > 0
+        h, w = min(mask.shape[0], small.shape[0]), min(mask.shape[1], small.shape[1])
+        mask[:h, :w] |= small[:h, :w]
+        return
+    if isinstance(shape, list) and shape:
+        outlines = [np.asarray(p, np.float64).reshape(-1, 2) for p in shape]
+    else:
+        x, y, width, height = truth.boxes[index]
+        outlines = [np.array([[x, y], [x + width, y], [x + width, y + height], [x, y + height]])]
+    for outline in outlines:
+        cv2.fillPoly(mask, [np.rint((outline + 0.5) * scale - 0.5).astype(np.int32)], (1.0,))
 
 
 def _decode(mask: Mapping[str, Any]) -> NDArray[np.uint8]:

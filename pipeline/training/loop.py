@@ -1,26 +1,26 @@
-"""The training loop: steps, AdamW, warm-up and cosine, EMA, checkpoints that a killed run goes on from."""
+"""The training loop: AdamW, warm-up and cosine, EMA, distillation, checkpoints that a killed run goes on from, several GPUs."""
 
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping
+import pickle
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
-from evaluation.pixels import normalise
-from evaluation.types import NetworkSpec, Resolution
 from pipeline.errors import UserError
-from pipeline.pruning import folded_weights, normalised
-from pipeline.specs import Dataset, Objective
-from pipeline.training.augment import Augmentation
+from pipeline.pruning.graph import example, macs
+from pipeline.pruning.sparse24 import zeros
+from pipeline.training.distillation import Distillation, Teacher
+from pipeline.training.sparsity import Penalty
+from pipeline.training.views import Views
+
+_LOOK_EVERY = 20  # steps between looks at the losses: each waits for the device
+_RETURNS = 3  # times a training whose loss is not finite goes back to its checkpoint
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,23 @@ class Training:
 
     Attributes:
         steps: optimiser steps; 0 keeps the weights.
-        batch_size: images a step.
+        batch_size: images a step, over all devices and accumulated parts.
         lr: greatest learning rate.
         weight_decay: AdamW's.
         warmup: steps of linearly growing learning rate; a cosine to a hundredth follows.
         ema: decay of the averaged weights, which are the result; it grows to this from 0.
-        l1: factor of the L1 norm of the weights that pruning will judge, added to the loss.
+        regularization_type: l1, l2 or group_lasso on the folded weights of the groups that can be pruned; None adds nothing.
+        kernel_regularization_factor: of that penalty.
         clip: greatest norm of the gradient.
         precision: Lightning Fabric's: "32-true", "bf16-mixed", "16-mixed"; "auto" is bfloat16 where the hardware
             multiplies it (a GPU, or a CPU with AMX), else 32-true.
-        workers: processes that read and augment; None is one less than the cores, 16 at most.
+        accumulate: parts a batch is computed in, one after the other, on each device.
+        patience: checks without a better loss on the tune images after which training stops; None trains all steps.
+        check_every: steps between these checks.
         checkpoint_every: steps between checkpoints.
-        accelerator: Lightning Fabric's: "auto", "cpu", "cuda"; one device is used.
+        accelerator: Lightning Fabric's: "auto", "cpu", "cuda".
+        devices: processors or GPUs of this machine.
+        num_nodes: machines; each runs the same command with NODE_RANK, MASTER_ADDR and MASTER_PORT set, and its own outputs.
     """
 
     steps: int = 1000
@@ -49,76 +54,42 @@ class Training:
     weight_decay: float = 1e-4
     warmup: int = 100
     ema: float = 0.998
-    l1: float = 0.0
+    regularization_type: str | None = None
+    kernel_regularization_factor: float = 0.0
     clip: float = 5.0
     precision: str = "auto"
-    workers: int | None = None
+    accumulate: int = 1
+    patience: int | None = None
+    check_every: int = 200
     checkpoint_every: int = 200
     accelerator: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
 
     def __post_init__(self) -> None:
         """Check the ranges.
 
         Raises:
-            UserError: a number is out of range.
+            UserError: a number is out of range, or the batch cannot be shared out.
         """
-        for name, least in (("steps", 0), ("batch_size", 1), ("warmup", 0), ("checkpoint_every", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least {least}")
+        for name, least in (
+            ("steps", 0), ("batch_size", 1), ("warmup", 0), ("checkpoint_every", 1), ("check_every", 1), ("accumulate", 1),
+            ("devices", 1), ("num_nodes", 1),
+        ):  # fmt: skip
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)}: must be a whole number, at least {least}")
+        if self.patience is not None and self.patience < 1:
+            raise UserError(f"patience={self.patience}: must be at least 1, or null to train all steps")
+        if self.batch_size % self.parts:
+            raise UserError(
+                f"batch_size={self.batch_size}: cannot be shared by devices={self.devices} x num_nodes={self.num_nodes} x "
+                f"accumulate={self.accumulate}; choose a multiple of {self.parts}"
+            )
 
-
-class _Views(TorchDataset[dict[str, Tensor]]):
-    """Random views; item n is the same whichever process makes it, so a resumed run sees what it would have seen."""
-
-    def __init__(
-        self,
-        data: Dataset[Any],
-        objective: Objective[Any],
-        spec: NetworkSpec,
-        resolution: Resolution,
-        augment: Augmentation,
-        seed: int,
-    ) -> None:
-        self.data, self.objective, self.spec, self.resolution = data, objective, spec, resolution
-        self.augment, self.seed = augment, seed
-
-    def __getitem__(self, n: int) -> dict[str, Tensor]:
-        import cv2
-
-        epoch, place = divmod(n, len(self.data))
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
-        draw = np.random.default_rng([self.seed, 1, n])
-        sample = self.data[int(order[place])]
-        truth = sample.truth
-        assert truth is not None, "train images have labels"
-        view = self.augment.view(draw, sample.size, self.resolution, truth)
-        pad = (self.spec.input.pad,) * 3
-        size = (view.size.width, view.size.height)
-        image = cv2.warpAffine(sample.read(), view.matrix, size, flags=cv2.INTER_LINEAR, borderValue=pad)
-        pixels = self.augment.pixels(draw, np.asarray(image, np.uint8))
-        fields: dict[str, NDArray[np.float32]] = dict(self.objective.targets(truth, view, self.spec))
-        fields["image"] = normalise(pixels, self.spec.input)
-        return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in fields.items()}
-
-
-def _single_threaded(_: int) -> None:
-    import cv2
-
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-
-
-def _averaging(most: float) -> Callable[[Any, Any, Any], None]:
-    @torch.no_grad()
-    def update(averaged: list[Tensor], current: list[Tensor], count: Any) -> None:
-        decay = min(most, (1 + float(count)) / (10 + float(count)))
-        if averaged[0].is_floating_point():
-            torch._foreach_lerp_(averaged, current, 1 - decay)
-        else:
-            for mean, value in zip(averaged, current, strict=True):
-                mean.copy_(value)
-
-    return update
+    @property
+    def parts(self) -> int:
+        """How many parts a batch is computed in."""
+        return self.devices * self.num_nodes * self.accumulate
 
 
 def learning_rate(step: int, training: Training) -> float:
@@ -131,124 +102,322 @@ def learning_rate(step: int, training: Training) -> float:
 
 def train(
     network: nn.Module,
-    data: Dataset[Any],
-    objective: Objective[Any],
-    resolution: Resolution,
-    augment: Augmentation,
+    views: Views,
     training: Training,
     checkpoint: Path,
-    seed: int = 0,
-) -> Mapping[str, float]:
-    """Train a network in place; its final weights are the averaged ones.
+    teacher: nn.Module | None = None,
+    distillation: Distillation | None = None,
+    tune: Views | None = None,
+) -> dict[str, Any]:
+    """Train a network in place; its final weights are the averaged ones, with early stopping the best of them.
 
     Args:
         network: with a `spec` and `ignored_layers`.
-        data: labelled images.
-        objective: of the network's family.
-        resolution: of the views.
-        augment: how views are drawn.
+        views: what it is trained on.
         training: how long and how fast.
         checkpoint: the file to go on from, if it exists, and to write.
-        seed: of the order and the views.
+        teacher: the dense network, for `distillation`.
+        distillation: what is learnt from it.
+        tune: what early stopping looks at.
 
     Returns:
-        The last losses by name, "loss" their sum, "steps".
+        The last losses by name, "loss" their sum, "steps", "curve": (step, loss) every few steps, and "train_macs": three times
+        the MACs of every image, forward and both gradients, and once the teacher's.
 
     Raises:
-        UserError: the loss is no longer finite.
+        UserError: the loss is again and again not finite, the disk is full, or there are fewer devices than asked for.
     """
     if training.steps == 0:
-        return {"steps": 0.0}
+        return {"steps": 0, "train_macs": 0, "curve": []}
+    if training.patience is not None and tune is None:
+        raise UserError(f"patience={training.patience}: stopping early needs tune images; choose patience=null")
     from lightning_fabric import Fabric
 
-    fabric = Fabric(accelerator=training.accelerator, devices=1, precision=_precision(training))  # type: ignore[arg-type]
-    fabric.launch()
-    fabric.seed_everything(seed, verbose=False)
-    torch.backends.cudnn.benchmark = fabric.device.type == "cuda"
-    network.train()
-    pairs = normalised(network)
-    model, optimiser = fabric.setup(
-        network.to(memory_format=torch.channels_last),  # type: ignore[call-overload]
-        torch.optim.AdamW(network.parameters(), lr=training.lr, weight_decay=training.weight_decay),
+    several = training.devices * training.num_nodes > 1
+    accelerator = training.accelerator
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator == "cuda" and training.devices > torch.cuda.device_count():
+        raise UserError(f"devices={training.devices}: this machine has {torch.cuda.device_count()} GPUs; choose that or fewer")
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=training.devices,
+        num_nodes=training.num_nodes,
+        strategy="ddp_spawn" if several else "auto",
+        precision=_precision(training, accelerator),  # type: ignore[arg-type]
     )
-    averaged = AveragedModel(network, multi_avg_fn=_averaging(training.ema), use_buffers=True)
-    state: dict[str, Any] = {"network": network, "optimiser": optimiser, "averaged": averaged, "step": 0, "losses": {}}
-    if checkpoint.exists():
-        fabric.load(checkpoint, state)
-    spec: NetworkSpec = network.spec  # type: ignore[assignment]
-    views = _Views(data, objective, spec, resolution, augment, seed)
-    with _bar() as progress:
-        task = progress.add_task("training", total=training.steps, completed=state["step"], losses="")
-        for batch in _batches(fabric, views, training, state["step"]):
-            step = int(state["step"])
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(step, training)
-            images = batch.pop("image")
-            named = objective.loss(model(images.to(memory_format=torch.channels_last)), batch)
-            total: Any = sum(named.values())
-            if training.l1:
-                total = total + training.l1 * sum(weight.abs().sum() for weight in folded_weights(network, pairs))
-            fabric.backward(total)
-            fabric.clip_gradients(model, optimiser, max_norm=training.clip, error_if_nonfinite=False)
-            optimiser.step()
-            optimiser.zero_grad()
-            averaged.update_parameters(network)
-            state["step"] = step + 1
-            if step % 20 == 0 or step + 1 == training.steps:
-                state["losses"] = {name: float(value.detach()) for name, value in named.items()}
-                if not math.isfinite(sum(state["losses"].values())):
-                    raise UserError(f"the loss is {state['losses']} after {step} steps; lower lr={training.lr}")
-            progress.update(task, advance=1, losses=" ".join(f"{k} {v:.3f}" for k, v in state["losses"].items()))
-            if (step + 1) % training.checkpoint_every == 0:
-                _save(fabric, checkpoint, state)
-    _save(fabric, checkpoint, state)
-    network.load_state_dict(averaged.module.state_dict())
+    given = (network, views, training, checkpoint, teacher, distillation, tune)
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    fabric.launch(_fit, *given) if several else _fit(fabric, *given)
+    state = torch.load(checkpoint, "cpu", weights_only=True)
+    network.load_state_dict(state["best"] or state["averaged"])
     network.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     losses: dict[str, float] = state["losses"]
-    return {**losses, "loss": sum(losses.values()), "steps": float(training.steps)}
+    each = 3 * macs(network, views.resolution) + (macs(teacher, views.resolution) if teacher is not None else 0)
+    return {
+        **losses,
+        "loss": sum(losses.values()),
+        "steps": state["step"],
+        "train_macs": state["step"] * training.batch_size * each,
+        "curve": state["curve"],
+    }
 
 
-def _precision(training: Training) -> str:
+class _NotFiniteError(Exception):
+    """A loss is not finite."""
+
+
+def _fit(fabric: Any, *given: Any) -> None:
+    _Run(fabric, *given).fit()
+
+
+class _Run:
+    """A training on one device, of one or several: everything that a checkpoint holds, and the steps between two of them."""
+
+    def __init__(
+        self,
+        fabric: Any,
+        network: nn.Module,
+        views: Views,
+        training: Training,
+        checkpoint: Path,
+        teacher: nn.Module | None,
+        distillation: Distillation | None,
+        tune: Views | None,
+    ) -> None:
+        fabric.seed_everything(views.seed, verbose=False)
+        self.fabric, self.views, self.training, self.checkpoint, self.tune = fabric, views, training, checkpoint, tune
+        on_gpu = fabric.device.type == "cuda"
+        torch.backends.cudnn.benchmark = on_gpu
+        network = network.to(fabric.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        kind = training.regularization_type
+        self.penalty = Penalty(network, kind, training.kernel_regularization_factor) if kind else None
+        if on_gpu and fabric.world_size > 1:  # the statistics of the whole batch, as on one device
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        self.network = network
+        self.teacher = None
+        if teacher is not None:
+            assert distillation is not None
+            self.teacher = Teacher(teacher, network, distillation, example(network))
+        adapters = [*self.teacher.adapters.parameters()] if self.teacher else []
+        trained = [*network.parameters(), *adapters]
+        optimiser = torch.optim.AdamW(trained, lr=training.lr, weight_decay=training.weight_decay, fused=on_gpu or None)
+        self.model, self.optimiser = fabric.setup(network, optimiser)
+        self.zeros = zeros(network)
+        live = network.state_dict()
+        self.averaged = {name: value.detach().clone() for name, value in live.items()}
+        floats = [name for name, value in live.items() if value.is_floating_point()]
+        self.means, self.values = [self.averaged[name] for name in floats], [live[name] for name in floats]
+        self.state: dict[str, Any] = {
+            "step": 0, "stopped": False, "losses": {}, "curve": [], "lr_factor": 1.0, "returns": 0, "best": None,
+            "best_loss": math.inf, "checks": 0,
+        }  # fmt: skip
+        if checkpoint.exists():
+            self._load()
+        else:
+            self._save()  # a disk without room is found now
+
+    def _save(self) -> None:
+        if self.fabric.global_rank == 0:
+            for name, value in self.network.state_dict().items():
+                if not value.is_floating_point():
+                    self.averaged[name].copy_(value)
+            live = {
+                "network": self.network.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "adapters": self.teacher.adapters.state_dict() if self.teacher else {},
+                "averaged": self.averaged,
+            }
+            _save(self.checkpoint, {**self.state, **live})
+        self.fabric.barrier()
+
+    def _load(self) -> None:
+        try:
+            found = torch.load(self.checkpoint, "cpu", weights_only=True)
+            self.network.load_state_dict(found["network"])
+            self.optimiser.load_state_dict(found["optimiser"])
+        except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"{self.checkpoint}: not a checkpoint of this training ({str(error).splitlines()[0]}); run again with force=true"
+            ) from error
+        if self.teacher:
+            self.teacher.adapters.load_state_dict(found["adapters"])
+        for name, value in found["averaged"].items():
+            self.averaged[name].copy_(value)
+        self.state.update({key: found[key] for key in self.state})
+
+    def fit(self) -> None:
+        """Train until the last step is in the checkpoint."""
+        training, state = self.training, self.state
+        first, begun, shown = state["step"], time.perf_counter(), self.fabric.global_rank == 0
+        with _bar(shown) as self.progress:
+            self.task = self.progress.add_task("training", total=training.steps, completed=first, losses="")
+            while state["step"] < training.steps and not state["stopped"]:
+                try:
+                    self._go_on()
+                except _NotFiniteError:
+                    self._go_back()
+        if shown and state["step"] > first:
+            rate = (state["step"] - first) * training.batch_size / (time.perf_counter() - begun)
+            self.progress.console.print(f"           {state['step'] - first} steps at {rate:.0f} images/s", highlight=False)
+
+    def _go_on(self) -> None:
+        """Train from the state's step.
+
+        Raises:
+            _NotFiniteError: a loss is not finite.
+        """
+        training, state = self.training, self.state
+        self.bad = torch.zeros((), device=self.fabric.device)
+        items = _items(training, self.fabric.global_rank, state["step"])
+        with closing(self.views.batches(items, self.fabric.device)) as batches:
+            while state["step"] < training.steps:
+                losses = self._step(batches)
+                state["step"] += 1
+                done = state["step"]
+                saves = done % training.checkpoint_every == 0 or done == training.steps
+                checks = training.patience is not None and (done % training.check_every == 0 or done == training.steps)
+                if done % _LOOK_EVERY == 1 or saves or checks:
+                    self._look(losses)
+                if checks and self._no_longer_better():
+                    self.progress.console.print(f"           stopped after {done} steps: the loss on the tune images rises")
+                    state["stopped"] = saves = True
+                if saves:
+                    self._save()
+                if state["stopped"]:
+                    return
+
+    def _step(self, batches: Iterator[tuple[Tensor, dict[str, Tensor]]]) -> dict[str, Tensor]:
+        """One step of the optimiser; returns this device's losses."""
+        training, step = self.training, self.state["step"]
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(step, training) * self.state["lr_factor"]
+        losses: dict[str, Any] = {}
+        for part in range(training.accumulate):
+            images, targets = next(batches)
+            with self.fabric.no_backward_sync(self.model, enabled=part + 1 < training.accumulate):
+                named = self._losses(images, targets)
+                total = torch.stack([*named.values()]).sum() / training.accumulate
+                if self.penalty is not None and part == 0:
+                    total = total + self.penalty()
+                self.fabric.backward(total)
+            self.bad += ~torch.isfinite(total.detach())
+            for name, value in named.items():
+                losses[name] = losses.get(name, 0) + value.detach() / training.accumulate
+        self.fabric.clip_gradients(self.model, self.optimiser, max_norm=training.clip, error_if_nonfinite=False)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        for weight, gone in self.zeros:
+            weight.masked_fill_(gone, 0)
+        decay = min(training.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.means, self.values, 1 - decay)  # noqa: SLF001
+        self.progress.update(self.task, completed=step + 1)
+        return losses
+
+    def _losses(self, images: Tensor, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        fields = self.model(images)
+        if self.teacher is None:
+            learnt: dict[str, Tensor] = dict(self.views.objective.loss(fields, targets))
+            return learnt
+        how = self.teacher.how
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.fabric.device.type == "cuda"):
+            expected = self.teacher.fields(images)
+        labels = self.views.objective.loss(fields, targets) if how.labels else {}
+        return {name: how.labels * value for name, value in labels.items()} | self.teacher.loss(fields, expected)
+
+    def _look(self, losses: Mapping[str, Tensor]) -> None:
+        """Wait for the device and take down its losses, and those of the others."""
+        if float(self.fabric.all_reduce(self.bad, reduce_op="sum")) > 0:
+            raise _NotFiniteError
+        means = self.fabric.all_reduce(torch.stack([*losses.values()]), reduce_op="mean").tolist()
+        self.state["losses"] = dict(zip(losses, means, strict=True))
+        self.state["curve"].append([self.state["step"], sum(means)])
+        self.progress.update(self.task, losses=" ".join(f"{name} {value:.3f}" for name, value in zip(losses, means, strict=True)))
+
+    def _go_back(self) -> None:
+        """Take up the last checkpoint with half the learning rate.
+
+        Raises:
+            UserError: that did not help before.
+        """
+        at, returns = self.state["step"], self.state["returns"] + 1
+        self._load()
+        if returns > _RETURNS:
+            raise UserError(
+                f"the loss is not finite after {at} steps, also with lr={self.training.lr * self.state['lr_factor']:g}; "
+                f"lower lr={self.training.lr:g} or clip={self.training.clip:g}"
+            )
+        self.state["returns"], self.state["lr_factor"] = returns, self.state["lr_factor"] / 2
+        self._save()
+        self.progress.console.print(
+            f"           the loss is not finite after {at} steps: back to step {self.state['step']}, "
+            f"with {self.state['lr_factor']:g} times the learning rate",
+            highlight=False,
+        )
+        self.progress.update(self.task, completed=self.state["step"])
+
+    @torch.no_grad()
+    def _no_longer_better(self) -> bool:
+        """Check the averaged weights on the tune images, and keep them if they are the best so far."""
+        assert self.tune is not None
+        network, training, state = self.network, self.training, self.state
+        live = {name: value.clone() for name, value in network.state_dict().items()}
+        network.load_state_dict(self.averaged)
+        found = loss_on(network.eval(), self.tune, training.batch_size // training.parts)
+        network.load_state_dict(live)
+        network.train()
+        if found < state["best_loss"]:
+            best = {name: value.cpu().clone() for name, value in self.averaged.items()}
+            state.update(best=best, best_loss=found, checks=0)
+        else:
+            state["checks"] += 1
+        return bool(state["checks"] >= training.patience)
+
+
+def loss_on(network: nn.Module, views: Views, batch_size: int) -> float:
+    """The objective's loss of a network on every image of some views, where the network is and in its present mode."""
+    device = next(network.parameters()).device
+    total, count = 0.0, len(views.shard)
+    parts = iter([range(n, min(n + batch_size, count)) for n in range(0, count, batch_size)])
+    with torch.no_grad():
+        for images, targets in views.batches(parts, device):
+            losses = views.objective.loss(network(images), targets)
+            total += float(torch.stack([*losses.values()]).sum()) * len(images)
+    return total / count
+
+
+def _precision(training: Training, accelerator: str) -> str:
     if training.precision != "auto":
         return training.precision
-    on_gpu = training.accelerator != "cpu" and torch.cuda.is_available()
-    return "bf16-mixed" if on_gpu or torch.cpu._is_amx_tile_supported() else "32-true"  # noqa: SLF001
+    return "bf16-mixed" if accelerator != "cpu" or torch.cpu._is_amx_tile_supported() else "32-true"  # noqa: SLF001
 
 
-def _save(fabric: Any, checkpoint: Path, state: Mapping[str, Any]) -> None:
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+def _save(checkpoint: Path, state: Mapping[str, Any]) -> None:
     unfinished = checkpoint.with_suffix(".tmp")
     try:
-        fabric.save(unfinished, dict(state))
-    except RuntimeError as error:  # torch's writer says so when the disk is full
+        torch.save(dict(state), unfinished)
+    except (RuntimeError, OSError) as error:  # torch's writer says so when the disk is full
         unfinished.unlink(missing_ok=True)
         raise UserError(
-            f"{checkpoint}: cannot write the checkpoint ({str(error).splitlines()[0]}); is the disk full?"
+            f"{checkpoint}: cannot write the checkpoint ({str(error).splitlines()[0]}); is the disk full? "
+            "The last one is kept: free some space and run the same command again"
         ) from error
     unfinished.replace(checkpoint)
 
 
-def _batches(fabric: Any, views: _Views, training: Training, first: int) -> Iterator[dict[str, Tensor]]:
-    workers = training.workers
-    if workers is None:
-        workers = max(1, min(16, (os.cpu_count() or 2) - 1))
-    loader: DataLoader[dict[str, Tensor]] = DataLoader(
-        views,
-        batch_size=training.batch_size,
-        sampler=range(first * training.batch_size, training.steps * training.batch_size),
-        num_workers=workers,
-        worker_init_fn=_single_threaded,
-        pin_memory=fabric.device.type == "cuda",
-        prefetch_factor=4 if workers else None,
-    )
-    try:
-        yield from fabric.setup_dataloaders(loader, use_distributed_sampler=False)
-    except UserError as error:  # from a worker it comes with the worker's traceback in its message
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("pipeline.errors.UserError: ")) from error
+def _items(training: Training, rank: int, first: int) -> Iterator[Sequence[int]]:
+    """What a device sees: its part of each step's images, or several to accumulate."""
+    size = training.batch_size // training.parts
+    for step in range(first, training.steps):
+        for part in range(training.accumulate):
+            start = step * training.batch_size + (part * training.devices * training.num_nodes + rank) * size
+            yield range(start, start + size)
 
 
-def _bar() -> Any:
+def _bar(shown: bool) -> Any:
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[losses]}"))
+    console = Console(stderr=True, soft_wrap=True)
+    return Progress(*columns, TextColumn("{task.fields[losses]}"), console=console, disable=not shown)

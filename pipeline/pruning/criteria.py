@@ -1,0 +1,126 @@
+"""What the channels of a group are worth: importance criteria, on weights with their batch norms folded in."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+from pipeline.pruning.graph import Group, Part, folded, normalised, output_axis
+
+CRITERIA = ("l1", "l2", "bn_scale", "taylor", "group_l1")
+NORMALIZERS = ("max", "L2")
+EQUALIZATIONS = ("union", "intersection", "arithmetic_mean", "geometric_mean")
+
+Backward = Callable[[nn.Module], Iterable[None]]  # leaves the gradients of one batch in the network each time it yields
+
+
+def spread(part: Part, values: Tensor, size: int) -> Tensor:
+    """Values of a part's channels [n] summed onto its group's channels [size]."""
+    return torch.zeros(size, dtype=torch.float64).index_add_(0, part.roots, values.detach().double().cpu())
+
+
+def filters(part: Part, pairs: Mapping[nn.Module, nn.BatchNorm2d]) -> Tensor:
+    """The folded weights of a part's channels, one row a channel [n, everything else]."""
+    weight = folded(part.layer, pairs.get(part.layer))
+    axis = output_axis(part.layer) if part.outputs else 1 - output_axis(part.layer)
+    return weight.transpose(0, axis)[part.channels.to(weight.device)].flatten(1)
+
+
+def group_norms(group: Group, pairs: Mapping[nn.Module, nn.BatchNorm2d], p: int) -> Tensor:
+    """The L1 (p=1) or squared L2 (p=2) norm of each channel over all weights that make and read it [size], with gradients."""
+    total: Any = 0
+    for part in group.parts:
+        if not isinstance(part.layer, nn.BatchNorm2d):
+            norms = filters(part, pairs).abs().pow(p).sum(1).float()
+            place = part.roots.to(norms.device)
+            total = total + torch.zeros(group.size, device=norms.device).index_add_(0, place, norms)
+    assert isinstance(total, Tensor)
+    return total
+
+
+def _equalised(norms: Sequence[Tensor], how: str) -> Tensor:
+    """One value a channel from those of the layers that compute it; union keeps what one of them wants to keep."""
+    stacked = torch.stack(list(norms))
+    if how == "union":
+        return stacked.amax(0)
+    if how == "intersection":
+        return stacked.amin(0)
+    if how == "arithmetic_mean":
+        return stacked.mean(0)
+    return stacked.clamp(min=1e-30).log().mean(0).exp()
+
+
+def _scaled(norms: Tensor, normalizer: str | None) -> Tensor:
+    if normalizer is None:
+        return norms
+    whole = norms.abs().max() if normalizer == "max" else norms.norm()
+    return norms / whole.clamp(min=1e-30)
+
+
+def importance(
+    network: nn.Module, groups: Sequence[Group], criterion: str, normalizer: str | None, equalization: str, gates: Any = None
+) -> list[Tensor | None]:
+    """What each channel is worth, float64 [size] a group; None for a group the criterion says nothing of.
+
+    Args:
+        network: whose groups they are.
+        groups: to judge.
+        criterion: "l1" and "l2" are norms of the filters that compute a channel, "bn_scale" the batch norm's scale
+            (arXiv:1708.06519), "taylor" the squared first-order change of the loss without the channel (arXiv:1906.10771),
+            "group_l1" the L1 norm over all weights that make and read it (arXiv:2301.12900).
+        normalizer: "max" or "L2" divides the norms of each layer by that of their vector; None leaves them.
+        equalization: how layers whose channels are tied agree: "union" is their greatest value, "intersection" the least.
+        gates: what `taylor_gates` returned, for "taylor".
+
+    Raises:
+        UserError: no group has what the criterion judges by.
+    """
+    pairs = normalised(network)
+    norms_of = {norm: layer for layer, norm in pairs.items()}
+    found: list[Tensor | None] = []
+    for group in groups:
+        if criterion == "group_l1":
+            values = [group_norms(group, pairs, 1).detach().double().cpu()]
+        elif criterion == "bn_scale":
+            norms = [p for p in group.parts if p.layer in norms_of]
+            values = [spread(p, p.layer.weight[p.channels].abs(), group.size) for p in norms]  # type: ignore[index]
+        elif criterion == "taylor":
+            values = [spread(p, gates[p.layer][p.channels], group.size) for p in group.producers]
+        else:
+            order = 1 if criterion == "l1" else 2
+            values = [spread(p, filters(p, pairs).norm(order, dim=1), group.size) for p in group.producers]
+        found.append(_equalised([_scaled(v, normalizer) for v in values], equalization) if values else None)
+    if all(values is None for values in found):
+        raise UserError(f"pruner.criterion={criterion}: this network has no batch norm; choose l1, l2, group_l1 or taylor")
+    return found
+
+
+def taylor_gates(network: nn.Module, backward: Iterable[None]) -> dict[nn.Module, Tensor]:
+    """The squared first-order change of the loss if an output of a layer were cut off, summed over batches.
+
+    Behind a batch norm in evaluation mode that is (scale * its gradient + shift * its gradient)^2, else the same of the
+    layer's own weights and bias: both are the gradient of a gate on the channel (arXiv:1906.10771, section 3.1).
+
+    Args:
+        network: in evaluation mode.
+        backward: leaves the gradients of a batch in the network each time it is asked for the next.
+    """
+    pairs = normalised(network)
+    gates: dict[nn.Module, Tensor] = {}
+    layers: list[Any] = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
+    for _ in backward:
+        for layer in layers:
+            norm = pairs.get(layer)
+            if norm is not None:
+                change = sum(p * p.grad for p in (norm.weight, norm.bias) if p.grad is not None)
+            elif layer.weight.grad is not None:
+                change = (layer.weight * layer.weight.grad).transpose(0, output_axis(layer)).flatten(1).sum(1)
+                if layer.bias is not None:
+                    change = change + layer.bias * layer.bias.grad
+            else:
+                continue
+            seen: Any = change
+            gates[layer] = gates.get(layer, 0) + seen.detach().double() ** 2
+    return gates

@@ -1,0 +1,221 @@
+"""The prune and retrain cycle: in steps down to a ratio or a target, each step measured."""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from evaluation.types import NetworkSpec, Resolution
+from pipeline import export
+from pipeline.errors import UserError
+from pipeline.pruning.graph import Costs, Group, groups, remove
+from pipeline.pruning.pruner import Curves, Plan, Pruner, Target, UnreachableError
+from pipeline.quantization.probe import Candidate, Probe
+
+DIVISORS = (1, 4, 8, 16, 32)
+_OPSET = 20
+_TRIES = 6  # engines built to find a latency
+_CLOSE = 0.015  # of the target, from where on a latency is found
+_SECONDS = 6.0  # of timing a comparison, at most
+
+
+def exported(network: nn.Module, size: Resolution) -> Candidate:
+    """A network as an engine can be built of it; the runtime folds its batch norms itself."""
+    spec: NetworkSpec = network.spec  # type: ignore[assignment]
+    image = torch.zeros(1, 3, size.height, size.width).numpy()
+    with tempfile.TemporaryDirectory(prefix="posepress-export-") as folder:
+        file = Path(folder) / "model.onnx"
+        export.export(deepcopy(network).cpu().eval(), image, _OPSET, file)
+        export.stamp(file, spec)
+        return Candidate.of_file(file)
+
+
+@dataclass
+class Cycle:
+    """Prunes one network, and keeps a table of what that gave.
+
+    Attributes:
+        network: pruned in place.
+        pruner: says how.
+        size: of MACs and latency.
+        probe: measures engines against the dense network; None measures parameters and MACs alone.
+        gates: makes what the criterion "taylor" judges by, for the network as it is.
+        retrain: trains the network shortly, in place, as the step of that number; None does not.
+        curves: loss by ratio of each group, for `by_sensitivity`.
+        rows: one a step: "step", "params", "macs", "latency_ms", the figures of the tune images.
+        history: of all steps.
+    """
+
+    network: nn.Module
+    pruner: Pruner
+    size: Resolution
+    probe: Probe | None = None
+    gates: Callable[[nn.Module], Any] | None = None
+    retrain: Callable[[nn.Module, int], None] | None = None
+    curves: Curves | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    history: list[Any] = field(default_factory=list)
+    divisors: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Take the dense network's sizes."""
+        found = groups(self.network)
+        self.whole = {group.name: group.size for group in found}
+        self.dense = Costs(self.network, found, self.size)([group.size for group in found])
+        self.round_to: int | None = None
+
+    def run(self) -> Plan:
+        """Prune, step by step; returns the last step's plan.
+
+        Raises:
+            UserError: as the pruner does, or the target cannot be reached.
+        """
+        pruner, steps = self.pruner, self.pruner.iterative_steps
+        self._measure("dense")
+        goal: tuple[str, float] | None = None
+        if pruner.target is not None:
+            target = Target.parse(pruner.target, pruner.value)
+            goal = self._latency(target) if target.kind == "latency" else self._size(target)
+        plan = None
+        for step in range(1, steps + 1):
+            part = step / steps
+            reach = None
+            if goal is not None:
+                kind, value = goal
+                reach = {kind: self.dense[kind] + (value - self.dense[kind]) * part}
+            plan = self._plan(reach, part)
+            self.history += remove(self.network, plan.dropped)
+            self._measure(f"{step}" if steps > 1 else "pruned")
+            if step < steps and self.retrain is not None:
+                self.retrain(self.network, step)
+                self._measure(f"{step}, trained")
+        assert plan is not None
+        return plan
+
+    def _plan(self, reach: Mapping[str, float] | None, part: float = 1.0, round_to: int | None = None) -> Plan:
+        gates = self.gates(self.network) if self.gates is not None and self.pruner.criterion == "taylor" else None
+        return self.pruner.plan(
+            self.network, self.size, gates, self.curves, reach, round_to or self.round_to, self.whole, part
+        )
+
+    def _pruned(self, plan: Plan) -> nn.Module:
+        network = deepcopy(self.network)
+        remove(network, plan.dropped)
+        return network
+
+    def _size(self, target: Target) -> tuple[str, float]:
+        goal = target.of(self.dense[target.kind])
+        if goal >= self.dense[target.kind]:
+            raise UserError(
+                f"pruner.value={self.pruner.value}: the dense network has {self.dense[target.kind]:.4g} {target.kind} already; "
+                "choose a smaller target"
+            )
+        try:
+            if self.pruner.round_to is None and self.probe is not None and self.probe.backend.timeable:
+                self._choose_divisor({target.kind: goal})
+            self._plan({target.kind: goal})
+        except UnreachableError as error:
+            raise self._unreachable(target, error.least, self.dense[target.kind]) from error
+        return target.kind, goal
+
+    def _unreachable(self, target: Target, least: float, dense: float) -> UserError:
+        p = self.pruner
+        return UserError(
+            f"pruner.value={p.value}: cannot be reached; the nearest is pruner.value={target.words(least, dense)} with "
+            f"max_pruning_ratio={p.max_pruning_ratio}, min_num_filters={p.min_num_filters} and "
+            f"round_to={self.round_to or p.round_to or p.unmeasured}: take that, or change these"
+        )
+
+    def _choose_divisor(self, reach: Mapping[str, float]) -> None:
+        """Find the divisor of channel counts whose engine is fastest at the same parameters or MACs."""
+        assert self.probe is not None
+        found = []
+        for divisor in DIVISORS:
+            try:
+                network = self._pruned(self._plan(reach, round_to=divisor))
+            except UnreachableError:
+                continue
+            found.append((divisor, network))
+        if not found:
+            self._plan(reach, round_to=1)
+        times = self.probe.latencies([exported(network, self.size) for _, network in found], _SECONDS)
+        for (divisor, network), ms in zip(found, times, strict=True):
+            size = Costs(network, [], self.size)([])
+            self.divisors.append({"round_to": divisor, "latency_ms": ms, **size})
+        best = min(self.divisors, key=lambda row: row["latency_ms"])
+        self.round_to = int(best["round_to"])
+        _say(f"round_to={self.round_to}: " + ", ".join(f"{r['round_to']}: {r['latency_ms']:.3g} ms" for r in self.divisors))
+
+    def _latency(self, target: Target) -> tuple[str, float]:
+        """The MACs at which the engine has the target's latency.
+
+        Raises:
+            UserError: nothing measures latency, or it cannot be reached.
+        """
+        if self.probe is None or not self.probe.backend.timeable:
+            raise UserError("pruner.target=latency: this backend's times mean nothing; choose another, or pruner.target=macs")
+        dense = self.rows[0]["latency_ms"]
+        goal = target.of(dense)
+        if goal >= dense:
+            raise UserError(f"pruner.value={self.pruner.value}: the dense network takes {dense:.3g} ms already; choose less")
+        ratio = goal / dense  # to begin with, milliseconds are taken to follow MACs
+        if self.pruner.round_to is None:
+            self._choose_divisor({"macs": ratio * self.dense["macs"]})
+        tried: dict[float, float] = {}
+        low, high = 0.0, 1.0
+        for _ in range(_TRIES):
+            try:
+                plan = self._plan({"macs": ratio * self.dense["macs"]})
+            except UnreachableError as error:
+                low = max(low, error.least / self.dense["macs"])
+                if any(r <= low * 1.001 for r in tried):
+                    break
+                ratio = low * 1.0005
+                continue
+            network = self._pruned(plan)
+            macs = Costs(network, [], self.size)([])["macs"] / self.dense["macs"]
+            before, ms = self.probe.latencies([self.probe.fp32, exported(network, self.size)], _SECONDS)
+            tried[ratio] = relative = ms / before
+            _say(f"{macs:.3f}x MACs: {relative:.3f}x latency ({ms:.3g} ms)")
+            wanted = target.value if target.relative else goal / before
+            if abs(relative / wanted - 1) < _CLOSE:
+                break
+            low, high = (ratio, high) if relative < wanted else (low, ratio)
+            ratio = min(max(ratio * wanted / relative, low + 0.05 * (high - low)), high - 0.05 * (high - low))
+        wanted = target.value if target.relative else goal / dense
+        best = min(tried, key=lambda r: abs(tried[r] - wanted))
+        if tried[best] > wanted * 1.05:
+            raise self._unreachable(target, tried[best] * dense, dense)
+        return "macs", best * self.dense["macs"]
+
+    def _measure(self, name: str) -> None:
+        """Add a row to the table."""
+        row: dict[str, Any] = {"step": name, **Costs(self.network, [], self.size)([])}
+        if self.probe is not None:
+            dense = name == "dense"
+            candidate = self.probe.fp32 if dense else exported(self.network, self.size)
+            if self.probe.backend.timeable:
+                times = self.probe.latencies([self.probe.fp32, candidate], _SECONDS)
+                row |= {"latency_ms": times[1], "latency_ratio": times[1] / times[0]}
+            row |= self.probe.figures(candidate)
+        self.rows.append(row)
+        ratio = row["macs"] / self.dense["macs"]
+        words = [f"{row['params'] / 1e6:.3f} M parameters", f"{row['macs'] / 1e9:.3f} G MACs ({ratio:.2f}x)"]
+        words += [f"{row['latency_ms']:.3g} ms ({row['latency_ratio']:.2f}x)"] if "latency_ms" in row else []
+        words += [f"{key} {row[key]:.3f}" for key in ("ap", "agreement") if key in row]
+        _say(f"{name}: {', '.join(words)}")
+
+
+def near_dead(found: Sequence[Group], ranked: Sequence[Any]) -> int:
+    """Channels worth less than a hundredth of their group's median: a network that has many flatters any pruner."""
+    return sum(int((values < 0.01 * values.median()).sum()) for values in ranked if values is not None)
+
+
+def _say(text: str) -> None:
+    Console(stderr=True, highlight=False).print(f"           {text}", soft_wrap=True, markup=False)

@@ -1,0 +1,121 @@
+"""2:4 sparsity: of every four neighbouring input channels two weights are zero, as NVIDIA's sparse tensor cores want it."""
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from pipeline.errors import UserError, nearest
+from pipeline.pruning.graph import History, folded, normalised
+
+KIND = "2:4"  # stands in a pruning history where a channel pruning says which side of the layer it is of
+
+
+@dataclass(frozen=True)
+class Sparse24:
+    """Zeroes the two smaller of every four weights along the input channels (arXiv:2104.08378).
+
+    Layers with a multiple of four input channels take part, depthwise convolutions and heads do not. Parameters and MACs stay;
+    TensorRT's `backend.sparse_weights=true` makes use of the zeros.
+
+    Attributes:
+        excluded_layers: name patterns of layers that stay as they are.
+    """
+
+    excluded_layers: Sequence[str] = ()
+
+    def prune(self, network: nn.Module) -> list[Any]:
+        """Zero the weights in place; returns the history for `replay`.
+
+        Raises:
+            UserError: a pattern matches no layer, or no layer can be made sparse.
+        """
+        heads = {id(layer) for layer in network.ignored_layers}  # type: ignore[union-attr]
+        layers: dict[str, Any] = {
+            name: module
+            for name, module in network.named_modules()
+            if isinstance(module, nn.Conv2d) and module.groups == 1 and module.in_channels % 4 == 0 and id(module) not in heads
+        }
+        if not layers:
+            raise UserError("pruner=sparse24: no convolution of this network has a multiple of 4 input channels")
+        for pattern in self.excluded_layers:
+            matched = fnmatch.filter(layers, pattern)
+            if not matched:
+                raise UserError(
+                    f"pruner.excluded_layers={pattern}: matches no layer that can be made sparse{nearest(pattern, list(layers))}"
+                )
+            for name in matched:
+                layers.pop(name)
+        pairs = normalised(network)
+        for layer in layers.values():
+            with torch.no_grad():
+                layer.weight.masked_fill_(_smaller(folded(layer, pairs.get(layer))), 0)
+        history = [[name, KIND, []] for name in layers]
+        network.sparse24 = list(layers)  # type: ignore[assignment]
+        return history
+
+
+def _smaller(weight: Tensor) -> Tensor:
+    """The two of every four weights along the input channels [O, I, kh, kw] that have the least magnitude."""
+    O, I, *kernel = weight.shape
+    fours = weight.detach().abs().reshape(O, I // 4, 4, *kernel)
+    least = fours.argsort(dim=2, stable=True)[:, :, :2]
+    return torch.zeros_like(fours, dtype=torch.bool).scatter_(2, least, value=True).reshape(weight.shape)
+
+
+def apply(network: nn.Module, history: History) -> None:
+    """Zero the smaller weights of the layers that a pruning history says are 2:4 sparse, and remember which these are."""
+    names = [str(name) for name, kind, _ in history if kind == KIND]
+    if not names:
+        return
+    layers: dict[str, Any] = dict(network.named_modules())
+    for name in names:
+        if not isinstance(layers.get(name), nn.Conv2d):
+            raise UserError(f"the layer {name} is 2:4 sparse there, and {type(network).__name__} does not have it")
+        with torch.no_grad():
+            layers[name].weight.masked_fill_(_smaller(layers[name].weight), 0)
+    network.sparse24 = names  # type: ignore[assignment]
+
+
+def check(network: nn.Module) -> None:
+    """Check that every layer that should be is 2:4 sparse.
+
+    Raises:
+        UserError: one is not.
+    """
+    layers = dict(network.named_modules())
+    for name in getattr(network, "sparse24", []):
+        weight: Any = layers[name].weight
+        if not is_sparse(weight.detach().numpy()):
+            raise UserError(f"the weights of {name} are not 2:4 sparse, though architecture.json says so; prune again")
+
+
+def zeros(network: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """The weights that training must leave zero where they are zero now, and where that is."""
+    layers = dict(network.named_modules())
+    weights: list[Any] = [layers[name].weight for name in getattr(network, "sparse24", [])]
+    return [(weight.data, weight.data == 0) for weight in weights]
+
+
+def is_sparse(weight: np.ndarray[Any, Any]) -> bool:
+    """Whether of every four neighbouring input channels [O, I, kh, kw] at most two weights are not zero."""
+    if weight.shape[1] % 4:
+        return False
+    fours = weight.reshape(weight.shape[0], weight.shape[1] // 4, 4, -1)
+    return bool(((fours != 0).sum(axis=2) <= 2).all())
+
+
+def sparse_layers(model: onnx.ModelProto) -> list[str]:
+    """The names of an ONNX file's convolutions whose weights are 2:4 sparse."""
+    weights = {i.name: i for i in model.graph.initializer}
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type == "Conv" and node.input[1] in weights and is_sparse(numpy_helper.to_array(weights[node.input[1]]))
+    ]

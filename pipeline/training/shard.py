@@ -1,0 +1,140 @@
+"""Training images and labels as a few arrays on disk: read once with the data set's own code, then by rows."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+
+from evaluation.types import Resolution
+from pipeline.errors import UserError
+from pipeline.specs import Dataset, Objective, Splits
+
+_VERSION = 1  # raise it with every change of what is stored
+_SPARE = 1.05  # free disk space wanted, relative to the shard
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Images and labels of some splits, mapped from disk.
+
+    Attributes:
+        images: uint8 [N, H, W, 3], RGB, each image in the upper left corner, the rest padding.
+        sizes: of the image in that corner, int32 [N, 2], height and width.
+        labels: what the objective keeps of each image, [N, ...] by name; "boxes" [N, P, 4] are of labelled people, x, y,
+            width and height, 0 where there are fewer, "labelled" [N] tells images without labels.
+    """
+
+    images: NDArray[np.uint8]
+    sizes: NDArray[np.int32]
+    labels: Mapping[str, NDArray[Any]]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def first(self, count: int) -> "Shard":
+        """At most so many images, spread evenly."""
+        rows = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int))
+        return Shard(self.images[rows], self.sizes[rows], {name: values[rows] for name, values in self.labels.items()})
+
+    @classmethod
+    def open(cls, folder: Path) -> "Shard":
+        """Map a finished shard."""
+        arrays = {file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))}
+        return cls(arrays.pop("images"), arrays.pop("sizes"), arrays)
+
+
+def shard(
+    data: Splits, splits: Sequence[str], objective: Objective[Any], resolution: Resolution, zoom: float, pad: int, cache: Path
+) -> Shard:
+    """The images of some splits, from the cache or written there.
+
+    Args:
+        data: the data set.
+        splits: of it, in order; images of "unlabelled" have no labels.
+        objective: says what is kept of the labels.
+        resolution: of the network's input.
+        zoom: the greatest enlargement of views; images are kept no larger than it can use.
+        pad: grey level beside the images.
+        cache: folder of shards.
+
+    Raises:
+        UserError: the disk has no room for it, or an image cannot be read.
+    """
+    key = [_VERSION, data.digest(splits), list(splits), repr(objective), str(resolution), zoom, pad]
+    folder = cache / "shards" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            unfinished = folder.with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            try:
+                _write([data.open(split) for split in splits], objective, resolution, zoom, pad, unfinished)
+            except BaseException:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise
+            unfinished.rename(folder)
+    return Shard.open(folder)
+
+
+def _write(
+    parts: Sequence[Dataset[Any]], objective: Objective[Any], resolution: Resolution, zoom: float, pad: int, folder: Path
+) -> None:
+    from rich.progress import track
+
+    import cv2
+
+    samples = [(part, n) for part in parts for n in range(len(part))]
+    sizes = np.array([_stored(part[n].size, resolution, zoom) for part, n in samples], np.int32)
+    height, width = (int(side) for side in sizes.max(axis=0))
+    count = len(samples)
+    wanted, free = count * height * width * 3, shutil.disk_usage(folder).free
+    if wanted * _SPARE > free:
+        raise UserError(
+            f"{folder.parent}: {count} training images of {height}x{width} take {wanted / 1e9:.1f} GB there, and "
+            f"{free / 1e9:.1f} GB are free; free some, choose another folder with outputs=DIR, or a smaller training_resolution"
+        )
+    images = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=(count, height, width, 3))
+    most = max((objective.people(part[n].truth) for part, n in samples), default=0)
+
+    def write(row: int) -> dict[str, NDArray[Any]]:
+        part, n = samples[row]
+        sample, (h, w) = part[n], sizes[row]
+        image = sample.read()
+        if image.shape[:2] != (h, w):
+            image = np.asarray(cv2.resize(image, (int(w), int(h)), interpolation=cv2.INTER_AREA), np.uint8)
+        images[row] = pad
+        images[row, :h, :w] = image
+        kept: dict[str, NDArray[Any]] = objective.labels(
+            sample.truth, sample.size, Resolution(int(h), int(w)), Resolution(height, width), most
+        )
+        return kept | {"labelled": np.array(sample.truth is not None)}
+
+    with ThreadPoolExecutor() as pool:
+        rows = track(pool.map(write, range(count)), "reading images", total=count, transient=True)
+        first = next(iter(rows))
+        arrays = {
+            name: np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=value.dtype, shape=(count, *value.shape))
+            for name, value in first.items()
+        }
+        for row, kept in enumerate((first, *rows)):
+            for name, value in kept.items():
+                arrays[name][row] = value
+    np.save(folder / "sizes.npy", sizes)
+    images.flush()
+
+
+def _stored(size: Resolution, resolution: Resolution, zoom: float) -> tuple[int, int]:
+    """The size an image is kept at: no larger than the largest view of it shows."""
+    scale = min(1.0, zoom * min(resolution.height / size.height, resolution.width / size.width))
+    return max(1, round(size.height * scale)), max(1, round(size.width * scale))
+
+

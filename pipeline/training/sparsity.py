@@ -1,0 +1,49 @@
+"""Sparsity while training: penalties on the folded weights of the groups that pruning will judge."""
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+from pipeline.pruning.criteria import filters, group_norms
+from pipeline.pruning.graph import Group, groups, normalised
+
+TYPES = ("l1", "l2", "group_lasso")
+
+
+class Penalty:
+    """What is added to the loss: `factor` times a norm of the weights that make and read the channels of every group.
+
+    "l1" is the sum of their magnitudes, "l2" of their squares (TAO's regularization_type), "group_lasso" the sum over channels of
+    the L2 norm of a channel's weights times the root of their number (Yuan and Lin 2006), which empties whole channels.
+
+    Args:
+        network: whose groups are penalised; those of the heads are not.
+        kind: one of the three.
+        factor: TAO's kernel_regularization_factor.
+
+    Raises:
+        UserError: the kind is unknown, or nothing of the network can be pruned.
+    """
+
+    def __init__(self, network: nn.Module, kind: str, factor: float) -> None:
+        if kind not in TYPES:
+            raise UserError(f"training.regularization_type={kind}: choose null, {', '.join(TYPES)}")
+        self.kind, self.factor, self.pairs = kind, factor, normalised(network)
+        self.groups: list[Group] = groups(network)
+        if not self.groups:
+            raise UserError(f"training.regularization_type={kind}: no channels of this network can be pruned; choose null")
+
+    def __call__(self) -> Tensor:
+        """The penalty, with gradients."""
+        total = torch.zeros(())
+        for group in self.groups:
+            if self.kind == "group_lasso":
+                count = sum(filters(p, self.pairs).numel() for p in group.parts if p.layer not in self.pairs.values())
+                norms = (group_norms(group, self.pairs, 2) + 1e-12).sqrt()
+                total = total.to(norms.device) + norms.sum() * (count / group.size) ** 0.5
+            else:
+                order = 1 if self.kind == "l1" else 2
+                for part in group.producers:
+                    values = filters(part, self.pairs).abs().pow(order).sum()
+                    total = total.to(values.device) + values
+        return self.factor * total
