@@ -1,4 +1,3 @@
-import contextlib
 from functools import partial
 
 import numpy as np
@@ -12,7 +11,8 @@ from pipeline.errors import UserError
 from pipeline.models import store
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.models.mobilenetv2_paf import MobileNetV2Paf
-from pipeline.pruning import L1Pruner, folded_weights, macs, normalised, replay
+from pipeline.pruning.graph import remove, replay
+from pipeline.pruning.pruner import Pruner
 
 MAKERS = [partial(LightweightOpenPose, stages=2, width=0.25), partial(MobileNetV2Paf, width=0.5)]
 SIZE = Resolution(96, 128)
@@ -69,82 +69,13 @@ def test_impossible_networks_are_refused(options, message):
 def test_saving_and_loading_changes_nothing(make, ratio, tmp_path):
     network, history = trained(make), []
     if ratio is not None:
-        history = L1Pruner(pruning_ratio=ratio).prune(network)
+        history = remove(network, Pruner(pruning_ratio=ratio).plan(network, SIZE).dropped)
     before = outputs(network)
     store.save(network, tmp_path, make, history)
     loaded, again, replayed = store.load(tmp_path)
     assert torch.equal(outputs(loaded), before)
     assert again.keywords == make.keywords
     assert replayed == history
-
-
-@pytest.mark.parametrize("make", MAKERS)
-def test_pruning_removes_what_it_says_and_keeps_the_heads(make):
-    network = trained(make)
-    dense = macs(network, SIZE)
-    heads = [head.out_channels for head in network.ignored_layers]
-    L1Pruner(pruning_ratio=0.5, round_to=8).prune(network)
-    assert 0.2 < macs(network, SIZE) / dense < 0.55
-    assert [head.out_channels for head in network.ignored_layers] == heads
-    kept = set(network.ignored_layers)
-    inner = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m not in kept and m.groups == 1]
-    assert all(m.out_channels % 8 == 0 for m in inner)
-    assert outputs(network).shape == (2, 57, 12, 16)
-
-
-def test_pruning_silent_channels_changes_no_output():
-    network = trained(MAKERS[0])
-    with torch.no_grad():  # the second half of all channels is silent: no weights in, no bias, no scale
-        for conv, norm in normalised(network).items():
-            half = conv.out_channels // 2
-            conv.weight[half:] = 0
-            norm.weight[half:] = norm.bias[half:] = norm.running_mean[half:] = 0
-        for conv in (m for m in network.modules() if isinstance(m, nn.Conv2d) and m.groups == 1 and m.in_channels != 3):
-            features = 32 if conv.in_channels == 32 + 57 else conv.in_channels  # the rest are earlier fields
-            conv.weight[:, features // 2 : features] = 0
-    before, dense = outputs(network), macs(network, SIZE)
-    L1Pruner(pruning_ratio=0.5, round_to=1, min_num_filters=1).prune(network)
-    assert macs(network, SIZE) < 0.4 * dense
-    assert torch.allclose(outputs(network), before, atol=1e-5)
-
-
-def test_batch_norm_decides_with_the_weights():
-    network = trained(MAKERS[0])
-    conv, norm = next((c, n) for c, n in normalised(network).items() if c.groups == 1 and c.kernel_size == (3, 3))
-    weights = list(folded_weights(network, normalised(network)))
-    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    expected = conv.weight * scale[:, None, None, None]
-    assert any(w.shape == expected.shape and torch.allclose(w, expected) for w in weights)
-    assert len(weights) == sum(isinstance(m, nn.Conv2d) for m in network.modules()) - len(network.ignored_layers)
-
-
-def test_thresholds_are_relative_to_the_greatest():
-    counts = []
-    for threshold in (0.2, 0.5, 0.8):
-        network = trained(MAKERS[0])
-        with contextlib.suppress(UserError):
-            L1Pruner(pruning_ratio=None, pruning_threshold=threshold).prune(network)
-        counts.append(sum(p.numel() for p in network.parameters()))
-    assert counts[0] >= counts[1] > counts[2]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"pruning_ratio": 1.0}, "1.0 is no ratio"),
-        ({"pruning_ratio": -0.1}, "-0.1 is no ratio"),
-        ({"pruning_ratio": 0.5, "pruning_threshold": 0.5}, "either pruning_ratio or pruning_threshold"),
-        ({"pruning_ratio": None}, "either pruning_ratio or pruning_threshold"),
-    ],
-)
-def test_impossible_prunings_are_refused(options, message):
-    with pytest.raises(UserError, match=message):
-        L1Pruner(**options)
-
-
-def test_pruning_nothing_is_refused():
-    with pytest.raises(UserError, match="nothing to remove"):
-        L1Pruner(pruning_ratio=0.0).prune(trained(MAKERS[0]))
 
 
 def test_an_empty_history_replays_as_nothing():

@@ -256,7 +256,7 @@ class Pruner:
             level = (self.pruning_ratio or 0.0) * part
             if self.by_sensitivity:
                 total = sum(sizes)
-                level = _bisect(lambda x: -sum(kept(x)), -total * (1 - level), *self._span(curves))
+                level = _bisect(lambda x: sum(kept(x)), total * (1 - level), *self._span(curves))
             counts = kept(level)
         else:
             costs = Costs(network, found, resolution)

@@ -1,11 +1,14 @@
 """The training loop: AdamW, warm-up and cosine, EMA, distillation, checkpoints that a killed run goes on from, several GPUs."""
 
+import logging
 import math
 import pickle
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from pipeline.training.views import Views
 
 _LOOK_EVERY = 20  # steps between looks at the losses: each waits for the device
 _RETURNS = 3  # times a training whose loss is not finite goes back to its checkpoint
+_BENCHMARK_FROM = 5000  # steps that pay for the half minute in which cuDNN tries its kernels
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,7 @@ def train(
         raise UserError(f"patience={training.patience}: stopping early needs tune images; choose patience=null")
     from lightning_fabric import Fabric
 
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     several = training.devices * training.num_nodes > 1
     accelerator = training.accelerator
     if accelerator == "auto":
@@ -148,7 +153,7 @@ def train(
     )
     given = (network, views, training, checkpoint, teacher, distillation, tune)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    fabric.launch(_fit, *given) if several else _fit(fabric, *given)
+    fabric.launch(partial(_fit, given)) if several else _fit(given, fabric)
     state = torch.load(checkpoint, "cpu", weights_only=True)
     network.load_state_dict(state["best"] or state["averaged"])
     network.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
@@ -167,8 +172,9 @@ class _NotFiniteError(Exception):
     """A loss is not finite."""
 
 
-def _fit(fabric: Any, *given: Any) -> None:
-    _Run(fabric, *given).fit()
+def _fit(given: tuple[Any, ...], fabric: Any) -> None:
+    network, *others = given
+    _Run(fabric, deepcopy(network), *others).fit()  # other processes of this machine have the same memory
 
 
 class _Run:
@@ -188,7 +194,7 @@ class _Run:
         fabric.seed_everything(views.seed, verbose=False)
         self.fabric, self.views, self.training, self.checkpoint, self.tune = fabric, views, training, checkpoint, tune
         on_gpu = fabric.device.type == "cuda"
-        torch.backends.cudnn.benchmark = on_gpu
+        torch.backends.cudnn.benchmark = on_gpu and training.steps >= _BENCHMARK_FROM
         network = network.to(fabric.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         kind = training.regularization_type
         self.penalty = Penalty(network, kind, training.kernel_regularization_factor) if kind else None

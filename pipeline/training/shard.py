@@ -30,11 +30,19 @@ class Shard:
         sizes: of the image in that corner, int32 [N, 2], height and width.
         labels: what the objective keeps of each image, [N, ...] by name; "boxes" [N, P, 4] are of labelled people, x, y,
             width and height, 0 where there are fewer, "labelled" [N] tells images without labels.
+        folder: where they lie; another process maps them itself.
     """
 
     images: NDArray[np.uint8]
     sizes: NDArray[np.int32]
     labels: Mapping[str, NDArray[Any]]
+    folder: Path | None = None
+
+    def __reduce__(self) -> Any:
+        """How it travels to other processes: as its folder, if it has one."""
+        if self.folder is not None:
+            return Shard.open, (self.folder,)
+        return Shard, (self.images, self.sizes, dict(self.labels))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -48,7 +56,7 @@ class Shard:
     def open(cls, folder: Path) -> "Shard":
         """Map a finished shard."""
         arrays = {file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))}
-        return cls(arrays.pop("images"), arrays.pop("sizes"), arrays)
+        return cls(arrays.pop("images"), arrays.pop("sizes"), arrays, folder)
 
 
 def shard(

@@ -1,0 +1,451 @@
+"""Pruning: what is judged, what goes, that nothing else changes, and every refusal."""
+
+import json
+import math
+from copy import deepcopy
+
+import pytest
+import torch
+from conftest import SMOKE, pipeline, refused
+from test_networks import MAKERS, SIZE, outputs, trained
+from torch import nn
+from torch.nn import functional as F
+
+from evaluation.skeletons import OPENPOSE_18
+from evaluation.types import FieldSpec, InputSpec, NetworkSpec
+from pipeline.errors import UserError
+from pipeline.models import store
+from pipeline.pruning import sparse24
+from pipeline.pruning.criteria import CRITERIA, EQUALIZATIONS, importance, taylor_gates
+from pipeline.pruning.cycle import near_dead
+from pipeline.pruning.graph import Costs, folded, groups, macs, mask, normalised, remove, replay
+from pipeline.pruning.pruner import Pruner, Target, UnreachableError
+from pipeline.pruning.sensitivity import curves
+from pipeline.pruning.torch_pruning_default import TorchPruningDefault
+
+
+class UNetLike(nn.Module):
+    """What the pose networks lack: transposed convolutions, nested concatenations, and a sum of one with the other."""
+
+    spec = NetworkSpec(
+        input=InputSpec("image", multiple=8), fields=(FieldSpec("heatmaps", 1, 19), FieldSpec("pafs", 1, 38)), labels=OPENPOSE_18
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.down = nn.Conv2d(16, 32, 3, stride=2, padding=1)
+        self.deep = nn.Conv2d(32, 32, 3, padding=1, bias=False)
+        self.deep_norm = nn.BatchNorm2d(32)
+        self.up = nn.ConvTranspose2d(64, 16, 2, stride=2)
+        self.joined = nn.Conv2d(32, 24, 3, padding=1)
+        self.skip = nn.Conv2d(3, 24, 1)
+        self.head = nn.Conv2d(40, 57, 1)
+
+    @property
+    def ignored_layers(self):
+        return [self.head]
+
+    def forward(self, x):
+        first = F.relu(self.norm(self.first(x)))
+        down = torch.sigmoid(self.down(first))  # not zero at zero: masking must be done where channels are read
+        deep = F.relu6(self.deep_norm(self.deep(down)))
+        up = self.up(torch.cat((deep, down), 1))
+        joined = F.silu(self.joined(torch.cat((up, first), 1))) + self.skip(x)
+        field = self.head(torch.cat((joined, up), 1))
+        return {"heatmaps": field[:, :19], "pafs": field[:, 19:]}
+
+
+EVERY = [*MAKERS, UNetLike]
+
+
+def pruned(network, **options):
+    plan = Pruner(**{"pruning_ratio": 0.5, **options}).plan(network, SIZE)
+    return plan, remove(network, plan.dropped)
+
+
+def masked(network, plan):
+    dense = deepcopy(network)
+    for group in plan.groups:
+        mask(dense, group, plan.dropped.get(group.name, ()))
+    return dense
+
+
+@pytest.mark.parametrize("make", EVERY)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pruning_ratio": 0.4, "round_to": 1, "min_num_filters": 1},
+        {"pruning_ratio": 0.7, "global_pruning": True, "criterion": "l2"},
+        {"pruning_ratio": 0.5, "global_pruning": True, "isomorphic": True, "criterion": "l1"},
+        {"pruning_ratio": None, "pruning_threshold": 0.8, "normalizer": "max", "criterion": "l1", "round_to": 1},
+    ],
+)
+def test_a_pruned_network_is_the_dense_one_with_its_channels_masked(make, options):
+    network = trained(make)
+    dense = deepcopy(network)
+    plan, history = pruned(network, **options)
+    expected = outputs(masked(dense, plan))
+    assert (outputs(network) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    again = make()
+    replay(again, history)
+    again.load_state_dict(network.state_dict())
+    assert torch.equal(outputs(again), outputs(network))
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_costs_are_what_the_pruned_network_has(make):
+    network = trained(make)
+    found = groups(network)
+    plan, _ = pruned(deepcopy(network), pruning_ratio=0.3)
+    expected = Costs(network, found, SIZE)(plan.kept)
+    remove(network, plan.dropped)
+    assert expected["params"] == sum(p.numel() for p in network.parameters())
+    assert expected["macs"] == macs(network, SIZE)
+
+
+def test_macs_are_counted_by_hand():
+    network = UNetLike()
+    pixels = SIZE.height * SIZE.width
+    full = 16 * 3 * 9 + 32 * 24 * 9 + 24 * 3 + 57 * 40
+    assert macs(network, SIZE) == pixels * full + pixels // 4 * (32 * 16 * 9 + 32 * 32 * 9 + 64 * 16 * 4)
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_heads_and_multiples_stay(make):
+    network = trained(make)
+    heads = [head.out_channels for head in network.ignored_layers]
+    pruned(network, pruning_ratio=0.5, round_to=8)
+    assert [head.out_channels for head in network.ignored_layers] == heads
+    assert all(group.size % 8 == 0 for group in groups(network))
+
+
+def test_silent_channels_go_first_and_nothing_changes():
+    network = trained(MAKERS[0])
+    for group in groups(network):
+        silent = range(group.size // 2, group.size)
+        mask(network, group, silent)
+        for part in group.parts:
+            if part.outputs:
+                gone = part.channels[torch.isin(part.roots, torch.tensor(silent))]
+                for values in part.layer.state_dict().values():
+                    if values.dim():
+                        values[gone] = 0
+    before, dense = outputs(network), macs(network, SIZE)
+    plan, _ = pruned(network, criterion="group_l1", round_to=1, min_num_filters=1)
+    assert macs(network, SIZE) < 0.4 * dense
+    assert torch.allclose(outputs(network), before, atol=1e-5)
+    assert all(min(gone) >= group.size // 2 for group in plan.groups if (gone := plan.dropped.get(group.name)))
+
+
+def test_batch_norm_decides_with_the_weights():
+    network = trained(UNetLike)
+    with torch.no_grad():
+        network.norm.weight[3] = 1e-4  # the filter is as large as the others, what it gives is not
+    group = next(g for g in groups(network) if any(p.name == "first" for p in g.producers))
+    for criterion in ("l1", "l2", "bn_scale"):
+        (values,) = importance(network, [group], criterion, None, "union")
+        assert values.argmin() == 3, criterion
+    conv, norm = network.first, normalised(network)[network.first]
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    (l1,) = importance(network, [group], "l1", None, "union")
+    assert torch.allclose(l1.float(), (conv.weight * scale[:, None, None, None]).abs().sum((1, 2, 3)), rtol=1e-5)
+
+
+def test_folding_is_what_the_network_computes():
+    network = trained(UNetLike)
+    norm = normalised(network)[network.deep]
+    x = torch.rand(1, 32, 8, 8)
+    bias = norm.bias - norm.running_mean * norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    with torch.no_grad():
+        expected = norm.eval()(network.deep(x))
+        assert torch.allclose(F.conv2d(x, folded(network.deep, norm), bias, padding=1), expected, atol=1e-4)
+
+
+def test_taylor_is_the_squared_gradient_of_a_gate():
+    network = trained(UNetLike)
+    x = torch.rand(2, 3, 16, 16)
+
+    def loss(net):
+        return sum(field.square().sum() for field in net(x).values())
+
+    def backward():
+        network.zero_grad()
+        loss(network).backward()
+        yield
+
+    gates = taylor_gates(network, backward())
+    gate = torch.ones(16, requires_grad=True)
+    handle = network.norm.register_forward_hook(lambda _m, _i, out: out * gate[:, None, None])
+    loss(network).backward()
+    handle.remove()
+    assert torch.allclose(gates[network.first].float(), gate.grad**2, rtol=1e-3)
+    gate = torch.ones(24, requires_grad=True)
+    handle = network.joined.register_forward_hook(lambda _m, _i, out: out * gate[:, None, None])
+    loss(network).backward()
+    handle.remove()
+    assert torch.allclose(gates[network.joined].float(), gate.grad**2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("how", EQUALIZATIONS)
+def test_tied_layers_agree_as_they_are_told(how):
+    network = trained(UNetLike)
+    group = next(g for g in groups(network) if {p.name for p in g.producers} == {"joined", "skip"})
+    (found,) = importance(network, [group], "l2", "max", how)
+    norms = [layer.weight.flatten(1).norm(dim=1) for layer in (network.joined, network.skip)]
+    a, b = (n / n.max() for n in norms)
+    expected = {
+        "union": torch.maximum(a, b),
+        "intersection": torch.minimum(a, b),
+        "arithmetic_mean": (a + b) / 2,
+        "geometric_mean": (a * b).sqrt(),
+    }[how]
+    assert torch.allclose(found.float(), expected, rtol=1e-5)
+
+
+def test_normalizers_divide_by_the_layers_own_size():
+    network = trained(UNetLike)
+    (group,) = [g for g in groups(network) if [p.name for p in g.producers] == ["down"]]
+    (plain,), (most,), (whole,) = (importance(network, [group], "l1", n, "union") for n in (None, "max", "L2"))
+    assert torch.allclose(most, plain / plain.max())
+    assert torch.allclose(whole, plain / plain.norm())
+
+
+def test_a_network_without_batch_norms_cannot_be_judged_by_them():
+    with pytest.raises(UserError, match="criterion=bn_scale: this network has no batch norm; choose l1"):
+        pruned(trained(MAKERS[1]), criterion="bn_scale")
+    plan, _ = pruned(trained(UNetLike), criterion="bn_scale")
+    assert {g.name for g, r in zip(plan.groups, plan.ranked, strict=True) if r is None} & set(plan.dropped) == set()
+
+
+def test_groups_and_ratios_of_ones_own():
+    network = trained(MAKERS[0])
+    plan, _ = pruned(
+        deepcopy(network), excluded_layers=["backbone.3.*"], pruning_ratio_dict={"initial.0.*": 0.75}, round_to=4, min_num_filters=4
+    )
+    kept = {part.name: keep / g.size for g, keep in zip(plan.groups, plan.kept, strict=True) for part in g.producers}
+    assert kept["backbone.3.1.0"] == 1
+    assert kept["initial.0.0"] == 0.25
+    assert kept["backbone.9.1.0"] == 0.5
+    plan, _ = pruned(deepcopy(network), pruning_ratio=0.9, max_pruning_ratio=0.5, round_to=1)
+    assert min(k / g.size for g, k in zip(plan.groups, plan.kept, strict=True)) >= 0.5
+
+
+def test_all_groups_can_be_ranked_together_or_with_their_likes():
+    network = trained(MAKERS[0])
+    for options in ({"global_pruning": True}, {"global_pruning": True, "isomorphic": True}):
+        plan, _ = pruned(deepcopy(network), round_to=1, min_num_filters=1, criterion="l1", **options)
+        shares = [k / g.size for g, k in zip(plan.groups, plan.kept, strict=True)]
+        assert sum(plan.kept) / sum(g.size for g in plan.groups) == pytest.approx(0.5, abs=0.03)
+        assert max(shares) - min(shares) > 0.05
+
+
+@pytest.mark.parametrize("make", EVERY)
+@pytest.mark.parametrize(("kind", "part"), [("macs", 0.6), ("macs", 0.35), ("params", 0.5)])
+def test_targets_are_met_closely_and_never_passed(make, kind, part):
+    network = trained(make)
+    dense = Costs(network, [], SIZE)([])[kind]
+    pruner = Pruner(target=kind, value=f"{part}x", round_to=4, min_num_filters=4)
+    plan = pruner.plan(network, SIZE, reach={kind: part * dense})
+    remove(network, plan.dropped)
+    reached = Costs(network, [], SIZE)([])[kind] / dense
+    assert 0.9 * part <= reached <= part
+
+
+def test_what_cannot_be_reached_says_what_can():
+    network = trained(MAKERS[0])
+    with pytest.raises(UnreachableError) as error:
+        Pruner(target="macs", value="0.01x").plan(network, SIZE, reach={"macs": 0.01 * macs(network, SIZE)})
+    plan = Pruner(target="macs", value="0.5x").plan(network, SIZE, reach={"macs": error.value.least})
+    remove(network, plan.dropped)
+    assert macs(network, SIZE) == error.value.least
+
+
+def test_sensitivity_finds_what_matters_and_leaves_the_network_alone():
+    network = trained(UNetLike)
+    found = groups(network)
+    silent = next(g for g in found if any(p.name == "down" for p in g.producers))
+    mask(network, silent, range(silent.size))
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    image = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = network(image)["heatmaps"]
+
+    def loss(net):
+        with torch.no_grad():
+            return float((net(image)["heatmaps"] - expected).square().sum()) + 1
+
+    made = curves(network, found, importance(network, found, "l1", None, "union"), loss)
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+    assert set(made[silent.name].values()) == {0.0}
+    assert made["first"]["0.9"] > made["first"]["0.1"] > 0
+    plan = Pruner(pruning_ratio=0.5, by_sensitivity=True, round_to=1, min_num_filters=1).plan(network, SIZE, curves=made)
+    kept = dict(zip((g.name for g in plan.groups), plan.kept, strict=True))
+    assert kept[silent.name] / silent.size <= 0.1 + 1 / silent.size
+    assert sum(plan.kept) / sum(g.size for g in found) == pytest.approx(0.5, abs=0.1)
+
+
+def test_near_dead_channels_are_counted():
+    network = trained(UNetLike)
+    found = groups(network)
+    ranked = importance(network, found, "group_l1", None, "union")
+    assert near_dead(found, ranked) == 0
+    dead = next(g for g in found if g.name == "deep")
+    with torch.no_grad():
+        network.deep.weight[:5] = 0
+    mask(network, dead, range(5))
+    assert near_dead(found, importance(network, found, "group_l1", None, "union")) == 5
+
+
+def test_torch_prunings_default_prunes_and_replays():
+    network = trained(MAKERS[0])
+    dense = macs(network, SIZE)
+    history = TorchPruningDefault(pruning_ratio=0.5).prune(network)
+    assert 0.15 < macs(network, SIZE) / dense < 0.4
+    again = MAKERS[0]()
+    replay(again, history)
+    again.load_state_dict(network.state_dict())
+    assert torch.equal(outputs(again), outputs(network))
+
+
+def test_two_of_four_weights_are_zero_and_stay_so(tmp_path):
+    network = trained(MAKERS[0])
+    dense = deepcopy(network)
+    history = sparse24.Sparse24().prune(network)
+    layers = dict(network.named_modules())
+    assert len(history) > 20
+    for name, kind, _ in history:
+        weight = layers[name].weight.detach()
+        assert kind == sparse24.KIND
+        assert sparse24.is_sparse(weight.numpy())
+        O, I = weight.shape[:2]
+        fours = dict(dense.named_modules())[name].weight.abs().reshape(O, I // 4, 4, -1)
+        kept, gone = (weight.reshape(O, I // 4, 4, -1) != 0), (weight.reshape(O, I // 4, 4, -1) == 0)
+        assert ((fours * kept).amax(2) >= (fours * gone).amax(2)).all()
+    store.save(network, tmp_path, MAKERS[0], history)
+    loaded, _, again = store.load(tmp_path)
+    assert again == history
+    assert torch.equal(outputs(loaded), outputs(network))
+    assert len(sparse24.zeros(loaded)) == len(history)
+    with torch.no_grad():
+        layers[history[0][0]].weight += 1
+    store.save(network, tmp_path, MAKERS[0], history)
+    with pytest.raises(UserError, match="are not 2:4 sparse, though architecture.json says so"):
+        store.load(tmp_path)
+    excluded = sparse24.Sparse24(excluded_layers=["backbone.*"]).prune(trained(MAKERS[0]))
+    assert not any(name.startswith("backbone") for name, _, _ in excluded)
+    with pytest.raises(UserError, match=r"excluded_layers=backbon\.0: matches no layer"):
+        sparse24.Sparse24(excluded_layers=["backbon.0"]).prune(trained(MAKERS[0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pruning_ratio": 1.0}, r"pruner.pruning_ratio=1.0: no ratio; choose 0 to below 1 \(1 would empty the layer\)"),
+        ({"pruning_ratio": -0.1}, "pruning_ratio=-0.1: no ratio"),
+        ({"pruning_ratio_dict": {"a": 1}}, "pruning_ratio_dict.a=1: no ratio.*empty the layer"),
+        ({"max_pruning_ratio": 1.0}, "max_pruning_ratio=1.0: no ratio"),
+        ({"pruning_threshold": 0.5}, "give one of pruning_ratio, pruning_threshold and target"),
+        ({"pruning_ratio": None}, "give one of pruning_ratio, pruning_threshold and target"),
+        ({"pruning_ratio": None, "pruning_threshold": -1}, "pruning_threshold=-1: no threshold"),
+        ({"criterion": "l3"}, r"pruner.criterion=l3.*choose l1, l2"),
+        ({"normalizer": "l2"}, "normalizer=l2.*choose null, max, L2"),
+        ({"equalization_criterion": "onion"}, r"onion \(did you mean union\?\)|onion.*union"),
+        ({"round_to": 0}, "round_to=0: choose a whole number, at least 1"),
+        ({"min_num_filters": 0}, "min_num_filters=0"),
+        ({"isomorphic": True}, "needs pruner.global_pruning=true"),
+        ({"global_pruning": True, "by_sensitivity": True}, "both set the ratios"),
+        ({"pruning_ratio": None, "target": "flops"}, "target=flops.*choose null, params, macs, latency"),
+    ],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        Pruner(**{"pruning_ratio": 0.5, **options})
+
+
+@pytest.mark.parametrize("value", ["2x", "1x", "0x", "-1", "nan", "0.5y", "", None, "2ms"])
+def test_what_is_no_target_is_refused(value):
+    with pytest.raises(UserError, match="pruner.value=.*not a target for macs; give a part"):
+        Target.parse("macs", value)
+
+
+def test_targets_are_read_as_people_write_them():
+    assert Target.parse("macs", "0.5x").of(10) == 5
+    assert Target.parse("params", "1.2M").of(1e9) == 1.2e6
+    assert Target.parse("macs", "3G").value == 3e9
+    assert Target.parse("latency", "2.0ms").of(9.0) == 2.0
+    assert Target.parse("latency", "0.6x").of(9.0) == pytest.approx(5.4)
+    with pytest.raises(UserError, match="not a target for latency"):
+        Target.parse("latency", "3G")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"excluded_layers": ["backbon.0"]}, r"excluded_layers=backbon\.0: matches no layer that can be pruned.*backbone"),
+        ({"pruning_ratio_dict": {"nothing": 0.5}}, "pruning_ratio_dict=nothing: matches no layer"),
+        ({"pruning_ratio": 0.0}, "nothing to remove with pruning_ratio=0.0"),
+        ({"pruning_ratio": None, "pruning_threshold": 2, "normalizer": "max"}, "every channel lies below it.*lie in .* to 1 "),
+        ({"pruning_ratio": None, "pruning_threshold": 1e-9}, "no channel lies below it, none would go; the norms.*lie in"),
+        ({"pruning_ratio": None, "pruning_threshold": 0.6, "normalizer": "max", "min_num_filters": 999}, "nothing to remove.*lie in"),
+    ],
+)
+def test_prunings_that_do_nothing_or_too_much_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        pruned(trained(MAKERS[0]), **options)
+
+
+def test_a_history_of_another_network_is_refused(tmp_path):
+    network = trained(MAKERS[0])
+    _, history = pruned(network)
+    store.save(network, tmp_path, MAKERS[0], history)
+    file = tmp_path / store.ARCHITECTURE
+    content = json.loads(file.read_text())
+    for name, ids, message in (("backbone.99", [0], "does not have"), (history[0][0], [9999], "channel 9999 of")):
+        content["pruning"] = [[name, True, ids]]
+        file.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=rf"architecture.json: .*{message}"):
+            store.load(tmp_path)
+
+
+def test_every_criterion_ranks_every_group_of_a_network_with_batch_norms():
+    network = trained(MAKERS[0])
+    found = groups(network)
+
+    def backward():
+        network.zero_grad()
+        sum(f.square().sum() for f in network(torch.rand(1, 3, 64, 64)).values()).backward()
+        yield
+
+    gates = taylor_gates(network, backward())
+    orders = set()
+    for criterion in CRITERIA:
+        ranked = importance(network, found, criterion, None, "union", gates)
+        assert all(r is not None and len(r) == g.size and bool((r >= 0).all()) for g, r in zip(found, ranked, strict=True))
+        orders.add(tuple(torch.cat(ranked).argsort().tolist()))
+    assert len(orders) == len(CRITERIA)
+
+
+def test_the_command_prunes_to_a_target_in_steps(tmp_path):
+    words = [*SMOKE, f"outputs={tmp_path}", "stage=[train,prune]", "pruner=l1", "pruner.target=macs", "pruner.value=0.6x"]
+    words += ["pruner.iterative_steps=2", "pruner.round_to=4", "pruner.min_num_filters=4"]
+    pipeline(*words, cwd=tmp_path, check=0)
+    (folder,) = (tmp_path / "smoke" / "prune").iterdir()
+    rows = json.loads((folder / "steps.json").read_text())["steps"]
+    assert [row["step"] for row in rows] == ["dense", "1", "1, trained", "2"]
+    ratios = [row["macs"] / rows[0]["macs"] for row in rows]
+    assert ratios[0] == 1
+    assert 0.75 <= ratios[1] == ratios[2] <= 0.8
+    assert 0.55 <= ratios[3] <= 0.6
+    assert all({"latency_ms", "ap"} <= set(row) for row in rows)
+    manifest = json.loads((folder / "manifest.json").read_text())["summary"]
+    assert manifest["train_macs"] > 0
+    assert math.isclose(manifest["macs"], rows[3]["macs"])
+
+
+def test_a_target_out_of_reach_is_refused_with_the_nearest(tmp_path):
+    words = [*SMOKE, f"outputs={tmp_path}", "stage=[train,prune]", "pruner=l1", "pruner.target=macs"]
+    text = refused(pipeline(*words, "pruner.value=0.01x", cwd=tmp_path))
+    assert "pruner.value=0.01x: cannot be reached; the nearest is pruner.value=" in text
+    assert not (tmp_path / "smoke" / "prune").exists() or not list((tmp_path / "smoke" / "prune").glob("*/manifest.json"))
