@@ -185,8 +185,32 @@ class Framing(Protocol):
 class Objective(Protocol[Truth_contra]):
     """What a family of networks is trained for."""
 
-    def targets(self, truth: Truth_contra, view: View, spec: NetworkSpec) -> Fields:
-        """The fields a perfect network would return for a view, and the masks of where they count."""
+    def people(self, truth: Truth_contra | None) -> int:
+        """How many people of an image are learnt from."""
+        ...
+
+    def labels(
+        self, truth: Truth_contra | None, size: Resolution, stored: Resolution, whole: Resolution, most: int
+    ) -> dict[str, NDArray[Any]]:
+        """What a training shard keeps of an image's truth, arrays of one shape for all images.
+
+        Args:
+            truth: None for an image without labels.
+            size: of the image that the truth speaks of.
+            stored: the size it is kept at.
+            whole: of the array it is kept in.
+            most: people that any image has.
+        """
+        ...
+
+    def targets(self, labels: Mapping[str, Array], size: Resolution, spec: NetworkSpec) -> dict[str, Array]:
+        """The fields a perfect network would return for a batch of views, and the masks of where they count.
+
+        Args:
+            labels: what `labels` kept, "matrix" [B, 2, 3] from stored image to view, "flipped" [B] and "labelled" [B].
+            size: of the views, in pixels.
+            spec: of the network.
+        """
         ...
 
     def loss(self, fields: Fields, targets: Fields) -> Mapping[str, Array]:

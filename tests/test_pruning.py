@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.models import store
 from pipeline.pruning import sparse24
 from pipeline.pruning.criteria import CRITERIA, EQUALIZATIONS, importance, taylor_gates
-from pipeline.pruning.cycle import near_dead
+from pipeline.pruning.cycle import Cycle
 from pipeline.pruning.graph import Costs, folded, groups, macs, mask, normalised, remove, replay
 from pipeline.pruning.pruner import Pruner, Target, UnreachableError
 from pipeline.pruning.sensitivity import curves
@@ -28,7 +28,9 @@ class UNetLike(nn.Module):
     """What the pose networks lack: transposed convolutions, nested concatenations, and a sum of one with the other."""
 
     spec = NetworkSpec(
-        input=InputSpec("image", multiple=8), fields=(FieldSpec("heatmaps", 1, 19), FieldSpec("pafs", 1, 38)), labels=OPENPOSE_18
+        input=InputSpec("image", multiple=8),
+        fields=(FieldSpec("heatmaps", 1, 19), FieldSpec("pafs", 1, 38)),
+        labels=OPENPOSE_18,
     )
 
     def __init__(self):
@@ -136,7 +138,7 @@ def test_silent_channels_go_first_and_nothing_changes():
     plan, _ = pruned(network, criterion="group_l1", round_to=1, min_num_filters=1)
     assert macs(network, SIZE) < 0.4 * dense
     assert torch.allclose(outputs(network), before, atol=1e-5)
-    assert all(min(gone) >= group.size // 2 for group in plan.groups if (gone := plan.dropped.get(group.name)))
+    assert all(min(plan.dropped[g.name]) >= g.size // 2 for g in plan.groups if g.name in plan.dropped)
 
 
 def test_batch_norm_decides_with_the_weights():
@@ -163,29 +165,28 @@ def test_folding_is_what_the_network_computes():
         assert torch.allclose(F.conv2d(x, folded(network.deep, norm), bias, padding=1), expected, atol=1e-4)
 
 
-def test_taylor_is_the_squared_gradient_of_a_gate():
-    network = trained(UNetLike)
-    x = torch.rand(2, 3, 16, 16)
+class Fixed:
+    """Views of one batch, and a loss of its own."""
 
-    def loss(net):
-        return sum(field.square().sum() for field in net(x).values())
+    def __init__(self, batch):
+        self.batch, self.objective = batch, self
 
-    def backward():
-        network.zero_grad()
-        loss(network).backward()
-        yield
+    def batches(self, parts, device):
+        return [(self.batch.to(device), None)]
 
-    gates = taylor_gates(network, backward())
-    gate = torch.ones(16, requires_grad=True)
-    handle = network.norm.register_forward_hook(lambda _m, _i, out: out * gate[:, None, None])
-    loss(network).backward()
-    handle.remove()
-    assert torch.allclose(gates[network.first].float(), gate.grad**2, rtol=1e-3)
-    gate = torch.ones(24, requires_grad=True)
-    handle = network.joined.register_forward_hook(lambda _m, _i, out: out * gate[:, None, None])
-    loss(network).backward()
-    handle.remove()
-    assert torch.allclose(gates[network.joined].float(), gate.grad**2, rtol=1e-3)
+    @staticmethod
+    def loss(fields, _):
+        return {name: field.square().sum() for name, field in fields.items()}
+
+
+@pytest.mark.parametrize(("norm", "layer", "channels"), [("norm", "first", 16), (None, "joined", 24)])
+def test_taylor_is_the_squared_gradient_of_a_gate(norm, layer, channels):
+    network, views = trained(UNetLike), Fixed(torch.rand(2, 3, 16, 16))
+    gates = taylor_gates(network, views)
+    gate = torch.ones(channels, requires_grad=True)
+    getattr(network, norm or layer).register_forward_hook(lambda _m, _i, out: out * gate[:, None, None])
+    sum(Fixed.loss(network(views.batch), None).values()).backward()
+    assert torch.allclose(gates[getattr(network, layer)].float(), gate.grad**2, rtol=1e-3)
 
 
 @pytest.mark.parametrize("how", EQUALIZATIONS)
@@ -222,7 +223,11 @@ def test_a_network_without_batch_norms_cannot_be_judged_by_them():
 def test_groups_and_ratios_of_ones_own():
     network = trained(MAKERS[0])
     plan, _ = pruned(
-        deepcopy(network), excluded_layers=["backbone.3.*"], pruning_ratio_dict={"initial.0.*": 0.75}, round_to=4, min_num_filters=4
+        deepcopy(network),
+        excluded_layers=["backbone.3.*"],
+        pruning_ratio_dict={"initial.0.*": 0.75},
+        round_to=4,
+        min_num_filters=4,
     )
     kept = {part.name: keep / g.size for g, keep in zip(plan.groups, plan.kept, strict=True) for part in g.producers}
     assert kept["backbone.3.1.0"] == 1
@@ -272,11 +277,11 @@ def test_sensitivity_finds_what_matters_and_leaves_the_network_alone():
     with torch.no_grad():
         expected = network(image)["heatmaps"]
 
-    def loss(net):
+    def error(net):
         with torch.no_grad():
-            return float((net(image)["heatmaps"] - expected).square().sum()) + 1
+            return {"error": float((net(image)["heatmaps"] - expected).square().sum())}
 
-    made = curves(network, found, importance(network, found, "l1", None, "union"), loss)
+    made = curves(network, found, importance(network, found, "l1", None, "union"), error)["error"]
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
     assert set(made[silent.name].values()) == {0.0}
     assert made["first"]["0.9"] > made["first"]["0.1"] > 0
@@ -288,14 +293,11 @@ def test_sensitivity_finds_what_matters_and_leaves_the_network_alone():
 
 def test_near_dead_channels_are_counted():
     network = trained(UNetLike)
-    found = groups(network)
-    ranked = importance(network, found, "group_l1", None, "union")
-    assert near_dead(found, ranked) == 0
-    dead = next(g for g in found if g.name == "deep")
+    assert Cycle(network, Pruner(pruning_ratio=0.5), SIZE).near_dead == 0
     with torch.no_grad():
         network.deep.weight[:5] = 0
-    mask(network, dead, range(5))
-    assert near_dead(found, importance(network, found, "group_l1", None, "union")) == 5
+    mask(network, next(g for g in groups(network) if g.name == "deep"), range(5))
+    assert Cycle(network, Pruner(pruning_ratio=0.5), SIZE).near_dead == 5
 
 
 def test_torch_prunings_default_prunes_and_replays():
@@ -319,9 +321,9 @@ def test_two_of_four_weights_are_zero_and_stay_so(tmp_path):
         weight = layers[name].weight.detach()
         assert kind == sparse24.KIND
         assert sparse24.is_sparse(weight.numpy())
-        O, I = weight.shape[:2]
-        fours = dict(dense.named_modules())[name].weight.abs().reshape(O, I // 4, 4, -1)
-        kept, gone = (weight.reshape(O, I // 4, 4, -1) != 0), (weight.reshape(O, I // 4, 4, -1) == 0)
+        shape = (weight.shape[0], weight.shape[1] // 4, 4, -1)
+        fours = dict(dense.named_modules())[name].weight.abs().reshape(shape)
+        kept, gone = (weight.reshape(shape) != 0), (weight.reshape(shape) == 0)
         assert ((fours * kept).amax(2) >= (fours * gone).amax(2)).all()
     store.save(network, tmp_path, MAKERS[0], history)
     loaded, _, again = store.load(tmp_path)
@@ -388,7 +390,10 @@ def test_targets_are_read_as_people_write_them():
         ({"pruning_ratio": 0.0}, "nothing to remove with pruning_ratio=0.0"),
         ({"pruning_ratio": None, "pruning_threshold": 2, "normalizer": "max"}, "every channel lies below it.*lie in .* to 1 "),
         ({"pruning_ratio": None, "pruning_threshold": 1e-9}, "no channel lies below it, none would go; the norms.*lie in"),
-        ({"pruning_ratio": None, "pruning_threshold": 0.6, "normalizer": "max", "min_num_filters": 999}, "nothing to remove.*lie in"),
+        (
+            {"pruning_ratio": None, "pruning_threshold": 0.6, "normalizer": "max", "min_num_filters": 999},
+            "nothing to remove.*lie in",
+        ),
     ],
 )
 def test_prunings_that_do_nothing_or_too_much_are_refused(options, message):
@@ -412,13 +417,7 @@ def test_a_history_of_another_network_is_refused(tmp_path):
 def test_every_criterion_ranks_every_group_of_a_network_with_batch_norms():
     network = trained(MAKERS[0])
     found = groups(network)
-
-    def backward():
-        network.zero_grad()
-        sum(f.square().sum() for f in network(torch.rand(1, 3, 64, 64)).values()).backward()
-        yield
-
-    gates = taylor_gates(network, backward())
+    gates = taylor_gates(network, Fixed(torch.rand(1, 3, 64, 64)))
     orders = set()
     for criterion in CRITERIA:
         ranked = importance(network, found, criterion, None, "union", gates)

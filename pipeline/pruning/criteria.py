@@ -1,19 +1,19 @@
 """What the channels of a group are worth: importance criteria, on weights with their batch norms folded in."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.pruning.graph import Group, Part, folded, normalised, output_axis
+from pipeline.pruning.graph import LAYERS, Group, Part, folded, normalised, output_axis
 
 CRITERIA = ("l1", "l2", "bn_scale", "taylor", "group_l1")
 NORMALIZERS = ("max", "L2")
 EQUALIZATIONS = ("union", "intersection", "arithmetic_mean", "geometric_mean")
 
-Backward = Callable[[nn.Module], Iterable[None]]  # leaves the gradients of one batch in the network each time it yields
+_GATE_IMAGES, _GATE_BATCH = 64, 8  # train images that the criterion "taylor" looks at
 
 
 def spread(part: Part, values: Tensor, size: int) -> Tensor:
@@ -97,20 +97,25 @@ def importance(
     return found
 
 
-def taylor_gates(network: nn.Module, backward: Iterable[None]) -> dict[nn.Module, Tensor]:
+def taylor_gates(network: nn.Module, views: Any) -> dict[nn.Module, Tensor]:
     """The squared first-order change of the loss if an output of a layer were cut off, summed over batches.
 
     Behind a batch norm in evaluation mode that is (scale * its gradient + shift * its gradient)^2, else the same of the
     layer's own weights and bias: both are the gradient of a gate on the channel (arXiv:1906.10771, section 3.1).
 
     Args:
-        network: in evaluation mode.
-        backward: leaves the gradients of a batch in the network each time it is asked for the next.
+        network: is in evaluation mode after.
+        views: `pipeline.training.views.Views` of train images, of which the first few are taken.
     """
-    pairs = normalised(network)
+    before = next(network.parameters()).device
+    device = torch.device("cuda") if torch.cuda.is_available() else before
+    pairs = normalised(network.eval().to(device))
     gates: dict[nn.Module, Tensor] = {}
-    layers: list[Any] = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
-    for _ in backward:
+    layers: list[Any] = [m for m in network.modules() if isinstance(m, LAYERS)]
+    parts = iter([range(n, n + _GATE_BATCH) for n in range(0, _GATE_IMAGES, _GATE_BATCH)])
+    for images, targets in views.batches(parts, device):
+        network.zero_grad()
+        torch.stack([*views.objective.loss(network(images), targets).values()]).sum().backward()  # type: ignore[no-untyped-call]
         for layer in layers:
             norm = pairs.get(layer)
             if norm is not None:
@@ -123,4 +128,5 @@ def taylor_gates(network: nn.Module, backward: Iterable[None]) -> dict[nn.Module
                 continue
             seen: Any = change
             gates[layer] = gates.get(layer, 0) + seen.detach().double() ** 2
-    return gates
+    network.to(before).zero_grad()
+    return {layer: values.cpu() for layer, values in gates.items()}

@@ -1,7 +1,8 @@
 """The prune and retrain cycle: in steps down to a ratio or a target, each step measured."""
 
+import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch import nn
 from evaluation.types import NetworkSpec, Resolution
 from pipeline import export
 from pipeline.errors import UserError
-from pipeline.pruning.graph import Costs, Group, groups, remove
+from pipeline.pruning.criteria import importance
+from pipeline.pruning.graph import Costs, groups, remove
 from pipeline.pruning.pruner import Curves, Plan, Pruner, Target, UnreachableError
 from pipeline.quantization.probe import Candidate, Probe
 
@@ -50,6 +52,8 @@ class Cycle:
         curves: loss by ratio of each group, for `by_sensitivity`.
         rows: one a step: "step", "params", "macs", "latency_ms", the figures of the tune images.
         history: of all steps.
+        divisors: what each divisor of channel counts gave: "round_to", "latency_ms", "params", "macs".
+        near_dead: channels whose norm is a hundredth of their group's greatest, or less.
     """
 
     network: nn.Module
@@ -67,11 +71,17 @@ class Cycle:
         """Take the dense network's sizes."""
         found = groups(self.network)
         self.whole = {group.name: group.size for group in found}
+        norms = importance(self.network, found, "group_l1", None, "union")
+        self.near_dead = sum(int((values < 0.01 * values.max()).sum()) for values in norms if values is not None)
+        if self.near_dead:  # which flatters any pruner
+            _say(
+                f"{self.near_dead} of {sum(self.whole.values())} channels are near dead: a hundredth of their group's best"
+            )
         self.dense = Costs(self.network, found, self.size)([group.size for group in found])
         self.round_to: int | None = None
 
-    def run(self) -> Plan:
-        """Prune, step by step; returns the last step's plan.
+    def run(self) -> None:
+        """Prune, step by step.
 
         Raises:
             UserError: as the pruner does, or the target cannot be reached.
@@ -82,27 +92,44 @@ class Cycle:
         if pruner.target is not None:
             target = Target.parse(pruner.target, pruner.value)
             goal = self._latency(target) if target.kind == "latency" else self._size(target)
-        plan = None
         for step in range(1, steps + 1):
             part = step / steps
             reach = None
             if goal is not None:
                 kind, value = goal
                 reach = {kind: self.dense[kind] + (value - self.dense[kind]) * part}
-            plan = self._plan(reach, part)
+            self.last = plan = self._plan(reach, part)
             self.history += remove(self.network, plan.dropped)
             self._measure(f"{step}" if steps > 1 else "pruned")
             if step < steps and self.retrain is not None:
                 self.retrain(self.network, step)
                 self._measure(f"{step}, trained")
-        assert plan is not None
-        return plan
+
+    def summary(self) -> dict[str, Any]:
+        """What a manifest says of the pruning."""
+        divisor = self.round_to or self.pruner.round_to or self.pruner.unmeasured
+        return {"near_dead_channels": self.near_dead, "channels": sum(self.whole.values()), "round_to": divisor}
+
+    def save(self, out: Path) -> None:
+        """Write steps.json, the table, and groups.json: what every channel was worth in the last step, and what was kept."""
+        made = [
+            {
+                "name": group.name,
+                "size": self.whole[group.name],
+                "kept": kept,
+                "importance": None if values is None else [float(f"{x:.5g}") for x in values],
+            }
+            for group, kept, values in zip(self.last.groups, self.last.kept, self.last.ranked, strict=True)
+        ]
+        about = {"criterion": self.pruner.criterion, "threshold": self.pruner.pruning_threshold}
+        (out / "groups.json").write_text(json.dumps({**about, "groups": made}))
+        backend = self.probe.backend.name if self.probe is not None else None
+        steps = {"steps": self.rows, "divisors": self.divisors, "backend": backend, "resolution": str(self.size)}
+        (out / "steps.json").write_text(json.dumps(steps, indent=1))
 
     def _plan(self, reach: Mapping[str, float] | None, part: float = 1.0, round_to: int | None = None) -> Plan:
         gates = self.gates(self.network) if self.gates is not None and self.pruner.criterion == "taylor" else None
-        return self.pruner.plan(
-            self.network, self.size, gates, self.curves, reach, round_to or self.round_to, self.whole, part
-        )
+        return self.pruner.plan(self.network, self.size, gates, self.curves, reach, round_to or self.round_to, self.whole, part)
 
     def _pruned(self, plan: Plan) -> nn.Module:
         network = deepcopy(self.network)
@@ -210,11 +237,6 @@ class Cycle:
         words += [f"{row['latency_ms']:.3g} ms ({row['latency_ratio']:.2f}x)"] if "latency_ms" in row else []
         words += [f"{key} {row[key]:.3f}" for key in ("ap", "agreement") if key in row]
         _say(f"{name}: {', '.join(words)}")
-
-
-def near_dead(found: Sequence[Group], ranked: Sequence[Any]) -> int:
-    """Channels worth less than a hundredth of their group's median: a network that has many flatters any pruner."""
-    return sum(int((values < 0.01 * values.median()).sum()) for values in ranked if values is not None)
 
 
 def _say(text: str) -> None:

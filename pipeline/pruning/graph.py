@@ -1,4 +1,4 @@
-"""The channel groups of a network: which channels go together, what they cost, and removing them, over torch-pruning's graph."""
+"""The channel groups of a network: which channels go together, what they cost, and removing them; by torch-pruning."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,9 @@ from evaluation.types import NetworkSpec, Resolution
 from pipeline.errors import UserError
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-History = Sequence[Sequence[Any]]  # [name of a layer, whether its outputs, channels] of every removal, as architecture.json has it
+History = Sequence[
+    Sequence[Any]
+]  # [name of a layer, whether its outputs, channels] of every removal, as architecture.json has it
 
 
 def example(network: nn.Module, resolution: Resolution | None = None) -> Tensor:
@@ -184,9 +186,10 @@ def replay(network: nn.Module, history: History) -> None:
                 f"architecture.json prunes the layer {name}, which {type(network).__name__} does not have; "
                 "it is of another network or version"
             )
-        if ids and not 0 <= max(ids) < layer.weight.shape[output_axis(layer)]:
+        outputs = layer.weight.shape[output_axis(layer)]
+        if ids and not 0 <= max(ids) < outputs:
             raise UserError(
-                f"architecture.json removes channel {max(ids)} of {name}, which has {layer.weight.shape[output_axis(layer)]} in "
+                f"architecture.json removes channel {max(ids)} of {name}, which has {outputs} in "
                 f"{type(network).__name__}; it is of another network or version"
             )
     _graph(network).load_pruning_history([(name, bool(out), list(ids)) for name, out, ids in history])

@@ -170,10 +170,10 @@ class Pruner:
         ratios = {"pruning_ratio": self.pruning_ratio or 0.0, "max_pruning_ratio": self.max_pruning_ratio}
         ratios |= {f"pruning_ratio_dict.{name}": ratio for name, ratio in self.pruning_ratio_dict.items()}
         for option, ratio in ratios.items():
-            if not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+            if not 0 <= ratio < 1:
                 raise UserError(f"pruner.{option}={ratio}: no ratio; choose 0 to below 1 (1 would empty the layer)")
         threshold = self.pruning_threshold
-        if threshold is not None and not (isinstance(threshold, (int, float)) and threshold >= 0):
+        if threshold is not None and not threshold >= 0:
             raise UserError(f"pruner.pruning_threshold={threshold}: no threshold; choose 0 or more")
         if self.isomorphic and not self.global_pruning:
             raise UserError("pruner.isomorphic=true ranks groups together; it needs pruner.global_pruning=true")
@@ -342,7 +342,8 @@ class Pruner:
             values = torch.cat([r for r in ranked if r is not None])
             return (
                 f"pruner.pruning_threshold={self.pruning_threshold:g}: nothing to remove with round_to={self.round_to} and "
-                f"min_num_filters={self.min_num_filters}; the norms lie in {float(values.min()):.3g} to {float(values.max()):.3g}"
+                f"min_num_filters={self.min_num_filters}; the norms lie in {float(values.min()):.3g} to "
+                f"{float(values.max()):.3g}"
             )
         return (
             f"pruner: nothing to remove with pruning_ratio={self.pruning_ratio}, round_to={self.round_to} and "

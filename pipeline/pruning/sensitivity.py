@@ -1,6 +1,6 @@
-"""What pruning each group alone does to the loss."""
+"""What pruning each group alone does to the fields and the loss."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from rich.progress import track
@@ -12,33 +12,35 @@ RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
 def curves(
-    network: nn.Module, found: Sequence[Group], ranked: Sequence[Tensor | None], loss: Callable[[nn.Module], float]
-) -> dict[str, dict[str, float]]:
-    """The relative rise of the loss with a part of each group's least worthy channels masked, the others whole.
+    network: nn.Module,
+    found: Sequence[Group],
+    ranked: Sequence[Tensor | None],
+    measure: Callable[[nn.Module], Mapping[str, float]],
+) -> dict[str, dict[str, dict[str, float]]]:
+    """What a network is worth with a part of each group's least worthy channels masked, the others whole.
 
     Args:
         network: as it is after.
         found: its groups.
         ranked: importance of their channels; groups without one are left out.
-        loss: of a network, on tune images.
+        measure: figures of a network, on tune images.
 
     Returns:
-        loss / loss of the whole network - 1, by name of the group and ratio ("0.25").
+        What `measure` says, by its name of the figure, the name of the group and the ratio ("0.25").
     """
-    before = loss(network)
-    made: dict[str, dict[str, float]] = {}
+    made: dict[str, dict[str, dict[str, float]]] = {}
     for group, values in track(list(zip(found, ranked, strict=True)), "measuring sensitivity", transient=True):
         if values is None:
             continue
         order = torch.argsort(values, stable=True).tolist()
         own = dict(network.named_modules())
         layers = [own[part.name] for part in group.consumers if isinstance(own[part.name], LAYERS)]
-        kept = [layer.weight.detach().clone() for layer in layers]  # type: ignore[operator]
-        made[group.name] = {}
+        kept = [layer.weight.detach().clone() for layer in layers]
         for ratio in RATIOS:
             mask(network, group, order[: round(ratio * group.size)])
-            made[group.name][str(ratio)] = loss(network) / before - 1
+            for figure, value in measure(network).items():
+                made.setdefault(figure, {}).setdefault(group.name, {})[str(ratio)] = value
         with torch.no_grad():
             for layer, weight in zip(layers, kept, strict=True):
-                layer.weight.copy_(weight)  # type: ignore[operator]
+                layer.weight.copy_(weight)
     return made

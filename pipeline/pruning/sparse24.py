@@ -48,7 +48,7 @@ class Sparse24:
             matched = fnmatch.filter(layers, pattern)
             if not matched:
                 raise UserError(
-                    f"pruner.excluded_layers={pattern}: matches no layer that can be made sparse{nearest(pattern, list(layers))}"
+                    f"pruner.excluded_layers={pattern}: matches no layer that can be sparse{nearest(pattern, list(layers))}"
                 )
             for name in matched:
                 layers.pop(name)
@@ -63,8 +63,8 @@ class Sparse24:
 
 def _smaller(weight: Tensor) -> Tensor:
     """The two of every four weights along the input channels [O, I, kh, kw] that have the least magnitude."""
-    O, I, *kernel = weight.shape
-    fours = weight.detach().abs().reshape(O, I // 4, 4, *kernel)
+    outputs, inputs, *kernel = weight.shape
+    fours = weight.detach().abs().reshape(outputs, inputs // 4, 4, *kernel)
     least = fours.argsort(dim=2, stable=True)[:, :, :2]
     return torch.zeros_like(fours, dtype=torch.bool).scatter_(2, least, value=True).reshape(weight.shape)
 

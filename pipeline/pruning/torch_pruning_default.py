@@ -12,7 +12,7 @@ from pipeline.pruning.graph import example
 
 @dataclass(frozen=True)
 class TorchPruningDefault:
-    """`BasePruner` with `GroupMagnitudeImportance`, both as they come: L2 over the group, batch norms not folded in, no rounding.
+    """`BasePruner` with `GroupMagnitudeImportance`, as they come: L2 over the group, nothing folded or rounded.
 
     Attributes:
         pruning_ratio: part of each group's channels to remove.
@@ -26,7 +26,7 @@ class TorchPruningDefault:
         Raises:
             UserError: it is none.
         """
-        if not isinstance(self.pruning_ratio, (int, float)) or not 0 < self.pruning_ratio < 1:
+        if not 0 < self.pruning_ratio < 1:
             raise UserError(f"pruner.pruning_ratio={self.pruning_ratio}: no ratio; choose above 0 to below 1")
 
     def prune(self, network: nn.Module) -> list[Any]:

@@ -1,13 +1,10 @@
 """prune: remove channels from a trained network, by ratio or down to a target, and write down what each step gave."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import torch
-from rich.console import Console
 from torch import nn
 
 from evaluation.types import Resolution
@@ -15,7 +12,8 @@ from pipeline.artifacts import Job
 from pipeline.errors import UserError
 from pipeline.inference import decoder_options
 from pipeline.models import store
-from pipeline.pruning.cycle import Cycle, exported, near_dead
+from pipeline.pruning.criteria import taylor_gates
+from pipeline.pruning.cycle import Cycle, exported
 from pipeline.pruning.graph import macs
 from pipeline.pruning.pruner import Pruner
 from pipeline.pruning.sparse24 import Sparse24
@@ -26,8 +24,6 @@ from pipeline.training.augment import NONE, Augmentation
 from pipeline.training.distillation import Distillation
 from pipeline.training.loop import Training, train
 from pipeline.training.views import Views
-
-_TAYLOR_BATCHES, _TAYLOR_IMAGES = 8, 8
 
 
 def run(
@@ -70,7 +66,7 @@ def run(
     network, make, history = store.load(job.inputs["network"])
     size = Resolution.parse(resolution)
     before, dense_params = macs(network, size), sum(p.numel() for p in network.parameters())
-    spent = 0.0
+    spent, summary = 0.0, {}
     if isinstance(pruner, Pruner):
         views = None
         if pruner.criterion == "taylor" or pruner.iterative_steps > 1:
@@ -85,33 +81,22 @@ def run(
             assert views is not None
             checkpoint = job.scratch / f"step{step}.ckpt"
             done = train(net, replace(views, seed=seed + step), training, checkpoint, teacher, distillation)
-            spent += training.batch_size * done["steps"] * (3 * macs(net, views.resolution))
+            spent += done["train_macs"]
 
         cycle = Cycle(
             network,
             pruner,
             size,
             _probe(job, network, data, backend, framing, judged_by, probe_images, size),
-            (lambda net: _gates(net, replace(views, augment=NONE))) if views else None,
+            (lambda net: taylor_gates(net, replace(views, augment=NONE))) if views else None,
             retrain if training.steps and pruner.iterative_steps > 1 else None,
-            json.loads((job.inputs["sensitivity"] / "curves.json").read_text()) if "sensitivity" in job.inputs else None,
+            json.loads((job.inputs["sensitivity"] / "curves.json").read_text())["error"]
+            if "sensitivity" in job.inputs
+            else None,
         )
-        plan = cycle.run()
-        removed = cycle.history
-        dead = near_dead(plan.groups, plan.ranked)
-        groups = [
-            {"name": g.name, "size": cycle.whole[g.name], "kept": k, "importance": None if r is None else np.round(r, 6).tolist()}
-            for g, k, r in zip(plan.groups, plan.kept, plan.ranked, strict=True)
-        ]
-        content = {"criterion": pruner.criterion, "threshold": pruner.pruning_threshold, "near_dead": dead, "groups": groups}
-        (job.out / "groups.json").write_text(json.dumps(content))
-        steps = {"steps": cycle.rows, "divisors": cycle.divisors, "backend": backend.name if backend else None}
-        (job.out / "steps.json").write_text(json.dumps(steps, indent=1))
-        channels = sum(cycle.whole.values())
-        Console(stderr=True, highlight=False).print(
-            f"           {channels - sum(plan.kept)} of {channels} channels removed; {dead} channels were near dead before"
-        )
-        summary: dict[str, Any] = {"near_dead_channels": dead, "round_to": cycle.round_to or pruner.round_to or pruner.unmeasured}
+        cycle.run()
+        cycle.save(job.out)
+        removed, summary = cycle.history, cycle.summary()
     else:
         removed, summary = pruner.prune(network), {}
     store.save(network, job.out, make, [*history, *removed])
@@ -125,20 +110,6 @@ def run(
         "params_dense": dense_params,
         "train_macs": spent,
     }
-
-
-def _gates(network: nn.Module, views: Views) -> Any:
-    from pipeline.pruning.criteria import taylor_gates
-
-    def backward() -> Iterator[None]:
-        parts = iter([range(n, n + _TAYLOR_IMAGES) for n in range(0, _TAYLOR_BATCHES * _TAYLOR_IMAGES, _TAYLOR_IMAGES)])
-        for images, targets in views.batches(parts, torch.device("cpu")):
-            network.zero_grad()
-            torch.stack([*views.objective.loss(network.eval()(images), targets).values()]).sum().backward()
-            yield
-        network.zero_grad()
-
-    return taylor_gates(network, backward())
 
 
 def _probe(

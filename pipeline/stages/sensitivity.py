@@ -1,9 +1,10 @@
-"""sensitivity: what pruning each channel group alone does to the loss, and the picture of it."""
+"""sensitivity: what pruning each channel group alone does to the fields and the loss."""
 
 import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -11,15 +12,14 @@ from evaluation.types import Resolution
 from pipeline.artifacts import Job
 from pipeline.errors import UserError
 from pipeline.models import store
-from pipeline.pruning.criteria import importance
+from pipeline.pruning.criteria import importance, taylor_gates
 from pipeline.pruning.graph import groups
 from pipeline.pruning.sensitivity import curves
 from pipeline.specs import Objective, Splits
 from pipeline.training.augment import NONE
-from pipeline.training.loop import loss_on
 from pipeline.training.views import Views
 
-_BATCH = 8
+_BATCH = 16
 
 
 def run(
@@ -29,7 +29,7 @@ def run(
 
     Args:
         job: inputs hold "network".
-        data: its tune images are used.
+        data: its tune images are used, and some train images for the criterion "taylor".
         objective: the loss.
         resolution: of the views.
         criterion: which channels of a group are masked first.
@@ -43,20 +43,39 @@ def run(
     """
     if objective is None or "tune" not in data:
         raise UserError("stage=sensitivity: needs a family that is trained here, and tune images (data.splits)")
-    if criterion == "taylor":
-        raise UserError("stages.sensitivity.criterion=taylor: choose l1, l2, bn_scale or group_l1")
     network, _, _ = store.load(job.inputs["network"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network.eval().to(device)
-    size = Resolution.parse(resolution)
+    size, found = Resolution.parse(resolution), groups(network)
+    gates = None
+    if criterion == "taylor":
+        gates = taylor_gates(network, Views.of(data, ["train"], objective, network, size, NONE, 0, job.cache))
+    ranked = importance(network, found, criterion, None, "union", gates)
     views = Views.of(data, ["tune"], objective, network, size, NONE, 0, job.cache)
     views = replace(views, shard=views.shard.first(images))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network.eval().to(device)
+    count = len(views.shard)
+    parts = [range(n, min(n + _BATCH, count)) for n in range(0, count, _BATCH)]
+    batches = [(x, targets, network(x)) for x, targets in views.batches(iter(parts), device)]
 
-    def loss(net: nn.Module) -> float:
-        return loss_on(net, views, _BATCH)
+    def measure(net: nn.Module) -> dict[str, float]:
+        """The objective's loss, and the relative root mean square distance of the fields from those of the whole network."""
+        loss, errors = 0.0, {name: [0.0, 0.0] for name in batches[0][2]}
+        for x, targets, whole in batches:
+            fields = net(x)
+            loss += float(torch.stack([*objective.loss(fields, targets).values()]).sum()) * len(x) / count
+            for name, total in errors.items():
+                total[0] += float((fields[name] - whole[name]).square().sum())
+                total[1] += float(whole[name].square().sum())
+        return {"loss": loss, "error": float(np.sqrt(np.mean([wrong / max(power, 1e-30) for wrong, power in errors.values()])))}
 
-    found = groups(network)
-    made = curves(network, found, importance(network, found, criterion, None, "union"), loss)
-    (job.out / "curves.json").write_text(json.dumps(made, indent=1))
-    worst = max(made, key=lambda name: made[name]["0.5"])
-    return {"groups": len(made), "images": len(views.shard), "most_sensitive": worst, "its_loss_at_half": made[worst]["0.5"]}
+    with torch.no_grad():
+        before = measure(network)["loss"]
+        made = curves(network, found, ranked, measure)
+    (job.out / "curves.json").write_text(json.dumps({"criterion": criterion, "whole": {"loss": before}, **made}, indent=1))
+    worst = max(made["error"], key=lambda name: made["error"][name]["0.5"])
+    return {
+        "groups": len(made["error"]),
+        "images": count,
+        "most_sensitive": worst,
+        "its_error_at_half": made["error"][worst]["0.5"],
+    }

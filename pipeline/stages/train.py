@@ -107,7 +107,9 @@ def _norms(model: nn.Module) -> dict[str, list[float]]:
     """The norm of every channel that can be pruned, by group."""
     found = groups(model)
     values = importance(model, found, "group_l1", None, "union") if found else []
-    return {group.name: [round(float(x), 5) for x in norms] for group, norms in zip(found, values, strict=True) if norms is not None}
+    return {
+        group.name: [round(float(x), 5) for x in norms] for group, norms in zip(found, values, strict=True) if norms is not None
+    }
 
 
 def _as_long(job: Job, model: nn.Module, size: Resolution, training: Training, distillation: Distillation | None) -> Training:

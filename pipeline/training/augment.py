@@ -61,7 +61,9 @@ class Augmentation:
 NONE = Augmentation(flip=0.0, scale=(1.0, 1.0), rotate=0.0, shift=0.0, brightness=0.0)
 
 
-def sampling_grid(matrices: Tensor, size: Resolution, source: tuple[int, int], stride: float = 1.0, shift: float = 0.0) -> Tensor:
+def sampling_grid(
+    matrices: Tensor, size: Resolution, source: tuple[int, int], stride: float = 1.0, shift: float = 0.0
+) -> Tensor:
     """Where the cells of views lie in their images, as `grid_sample(align_corners=False)` wants it.
 
     Args:
@@ -83,7 +85,8 @@ def sampling_grid(matrices: Tensor, size: Resolution, source: tuple[int, int], s
     back = torch.linalg.inv(matrices[:, :, :2].double()).float()
     points = torch.stack((xs, ys), dim=-1).reshape(1, -1, 2) - matrices[:, None, :, 2]
     points = (points @ back.transpose(1, 2)).reshape(len(matrices), size.height, size.width, 2)
-    return (points + 0.5) * 2 / torch.tensor([source[1], source[0]], device=at) - 1
+    grid: Tensor = (points + 0.5) * 2 / torch.tensor([source[1], source[0]], device=at) - 1
+    return grid
 
 
 def cut(images: Tensor, matrices: Tensor, tones: Tensor, size: Resolution, spec: InputSpec) -> Tensor:

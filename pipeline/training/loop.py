@@ -199,7 +199,7 @@ class _Run:
         kind = training.regularization_type
         self.penalty = Penalty(network, kind, training.kernel_regularization_factor) if kind else None
         if on_gpu and fabric.world_size > 1:  # the statistics of the whole batch, as on one device
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         self.network = network
         self.teacher = None
         if teacher is not None:
@@ -244,7 +244,7 @@ class _Run:
             self.optimiser.load_state_dict(found["optimiser"])
         except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(
-                f"{self.checkpoint}: not a checkpoint of this training ({str(error).splitlines()[0]}); run again with force=true"
+                f"{self.checkpoint}: no checkpoint of this training ({str(error).splitlines()[0]}); run again with force=true"
             ) from error
         if self.teacher:
             self.teacher.adapters.load_state_dict(found["adapters"])
@@ -316,7 +316,7 @@ class _Run:
         for weight, gone in self.zeros:
             weight.masked_fill_(gone, 0)
         decay = min(training.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.means, self.values, 1 - decay)  # noqa: SLF001
+        torch._foreach_lerp_(self.means, self.values, 1 - decay)
         self.progress.update(self.task, completed=step + 1)
         return losses
 
@@ -338,7 +338,9 @@ class _Run:
         means = self.fabric.all_reduce(torch.stack([*losses.values()]), reduce_op="mean").tolist()
         self.state["losses"] = dict(zip(losses, means, strict=True))
         self.state["curve"].append([self.state["step"], sum(means)])
-        self.progress.update(self.task, losses=" ".join(f"{name} {value:.3f}" for name, value in zip(losses, means, strict=True)))
+        self.progress.update(
+            self.task, losses=" ".join(f"{name} {value:.3f}" for name, value in zip(losses, means, strict=True))
+        )
 
     def _go_back(self) -> None:
         """Take up the last checkpoint with half the learning rate.

@@ -96,9 +96,8 @@ def shard(
 def _write(
     parts: Sequence[Dataset[Any]], objective: Objective[Any], resolution: Resolution, zoom: float, pad: int, folder: Path
 ) -> None:
-    from rich.progress import track
-
     import cv2
+    from rich.progress import track
 
     samples = [(part, n) for part in parts for n in range(len(part))]
     sizes = np.array([_stored(part[n].size, resolution, zoom) for part, n in samples], np.int32)
@@ -144,5 +143,3 @@ def _stored(size: Resolution, resolution: Resolution, zoom: float) -> tuple[int,
     """The size an image is kept at: no larger than the largest view of it shows."""
     scale = min(1.0, zoom * min(resolution.height / size.height, resolution.width / size.width))
     return max(1, round(size.height * scale)), max(1, round(size.width * scale))
-
-

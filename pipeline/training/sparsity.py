@@ -13,8 +13,8 @@ TYPES = ("l1", "l2", "group_lasso")
 class Penalty:
     """What is added to the loss: `factor` times a norm of the weights that make and read the channels of every group.
 
-    "l1" is the sum of their magnitudes, "l2" of their squares (TAO's regularization_type), "group_lasso" the sum over channels of
-    the L2 norm of a channel's weights times the root of their number (Yuan and Lin 2006), which empties whole channels.
+    "l1" is the sum of their magnitudes, "l2" of their squares (TAO's regularization_type), "group_lasso" the sum over channels
+    of the L2 norm of a channel's weights times the root of their number (Yuan and Lin 2006), which empties whole channels.
 
     Args:
         network: whose groups are penalised; those of the heads are not.

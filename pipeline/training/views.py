@@ -1,6 +1,6 @@
 """What a network is trained on: batches of random views and their targets, read ahead and made where it trains."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -91,7 +91,7 @@ class Views:
         images = cut(there.pop("image"), there["matrix"], there.pop("tone"), self.resolution, self.spec.input)
         return images, self.objective.targets(there, self.resolution, self.spec)
 
-    def batches(self, parts: Iterator[Sequence[int]], device: torch.device) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    def batches(self, parts: Iterator[Sequence[int]], device: torch.device) -> Generator[tuple[Tensor, dict[str, Tensor]]]:
         """Batches of the given items, the next ones read while one is used."""
         pinned = device.type == "cuda"
         with ThreadPoolExecutor(2) as pool:
