@@ -1,4 +1,7 @@
 import itertools
+import math
+import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,14 +10,20 @@ import torch
 from evaluation.pixels import frame, normalise
 from evaluation.pixels_torch import normalise as normalise_torch
 from evaluation.skeletons import COCO_17, OPENPOSE_18
-from evaluation.types import People, Resolution, View
+from evaluation.types import People, Resolution
 from evaluation.views import WholeImage, resized
 from pipeline.errors import UserError
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.models.mobilenetv2_paf import MobileNetV2Paf
-from pipeline.training.augment import Augmentation
-from pipeline.training.heatmap_paf import HeatmapPafObjective, named_keypoints
-from pipeline.training.loop import Training, learning_rate, train
+from pipeline.pruning.criteria import importance
+from pipeline.pruning.graph import folded, groups, normalised
+from pipeline.pruning.sparse24 import Sparse24, is_sparse
+from pipeline.training.augment import NONE, Augmentation, cut
+from pipeline.training.distillation import Distillation
+from pipeline.training.heatmap_paf import HeatmapPafObjective
+from pipeline.training.loop import Training, _items, learning_rate, loss_on, train
+from pipeline.training.sparsity import Penalty
+from pipeline.training.views import Views, _order
 
 SPEC = LightweightOpenPose.spec
 SIZE = Resolution(64, 80)
@@ -29,13 +38,23 @@ def person(x=40.0, crowd=False, labelled=True):
     return People(keypoints, np.array([[x - 20, 4, 40, 54]]), np.array([900.0]), np.array([crowd]), (None,))
 
 
-def whole(size=SIZE):
-    (view,) = WholeImage(None).views(size, size, SPEC.input)
-    return view
+IDENTITY = np.array([[1.0, 0, 0], [0, 1, 0]])
+
+
+def batch(truth, matrix=IDENTITY, flipped=False, size=SIZE):
+    """What the objective gets of one image seen in one view."""
+    objective = HeatmapPafObjective()
+    kept = objective.labels(truth, size, size, size, max(objective.people(truth), 1))
+    kept |= {"matrix": np.asarray(matrix, np.float32), "flipped": np.array(flipped), "labelled": np.array(truth is not None)}
+    return {name: torch.from_numpy(np.asarray(value)[None]) for name, value in kept.items()}
+
+
+def fields_of(truth, **view):
+    return HeatmapPafObjective().targets(batch(truth, **view), SIZE, SPEC)
 
 
 def test_heatmaps_peak_at_the_keypoints_and_pafs_point_along_the_limbs():
-    targets = HeatmapPafObjective().targets(person(), whole(), SPEC)
+    targets = {name: value[0].numpy() for name, value in fields_of(person()).items()}
     assert targets["heatmaps"].shape == (19, 8, 10)
     for k, name in enumerate(OPENPOSE_18.names):
         if name == "neck":
@@ -52,27 +71,40 @@ def test_heatmaps_peak_at_the_keypoints_and_pafs_point_along_the_limbs():
     assert np.hypot(x, y).max() <= 1.0001
 
 
+def test_heatmaps_are_gaussians_and_overlapping_limbs_share_their_cells():
+    two = People(
+        *(np.concatenate((getattr(person(), f), getattr(person(48.0), f))) for f in ("keypoints", "boxes", "areas", "crowd")),
+        (None, None),
+    )
+    targets = {name: value[0].numpy() for name, value in fields_of(two).items()}
+    nose = OPENPOSE_18.names.index("nose")
+    ys, xs = np.mgrid[:8, :10]
+    peaks = [np.exp(-((xs - (x - 3.5) / 8) ** 2 + (ys - (8 - 3.5) / 8) ** 2) / 2 / 0.9**2) for x in (40, 48)]
+    expected = np.maximum(*peaks)
+    assert np.allclose(targets["heatmaps"][nose], np.where(expected < 0.01, 0, expected), atol=1e-5)
+    pafs = targets["pafs"].reshape(-1, 2, 8, 10)
+    assert np.hypot(pafs[:, 0], pafs[:, 1]).max() <= 1.0001, "where limbs of a kind overlap, their mean"
+
+
 def test_a_mirrored_view_swaps_left_and_right():
-    matrix = np.array([[-1.0, 0, 79], [0, 1, 0]])
-    mirrored = View(matrix, SIZE, None, flipped=True)
-    plain, seen = named_keypoints(person(), whole(), OPENPOSE_18)
-    flipped, also = named_keypoints(person(), mirrored, OPENPOSE_18)
-    flip = list(OPENPOSE_18.flip)
-    assert np.allclose(flipped[0, flip, 0], 79 - plain[0, :, 0])
-    assert (seen == also).all()
+    mirror = np.array([[-1.0, 0, 79], [0, 1, 0]])
+    plain, flipped = (fields_of(person(), **view)["heatmaps"][0] for view in ({}, {"matrix": mirror, "flipped": True}))
+    order = [*OPENPOSE_18.flip, 18]
+    assert torch.allclose(flipped, plain[order].flip(-1), atol=1e-4)
     right, left = OPENPOSE_18.names.index("right_wrist"), OPENPOSE_18.names.index("left_wrist")
-    assert plain[0, right, 0] < plain[0, left, 0]
-    assert flipped[0, right, 0] < flipped[0, left, 0], "in a mirrored image the person's right is still on the image's left"
+    column = [int(flipped[k].amax(0).argmax()) for k in (right, left)]
+    assert column[0] < column[1], "in a mirrored image the person's right is still on the image's left"
 
 
 def test_crowds_and_people_without_labels_do_not_count():
     objective = HeatmapPafObjective()
     for truth in (person(crowd=True, labelled=False), person(labelled=False)):
-        mask = objective.targets(truth, whole(), SPEC)["mask"]
+        mask = fields_of(truth)["mask"][0]
         assert mask[0, 3, 4] == 0
         assert mask[0, 3, 9] == 1
-    assert objective.targets(person(), whole(), SPEC)["mask"].all()
-    targets = {k: torch.from_numpy(v[None]) for k, v in objective.targets(person(labelled=False), whole(), SPEC).items()}
+    assert fields_of(person())["mask"].all()
+    assert not fields_of(None)["mask"].any(), "an image without labels"
+    targets = fields_of(person(labelled=False))
     wrong = {name: torch.zeros_like(targets[name]) for name in ("heatmaps", "pafs")}
     wrong["heatmaps"][:, 18] = 1
     clean = objective.loss(wrong, targets)
@@ -93,7 +125,7 @@ def test_polygons_and_run_lengths_mask_the_same_cells():
     for segmentation in (square, runs):
         truth = person(crowd=True, labelled=False)
         truth = People(truth.keypoints, truth.boxes, truth.areas, truth.crowd, (segmentation,))
-        found.append(HeatmapPafObjective().targets(truth, whole(), SPEC)["mask"][0])
+        found.append(fields_of(truth)["mask"][0, 0])
     assert found[0][3:5, 3:5].sum() == found[1][3:5, 3:5].sum() == 0
     assert found[0][:, 7:].all()
     assert found[1][:, 7:].all()
@@ -101,7 +133,7 @@ def test_polygons_and_run_lengths_mask_the_same_cells():
 
 def test_losses_of_all_stages_are_added():
     objective = HeatmapPafObjective()
-    targets = {k: torch.from_numpy(v[None]) for k, v in objective.targets(person(), whole(), SPEC).items()}
+    targets = fields_of(person())
     final = {"heatmaps": torch.zeros(1, 19, 8, 10), "pafs": torch.zeros(1, 38, 8, 10)}
     twice = {**final, "heatmaps.0": final["heatmaps"], "pafs.0": final["pafs"]}
     one, two = objective.loss(final, targets), objective.loss(twice, targets)
@@ -109,8 +141,8 @@ def test_losses_of_all_stages_are_added():
 
 
 def test_views_stay_the_same_for_a_seed_and_vary_otherwise():
-    augment = Augmentation()
-    views = [augment.view(np.random.default_rng(n), Resolution(120, 160), SIZE, person()) for n in (0, 0, 1, 2, 3, 4, 5)]
+    augment, boxes = Augmentation(), person().boxes
+    views = [augment.view(np.random.default_rng(n), Resolution(120, 160), SIZE, boxes) for n in (0, 0, 1, 2, 3, 4, 5)]
     assert np.array_equal(views[0].matrix, views[1].matrix)
     assert len({v.matrix.tobytes() for v in views}) == 6
     assert {v.flipped for v in views} == {True, False}
@@ -119,9 +151,28 @@ def test_views_stay_the_same_for_a_seed_and_vary_otherwise():
 
 
 def test_no_augmentation_is_a_centred_letterbox():
-    augment = Augmentation(0.0, (1.0, 1.0), 0.0, 0.0, 0.0)
-    view = augment.view(np.random.default_rng(0), Resolution(128, 160), SIZE, person())
+    view = NONE.view(np.random.default_rng(0), Resolution(128, 160), SIZE, person().boxes)
     assert np.allclose(view.matrix, resized(Resolution(128, 160), (64, 80)))
+    assert NONE.tone(np.random.default_rng(0)) == (1, 0)
+
+
+@pytest.mark.parametrize("network", [LightweightOpenPose, MobileNetV2Paf])
+def test_views_are_cut_as_opencv_cuts_them(network):
+    import cv2
+
+    draw = np.random.default_rng(0)
+    image = cv2.GaussianBlur(draw.integers(0, 255, (90, 120, 3), np.uint8), (5, 5), 0)
+    spec = network.spec.input
+    for n in range(4):
+        view = Augmentation().view(np.random.default_rng(n), Resolution(90, 120), SIZE, person().boxes)
+        seen = cv2.warpAffine(image, view.matrix, (80, 64), flags=cv2.INTER_LINEAR, borderValue=(spec.pad,) * 3)
+        expected = normalise(np.clip(np.rint(seen * 1.1 + 5.0), 0, 255).astype(np.uint8), spec)
+        matrix, tone = torch.from_numpy(view.matrix[None].astype(np.float32)), torch.tensor([[1.1, 5.0]])
+        ours = cut(torch.from_numpy(image[None]), matrix, tone, SIZE, spec)[0].numpy()
+        assert ours.shape == (3, 64, 80)
+        level = spec.range / np.asarray(spec.std)[0] / 255
+        assert np.abs(ours - expected).mean() < 0.7 * level
+        assert np.abs(ours - expected).max() < 12 * level  # OpenCV's coefficients have five bits
 
 
 def test_pixels_arrive_as_the_network_wants_them():
@@ -162,7 +213,6 @@ def _options(**changes):
             "steps": 12,
             "batch_size": 4,
             "warmup": 2,
-            "workers": 0,
             "checkpoint_every": 4,
             "lr": 5e-3,
             "precision": "32-true",
@@ -171,11 +221,24 @@ def _options(**changes):
     )
 
 
-def _train(images, checkpoint, **changes):
+def _network(width=0.125):
     torch.manual_seed(0)
-    network = LightweightOpenPose(stages=2, width=0.125)
-    found = train(network, images.open("train"), HeatmapPafObjective(), SIZE, Augmentation(), _options(**changes), checkpoint)
+    return LightweightOpenPose(stages=2, width=width)
+
+
+def _views(images, cache, splits=("train",), **changes):
+    views = Views.of(images, list(splits), HeatmapPafObjective(), _network(), SIZE, Augmentation(), 0, cache)
+    return replace(views, **changes)
+
+
+def _train(images, checkpoint, teacher=None, distillation=None, tune=None, **changes):
+    network, views = _network(), _views(images, checkpoint.parent)
+    found = train(network, views, _options(**changes), checkpoint, teacher, distillation, tune)
     return network, found
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
 def test_training_learns(images, tmp_path):
@@ -202,45 +265,206 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(images, tmp_path, 
         _train(images, tmp_path / "cut.ckpt")
     monkeypatch.undo()
     resumed, found = _train(images, tmp_path / "cut.ckpt")
-    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
-    for name, value in whole_run.state_dict().items():
-        assert torch.allclose(value.float(), resumed.state_dict()[name].float(), atol=1e-5), name
+    assert found["loss"] == expected["loss"]
+    assert found["curve"] == expected["curve"]
+    assert same(whole_run, resumed), "bit for bit"
 
 
 def test_a_finished_training_is_not_repeated(images, tmp_path):
     first, _ = _train(images, tmp_path / "a.ckpt")
     again, _ = _train(images, tmp_path / "a.ckpt")
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
+    assert same(first, again)
 
 
-def test_l1_makes_judged_weights_smaller(images, tmp_path):
+@pytest.mark.parametrize("content", [b"", b"nothing", None])
+def test_a_checkpoint_that_cannot_be_read_is_refused(images, tmp_path, content):
+    if content is None:
+        torch.save({"network": {}, "optimiser": {}}, tmp_path / "a.ckpt")
+    else:
+        (tmp_path / "a.ckpt").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.ckpt: no checkpoint of this training .*force=true"):
+        _train(images, tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("l1", 1e-2), ("l2", 1e-1), ("group_lasso", 1e-2)])
+def test_penalties_make_judged_weights_smaller(images, tmp_path, kind, factor):
     def size(network):
-        from pipeline.pruning import folded_weights, normalised
-
-        return float(sum(w.abs().sum() for w in folded_weights(network, normalised(network))))
+        return float(sum(importance(network, groups(network), "group_l1", None, "union")[0]))
 
     plain, _ = _train(images, tmp_path / "a.ckpt", steps=20)
-    sparse, _ = _train(images, tmp_path / "b.ckpt", steps=20, l1=1e-2)
+    sparse, _ = _train(images, tmp_path / "b.ckpt", steps=20, regularization_type=kind, kernel_regularization_factor=factor)
     assert size(sparse) < 0.95 * size(plain)
 
 
+def test_penalties_are_the_norms_they_are_called_after():
+    network = _network().eval()
+    found, pairs = groups(network), normalised(network)
+    filters = [folded(part.layer, pairs.get(part.layer)) for group in found for part in group.producers]
+    assert float(Penalty(network, "l1", 2.0)()) == pytest.approx(2 * sum(float(w.abs().sum()) for w in filters), rel=1e-4)
+    assert float(Penalty(network, "l2", 1.0)()) == pytest.approx(sum(float(w.square().sum()) for w in filters), rel=1e-4)
+    group, norm = found[0], pairs
+    squares, weights = torch.zeros(group.size), 0
+    for part in group.parts:
+        if part.layer not in norm.values():
+            weight = folded(part.layer, norm.get(part.layer)).detach()
+            rows = weight if part.outputs else weight.transpose(0, 1)
+            squares[part.roots] += rows[part.channels].flatten(1).square().sum(1)
+            weights += rows[part.channels].numel()
+    one = Penalty(network, "group_lasso", 1.0)
+    one.groups = [group]
+    assert float(one()) == pytest.approx(float(squares.sqrt().sum()) * (weights / group.size) ** 0.5, rel=1e-3)
+    with pytest.raises(UserError, match="regularization_type=l3: choose null, l1, l2, group_lasso"):
+        Penalty(network, "l3", 1.0)
+
+
 def test_no_steps_keep_the_weights(images, tmp_path):
-    network = LightweightOpenPose(stages=2, width=0.125)
-    before = {k: v.clone() for k, v in network.state_dict().items()}
-    options = _options(steps=0)
-    train(network, images.open("train"), HeatmapPafObjective(), SIZE, Augmentation(), options, tmp_path / "a.ckpt")
-    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+    network = _network()
+    train(network, _views(images, tmp_path), _options(steps=0), tmp_path / "a.ckpt")
+    assert same(network, _network())
+    assert not (tmp_path / "a.ckpt").exists()
 
 
-def test_a_loss_that_is_not_finite_is_reported(images, tmp_path):
-    with pytest.raises(UserError, match=r"the loss is .*nan.*lower lr"):
+def test_a_loss_that_is_not_finite_goes_back_and_then_gives_up(images, tmp_path, monkeypatch, capsys):
+    with pytest.raises(UserError, match=r"the loss is not finite after .* steps, also with lr=.*lower lr=1e\+30"):
         _train(images, tmp_path / "a.ckpt", lr=1e30, clip=1e30, steps=30)
+    assert capsys.readouterr().err.count("back to step") == 3
+    objective_loss, calls = HeatmapPafObjective.loss, 0
+
+    def poisoned(self, fields, targets):
+        nonlocal calls
+        calls += 1
+        losses = objective_loss(self, fields, targets)
+        return {name: value * math.nan for name, value in losses.items()} if calls == 7 else losses
+
+    monkeypatch.setattr(HeatmapPafObjective, "loss", poisoned)
+    network, found = _train(images, tmp_path / "b.ckpt")
+    assert "not finite after 8 steps: back to step 4, with 0.5 times the learning rate" in capsys.readouterr().err
+    assert found["steps"] == 12
+    assert all(torch.isfinite(value).all() for value in network.state_dict().values())
 
 
-@pytest.mark.parametrize("option", ["steps", "batch_size", "warmup", "checkpoint_every"])
+def test_a_batch_in_parts_is_the_same_batch(images, tmp_path):
+    whole, expected = _train(images, tmp_path / "a.ckpt", steps=1)
+    parts, found = _train(images, tmp_path / "b.ckpt", steps=1, accumulate=2)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=0.05)  # batch norms see half of it at a time
+    assert not same(whole, parts)
+    items = [list(part) for part in _items(_options(batch_size=8, accumulate=2, devices=2), 1, 1)]
+    assert items[:2] == [[10, 11], [14, 15]]
+
+
+def test_two_devices_share_a_batch_and_learn_the_same(images, tmp_path):
+    views = _views(images, tmp_path)
+    found = []
+    for devices in (1, 2):
+        network, checkpoint = _network(), tmp_path / f"{devices}.ckpt"
+        # one device sees the halves one after the other, so that its batch norms see what those of two devices see
+        options = _options(steps=6, devices=devices, accumulate=2 // devices, accelerator="cpu", checkpoint_every=2)
+        found.append(train(network, views, options, checkpoint)["curve"])
+    assert [step for step, _ in found[0]] == [step for step, _ in found[1]] == [1, 2, 4, 6]
+    for (_, one), (_, two) in zip(*found, strict=True):
+        assert two == pytest.approx(one, rel=1e-3)
+
+
+def test_training_stops_early_and_keeps_the_best(images, tmp_path, capsys):
+    tune = _views(images, tmp_path, ["tune"], augment=NONE)
+    network, found = _train(images, tmp_path / "a.ckpt", steps=200, lr=0.05, patience=2, check_every=3, tune=tune)
+    assert found["steps"] < 200
+    assert "the loss on the tune images rises" in capsys.readouterr().err
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert loss_on(network, tune, 4) == pytest.approx(state["best_loss"], rel=1e-4)
+    with pytest.raises(UserError, match="stopping early needs tune images"):
+        _train(images, tmp_path / "b.ckpt", patience=2)
+
+
+def test_a_student_learns_its_teachers_fields(images, tmp_path):
+    torch.manual_seed(7)
+    teacher = LightweightOpenPose(stages=2, width=0.25)
+    how = Distillation(fields=1.0, labels=0.0)
+    _, early = _train(images, tmp_path / "a.ckpt", teacher, how, steps=1)
+    _, late = _train(images, tmp_path / "b.ckpt", teacher, how, steps=60)
+    assert set(late) & {"heatmaps", "pafs", "teacher", "features"} == {"teacher"}
+    assert late["teacher"] < 0.5 * early["teacher"]
+    how = Distillation(fields=1.0, features=1.0, layers=["features"])
+    student, found = _train(images, tmp_path / "c.ckpt", teacher, how)
+    assert {"heatmaps", "pafs", "teacher", "features"} <= set(found)
+    assert list(student.state_dict()) == list(_network().state_dict()), "the adapters are thrown away"
+    with pytest.raises(UserError, match=r"distillation.layers=featurs: matches no layer.*features"):
+        _train(images, tmp_path / "d.ckpt", teacher, replace(how, layers=["featurs"]))
+
+
+def test_images_without_labels_teach_through_the_teacher_alone(images, tmp_path):
+    views = _views(images, tmp_path, ["train", "unlabelled"])
+    labelled = np.asarray(views.shard.labels["labelled"])
+    assert labelled.sum() == len(images.open("train"))
+    assert (~labelled).sum() == len(images.open("unlabelled"))
+    row = int(np.flatnonzero(~labelled)[0])
+    order = [n for n in range(len(labelled)) if _order(0, 0, len(labelled))[n] == row]
+    _, targets = views.on(torch.device("cpu"), views.host(order, pinned=False))
+    assert not targets["mask"].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fields": -1}, "distillation.fields=-1"),
+        ({"fields": 0}, "learn nothing from the teacher"),
+        ({"features": 1}, "needs distillation.layers"),
+    ],
+)
+def test_impossible_distillations_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        Distillation(**options)
+
+
+def test_zeros_of_sparse_weights_stay(images, tmp_path):
+    network = _network()
+    history = Sparse24().prune(network)
+    train(network, _views(images, tmp_path), _options(), tmp_path / "a.ckpt")
+    layers = dict(network.named_modules())
+    assert all(is_sparse(layers[name].weight.detach().numpy()) for name, _, _ in history)
+    assert not torch.equal(layers[history[0][0]].weight, dict(_network().named_modules())[history[0][0]].weight)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(images, tmp_path, monkeypatch):
+    _train(images, tmp_path / "a.ckpt", steps=4)
+    before, save = (tmp_path / "a.ckpt").read_bytes(), torch.save
+
+    def full(state, file):
+        save(state, file)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"a\.ckpt: cannot write the checkpoint .*No space left.*The last one is kept"):
+        _train(images, tmp_path / "a.ckpt", steps=8)
+    assert (tmp_path / "a.ckpt").read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_shard_without_room_is_refused(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(UserError, match=r"shards: 20 training images of .* GB are free; free some"):
+        _views(images, tmp_path)
+    assert not [file for file in (tmp_path / "shards").iterdir() if file.suffix != ".lock"]
+
+
+def test_a_shard_is_written_once_and_travels_as_its_folder(images, tmp_path, monkeypatch):
+    first = _views(images, tmp_path).shard
+    monkeypatch.setattr("pipeline.training.shard._write", None)
+    again = _views(images, tmp_path).shard
+    assert np.array_equal(first.images, again.images)
+    packed = pickle.dumps(again)
+    assert len(packed) < 1000
+    assert np.array_equal(pickle.loads(packed).labels["keypoints"], first.labels["keypoints"])
+
+
+@pytest.mark.parametrize("option", ["steps", "batch_size", "warmup", "checkpoint_every", "accumulate", "devices", "patience"])
 def test_impossible_trainings_are_refused(option):
     with pytest.raises(UserError, match=f"{option}=-1"):
         Training(**{option: -1})
+    with pytest.raises(
+        UserError, match=r"batch_size=10: cannot be shared by devices=2 x num_nodes=1 x accumulate=2.*multiple of 4"
+    ):
+        Training(batch_size=10, devices=2, accumulate=2)
 
 
 @pytest.mark.parametrize("network", [LightweightOpenPose, MobileNetV2Paf])

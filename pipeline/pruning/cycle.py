@@ -74,9 +74,7 @@ class Cycle:
         norms = importance(self.network, found, "group_l1", None, "union")
         self.near_dead = sum(int((values < 0.01 * values.max()).sum()) for values in norms if values is not None)
         if self.near_dead:  # which flatters any pruner
-            _say(
-                f"{self.near_dead} of {sum(self.whole.values())} channels are near dead: a hundredth of their group's best"
-            )
+            _say(f"{self.near_dead} of {sum(self.whole.values())} channels are near dead: a hundredth of their group's best")
         self.dense = Costs(self.network, found, self.size)([group.size for group in found])
         self.round_to: int | None = None
 

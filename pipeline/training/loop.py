@@ -243,9 +243,8 @@ class _Run:
             self.network.load_state_dict(found["network"])
             self.optimiser.load_state_dict(found["optimiser"])
         except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(
-                f"{self.checkpoint}: no checkpoint of this training ({str(error).splitlines()[0]}); run again with force=true"
-            ) from error
+            what = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"{self.checkpoint}: no checkpoint of this training ({what}); run again with force=true") from error
         if self.teacher:
             self.teacher.adapters.load_state_dict(found["adapters"])
         for name, value in found["averaged"].items():
