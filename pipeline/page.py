@@ -5,8 +5,9 @@ import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from pipeline import engine_page, quantization_page
+from pipeline import engine_page, pruning_page, quantization_page
 from pipeline.report import (
     MORE_STEPS,
     Result,
@@ -40,6 +41,7 @@ def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] 
             continue
         title = f"{row['data']}, {row['images']} images; {row['device']}, {row['threads']} thread(s), batch {row['batch']}"
         plots += f"<h2>{html.escape(title)}</h2>{_plot(table, group, not plots)}"
+    pruning = pruning_page.section(table.results, table.rows, _Drawn(first=not plots))
     shown = tabulated(table.rows)
     head = "".join(f"<th>{html.escape(column)}</th>" for column in shown[0])
     body = "".join(
@@ -77,9 +79,22 @@ def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] 
 <table><thead><tr>{head}</tr></thead>
 <tbody>{body}</tbody></table></div>
 {"".join(f'<p class="note">{note}</p>' for note in notes)}{_waterfall_html(table.results)}
-{engine_page.sections(table.results)}{quantization_page.sections(table.results)}{_comparisons_html(comparisons)}
+{pruning}{engine_page.sections(table.results)}{quantization_page.sections(table.results)}{_comparisons_html(comparisons)}
 {"".join(sections)}</body></html>"""
     file.write_text(page, encoding="utf-8")
+
+
+class _Drawn:
+    """Plotly figures as HTML; the first of a page brings the library along."""
+
+    def __init__(self, first: bool) -> None:
+        self.first = first
+
+    def __call__(self, figure: Any) -> str:
+        figure.update_layout(template="plotly_white")
+        text: str = figure.to_html(full_html=False, include_plotlyjs=self.first, config={"displaylogo": False})
+        self.first = False
+        return text
 
 
 def _waterfall_html(results: Sequence[Result]) -> str:

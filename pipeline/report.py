@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.statistics import Draws, Interval, paired, spearman
+from evaluation.types import NetworkSpec
 from pipeline.artifacts import current
 
 COLUMNS = (
@@ -17,6 +18,7 @@ COLUMNS = (
     "backend", "device",
     "threads", "batch", "rebuild", "images", "ap", "ap_lo", "ap_hi", "ap50", "ap75", "ap_medium", "ap_large", "as_found_ap",
     "as_found_ap_lo", "as_found_ap_hi", "agreement_ap", "agreement_ap_lo", "agreement_ap_hi", "agreement_people",
+    "agreement_with_dense",
     "dropped_peaks", "images_not_finite", "ap_vs_fp32",
     "ap_vs_fp32_lo", "ap_vs_fp32_hi", "ap_vs_dense", "ap_vs_dense_lo", "ap_vs_dense_hi", "latency_p50_ms",
     "latency_p50_ms_lo", "latency_p50_ms_hi", "latency_p95_ms", "latency_p99_ms", "framing_p50_ms", "upload_p50_ms",
@@ -142,6 +144,26 @@ def _difference(result: Result, other: Result | None) -> Interval | None:
     return paired(Draws.load(result.folder / "draws.npz"), Draws.load(other.folder / "draws.npz"))
 
 
+def _agreement(dense: Result, pruned: Result) -> float | None:
+    """How well a pruned network in FP32 finds the people that its dense one finds in images without labels."""
+    from evaluation.agreement import PoseAgreement
+    from pipeline.inference import load_results
+
+    files = [result.made_of.get("tune", Path()) / "reference.npz" for result in (dense, pruned)]
+    architecture = pruned.made_of.get("prune", Path()) / "architecture.json"
+    if not all(file.is_file() for file in (*files, architecture)):
+        return None
+    spec = NetworkSpec.from_dict(json.loads(architecture.read_text())["spec"])
+    expected, found = (load_results(file) for file in files)
+    if expected.keys() != found.keys():
+        return None
+    measure = PoseAgreement(spec.skeleton)
+    for image, people in expected.items():
+        measure.process(image, people, found[image])
+    value = measure.evaluate()[measure.primary]
+    return None if value == -1 else value
+
+
 def _row(result: Result, results: Sequence[Result]) -> dict[str, Any]:
     row = {**result.figures, **result.axes}  # a label may say more than the name of what ran
     network = result.axes["network"].removesuffix("-qat")
@@ -150,6 +172,8 @@ def _row(result: Result, results: Sequence[Result]) -> dict[str, Any]:
     if result.axes["precision"] != "fp32":  # in which AP is that of any backend: a device may have evaluated INT8 alone
         fp32 = _kin(result, results, **plain) or _kin(result, results, **plain, backend="onnxruntime")
     dense = _kin(result, results, **plain, pruning="dense") if result.axes["pruning"] != "dense" else None
+    if dense is not None and (agreed := _agreement(dense, result)) is not None:
+        row["agreement_with_dense"] = agreed
     for name, other in (("fp32", fp32), ("dense", dense)):
         found = _difference(result, other)
         if found is not None:

@@ -1,0 +1,234 @@
+"""What the report shows of pruning: steps to a target, norms, sensitivity, and the control beside the retrained network."""
+
+import html
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.report import Result
+
+_CONTROL = re.compile(r"-(pruned|scratch\d+)$")
+
+
+def _read(folder: Path | None, name: str) -> Any:
+    file = None if folder is None else folder / name
+    return json.loads(file.read_text()) if file is not None and file.exists() else None
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def base(pruning: str) -> str:
+    """The pruner's label without what tells a control from the retrained network."""
+    return _CONTROL.sub("", pruning)
+
+
+def controls(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[list[str]]]]:
+    """Dense, pruned, retrained and scratch side by side, for every pruning.
+
+    Returns:
+        Title and rows: what it is, GMACs, AP with its interval, its paired difference to the dense network's, and the
+        agreement with what that finds.
+    """
+    same = (
+        "data",
+        "network",
+        "resolution",
+        "keep_aspect_ratio_mode",
+        "precision",
+        "calibration",
+        "backend",
+        "threads",
+        "batch",
+    )
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["pruning"] != "dense":
+            groups.setdefault((base(row["pruning"]), *(row[key] for key in same)), []).append(row)
+    found = []
+    for key, own in groups.items():
+        dense = [row for row in rows if row["pruning"] == "dense" and tuple(row[k] for k in same) == key[1:]]
+        shown = []
+        for row in [*dense, *sorted(own, key=_place)]:
+            kind = _CONTROL.search(row["pruning"])
+            what = "dense" if row["pruning"] == "dense" else kind[1] if kind else "pruned and retrained"
+            lost = "" if row["ap_vs_dense"] == "" else _between(row, "ap_vs_dense", "+")
+            macs = f"{row['macs'] * 1e-9:.3f}" if row["macs"] != "" else "–"
+            agreed = "" if row["agreement_with_dense"] == "" else f"{row['agreement_with_dense']:.3f}"
+            shown.append([what.replace("scratch", "from scratch, seed "), macs, _between(row, "ap"), lost, agreed])
+        found.append((" · ".join(str(part) for part in key if part not in ("", None)), shown))
+    return found
+
+
+def _place(row: Mapping[str, Any]) -> tuple[int, str]:
+    kind = _CONTROL.search(row["pruning"])
+    return (1, "") if kind is None else (0, "") if kind[1] == "pruned" else (2, kind[1])
+
+
+def _between(row: Mapping[str, Any], name: str, sign: str = "") -> str:
+    return f"{row[name]:{sign}.3f} [{row[f'{name}_lo']:{sign}.3f}, {row[f'{name}_hi']:{sign}.3f}]"
+
+
+def curve(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """AP against MACs of what was pruned and retrained, and of the same structures from scratch; None for fewer than three."""
+    import plotly.graph_objects as go
+
+    plain = [row for row in rows if row["precision"] == "fp32" and row["macs"] != ""]
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for row in plain:
+        kind = _CONTROL.search(row["pruning"])
+        name = "from scratch" if kind and kind[1].startswith("scratch") else "not retrained" if kind else "dense and retrained"
+        kinds.setdefault(name, []).append(row)
+    if len(kinds.get("dense and retrained", [])) < 3 and "from scratch" not in kinds:
+        return None
+    figure = go.Figure()
+    for (name, own), colour in zip(sorted(kinds.items()), ("#2e6f95", "#d1603d", "#8a8d91"), strict=False):
+        points = sorted(own, key=lambda row: row["macs"])
+        figure.add_scatter(
+            x=[row["macs"] * 1e-9 for row in points],
+            y=[row["ap"] for row in points],
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [row["ap_hi"] - row["ap"] for row in points],
+                "arrayminus": [row["ap"] - row["ap_lo"] for row in points],
+            },
+            mode="markers+lines" if name == "dense and retrained" else "markers",
+            marker={"color": colour, "size": 9},
+            text=[f"{row['network']} {row['pruning']}" for row in points],
+            name=name,
+        )
+    figure.update_layout(xaxis_title="GMACs an image", yaxis_title="AP", height=420, margin={"t": 20})
+    return figure
+
+
+def heat_map(content: Mapping[str, Any]) -> Any:
+    """The error of the fields by group and ratio, as the stage "sensitivity" measured it."""
+    import plotly.graph_objects as go
+
+    errors = content["error"]
+    ratios = list(next(iter(errors.values())))
+    figure = go.Figure(
+        go.Heatmap(
+            x=[f"{float(ratio):.0%}" for ratio in ratios],
+            y=list(errors),
+            z=[[np.log10(max(curve[ratio], 1e-4)) for ratio in ratios] for curve in errors.values()],
+            text=[[f"{curve[ratio]:.3f}" for ratio in ratios] for curve in errors.values()],
+            hovertemplate="%{y}: %{x} masked, error %{text}<extra></extra>",
+            colorscale="Viridis",
+            colorbar={"title": "error", "tickvals": [-4, -3, -2, -1, 0], "ticktext": ["1e-4", "1e-3", ".01", ".1", "1"]},
+        )
+    )
+    figure.update_layout(
+        xaxis_title="part of the group's channels masked", height=120 + 16 * len(errors), margin={"t": 20, "l": 260},
+        yaxis={"autorange": "reversed"},
+    )  # fmt: skip
+    return figure
+
+
+def norm_plot(norms: Mapping[str, Any], groups: Mapping[str, Any] | None) -> Any:
+    """Channel norms before and after training, sorted in each group; with the pruner's values, what it cut.
+
+    Args:
+        norms: "before" and "after", a list a group, as training wrote them.
+        groups: what the pruner wrote: its values and how many channels of each group it kept; None where nothing was pruned.
+    """
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for name, colour in (("before", "#9bb3c9"), ("after", "#2e6f95")):
+        xs: list[float | None] = []
+        ys: list[float | None] = []
+        for n, values in enumerate(norms[name].values()):
+            order = np.sort(values)[::-1]
+            xs += [*(n + (np.arange(len(order)) + 0.5) / len(order)).tolist(), None]
+            ys += [*np.maximum(order, 1e-6).tolist(), None]
+        figure.add_scattergl(x=xs, y=ys, mode="lines", line={"color": colour}, name=f"{name} training")
+    if groups is not None and groups["criterion"] == "group_l1":
+        own = {group["name"]: group for group in groups["groups"]}
+        xs, ys = [], []
+        for n, name in enumerate(norms["after"]):
+            group = own.get(name)
+            if group is None or group["importance"] is None or group["kept"] >= group["size"]:
+                continue
+            least = np.sort(group["importance"])[::-1][group["kept"] - 1]
+            xs += [n, n + 1, None]
+            ys += [max(float(least), 1e-6)] * 2 + [None]
+        figure.add_scattergl(
+            x=xs, y=ys, mode="lines", line={"color": "#d1603d", "dash": "dot"}, name="threshold: what lies below goes"
+        )
+    names = list(norms["after"])
+    figure.update_layout(
+        xaxis={"tickvals": [n + 0.5 for n in range(len(names))], "ticktext": names, "tickangle": -60},
+        yaxis={"type": "log", "title": "L1 norm of a channel's group"},
+        height=480,
+        margin={"t": 20},
+    )
+    return figure
+
+
+def _steps(content: Mapping[str, Any]) -> str:
+    dense = content["steps"][0]
+    rows = []
+    for row in content["steps"]:
+        cells = [row["step"], f"{row['params'] / 1e6:.3f}", f"{row['macs'] / 1e9:.3f} ({row['macs'] / dense['macs']:.3f}x)"]
+        cells.append(f"{row['latency_ms']:.2f} ({row['latency_ratio']:.3f}x)" if "latency_ms" in row else "–")
+        cells.append(f"{row['ap']:.3f}" if "ap" in row else "–")
+        cells.append(f"{row['agreement']:.3f}" if "agreement" in row else "–")
+        rows.append(cells)
+    made = _table(["step", "M parameters", "GMACs", "p50 ms", "AP on tune images", "agreement with dense"], rows)
+    if content["divisors"]:
+        divisors = [[str(r["round_to"]), f"{r['macs'] / 1e9:.3f}", f"{r['latency_ms']:.3g}"] for r in content["divisors"]]
+        made += "<p>Channel counts as multiples of</p>" + _table(["divisor", "GMACs", "p50 ms"], divisors)
+    return made
+
+
+def section(results: Sequence[Result], rows: Sequence[Mapping[str, Any]], plot: Any) -> str:
+    """The report's section on pruning; empty where nothing was pruned and nothing measured for it.
+
+    Args:
+        results: all engines.
+        rows: of the table, one an engine.
+        plot: makes HTML of a plotly figure.
+    """
+    parts = []
+    for title, shown in controls(rows):
+        parts.append(
+            f"<h3>{html.escape(title)}</h3>"
+            + _table(["network", "GMACs", "AP [95 %]", "AP − dense, paired", "agreement with dense"], shown)
+        )
+    if parts:
+        parts.append(
+            "<p>From scratch: the pruned structure with random weights, trained for as many multiply-accumulates as the dense "
+            "network, its pruning and its retraining took together.</p>"
+        )
+    drawn = curve(rows)
+    if drawn is not None:
+        parts.append("<h3>AP against MACs</h3>" + plot(drawn))
+    seen: set[Path] = set()
+    for result in results:
+        pruned, trained, sensitive = (result.made_of.get(stage) for stage in ("prune", "train", "sensitivity"))
+        for folder, name, show in (
+            (pruned, "steps.json", _steps),
+            (sensitive, "curves.json", lambda content: plot(heat_map(content))),
+            (trained, "norms.json", lambda content, of=pruned: plot(norm_plot(content, _read(of, "groups.json")))),
+        ):
+            content = _read(folder, name)
+            about = folder if name != "norms.json" or pruned is None else pruned
+            if content is None or about is None or about in seen or (name == "norms.json" and pruned is None):
+                continue
+            if name != "norms.json":
+                seen.add(about)
+            elif about / name in seen:
+                continue
+            seen.add(about / name)
+            what = {"steps.json": "steps", "curves.json": "sensitivity", "norms.json": "norms of the dense network"}[name]
+            parts.append(f"<h3>{html.escape(about.name)}: {what}</h3>{show(content)}")
+    return f"<h2>Pruning</h2>{''.join(parts)}" if parts else ""
