@@ -100,7 +100,7 @@ def test_labels_and_paths_are_not_part_of_a_fingerprint(results, tmp_path):
     def stage(label, file):
         options = {
             "_target_": "x.y",
-            "part": {"_target_": "pipeline.pruning.L1Pruner", "label": label},
+            "part": {"_target_": "pipeline.pruning.pruner.Pruner", "label": label},
             "weights": str(tmp_path / file),
         }
         return Stage("train", "a", options, files=["weights"])

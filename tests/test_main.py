@@ -58,7 +58,7 @@ def test_help_helps_and_loads_nothing_heavy(tmp_path):
         (["precision=int8", "precision.calibration_method=entropie"], "calibration_method=entropie: choose"),
         (["data.counts.validation=0"], "data.counts.validation=0"),
         (["stages.train.training.steps=0"], "no weights=FILE"),
-        (["stages.train.training.steps=-1"], "steps=-1: must be at least 0"),
+        (["stages.train.training.steps=-1"], "steps=-1: must be a whole number, at least 0"),
         (["outputs=/proc/nowhere"], "outputs=/proc/nowhere: cannot write there"),
         (["batch=0"], "batch=0"),
         (["+pruner.pruning_ratio=0.6"], "pruner.pruning_ratio=0.6: there is no pruner; add pruner=l1"),

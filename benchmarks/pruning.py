@@ -1,0 +1,134 @@
+"""Pruning: seconds it takes, and ONNX Runtime's latency over multiply-accumulates, beside Torch-Pruning as it comes.
+
+Only shapes matter to these figures, so the weights are random. Every engine of a row is timed in turns with the dense one,
+in one run, on the same threads. Run it alone on the machine:
+
+    python benchmarks/pruning.py [--resolution 256x456] [--threads 1] [--seconds 20]
+"""
+
+import argparse
+import tempfile
+import time
+from contextlib import ExitStack
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from evaluation import latency
+from evaluation.types import Resolution
+from pipeline.backends.onnxruntime import OnnxRuntime
+from pipeline.models.lightweight_openpose import LightweightOpenPose
+from pipeline.models.mobilenetv2_paf import MobileNetV2Paf
+from pipeline.pruning.cycle import DIVISORS, exported
+from pipeline.pruning.graph import Costs, remove, replay
+from pipeline.pruning.pruner import Pruner, UnreachableError
+from pipeline.pruning.torch_pruning_default import TorchPruningDefault
+from pipeline.specs import Shapes
+
+NETWORKS = {"lightweight_openpose": LightweightOpenPose, "mobilenetv2_paf": MobileNetV2Paf}
+RATIOS = (0.7, 0.5, 0.3, 0.1)
+
+
+def lively(make: type[nn.Module]) -> nn.Module:
+    """A network whose batch norms differ, so that channels differ."""
+    torch.manual_seed(0)
+    network = make().eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.2, 2)
+    return network
+
+
+def seconds_of(make: type[nn.Module], size: Resolution) -> list[str]:
+    """Seconds to prune and to replay, and whether the replayed network's outputs are bit for bit the same."""
+    network = lively(make)
+    dense = Costs(network, [], size)([])["macs"]
+    began = time.perf_counter()
+    pruner = Pruner(target="macs", value="0.5x")
+    history = remove(network, pruner.plan(network, size, reach={"macs": 0.5 * dense}).dropped)
+    pruned = time.perf_counter() - began
+    again = make().eval()
+    began = time.perf_counter()
+    replay(again, history)
+    replayed = time.perf_counter() - began
+    again.load_state_dict(network.state_dict())
+    images = torch.rand(1, 3, size.height, size.width)
+    with torch.no_grad():
+        same = all(torch.equal(a, b) for a, b in zip(network(images).values(), again(images).values(), strict=True))
+    return [f"{pruned:.2f}", f"{replayed:.2f}", "yes" if same else "NO"]
+
+
+def default_at(network: nn.Module, size: Resolution, macs: float) -> nn.Module:
+    """What Torch-Pruning's default leaves at so many MACs: the ratio is found by halving."""
+    low, high, best = 0.0, 1.0, network
+    for _ in range(10):
+        ratio = (low + high) / 2
+        tried = deepcopy(network)
+        TorchPruningDefault(ratio).prune(tried)
+        fits = Costs(tried, [], size)([])["macs"] <= macs
+        low, high = (low, ratio) if fits else (ratio, high)
+        best = tried if fits else best
+    return best
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=NETWORKS, default="lightweight_openpose")
+    parser.add_argument("--resolution", type=Resolution.parse, default=Resolution(256, 456))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of timing a row, at most")
+    given = parser.parse_args()
+    console = Console(width=140)
+    table = Table("network", "prune to 0.5x, s", "replay, s", "bit-identical", title="seconds on this processor")
+    for name, make in NETWORKS.items():
+        fit = make.spec.input.fit  # type: ignore[attr-defined]
+        table.add_row(name, *seconds_of(make, Resolution(fit(given.resolution.height), fit(given.resolution.width))))
+    console.print(table)
+
+    make, size = NETWORKS[given.network], given.resolution
+    network, backend = lively(make), OnnxRuntime("CPUExecutionProvider")
+    dense = Costs(network, [], size)([])["macs"]
+    names = [*(f"round_to {d}" for d in DIVISORS), "Torch-Pruning"]
+    table = Table(
+        "MACs asked", *names, title=f"{given.network} {size}, {given.threads} thread(s): latency over MACs, both of dense = 1"
+    )
+    for ratio in RATIOS:
+        engines: list[tuple[str, nn.Module]] = []
+        for divisor in DIVISORS:
+            pruner = Pruner(target="macs", value="0.5x", min_num_filters=min(8, divisor), max_pruning_ratio=0.95)
+            try:
+                plan = pruner.plan(network, size, reach={"macs": ratio * dense}, round_to=divisor)
+            except UnreachableError:
+                continue
+            pruned = deepcopy(network)
+            remove(pruned, plan.dropped)
+            engines.append((f"round_to {divisor}", pruned))
+        engines.append((names[-1], default_at(network, size, ratio * dense)))
+        with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+            calls = []
+            for n, (_, net) in enumerate([("dense", network), *engines]):
+                out = Path(folder) / str(n)
+                (out / "engine").mkdir(parents=True)
+                shapes = Shapes((size, size, size), (1, 1, 1))
+                engine = backend.build(exported(net, size).write(out), shapes, out / "engine")
+                runner = stack.enter_context(backend.load(engine, given.threads))
+                inputs = runner.upload(np.zeros((1, size.height, size.width, 3), np.uint8))
+                calls.append([partial(lambda run, x, _: run(x), runner, inputs)])
+            times = [timing.percentile(50).value for timing in latency.in_turns(calls, given.seconds)]
+        cells = dict.fromkeys(names, "cannot be reached")
+        for (name, net), ms in zip(engines, times[1:], strict=True):
+            macs = Costs(net, [], size)([])["macs"] / dense
+            cells[name] = f"{ms / times[0]:.3f} ({macs:.3f}): {ms / times[0] / macs:.2f}"
+        table.add_row(f"{ratio}x", *cells.values())
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
