@@ -74,6 +74,10 @@ class Cell:
         makes = any(not self.stages[name].collect for name in self.plan)
         if lost and makes and config.pruner.weights_from == "train" and not self.sweep:
             raise UserError(f"{lost[0]}: there is no pruner; add pruner=l1")
+        if config.control not in (None, "pruned", "scratch"):
+            raise UserError(f"control={config.control}: choose null, pruned, scratch")
+        if config.control is not None and config.pruner.weights_from == "train":
+            raise UserError(f"control={config.control}: there is no pruner; add pruner=l1")
         backend = str(config.backend._target_).split(".")[-2]
         for group, label in (("precision", config.precision.name), ("model", config.model.label)):
             only = config[group].get("only_on")

@@ -1,9 +1,12 @@
 """Pruning: what is judged, what goes, that nothing else changes, and every refusal."""
 
+import csv
 import json
 import math
 from copy import deepcopy
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import SMOKE, pipeline, refused
@@ -291,6 +294,16 @@ def test_sensitivity_finds_what_matters_and_leaves_the_network_alone():
     assert sum(plan.kept) / sum(g.size for g in found) == pytest.approx(0.5, abs=0.1)
 
 
+def test_looking_at_a_network_leaves_its_modes_and_gradients_alone():
+    network = trained(MAKERS[0]).train()
+    network.backbone[0].eval()
+    modes = [module.training for module in network.modules()]
+    groups(network), macs(network, SIZE), normalised(network)
+    Pruner(pruning_ratio=0.5).plan(network, SIZE)
+    assert [module.training for module in network.modules()] == modes
+    assert all(p.requires_grad and p.grad is None for p in network.parameters())
+
+
 def test_near_dead_channels_are_counted():
     network = trained(UNetLike)
     assert Cycle(network, Pruner(pruning_ratio=0.5), SIZE).near_dead == 0
@@ -448,3 +461,61 @@ def test_a_target_out_of_reach_is_refused_with_the_nearest(tmp_path):
     text = refused(pipeline(*words, "pruner.value=0.01x", cwd=tmp_path))
     assert "pruner.value=0.01x: cannot be reached; the nearest is pruner.value=" in text
     assert not (tmp_path / "smoke" / "prune").exists() or not list((tmp_path / "smoke" / "prune").glob("*/manifest.json"))
+
+
+def test_sparse_weights_are_found_in_the_onnx_file(tmp_path):
+    pipeline(*SMOKE, f"outputs={tmp_path}", "stage=[train,prune,retrain,export]", "pruner=sparse24", cwd=tmp_path, check=0)
+    (folder,) = (tmp_path / "smoke" / "export").iterdir()
+    summary = json.loads((folder / "manifest.json").read_text())["summary"]
+    graph = onnx.load(folder / "model.onnx").graph
+    assert summary["sparse24_layers"] == len(sparse24.sparse_layers(graph)) > 20
+    sizes = {i.name: np.prod(i.dims) for i in graph.initializer}
+    assert sum(sizes[n.input[1]] for n in graph.node if n.op_type == "Conv") == pytest.approx(sum(sizes.values()), rel=0.1)
+
+
+def test_the_control_trains_as_long_as_all_of_it_took(tmp_path):
+    words = [*SMOKE, f"outputs={tmp_path}", "pruner=l1", "pruner.round_to=4", "pruner.min_num_filters=4"]
+    pipeline(*words, "stage=[train,prune,retrain]", cwd=tmp_path, check=0)
+    done = pipeline(*words, "stage=retrain", "control=scratch", "control_seed=1", cwd=tmp_path, check=0)
+    found = {}
+    for stage in ("train", "prune", "retrain"):
+        for folder in (tmp_path / "smoke" / stage).iterdir():
+            found[f"{stage}{'-scratch' if 'scratch1' in folder.name else ''}"] = json.loads(
+                (folder / "manifest.json").read_text()
+            )["summary"]
+    own = 3 * found["retrain"]["macs"]
+    assert found["retrain"]["train_macs"] == 2 * 4 * (own + found["train"]["macs"]), "a teacher's look is paid for"
+    spent = found["train"]["train_macs"] + found["prune"]["train_macs"] + found["retrain"]["train_macs"]
+    assert found["retrain-scratch"]["train_macs"] == pytest.approx(spent, abs=0.5 * 4 * own)
+    assert found["retrain-scratch"]["macs"] == found["retrain"]["macs"]
+    assert f"{found['retrain-scratch']['steps']} steps" in done.stderr
+    text = refused(pipeline(*SMOKE, f"outputs={tmp_path}", "pruner=l1", "control=scrap", "stage=retrain", cwd=tmp_path))
+    assert "control=scrap: choose null, pruned, scratch" in text
+    text = refused(pipeline(*SMOKE, f"outputs={tmp_path}", "control=scratch", cwd=tmp_path))
+    assert "control=scratch: there is no pruner; add pruner=l1" in text
+
+
+def test_the_report_shows_the_control_beside_the_rest(tmp_path):
+    words = [
+        *SMOKE,
+        f"outputs={tmp_path}",
+        "pruner=l1",
+        "pruner.round_to=4",
+        "pruner.min_num_filters=4",
+        "pruner.sensitivity=sensitivity",
+    ]
+    pipeline(*SMOKE, f"outputs={tmp_path}", cwd=tmp_path, check=0)
+    pipeline("--multirun", *words, "control=null,pruned,scratch", "stages.benchmark.seconds=0.1", cwd=tmp_path, check=0)
+    page = (tmp_path / "smoke" / "report" / "report.html").read_text()
+    for text in (
+        "pruned and retrained",
+        "from scratch, seed 0",
+        "AP against MACs",
+        ": steps",
+        ": sensitivity",
+        ": norms of the dense",
+    ):
+        assert text in page, text
+    rows = list(csv.DictReader((tmp_path / "smoke" / "report" / "results.csv").open()))
+    assert len(rows) == 4
+    assert {row["pruning"].rpartition("-")[2] for row in rows} == {"dense", "r4", "pruned", "scratch0"}

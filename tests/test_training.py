@@ -286,14 +286,23 @@ def test_a_checkpoint_that_cannot_be_read_is_refused(images, tmp_path, content):
         _train(images, tmp_path / "a.ckpt")
 
 
-@pytest.mark.parametrize(("kind", "factor"), [("l1", 1e-2), ("l2", 1e-1), ("group_lasso", 1e-2)])
+@pytest.mark.parametrize(("kind", "factor"), [("l1", 0.3), ("l2", 1.0), ("group_lasso", 0.1)])
 def test_penalties_make_judged_weights_smaller(images, tmp_path, kind, factor):
     def size(network):
         return float(sum(importance(network, groups(network), "group_l1", None, "union")[0]))
 
-    plain, _ = _train(images, tmp_path / "a.ckpt", steps=20)
-    sparse, _ = _train(images, tmp_path / "b.ckpt", steps=20, regularization_type=kind, kernel_regularization_factor=factor)
+    plain, _ = _train(images, tmp_path / "a.ckpt", steps=30)
+    sparse, _ = _train(
+        images, tmp_path / "b.ckpt", steps=30, clip=1e9, regularization_type=kind, kernel_regularization_factor=factor
+    )
     assert size(sparse) < 0.95 * size(plain)
+
+
+def test_a_penalty_of_nothing_changes_nothing(images, tmp_path):
+    plain, expected = _train(images, tmp_path / "a.ckpt")
+    null, found = _train(images, tmp_path / "b.ckpt", regularization_type="l1", kernel_regularization_factor=0.0)
+    assert found["curve"] == expected["curve"]
+    assert same(plain, null)
 
 
 def test_penalties_are_the_norms_they_are_called_after():

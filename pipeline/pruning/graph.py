@@ -28,17 +28,26 @@ def example(network: nn.Module, resolution: Resolution | None = None) -> Tensor:
 
 
 @contextmanager
-def _watched(network: nn.Module, kinds: tuple[type, ...], hook: Any, image: Tensor) -> Iterator[None]:
-    """Run the network once with a forward hook on its layers of some kinds."""
-    hooks = [m.register_forward_hook(hook) for m in network.modules() if isinstance(m, kinds)]
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; after it every module is in the mode it was in."""
     modes = {module: module.training for module in network.modules()}
+    network.eval()
     try:
-        with torch.no_grad():
-            network.eval()(image)
         yield
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def _watched(network: nn.Module, kinds: tuple[type, ...], hook: Any, image: Tensor) -> Iterator[None]:
+    """Run the network once with a forward hook on its layers of some kinds."""
+    hooks = [m.register_forward_hook(hook) for m in network.modules() if isinstance(m, kinds)]
+    try:
+        with _evaluating(network), torch.no_grad():
+            network(image)
+        yield
+    finally:
         for handle in hooks:
             handle.remove()
 
@@ -130,7 +139,8 @@ class Group:
 
 
 def _graph(network: nn.Module) -> tp.DependencyGraph:
-    return tp.DependencyGraph().build_dependency(network, example(network))
+    with _evaluating(network):  # which torch-pruning leaves it in
+        return tp.DependencyGraph().build_dependency(network, example(network))
 
 
 def groups(network: nn.Module) -> list[Group]:

@@ -111,11 +111,11 @@ def is_sparse(weight: np.ndarray[Any, Any]) -> bool:
     return bool(((fours != 0).sum(axis=2) <= 2).all())
 
 
-def sparse_layers(model: onnx.ModelProto) -> list[str]:
-    """The names of an ONNX file's convolutions whose weights are 2:4 sparse."""
-    weights = {i.name: i for i in model.graph.initializer}
+def sparse_layers(graph: onnx.GraphProto) -> list[str]:
+    """The names of the convolutions of an ONNX graph whose weights are 2:4 sparse."""
+    weights = {i.name: i for i in graph.initializer}
     return [
         node.name
-        for node in model.graph.node
+        for node in graph.node
         if node.op_type == "Conv" and node.input[1] in weights and is_sparse(numpy_helper.to_array(weights[node.input[1]]))
     ]

@@ -11,9 +11,11 @@ from evaluation.pixels import normalise
 from evaluation.types import NetworkSpec, Resolution
 from pipeline import export as onnx_export
 from pipeline.artifacts import Job
+from pipeline.errors import UserError
 from pipeline.inference import batches
 from pipeline.models import store
 from pipeline.pruning.graph import macs
+from pipeline.pruning.sparse24 import sparse_layers
 from pipeline.specs import Framing, Splits
 from pipeline.specs import described as description
 
@@ -58,17 +60,24 @@ def run(
         onnx_export.export(network, inputs[0], opset, file)
         reference = onnx_export.torch_reference(network)
         counted = {"params": sum(p.numel() for p in network.parameters()), "macs": macs(network, size)}
+        sparse = list(getattr(network, "sparse24", []))
     else:
         assert spec is not None
         described = description(spec)
         onnx_export.adopt(Path(onnx), described, file)
         reference = onnx_export.onnx_reference(Path(onnx), described)
         inputs = _inputs(data, framing, described, size)
-        counted = {}
+        counted, sparse = {}, []
     simplifier = onnx_export.simplify(file, simplify_seconds)
     onnx_export.stamp(file, described)
     compared = onnx_export.compare(file, described, reference, inputs, tolerance)
     graph = onnx_library.load(file).graph
+    if sparse:
+        counted["sparse24_layers"] = len(sparse_layers(graph))
+        if counted["sparse24_layers"] < len(sparse):
+            raise UserError(
+                f"{MODEL}: {counted['sparse24_layers']} convolutions are 2:4 sparse, and {len(sparse)} should be; prune again"
+            )
     if not counted:
         counted["params"] = int(sum(np.prod(i.dims) for i in graph.initializer if len(i.dims) > 1))
     batch_norms = sum(node.op_type == "BatchNormalization" for node in graph.node)

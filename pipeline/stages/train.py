@@ -22,8 +22,6 @@ from pipeline.training.distillation import Distillation
 from pipeline.training.loop import Training, train
 from pipeline.training.views import Views
 
-CONTROLS = (None, "pruned", "scratch")
-
 
 def run(
     job: Job,
