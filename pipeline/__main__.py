@@ -74,10 +74,7 @@ class Cell:
         makes = any(not self.stages[name].collect for name in self.plan)
         if lost and makes and config.pruner.weights_from == "train" and not self.sweep:
             raise UserError(f"{lost[0]}: there is no pruner; add pruner=l1")
-        if config.control not in (None, "pruned", "scratch"):
-            raise UserError(f"control={config.control}: choose null, pruned, scratch")
-        if config.control is not None and config.pruner.weights_from == "train":
-            raise UserError(f"control={config.control}: there is no pruner; add pruner=l1")
+        _check_control(config)
         backend = str(config.backend._target_).split(".")[-2]
         for group, label in (("precision", config.precision.name), ("model", config.model.label)):
             only = config[group].get("only_on")
@@ -249,6 +246,13 @@ def _record(number: int, content: Mapping[str, Any]) -> None:
 
 def _run_folder() -> Path:
     return _outputs(sys.argv[1:]) / "runs" / os.environ[RUN_VARIABLE]
+
+
+def _check_control(config: DictConfig) -> None:
+    if config.control not in (None, "pruned", "scratch"):
+        raise UserError(f"control={config.control}: choose null, pruned, scratch")
+    if config.control is not None and config.pruner.weights_from == "train":
+        raise UserError(f"control={config.control}: there is no pruner; add pruner=l1")
 
 
 def _check_resolution(option: str, text: str, multiple: int, offset: int) -> None:

@@ -212,23 +212,25 @@ def section(results: Sequence[Result], rows: Sequence[Mapping[str, Any]], plot: 
     drawn = curve(rows)
     if drawn is not None:
         parts.append("<h3>AP against MACs</h3>" + plot(drawn))
-    seen: set[Path] = set()
+    seen: set[tuple[Path, str]] = set()
     for result in results:
-        pruned, trained, sensitive = (result.made_of.get(stage) for stage in ("prune", "train", "sensitivity"))
-        for folder, name, show in (
-            (pruned, "steps.json", _steps),
-            (sensitive, "curves.json", lambda content: plot(heat_map(content))),
-            (trained, "norms.json", lambda content, of=pruned: plot(norm_plot(content, _read(of, "groups.json")))),
+        pruned = result.made_of.get("prune")
+        if pruned is None:
+            continue
+        for stage, name, what in (
+            ("prune", "steps.json", "steps"),
+            ("sensitivity", "curves.json", "sensitivity"),
+            ("train", "norms.json", "norms of the dense network"),
         ):
+            folder = result.made_of.get(stage)
+            about = pruned if stage == "train" else folder  # the plot shows what this pruning cuts
             content = _read(folder, name)
-            about = folder if name != "norms.json" or pruned is None else pruned
-            if content is None or about is None or about in seen or (name == "norms.json" and pruned is None):
+            if content is None or about is None or (about, what) in seen:
                 continue
-            if name != "norms.json":
-                seen.add(about)
-            elif about / name in seen:
-                continue
-            seen.add(about / name)
-            what = {"steps.json": "steps", "curves.json": "sensitivity", "norms.json": "norms of the dense network"}[name]
-            parts.append(f"<h3>{html.escape(about.name)}: {what}</h3>{show(content)}")
+            seen.add((about, what))
+            if stage == "prune":
+                shown = _steps(content)
+            else:
+                shown = plot(heat_map(content) if stage == "sensitivity" else norm_plot(content, _read(pruned, "groups.json")))
+            parts.append(f"<h3>{html.escape(about.name)}: {what}</h3>{shown}")
     return f"<h2>Pruning</h2>{''.join(parts)}" if parts else ""
