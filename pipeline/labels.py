@@ -37,8 +37,12 @@ def _pruner_words(backend: str, resolution: str, threads: int, *, _parent_: Any)
     """How a network is pruned, in a label; what is measured depends on where."""
     pruner = _parent_
     ways = {"": pruner.pruning_ratio, "th": pruner.pruning_threshold, f"{pruner.target}-": pruner.value}
-    name = "l1" if pruner.criterion == "group_l1" else pruner.criterion.replace("_", ".")
+    name = {"group_l1": "l1", "l1": "own.l1"}.get(pruner.criterion, pruner.criterion.replace("_", "."))
     words = [name, *(f"{way}{value}" for way, value in ways.items() if value is not None)]
+    usual = {"normalizer": None, "equalization_criterion": "union", "max_pruning_ratio": 0.9, "min_num_filters": 8}
+    words += [f"{option[:3]}.{pruner[option]}" for option, value in usual.items() if pruner[option] != value]
+    words += [f"own.{n}-{ratio}" for n, ratio in enumerate(pruner.pruning_ratio_dict.values())]
+    words += [f"ex{len(pruner.excluded_layers)}"] if pruner.excluded_layers else []
     words += [f"n{pruner.iterative_steps}"] if pruner.iterative_steps > 1 else []
     words += ["global"] if pruner.global_pruning and not pruner.isomorphic else []
     words += ["isomorphic"] if pruner.isomorphic else []
@@ -47,7 +51,7 @@ def _pruner_words(backend: str, resolution: str, threads: int, *, _parent_: Any)
         words.append(f"r{pruner.unmeasured}")
     else:
         words.append("rauto" if pruner.round_to is None else f"r{pruner.round_to}")
-    if pruner.target is not None and (pruner.target == "latency" or pruner.round_to is None):
+    if pruner.measures_here:
         words.append(f"{backend}-{resolution}-t{threads}")
     return "-".join(words)
 
@@ -90,6 +94,7 @@ def register() -> None:
         ("not_null", lambda value: value is not None),
         ("steps_measured", lambda target, steps: target is not None or steps > 1),
         ("weights_of", lambda control: "prune" if control == "pruned" else "retrain"),
+        ("from_scratch", lambda control: control == "scratch"),
         ("control_words", _control_words),
         ("without_vnni", _without_vnni),
     ):

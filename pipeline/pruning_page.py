@@ -199,10 +199,10 @@ def section(results: Sequence[Result], rows: Sequence[Mapping[str, Any]], plot: 
         plot: makes HTML of a plotly figure.
     """
     parts = []
-    for title, shown in controls(rows):
+    for title, lines in controls(rows):
         parts.append(
             f"<h3>{html.escape(title)}</h3>"
-            + _table(["network", "GMACs", "AP [95 %]", "AP − dense, paired", "agreement with dense"], shown)
+            + _table(["network", "GMACs", "AP [95 %]", "AP − dense, paired", "agreement with dense"], lines)
         )
     if parts:
         parts.append(

@@ -52,6 +52,21 @@ def refused(done):
     return done.stderr[done.stderr.index("error:") :]
 
 
+def perfect_fields(truth, view, spec):
+    """The fields, each [1, C, h, w], of a network that sees the people of an image as they are."""
+    import numpy as np
+    import torch
+
+    from evaluation.types import Resolution
+    from pipeline.training.heatmap_paf import HeatmapPafObjective
+
+    objective, size = HeatmapPafObjective(), Resolution(1000, 1000)
+    kept = objective.labels(truth, size, size, size, objective.people(truth))
+    kept |= {"matrix": view.matrix.astype(np.float32), "flipped": np.array(view.flipped), "labelled": np.array(True)}
+    made = objective.targets({name: torch.from_numpy(value[None]) for name, value in kept.items()}, view.size, spec)
+    return {name: made[name].numpy() for name in ("heatmaps", "pafs")}
+
+
 SMOKE = ["experiment=smoke", "tracking=none"]
 
 

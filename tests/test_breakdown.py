@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import perfect_fields
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_coco_metric import evaluated, world
@@ -16,7 +17,6 @@ from evaluation.skeletons import COCO_17, OPENPOSE_18
 from evaluation.types import FieldSpec, InputSpec, NetworkSpec, People, Poses, Resolution
 from evaluation.views import PersonCrops, WholeImage, input_to_cells, mirrored
 from pipeline.datasets.annotations import people
-from pipeline.training.heatmap_paf import HeatmapPafObjective
 
 LEFT, RIGHT = COCO_17.names.index("left_wrist"), COCO_17.names.index("right_wrist")
 
@@ -250,8 +250,7 @@ def test_averaged_views_find_people_where_one_view_does(options, mode):
     read = AveragedFields(decoder, SPEC)
     parts = []
     for view in views:
-        made = HeatmapPafObjective().targets(truth, view, SPEC)
-        parts += read.decode({name: made[name][None] for name in ("heatmaps", "pafs")}, [view])
+        parts += read.decode(perfect_fields(truth, view, SPEC), [view])
     found = read.merge(parts, views)
     assert len(found.scores) == 1
     points = CocoKeypoints(COCO_17, OPENPOSE_18).keypoints(found)
@@ -266,8 +265,7 @@ def test_left_and_right_are_told_apart_in_a_mirrored_view():
     read = AveragedFields(HeatmapPafDecoder(SPEC, complete_poses=False), SPEC)
     parts = []
     for each in (view, turned):
-        made = HeatmapPafObjective().targets(truth, each, SPEC)
-        parts += read.decode({name: made[name][None] for name in ("heatmaps", "pafs")}, [each])
+        parts += read.decode(perfect_fields(truth, each, SPEC), [each])
     alone = read.merge(parts[:1], [view])
     both = read.merge(parts, [view, turned])
     assert np.abs(alone.keypoints[..., :2] - both.keypoints[..., :2]).max() < 0.05

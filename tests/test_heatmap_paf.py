@@ -2,13 +2,13 @@ import time
 
 import numpy as np
 import pytest
+from conftest import perfect_fields
 
 from evaluation.coco import CocoKeypoints
 from evaluation.heatmap_paf import HeatmapPafDecoder, limb_order
 from evaluation.skeletons import COCO_17, OPENPOSE_18
 from evaluation.types import FieldSpec, InputSpec, NetworkSpec, People, Resolution
 from evaluation.views import WholeImage
-from pipeline.training.heatmap_paf import HeatmapPafObjective
 
 SPEC = NetworkSpec(InputSpec("image"), (FieldSpec("heatmaps", 8, 19), FieldSpec("pafs", 8, 38)), OPENPOSE_18)
 SIZE = Resolution(368, 496)
@@ -37,8 +37,7 @@ def crowd(count, seed=0, size=SIZE):
 
 
 def fields(truth, view):
-    made = HeatmapPafObjective().targets(truth, view, SPEC)
-    return {name: made[name][None] for name in ("heatmaps", "pafs")}
+    return perfect_fields(truth, view, SPEC)
 
 
 @pytest.mark.parametrize("mode", [None, "pad_image_input", "adjust_network_input"])

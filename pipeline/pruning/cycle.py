@@ -97,6 +97,8 @@ class Cycle:
                 kind, value = goal
                 reach = {kind: self.dense[kind] + (value - self.dense[kind]) * part}
             self.last = plan = self._plan(reach, part)
+            if not plan.dropped and step == steps and not self.history:
+                raise UserError(pruner.nothing(plan.ranked))
             self.history += remove(self.network, plan.dropped)
             self._measure(f"{step}" if steps > 1 else "pruned")
             if step < steps and self.retrain is not None:
@@ -190,8 +192,11 @@ class Cycle:
         if goal >= dense:
             raise UserError(f"pruner.value={self.pruner.value}: the dense network takes {dense:.3g} ms already; choose less")
         ratio = goal / dense  # to begin with, milliseconds are taken to follow MACs
-        if self.pruner.round_to is None:
-            self._choose_divisor({"macs": ratio * self.dense["macs"]})
+        try:
+            if self.pruner.round_to is None:
+                self._choose_divisor({"macs": ratio * self.dense["macs"]})
+        except UnreachableError as error:  # of MACs, which a latency this low needs even fewer of
+            raise self._unreachable(target, error.least / self.dense["macs"] * dense, dense) from error
         tried: dict[float, float] = {}
         low, high = 0.0, 1.0
         for _ in range(_TRIES):

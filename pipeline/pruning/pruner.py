@@ -175,6 +175,13 @@ class Pruner:
         threshold = self.pruning_threshold
         if threshold is not None and not threshold >= 0:
             raise UserError(f"pruner.pruning_threshold={threshold}: no threshold; choose 0 or more")
+        if self.value is not None and self.target is None:
+            raise UserError(f"pruner.value={self.value}: of what? add pruner.target=params, macs or latency")
+        if threshold is not None and (self.global_pruning or self.by_sensitivity or self.iterative_steps > 1):
+            raise UserError(
+                "pruner.pruning_threshold decides alone: not with global_pruning, sensitivity or iterative_steps; give a "
+                "pruning_ratio or a target for these"
+            )
         if self.isomorphic and not self.global_pruning:
             raise UserError("pruner.isomorphic=true ranks groups together; it needs pruner.global_pruning=true")
         if self.global_pruning and self.by_sensitivity:
@@ -218,7 +225,8 @@ class Pruner:
             curves: for `by_sensitivity`.
             reach: {"macs": number} or {"params": number} to get below, instead of the ratio.
             round_to: instead of the option of that name.
-            whole: how many channels each group had before anything was removed, where steps came before; ratios are of these.
+            whole: how many channels each group had before anything was removed, where steps are taken; ratios are of these, and
+                a step may remove nothing.
             part: of the ratio, for a step on the way to it.
 
         Raises:
@@ -230,7 +238,7 @@ class Pruner:
             raise UserError("pruner: this network has no channels that can be removed; choose pruner=none")
         excluded = {n for own in self._matched(found, self.excluded_layers, "excluded_layers").values() for n in own}
         own_ratio = {
-            n: self.pruning_ratio_dict[pattern]
+            n: self.pruning_ratio_dict[pattern] * part
             for pattern, matched in self._matched(found, list(self.pruning_ratio_dict), "pruning_ratio_dict").items()
             for n in matched
         }
@@ -266,13 +274,14 @@ class Pruner:
             if least > value:
                 raise UnreachableError(least)
             level = _bisect(lambda x: costs(kept(x))[kind], value, *span)
-            counts = _restored(kept(level), [g.size for g in found], wanted(level), divisor, lambda c: costs(c)[kind], value)
+            open_to = [g.size if n not in own_ratio else k for n, (g, k) in enumerate(zip(found, kept(level), strict=True))]
+            counts = _restored(kept(level), open_to, wanted(level), divisor, lambda c: costs(c)[kind], value)
         dropped = {}
         for group, values, keep in zip(found, ranked, counts, strict=True):
             if keep < group.size and values is not None:
                 dropped[group.name] = sorted(torch.argsort(values, stable=True)[: group.size - keep].tolist())
-        if not dropped:
-            raise UserError(self._nothing(ranked))
+        if not dropped and whole is None:
+            raise UserError(self.nothing(ranked))
         return Plan(dropped, counts, ranked, found, level)
 
     @staticmethod
@@ -325,7 +334,10 @@ class Pruner:
         return lambda level: [s * (1 - own_ratio.get(n, level)) for n, s in enumerate(sizes)]
 
     def _check_threshold(self, ranked: Sequence[Tensor | None], level: float, open_groups: Sequence[int]) -> None:
-        values = torch.cat([r for n in open_groups if (r := ranked[n]) is not None])
+        judged = [r for n in open_groups if (r := ranked[n]) is not None]
+        if not judged:
+            raise UserError("pruner.excluded_layers: nothing is left to prune; exclude less")
+        values = torch.cat(judged)
         low, high = float(values.min()), float(values.max())
         middle = ", ".join(f"{q:.0%} below {float(values.quantile(q)):.3g}" for q in (0.1, 0.5, 0.9))
         every = all(bool((r < level).all()) for n in open_groups if (r := ranked[n]) is not None)
@@ -337,7 +349,8 @@ class Pruner:
             f"({middle}): choose a threshold between"
         )
 
-    def _nothing(self, ranked: Sequence[Tensor | None]) -> str:
+    def nothing(self, ranked: Sequence[Tensor | None]) -> str:
+        """What to say where nothing is removed."""
         if self.pruning_threshold is not None:
             values = torch.cat([r for r in ranked if r is not None])
             return (

@@ -98,8 +98,8 @@ def check(network: nn.Module) -> None:
 
 def zeros(network: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """The weights that training must leave zero where they are zero now, and where that is."""
-    layers = dict(network.named_modules())
-    weights: list[Any] = [layers[name].weight for name in getattr(network, "sparse24", [])]
+    own: dict[str, Any] = dict(network.named_parameters())
+    weights = [own[name] if name in own else own[f"{name}.weight"] for name in getattr(network, "sparse24", [])]
     return [(weight.data, weight.data == 0) for weight in weights]
 
 

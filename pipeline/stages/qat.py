@@ -61,6 +61,7 @@ def run(
     calibrated = quantizer.calibrate(exported, feed)
     network = FakeQuantized(calibrated.model, calibrated.placement, calibrated.scales)
     views = Views.of(data, ["train"], objective, network, size, augment, seed, job.cache)
+    network.sparse24 = network.sparse_constants()  # type: ignore[assignment]
     losses = train(network, views, training, job.scratch / "state.ckpt")
     del losses["curve"], losses["train_macs"]
     calibrated.save(job.out)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.onnx_graph import OnnxNetwork
+from pipeline.pruning.sparse24 import is_sparse
 from pipeline.quantization.graph import WEIGHTED, Placement
 from pipeline.quantization.writers import Scales
 
@@ -42,6 +43,10 @@ class FakeQuantized(OnnxNetwork):
         step = torch.where(peak > 0, (peak / self.most).clamp(min=self.least), torch.ones_like(peak))
         zeros = torch.zeros(len(step), dtype=torch.int32, device=value.device)
         return torch.fake_quantize_per_channel_affine(value, step, zeros, axis, -self.most, self.most)
+
+    def sparse_constants(self) -> list[str]:
+        """The parameters whose weights are 2:4 sparse, which training keeps so."""
+        return [name for name, value in self.named_parameters() if value.dim() == 4 and is_sparse(value.detach().numpy())]
 
     def float_model(self, model: onnx.ModelProto) -> onnx.ModelProto:
         """A copy of the model with the weights as they are now, not rounded."""

@@ -23,6 +23,8 @@ from pipeline.training.sparsity import Penalty
 from pipeline.training.views import Views
 
 _LOOK_EVERY = 20  # steps between looks at the losses: each waits for the device
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+ACCELERATORS = ("auto", "cpu", "cuda")
 _RETURNS = 3  # times a training whose loss is not finite goes back to its checkpoint
 _BENCHMARK_FROM = 5000  # steps that pay for the half minute in which cuDNN tries its kernels
 
@@ -82,6 +84,12 @@ class Training:
         ):  # fmt: skip
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)}: must be a whole number, at least {least}")
+        if self.precision not in PRECISIONS:
+            raise UserError(f"precision={self.precision}: choose {', '.join(PRECISIONS)}")
+        if self.accelerator not in ACCELERATORS:
+            raise UserError(f"accelerator={self.accelerator}: choose {', '.join(ACCELERATORS)}")
+        if self.regularization_type is not None and not self.kernel_regularization_factor >= 0:
+            raise UserError(f"kernel_regularization_factor={self.kernel_regularization_factor}: choose 0 or more")
         if self.patience is not None and self.patience < 1:
             raise UserError(f"patience={self.patience}: must be at least 1, or null to train all steps")
         if self.batch_size % self.parts:
@@ -153,7 +161,19 @@ def train(
     )
     given = (network, views, training, checkpoint, teacher, distillation, tune)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    fabric.launch(partial(_fit, given)) if several else _fit(given, fabric)
+    if several:
+        complaint = checkpoint.with_suffix(".error")
+        complaint.unlink(missing_ok=True)
+        try:
+            fabric.launch(partial(_fit, given))
+        except Exception as error:  # of a process, as text
+            if not complaint.exists():
+                raise
+            text = complaint.read_text()
+            complaint.unlink()
+            raise UserError(text) from error
+    else:
+        _fit(given, fabric)
     state = torch.load(checkpoint, "cpu", weights_only=True)
     network.load_state_dict(state["best"] or state["averaged"])
     network.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
@@ -174,7 +194,13 @@ class _NotFiniteError(Exception):
 
 def _fit(given: tuple[Any, ...], fabric: Any) -> None:
     network, *others = given
-    _Run(fabric, deepcopy(network), *others).fit()  # other processes of this machine have the same memory
+    try:
+        _Run(fabric, deepcopy(network), *others).fit()  # other processes of this machine have the same memory
+    except UserError as error:
+        if fabric.world_size > 1:  # else it arrives as a traceback's text
+            checkpoint: Path = given[3]
+            checkpoint.with_suffix(".error").write_text(str(error))
+        raise
 
 
 class _Run:
@@ -214,17 +240,20 @@ class _Run:
         self.averaged = {name: value.detach().clone() for name, value in live.items()}
         floats = [name for name, value in live.items() if value.is_floating_point()]
         self.means, self.values = [self.averaged[name] for name in floats], [live[name] for name in floats]
+        self.scaled = _precision(training, fabric.device.type) == "16-mixed"
         self.state: dict[str, Any] = {
             "step": 0, "stopped": False, "losses": {}, "curve": [], "lr_factor": 1.0, "returns": 0, "best": None,
             "best_loss": math.inf, "checks": 0,
         }  # fmt: skip
-        if checkpoint.exists():
+        found = checkpoint.exists()
+        fabric.barrier()  # before anybody writes one
+        if found:
             self._load()
         else:
             self._save()  # a disk without room is found now
 
     def _save(self) -> None:
-        if self.fabric.global_rank == 0:
+        if self.fabric.local_rank == 0:  # on every machine, for it goes on from its own
             for name, value in self.network.state_dict().items():
                 if not value.is_floating_point():
                     self.averaged[name].copy_(value)
@@ -309,7 +338,12 @@ class _Run:
             self.bad += ~torch.isfinite(total.detach())
             for name, value in named.items():
                 losses[name] = losses.get(name, 0) + value.detach() / training.accumulate
-        self.fabric.clip_gradients(self.model, self.optimiser, max_norm=training.clip, error_if_nonfinite=False)
+        if self.teacher is not None and self.fabric.world_size > 1:  # which are not part of the model that is shared
+            for adapter in self.teacher.adapters.parameters():
+                adapter.grad = self.fabric.all_reduce(adapter.grad, reduce_op="mean")
+        norm = self.fabric.clip_gradients(self.model, self.optimiser, max_norm=training.clip, error_if_nonfinite=False)
+        if norm is not None and not self.scaled:  # scaled gradients may overflow; their step is then left out
+            self.bad += ~torch.isfinite(norm.detach())
         self.optimiser.step()
         self.optimiser.zero_grad()
         for weight, gone in self.zeros:
@@ -354,6 +388,7 @@ class _Run:
                 f"the loss is not finite after {at} steps, also with lr={self.training.lr * self.state['lr_factor']:g}; "
                 f"lower lr={self.training.lr:g} or clip={self.training.clip:g}"
             )
+        self.fabric.barrier()  # all have read it before it is written anew
         self.state["returns"], self.state["lr_factor"] = returns, self.state["lr_factor"] / 2
         self._save()
         self.progress.console.print(
@@ -371,6 +406,7 @@ class _Run:
         live = {name: value.clone() for name, value in network.state_dict().items()}
         network.load_state_dict(self.averaged)
         found = loss_on(network.eval(), self.tune, training.batch_size // training.parts)
+        found = float(self.fabric.broadcast(found))  # all stop, or none
         network.load_state_dict(live)
         network.train()
         if found < state["best_loss"]:

@@ -1,6 +1,7 @@
 """Training images and labels as a few arrays on disk: read once with the data set's own code, then by rows."""
 
 import hashlib
+import inspect
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,6 @@ from evaluation.types import Resolution
 from pipeline.errors import UserError
 from pipeline.specs import Dataset, Objective, Splits
 
-_VERSION = 1  # raise it with every change of what is stored
 _SPARE = 1.05  # free disk space wanted, relative to the shard
 
 
@@ -76,7 +76,8 @@ def shard(
     Raises:
         UserError: the disk has no room for it, or an image cannot be read.
     """
-    key = [_VERSION, data.digest(splits), list(splits), repr(objective), str(resolution), zoom, pad]
+    code = [Path(str(inspect.getsourcefile(part))).read_text() for part in (Shard, type(objective))]
+    key = [code, data.digest(splits), list(splits), str(resolution), zoom, pad]
     folder = cache / "shards" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
