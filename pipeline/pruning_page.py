@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.report import Result
+from pipeline.report import Result, between
 
 _CONTROL = re.compile(r"-(pruned|scratch\d+)$")
 
@@ -59,10 +59,10 @@ def controls(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[list[str
         for row in [*dense, *sorted(own, key=_place)]:
             kind = _CONTROL.search(row["pruning"])
             what = "dense" if row["pruning"] == "dense" else kind[1] if kind else "pruned and retrained"
-            lost = "" if row["ap_vs_dense"] == "" else _between(row, "ap_vs_dense", "+")
+            lost = "" if row["pruning"] == "dense" else between(row, "ap_vs_dense", 3, "+")
             macs = f"{row['macs'] * 1e-9:.3f}" if row["macs"] != "" else "–"
             agreed = "" if row["agreement_with_dense"] == "" else f"{row['agreement_with_dense']:.3f}"
-            shown.append([what.replace("scratch", "from scratch, seed "), macs, _between(row, "ap"), lost, agreed])
+            shown.append([what.replace("scratch", "from scratch, seed "), macs, between(row, "ap", 3), lost, agreed])
         found.append((" · ".join(str(part) for part in key if part not in ("", None)), shown))
     return found
 
@@ -70,10 +70,6 @@ def controls(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[list[str
 def _place(row: Mapping[str, Any]) -> tuple[int, str]:
     kind = _CONTROL.search(row["pruning"])
     return (1, "") if kind is None else (0, "") if kind[1] == "pruned" else (2, kind[1])
-
-
-def _between(row: Mapping[str, Any], name: str, sign: str = "") -> str:
-    return f"{row[name]:{sign}.3f} [{row[f'{name}_lo']:{sign}.3f}, {row[f'{name}_hi']:{sign}.3f}]"
 
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> Any:
@@ -184,6 +180,7 @@ def _steps(content: Mapping[str, Any]) -> str:
         cells.append(f"{row['agreement']:.3f}" if "agreement" in row else "–")
         rows.append(cells)
     made = _table(["step", "M parameters", "GMACs", "p50 ms", "AP on tune images", "agreement with dense"], rows)
+    made += f"<p>{content['near_dead']} of {content['channels']} channels were near dead before, which flatters any pruner.</p>"
     if content["divisors"]:
         divisors = [[str(r["round_to"]), f"{r['macs'] / 1e9:.3f}", f"{r['latency_ms']:.3g}"] for r in content["divisors"]]
         made += "<p>Channel counts as multiples of</p>" + _table(["divisor", "GMACs", "p50 ms"], divisors)

@@ -223,28 +223,29 @@ def tabulated(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     return shown
 
 
+def between(row: Mapping[str, Any], name: str, digits: int, sign: str = "") -> str:
+    """A figure of a row with its interval; a dash where it was not measured."""
+    if row[name] == "":
+        return "–"
+    return f"{row[name]:{sign}.{digits}f} [{row[f'{name}_lo']:{sign}.{digits}f}, {row[f'{name}_hi']:{sign}.{digits}f}]"
+
+
 def _cells(row: Mapping[str, Any]) -> dict[str, str]:
-
-    def between(name: str, digits: int, sign: str = "") -> str:
-        if row[name] == "":
-            return "–"
-        return f"{row[name]:{sign}.{digits}f} [{row[f'{name}_lo']:{sign}.{digits}f}, {row[f'{name}_hi']:{sign}.{digits}f}]"
-
     return {
         "network": f"{row['network']} {row['pruning']}",
         "input": f"{row['resolution']} {row['keep_aspect_ratio_mode']}",
         "precision": str(row["precision"]),
         "ran": str(row["ran"]),
         "GMACs": _number(row["macs"], 3, 1e-9),
-        "AP [95 %]": between("ap", 3),
+        "AP [95 %]": between(row, "ap", 3),
         "as found": _number(row["as_found_ap"], 3),
         "agreement": _number(row["agreement_ap"], 3) if row["agreement_ap"] != -1 else "–",
-        "AP − FP32": between("ap_vs_fp32", 3, "+"),
-        "AP − dense FP32": between("ap_vs_dense", 3, "+"),
+        "AP − FP32": between(row, "ap_vs_fp32", 3, "+"),
+        "AP − dense FP32": between(row, "ap_vs_dense", 3, "+"),
         "p50 ms": _number(row["latency_p50_ms"], 2),
         "p95 ms": _number(row["latency_p95_ms"], 2),
         "decoding ms": _number(row["decoding_p50_ms"], 3),
-        "× FP32": between("speedup_vs_fp32", 2),
+        "× FP32": between(row, "speedup_vs_fp32", 2),
         "MiB": _number(row["engine_mb"], 2),
     }
 

@@ -511,6 +511,7 @@ def test_the_report_shows_the_control_beside_the_rest(tmp_path):
         "pruned and retrained",
         "from scratch, seed 0",
         "AP against MACs",
+        "channels were near dead",
         ": steps",
         ": sensitivity",
         ": norms of the dense",

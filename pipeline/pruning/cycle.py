@@ -124,7 +124,14 @@ class Cycle:
         about = {"criterion": self.pruner.criterion, "threshold": self.pruner.pruning_threshold}
         (out / "groups.json").write_text(json.dumps({**about, "groups": made}))
         backend = self.probe.backend.name if self.probe is not None else None
-        steps = {"steps": self.rows, "divisors": self.divisors, "backend": backend, "resolution": str(self.size)}
+        steps = {
+            "steps": self.rows,
+            "divisors": self.divisors,
+            "backend": backend,
+            "resolution": str(self.size),
+            "near_dead": self.near_dead,
+            "channels": sum(self.whole.values()),
+        }
         (out / "steps.json").write_text(json.dumps(steps, indent=1))
 
     def _plan(self, reach: Mapping[str, float] | None, part: float = 1.0, round_to: int | None = None) -> Plan:
@@ -167,6 +174,7 @@ class Cycle:
             try:
                 network = self._pruned(self._plan(reach, round_to=divisor))
             except UnreachableError:
+                _say(f"round_to={divisor}: cannot get so small, and is not measured")
                 continue
             found.append((divisor, network))
         if not found:

@@ -39,14 +39,7 @@ class HeatmapPafObjective:
     def labels(
         self, truth: People | None, size: Resolution, stored: Resolution, whole: Resolution, most: int
     ) -> dict[str, NDArray[Any]]:
-        """What is kept of an image's truth.
-
-        Args:
-            truth: None for an image without labels.
-            size: of the image that the truth speaks of.
-            stored: the size it is kept at.
-            whole: of the array it is kept in.
-            most: people that any image has.
+        """What a training shard keeps of an image's truth; the arguments are those of `pipeline.specs.Objective.labels`.
 
         Returns:
             "keypoints" float32 [most, 17, 3] and "boxes" [most, 4] of labelled people, in pixels as stored, and "unlabelled"
