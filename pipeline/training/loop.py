@@ -1,10 +1,10 @@
-"""The training loop: AdamW, warm-up and cosine, EMA, distillation, checkpoints that a killed run goes on from, several GPUs."""
+"""The training loop: AdamW, warm-up and cosine, EMA, distillation, CUDA graphs, checkpoints to go on from, several GPUs."""
 
 import logging
 import math
 import pickle
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ from pipeline.pruning.graph import example, macs
 from pipeline.pruning.sparse24 import zeros
 from pipeline.training.distillation import Distillation, Teacher
 from pipeline.training.sparsity import Penalty
-from pipeline.training.views import Views
+from pipeline.training.views import Batch, Views
 
 _LOOK_EVERY = 20  # steps between looks at the losses: each waits for the device
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+PRECISIONS = ("auto", "32-true", "bf16-mixed")
 ACCELERATORS = ("auto", "cpu", "cuda")
 _RETURNS = 3  # times a training whose loss is not finite goes back to its checkpoint
-_BENCHMARK_FROM = 5000  # steps that pay for the half minute in which cuDNN tries its kernels
+_WARM = 3  # steps that run as they are before one is recorded: libraries allocate in them
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Training:
         regularization_type: l1, l2 or group_lasso on the folded weights of the groups that can be pruned; None adds nothing.
         kernel_regularization_factor: of that penalty.
         clip: greatest norm of the gradient.
-        precision: Lightning Fabric's: "32-true", "bf16-mixed", "16-mixed"; "auto" is bfloat16 where the hardware
-            multiplies it (a GPU, or a CPU with AMX), else 32-true.
+        precision: Lightning Fabric's: "32-true", "bf16-mixed"; "auto" is bfloat16 where the hardware multiplies it (a GPU
+            since Ampere, or a CPU with AMX), else 32-true.
         accumulate: parts a batch is computed in, one after the other, on each device.
         patience: checks without a better loss on the tune images after which training stops; None trains all steps.
         check_every: steps between these checks.
@@ -52,6 +52,7 @@ class Training:
         accelerator: Lightning Fabric's: "auto", "cpu", "cuda".
         devices: processors or GPUs of this machine.
         num_nodes: machines; each runs the same command with NODE_RANK, MASTER_ADDR and MASTER_PORT set, and its own outputs.
+        compile: let torch.compile fuse the network's operators; worth its half minute on a GPU from a few thousand steps on.
     """
 
     steps: int = 1000
@@ -71,6 +72,7 @@ class Training:
     accelerator: str = "auto"
     devices: int = 1
     num_nodes: int = 1
+    compile: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -220,7 +222,6 @@ class _Run:
         fabric.seed_everything(views.seed, verbose=False)
         self.fabric, self.views, self.training, self.checkpoint, self.tune = fabric, views, training, checkpoint, tune
         on_gpu = fabric.device.type == "cuda"
-        torch.backends.cudnn.benchmark = on_gpu and training.steps >= _BENCHMARK_FROM
         network = network.to(fabric.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         kind = training.regularization_type
         self.penalty = Penalty(network, kind, training.kernel_regularization_factor) if kind else None
@@ -233,14 +234,23 @@ class _Run:
             self.teacher = Teacher(teacher, network, distillation, example(network))
         adapters = [*self.teacher.adapters.parameters()] if self.teacher else []
         trained = [*network.parameters(), *adapters]
-        optimiser = torch.optim.AdamW(trained, lr=training.lr, weight_decay=training.weight_decay, fused=on_gpu or None)
-        self.model, self.optimiser = fabric.setup(network, optimiser)
+        self.rate = torch.tensor(training.lr, device=fabric.device)
+        rate: Any = self.rate if on_gpu else training.lr  # a recorded step reads it there
+        optimiser = torch.optim.AdamW(
+            trained, lr=rate, weight_decay=training.weight_decay, fused=on_gpu or None, capturable=on_gpu
+        )
+        self.model, self.optimiser = fabric.setup(torch.compile(network) if training.compile else network, optimiser)
         self.zeros = zeros(network)
         live = network.state_dict()
         self.averaged = {name: value.detach().clone() for name, value in live.items()}
         floats = [name for name, value in live.items() if value.is_floating_point()]
         self.means, self.values = [self.averaged[name] for name in floats], [live[name] for name in floats]
-        self.scaled = _precision(training, fabric.device.type) == "16-mixed"
+        self.half = on_gpu and _precision(training, "cuda") == "bf16-mixed"
+        self.bad = torch.zeros((), device=fabric.device)
+        self.records = on_gpu and training.parts == 1
+        self.step: Callable[[Iterator[Batch]], dict[str, Tensor]] = (
+            _Recorded(self._learn, self.optimiser) if self.records else self._learn
+        )
         self.state: dict[str, Any] = {
             "step": 0, "stopped": False, "losses": {}, "curve": [], "lr_factor": 1.0, "returns": 0, "best": None,
             "best_loss": math.inf, "checks": 0,
@@ -279,6 +289,10 @@ class _Run:
         for name, value in found["averaged"].items():
             self.averaged[name].copy_(value)
         self.state.update({key: found[key] for key in self.state})
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate if self.fabric.device.type == "cuda" else group["lr"]
+        if self.records:
+            self.step = _Recorded(self._learn, self.optimiser)  # the optimiser has other tensors now
 
     def fit(self) -> None:
         """Train until the last step is in the checkpoint."""
@@ -302,7 +316,7 @@ class _Run:
             _NotFiniteError: a loss is not finite.
         """
         training, state = self.training, self.state
-        self.bad = torch.zeros((), device=self.fabric.device)
+        self.bad.zero_()
         items = _items(training, self.fabric.global_rank, state["step"])
         with closing(self.views.batches(items, self.fabric.device)) as batches:
             while state["step"] < training.steps:
@@ -321,11 +335,25 @@ class _Run:
                 if state["stopped"]:
                     return
 
-    def _step(self, batches: Iterator[tuple[Tensor, dict[str, Tensor]]]) -> dict[str, Tensor]:
-        """One step of the optimiser; returns this device's losses."""
+    def _step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
+        """One step; returns this device's losses."""
         training, step = self.training, self.state["step"]
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(step, training) * self.state["lr_factor"]
+        rate = learning_rate(step, training) * self.state["lr_factor"]
+        self.rate.fill_(rate)
+        if self.fabric.device.type != "cuda":
+            for group in self.optimiser.param_groups:
+                group["lr"] = rate
+        losses = self.step(batches)
+        for weight, gone in self.zeros:
+            weight.masked_fill_(gone, 0)
+        decay = min(training.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.means, self.values, 1 - decay)
+        self.progress.update(self.task, completed=step + 1)
+        return losses
+
+    def _learn(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
+        """Gradients of a batch in its parts, and the optimiser's step."""
+        training = self.training
         losses: dict[str, Any] = {}
         for part in range(training.accumulate):
             images, targets = next(batches)
@@ -342,15 +370,9 @@ class _Run:
             for adapter in self.teacher.adapters.parameters():
                 adapter.grad = self.fabric.all_reduce(adapter.grad, reduce_op="mean")
         norm = self.fabric.clip_gradients(self.model, self.optimiser, max_norm=training.clip, error_if_nonfinite=False)
-        if norm is not None and not self.scaled:  # scaled gradients may overflow; their step is then left out
-            self.bad += ~torch.isfinite(norm.detach())
+        self.bad += ~torch.isfinite(norm.detach())
         self.optimiser.step()
         self.optimiser.zero_grad()
-        for weight, gone in self.zeros:
-            weight.masked_fill_(gone, 0)
-        decay = min(training.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.means, self.values, 1 - decay)
-        self.progress.update(self.task, completed=step + 1)
         return losses
 
     def _losses(self, images: Tensor, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -359,7 +381,7 @@ class _Run:
             learnt: dict[str, Tensor] = dict(self.views.objective.loss(fields, targets))
             return learnt
         how = self.teacher.how
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.fabric.device.type == "cuda"):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.half):
             expected = self.teacher.fields(images)
         labels = self.views.objective.loss(fields, targets) if how.labels else {}
         return {name: how.labels * value for name, value in labels.items()} | self.teacher.loss(fields, expected)
@@ -417,6 +439,46 @@ class _Run:
         return bool(state["checks"] >= training.patience)
 
 
+class _Recorded:
+    """A step as a CUDA graph: its kernels start without the processor, which makes the next batch meanwhile.
+
+    Args:
+        step: learns from one batch. If it waits for the device it cannot be recorded, and is run as it is.
+    """
+
+    def __init__(self, step: Callable[[Iterator[Batch]], dict[str, Tensor]], optimiser: Any) -> None:
+        self.step, self.optimiser, self.warm = step, optimiser, _WARM
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.batch: Batch | None = None
+
+    def __call__(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
+        """Learn from the next batch; the losses are overwritten by the next call."""
+        images, targets = next(batches)
+        if self.batch is None and self.warm:
+            self.warm -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                losses = self.step(iter([(images, targets)]))
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return losses
+        if self.batch is None:
+            self.batch = images.clone(), {name: value.clone() for name, value in targets.items()}
+            try:
+                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads pin memory meanwhile
+                    self.losses = self.step(iter([self.batch]))
+            except RuntimeError as error:
+                _say(f"steps are not recorded as a CUDA graph, and are slower: {str(error).splitlines()[0]}")
+                self.optimiser.zero_grad()
+                self.batch, self.warm = None, -1  # never again
+                return self.step(iter([(images, targets)]))
+        else:
+            self.batch[0].copy_(images)
+            for name, value in targets.items():
+                self.batch[1][name].copy_(value)
+        self.graph.replay()
+        return self.losses
+
+
 def loss_on(network: nn.Module, views: Views, batch_size: int) -> float:
     """The objective's loss of a network on every image of some views, where the network is and in its present mode."""
     device = next(network.parameters()).device
@@ -432,7 +494,11 @@ def loss_on(network: nn.Module, views: Views, batch_size: int) -> float:
 def _precision(training: Training, accelerator: str) -> str:
     if training.precision != "auto":
         return training.precision
-    return "bf16-mixed" if accelerator != "cpu" or torch.cpu._is_amx_tile_supported() else "32-true"  # noqa: SLF001
+    if accelerator == "cpu":
+        multiplies = torch.cpu._is_amx_tile_supported()  # noqa: SLF001
+    else:
+        multiplies = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16-mixed" if multiplies else "32-true"
 
 
 def _save(checkpoint: Path, state: Mapping[str, Any]) -> None:
@@ -455,6 +521,12 @@ def _items(training: Training, rank: int, first: int) -> Iterator[Sequence[int]]
         for part in range(training.accumulate):
             start = step * training.batch_size + (part * training.devices * training.num_nodes + rank) * size
             yield range(start, start + size)
+
+
+def _say(text: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False).print(f"           {text}", soft_wrap=True, markup=False)
 
 
 def _bar(shown: bool) -> Any:

@@ -1,6 +1,8 @@
 """Sparsity while training: penalties on the folded weights of the groups that pruning will judge."""
 
-import torch
+from dataclasses import replace
+from typing import Any
+
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
@@ -29,21 +31,25 @@ class Penalty:
         if kind not in TYPES:
             raise UserError(f"training.regularization_type={kind}: choose null, {', '.join(TYPES)}")
         self.kind, self.factor, self.pairs = kind, factor, normalised(network)
-        self.groups: list[Group] = groups(network)
+        device = next(network.parameters()).device
+        self.groups: list[Group] = [
+            replace(g, parts=[replace(p, channels=p.channels.to(device), roots=p.roots.to(device)) for p in g.parts])
+            for g in groups(network)
+        ]
         if not self.groups:
             raise UserError(f"training.regularization_type={kind}: no channels of this network can be pruned; choose null")
 
     def __call__(self) -> Tensor:
         """The penalty, with gradients."""
-        total = torch.zeros(())
+        total: Any = 0
         for group in self.groups:
             if self.kind == "group_lasso":
                 count = sum(filters(p, self.pairs).numel() for p in group.parts if p.layer not in self.pairs.values())
                 norms = (group_norms(group, self.pairs, 2) + 1e-12).sqrt()
-                total = total.to(norms.device) + norms.sum() * (count / group.size) ** 0.5
+                total = total + norms.sum() * (count / group.size) ** 0.5
             else:
                 order = 1 if self.kind == "l1" else 2
                 for part in group.producers:
-                    values = filters(part, self.pairs).abs().pow(order).sum()
-                    total = total.to(values.device) + values
-        return self.factor * total
+                    total = total + filters(part, self.pairs).abs().pow(order).sum()
+        penalty: Tensor = self.factor * total
+        return penalty

@@ -20,6 +20,7 @@ from pipeline.training.shard import Shard, shard
 _READ_AHEAD = 3  # batches
 
 Host = dict[str, Tensor]
+Batch = tuple[Tensor, dict[str, Tensor]]
 
 
 @lru_cache(maxsize=4)
@@ -85,19 +86,42 @@ class Views:
         made["tone"] = torch.tensor(tones, dtype=torch.float32)
         return {name: value.pin_memory() for name, value in made.items()} if pinned else made
 
-    def on(self, device: torch.device, host: Host) -> tuple[Tensor, dict[str, Tensor]]:
+    def on(self, device: torch.device, host: Host) -> Batch:
         """Network inputs [B, 3, H, W] and their targets, on a device."""
         there = {name: value.to(device, non_blocking=True) for name, value in host.items()}
         images = cut(there.pop("image"), there["matrix"], there.pop("tone"), self.resolution, self.spec.input)
         return images, self.objective.targets(there, self.resolution, self.spec)
 
-    def batches(self, parts: Iterator[Sequence[int]], device: torch.device) -> Generator[tuple[Tensor, dict[str, Tensor]]]:
-        """Batches of the given items, the next ones read while one is used."""
-        pinned = device.type == "cuda"
+    def batches(self, parts: Iterator[Sequence[int]], device: torch.device) -> Generator[Batch]:
+        """Batches of the given items, the next ones read, and on a GPU also made, while one is used."""
+        if device.type != "cuda":
+            for host in self._hosts(parts, pinned=False):
+                yield self.on(device, host)
+            return
+        aside, made = torch.cuda.Stream(device), None  # type: ignore[no-untyped-call]  # copies and small kernels run beside the network's
+        for host in self._hosts(parts, pinned=True):
+            with torch.cuda.stream(aside):
+                following = self.on(device, host), aside.record_event()
+            if made is not None:
+                yield _taken(*made)
+            made = following
+        if made is not None:
+            yield _taken(*made)
+
+    def _hosts(self, parts: Iterator[Sequence[int]], pinned: bool) -> Generator[Host]:
         with ThreadPoolExecutor(2) as pool:
             waiting = [pool.submit(self.host, items, pinned) for _, items in zip(range(_READ_AHEAD), parts, strict=False)]
             while waiting:
                 host = waiting.pop(0).result()
                 if (items := next(parts, None)) is not None:
                     waiting.append(pool.submit(self.host, items, pinned))
-                yield self.on(device, host)
+                yield host
+
+
+def _taken(batch: Batch, made: torch.cuda.Event) -> Batch:
+    """A batch for the current stream, once it is made; its memory is not used again before this stream has read it."""
+    here = torch.cuda.current_stream()
+    here.wait_event(made)
+    for tensor in (batch[0], *batch[1].values()):
+        tensor.record_stream(here)
+    return batch
