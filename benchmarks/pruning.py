@@ -4,11 +4,13 @@ Only shapes matter to these figures, so the weights are random. Every engine of 
 in one run, on the same threads. Run it alone on the machine:
 
     python benchmarks/pruning.py [--resolution 256x456] [--threads 1] [--seconds 20]
+    python benchmarks/pruning.py --gpu --resolution 368x656     # FP16 in torch, replays of CUDA graphs, batch 1 and 32
 """
 
 import argparse
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
@@ -23,6 +25,7 @@ from torch import nn
 from evaluation import latency
 from evaluation.types import Resolution
 from pipeline.backends.onnxruntime import OnnxRuntime
+from pipeline.backends.torch_fusion import fused
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.models.mobilenetv2_paf import MobileNetV2Paf
 from pipeline.pruning.cycle import DIVISORS, exported
@@ -33,6 +36,7 @@ from pipeline.specs import Shapes
 
 NETWORKS = {"lightweight_openpose": LightweightOpenPose, "mobilenetv2_paf": MobileNetV2Paf}
 RATIOS = (0.7, 0.5, 0.3, 0.1)
+REPLAYS = 100
 
 
 def lively(make: type[nn.Module]) -> nn.Module:
@@ -77,13 +81,62 @@ def default_at(network: nn.Module, size: Resolution, macs: float) -> nn.Module:
     return best
 
 
+def on_processor(networks: Sequence[nn.Module], size: Resolution, threads: int, seconds: float) -> list[float]:
+    """Median milliseconds of each network in ONNX Runtime, in turns."""
+    backend = OnnxRuntime("CPUExecutionProvider")
+    with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+        calls = []
+        for n, network in enumerate(networks):
+            out = Path(folder) / str(n)
+            (out / "engine").mkdir(parents=True)
+            shapes = Shapes((size, size, size), (1, 1, 1))
+            engine = backend.build(exported(network, size).write(out), shapes, out / "engine")
+            runner = stack.enter_context(backend.load(engine, threads))
+            inputs = runner.upload(np.zeros((1, size.height, size.width, 3), np.uint8))
+            calls.append([partial(lambda run, x, _: run(x), runner, inputs)])
+        return [timing.percentile(50).value for timing in latency.in_turns(calls, seconds)]
+
+
+def on_gpu(networks: Sequence[nn.Module], size: Resolution, batch: int) -> list[float]:
+    """Median milliseconds of each network's CUDA graph, in FP16 with its batch norms folded, in turns."""
+    graphs = []
+    with torch.inference_mode():
+        for network in networks:
+            half = deepcopy(network).eval()
+            fused(half)
+            half = half.to("cuda", torch.float16, memory_format=torch.channels_last)
+            images = torch.rand(batch, 3, size.height, size.width, device="cuda", dtype=torch.float16)
+            images = images.contiguous(memory_format=torch.channels_last)
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    half(images)
+            stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                half(images)
+            graphs.append((graph, half, images))
+        times: list[list[float]] = [[] for _ in graphs]
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for turn in range(REPLAYS + 5):
+            for taken, (graph, _, _) in zip(times, graphs, strict=True):
+                begin.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                if turn >= 5:
+                    taken.append(begin.elapsed_time(end))
+    return [float(np.median(taken)) for taken in times]
+
+
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=NETWORKS, default="lightweight_openpose")
     parser.add_argument("--resolution", type=Resolution.parse, default=Resolution(256, 456))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=20.0, help="of timing a row, at most")
+    parser.add_argument("--gpu", action="store_true", help="FP16 in torch on a GPU instead of ONNX Runtime on processors")
     given = parser.parse_args()
     console = Console(width=140)
     table = Table("network", "prune to 0.5x, s", "replay, s", "bit-identical", title="seconds on this processor")
@@ -93,12 +146,19 @@ def main() -> None:
     console.print(table)
 
     make, size = NETWORKS[given.network], given.resolution
-    network, backend = lively(make), OnnxRuntime("CPUExecutionProvider")
+    network = lively(make)
     dense = Costs(network, [], size)([])["macs"]
     names = [*(f"round_to {d}" for d in DIVISORS), "Torch-Pruning"]
-    table = Table(
-        "MACs asked", *names, title=f"{given.network} {size}, {given.threads} thread(s): latency over MACs, both of dense = 1"
-    )
+    clocks: dict[str, Callable[[Sequence[nn.Module]], list[float]]]
+    if given.gpu:
+        clocks = {f"{torch.cuda.get_device_name()}, FP16, batch {n}": partial(on_gpu, size=size, batch=n) for n in (1, 32)}
+    else:
+        name = f"ONNX Runtime, {given.threads} thread(s)"
+        clocks = {name: partial(on_processor, size=size, threads=given.threads, seconds=given.seconds)}
+    tables = {
+        name: Table("MACs asked", *names, title=f"{given.network} {size}, {name}: latency (MACs): their ratio, of dense")
+        for name in clocks
+    }
     for ratio in RATIOS:
         engines: list[tuple[str, nn.Module]] = []
         for divisor in DIVISORS:
@@ -111,23 +171,16 @@ def main() -> None:
             remove(pruned, plan.dropped)
             engines.append((f"round_to {divisor}", pruned))
         engines.append((names[-1], default_at(network, size, ratio * dense)))
-        with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
-            calls = []
-            for n, (_, net) in enumerate([("dense", network), *engines]):
-                out = Path(folder) / str(n)
-                (out / "engine").mkdir(parents=True)
-                shapes = Shapes((size, size, size), (1, 1, 1))
-                engine = backend.build(exported(net, size).write(out), shapes, out / "engine")
-                runner = stack.enter_context(backend.load(engine, given.threads))
-                inputs = runner.upload(np.zeros((1, size.height, size.width, 3), np.uint8))
-                calls.append([partial(lambda run, x, _: run(x), runner, inputs)])
-            times = [timing.percentile(50).value for timing in latency.in_turns(calls, given.seconds)]
-        cells = dict.fromkeys(names, "cannot be reached")
-        for (name, net), ms in zip(engines, times[1:], strict=True):
-            macs = Costs(net, [], size)([])["macs"] / dense
-            cells[name] = f"{ms / times[0]:.3f} ({macs:.3f}): {ms / times[0] / macs:.2f}"
-        table.add_row(f"{ratio}x", *cells.values())
-    console.print(table)
+        for clock, table in tables.items():
+            times = clocks[clock]([network, *(net for _, net in engines)])
+            cells = dict.fromkeys(names, "cannot be reached")
+            for (name, net), ms in zip(engines, times[1:], strict=True):
+                macs = Costs(net, [], size)([])["macs"] / dense
+                cells[name] = f"{ms / times[0]:.3f} ({macs:.3f}): {ms / times[0] / macs:.2f}"
+            table.add_row(f"{ratio}x", *cells.values())
+            print(f"{clock}: dense takes {times[0]:.3f} ms beside the engines of {ratio}x", flush=True)
+    for table in tables.values():
+        console.print(table)
 
 
 if __name__ == "__main__":
