@@ -20,7 +20,6 @@ import torch
 
 from evaluation.heatmap_paf import limb_order
 from evaluation.heatmap_paf_torch import OFTEN, candidates, to_candidates, to_scores
-from evaluation.pixels import input_form
 from evaluation.pixels_torch import normalise
 from evaluation.types import Resolution
 from pipeline.backends.torch import TorchRunner
@@ -123,7 +122,7 @@ def in_one_graph(runner: TorchRunner, images: np.ndarray) -> list[float]:
     spec = runner.spec
     limbs, _ = limb_order(spec.skeleton)
     joints = len(spec.skeleton.names)
-    _, factor, offset = input_form(spec.input)
+    _, factor, offset = spec.input.form()
     mirrored = spec.input.order == "BGR"
     scale, shift = (torch.from_numpy(values).cuda()[:, None, None] for values in (factor, offset))
     given = torch.empty(images.shape, dtype=torch.uint8, pin_memory=True)

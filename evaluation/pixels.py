@@ -44,18 +44,10 @@ def _planes(images: NDArray[np.uint8], order: NDArray[np.int64], factor: F32, of
                 out[n, c, p] = np.float32(images[n, p, source]) * f - o
 
 
-def input_form(spec: InputSpec) -> tuple[NDArray[np.int64], F32, F32]:
-    """How RGB pixels become inputs: the channels' order, and factor and offset [3] of value * factor - offset."""
-    order = np.arange(3) if spec.order == "RGB" else np.arange(3)[::-1].copy()
-    factor = (np.float32(spec.range / 255) / np.asarray(spec.std, np.float32)).astype(np.float32)
-    offset = (np.asarray(spec.mean, np.float32) / np.asarray(spec.std, np.float32)).astype(np.float32)
-    return order, factor, offset
-
-
 def normalise(images: NDArray[np.uint8], spec: InputSpec, out: F32 | None = None) -> F32:
     """RGB pixels [..., H, W, 3] to the network's input form [..., 3, H, W], in `out`, a contiguous array, if it is given."""
     *before, height, width, channels = images.shape
     flat = np.ascontiguousarray(images).reshape(-1, height * width, channels)
     made = np.empty((*before, channels, height, width), np.float32) if out is None else out
-    _planes(flat, *input_form(spec), made.reshape(-1, channels, height * width))
+    _planes(flat, *spec.form(), made.reshape(-1, channels, height * width))
     return made

@@ -7,13 +7,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evaluation.pixels import input_form
 from evaluation.types import InputSpec
 
 
 @cache
 def _on(device: torch.device, spec: InputSpec) -> tuple[Tensor, Tensor]:
-    _, factor, offset = input_form(spec)
+    _, factor, offset = spec.form()
     return tuple(torch.from_numpy(values).to(device)[:, None, None] for values in (factor, offset))  # type: ignore[return-value]
 
 

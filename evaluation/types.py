@@ -76,6 +76,13 @@ class InputSpec:
         steps = int(np.ceil((pixels - self.offset) / self.multiple - 1e-9))
         return max(steps, 1) * self.multiple + self.offset
 
+    def form(self) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+        """How RGB pixels become inputs: the channels' order, and factor and offset [3] of value * factor - offset."""
+        order = np.arange(3) if self.order == "RGB" else np.arange(3)[::-1].copy()
+        factor = (np.float32(self.range / 255) / np.asarray(self.std, np.float32)).astype(np.float32)
+        offset = (np.asarray(self.mean, np.float32) / np.asarray(self.std, np.float32)).astype(np.float32)
+        return order, factor, offset
+
 
 @dataclass(frozen=True)
 class FieldSpec:

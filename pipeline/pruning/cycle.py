@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class Cycle:
         rows: one a step: "step", "params", "macs", "latency_ms", the figures of the tune images.
         history: of all steps.
         divisors: what each divisor of channel counts gave: "round_to", "latency_ms", "params", "macs".
+        memory: a file in which a cycle in several steps keeps what it has measured and removed; one that was killed goes on.
         near_dead: channels whose norm is a hundredth of their group's greatest, or less.
     """
 
@@ -66,6 +68,7 @@ class Cycle:
     rows: list[dict[str, Any]] = field(default_factory=list)
     history: list[Any] = field(default_factory=list)
     divisors: list[dict[str, float]] = field(default_factory=list)
+    memory: Path | None = None
 
     def __post_init__(self) -> None:
         """Take the dense network's sizes."""
@@ -85,25 +88,49 @@ class Cycle:
             UserError: as the pruner does, or the target cannot be reached.
         """
         pruner, steps = self.pruner, self.pruner.iterative_steps
+        self.known: dict[str, Any] = json.loads(self.memory.read_text()) if self.memory and self.memory.exists() else {}
         self._measure("dense")
-        goal: tuple[str, float] | None = None
-        if pruner.target is not None:
-            target = Target.parse(pruner.target, pruner.value)
-            goal = self._latency(target) if target.kind == "latency" else self._size(target)
+        found = self._once("goal", self._goal)
+        goal, self.round_to, self.divisors = found["goal"], found["round_to"], found["divisors"]
         for step in range(1, steps + 1):
             part = step / steps
             reach = None
             if goal is not None:
                 kind, value = goal
                 reach = {kind: self.dense[kind] + (value - self.dense[kind]) * part}
-            self.last = plan = self._plan(reach, part)
-            if not plan.dropped and step == steps and not self.history:
-                raise UserError(pruner.nothing(plan.ranked))
-            self.history += remove(self.network, plan.dropped)
+            if step < steps:
+                dropped = self._once(f"dropped {step}", partial(self._dropped, reach, part))
+            else:
+                self.last = self._plan(reach, part)
+                dropped = self.last.dropped
+                if not dropped and not self.history:
+                    raise UserError(pruner.nothing(self.last.ranked))
+            self.history += remove(self.network, dropped)
             self._measure(f"{step}" if steps > 1 else "pruned")
             if step < steps and self.retrain is not None:
                 self.retrain(self.network, step)
                 self._measure(f"{step}, trained")
+
+    def _goal(self) -> dict[str, Any]:
+        """What the last step is to reach, and what finding that out measured."""
+        goal = None
+        if self.pruner.target is not None:
+            target = Target.parse(self.pruner.target, self.pruner.value)
+            goal = self._latency(target) if target.kind == "latency" else self._size(target)
+        return {"goal": goal, "round_to": self.round_to, "divisors": self.divisors}
+
+    def _dropped(self, reach: Mapping[str, float] | None, part: float) -> Any:
+        return self._plan(reach, part).dropped
+
+    def _once(self, what: str, find: Callable[[], Any]) -> Any:
+        """What was found before this cycle was killed, or is found now."""
+        if what not in self.known:
+            self.known[what] = find()
+            if self.memory is not None and self.pruner.iterative_steps > 1:
+                unfinished = self.memory.with_suffix(".tmp")
+                unfinished.write_text(json.dumps(self.known))
+                unfinished.replace(self.memory)
+        return self.known[what]
 
     def summary(self) -> dict[str, Any]:
         """What a manifest says of the pruning."""
@@ -234,20 +261,23 @@ class Cycle:
 
     def _measure(self, name: str) -> None:
         """Add a row to the table."""
-        row: dict[str, Any] = {"step": name, **Costs(self.network, [], self.size)([])}
-        if self.probe is not None:
-            dense = name == "dense"
-            candidate = self.probe.fp32 if dense else exported(self.network, self.size)
-            if self.probe.backend.timeable:
-                times = self.probe.latencies([self.probe.fp32, candidate], _SECONDS)
-                row |= {"latency_ms": times[1], "latency_ratio": times[1] / times[0]}
-            row |= self.probe.figures(candidate)
+        row = self._once(name, partial(self._row, name))
         self.rows.append(row)
         ratio = row["macs"] / self.dense["macs"]
         words = [f"{row['params'] / 1e6:.3f} M parameters", f"{row['macs'] / 1e9:.3f} G MACs ({ratio:.2f}x)"]
         words += [f"{row['latency_ms']:.3g} ms ({row['latency_ratio']:.2f}x)"] if "latency_ms" in row else []
         words += [f"{key} {row[key]:.3f}" for key in ("ap", "agreement") if key in row]
         _say(f"{name}: {', '.join(words)}")
+
+    def _row(self, name: str) -> dict[str, Any]:
+        row: dict[str, Any] = {"step": name, **Costs(self.network, [], self.size)([])}
+        if self.probe is not None:
+            candidate = self.probe.fp32 if name == "dense" else exported(self.network, self.size)
+            if self.probe.backend.timeable:
+                times = self.probe.latencies([self.probe.fp32, candidate], _SECONDS)
+                row |= {"latency_ms": times[1], "latency_ratio": times[1] / times[0]}
+            row |= self.probe.figures(candidate)
+        return row
 
 
 def _say(text: str) -> None:

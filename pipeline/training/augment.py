@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluation.pixels import input_form
 from evaluation.types import InputSpec, Resolution, View
 from evaluation.views import resized
 
@@ -107,6 +106,6 @@ def cut(images: Tensor, matrices: Tensor, tones: Tensor, size: Resolution, spec:
     seen = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False) + spec.pad
     gain, offset = tones[:, 0, None, None, None], tones[:, 1, None, None, None]
     seen = (seen * gain + offset).clamp(0, 255)
-    _, factor, shift = (torch.as_tensor(values, device=images.device)[:, None, None] for values in input_form(spec))
+    _, factor, shift = (torch.as_tensor(values, device=images.device)[:, None, None] for values in spec.form())
     ordered = seen if spec.order == "RGB" else seen.flip(1)
     return (ordered * factor - shift).contiguous(memory_format=torch.channels_last)
