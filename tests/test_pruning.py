@@ -313,6 +313,37 @@ def test_near_dead_channels_are_counted():
     assert Cycle(network, Pruner(pruning_ratio=0.5), SIZE).near_dead == 5
 
 
+def test_a_pruning_in_steps_that_was_killed_goes_on(tmp_path):
+    pruner = Pruner(iterative_steps=3, target="macs", value="0.5x", round_to=4, min_num_filters=4, criterion="l1")
+    looked = []
+
+    def cycle(killed_in, memory):
+        def retrain(network, step):
+            if step == killed_in:
+                raise KeyboardInterrupt
+            for p in network.parameters():  # as a training of that step that is finished
+                p.data.mul_(1 + 0.1 * torch.rand(p.shape, generator=torch.Generator().manual_seed(step)))
+
+        made = Cycle(trained(MAKERS[0]), pruner, SIZE, retrain=retrain, memory=memory)
+        row = made._row
+        made._row = lambda name: looked.append(name) or row(name)
+        return made
+
+    whole = cycle(None, None)
+    whole.run()
+    looked.clear()
+    killed = cycle(2, tmp_path / "cycle.json")
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    assert looked == ["dense", "1", "1, trained", "2"]
+    looked.clear()
+    again = cycle(None, tmp_path / "cycle.json")
+    again.run()
+    assert looked == ["2, trained", "3"], "what was measured before is not measured again"
+    assert again.rows == whole.rows
+    assert torch.equal(outputs(again.network), outputs(whole.network))
+
+
 def test_torch_prunings_default_prunes_and_replays():
     network = trained(MAKERS[0])
     dense = macs(network, SIZE)

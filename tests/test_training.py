@@ -1,6 +1,8 @@
 import itertools
 import math
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -372,6 +374,83 @@ def test_two_devices_share_a_batch_and_learn_the_same(images, tmp_path):
     assert [step for step, _ in found[0]] == [step for step, _ in found[1]] == [1, 2, 4, 6]
     for (_, one), (_, two) in zip(*found, strict=True):
         assert two == pytest.approx(one, rel=1e-3)
+
+
+def test_what_one_of_several_devices_refuses_is_an_error_without_traceback(images, tmp_path):
+    (tmp_path / "a.ckpt").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"a\.ckpt: no checkpoint of this training .*force=true"):
+        _train(images, tmp_path / "a.ckpt", devices=2, accelerator="cpu")
+    assert not (tmp_path / "a.error").exists()
+
+
+def test_a_compiled_network_learns_the_same(images, tmp_path):
+    plain, expected = _train(images, tmp_path / "a.ckpt", steps=3, lr=1e-5)
+    compiled, found = _train(images, tmp_path / "b.ckpt", steps=3, lr=1e-5, compile=True)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+
+
+def test_training_on_a_written_shard_needs_neither_opencv_nor_numba(images, tmp_path):
+    views = _views(images, tmp_path)
+    script = """
+import sys
+from pathlib import Path
+sys.modules["cv2"] = sys.modules["numba"] = None
+from evaluation.types import Resolution
+from pipeline.models.lightweight_openpose import LightweightOpenPose
+from pipeline.training.augment import Augmentation
+from pipeline.training.heatmap_paf import HeatmapPafObjective
+from pipeline.training.loop import Training, train
+from pipeline.training.shard import Shard
+from pipeline.training.views import Views
+network, shard = LightweightOpenPose(stages=2, width=0.125), Shard.open(Path(sys.argv[1]))
+views = Views(shard, HeatmapPafObjective(), network.spec, Resolution(64, 80), Augmentation(), 0)
+print(train(network, views, Training(steps=2, batch_size=4, warmup=0), Path(sys.argv[2]))["steps"])
+"""
+    words = [sys.executable, "-c", script, str(views.shard.folder), str(tmp_path / "a.ckpt")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.stdout == "2\n", done.stderr
+
+
+class Waits(LightweightOpenPose):
+    def forward(self, images):
+        assert float(images.mean()) < 1e9  # the device is waited for
+        return super().forward(images)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_step_learns_what_a_step_as_it_is_learns(images, tmp_path, capsys):
+    recorded, expected = _train(images, tmp_path / "a.ckpt")
+    assert "not recorded" not in capsys.readouterr().err
+    torch.manual_seed(0)
+    waits = Waits(stages=2, width=0.125)
+    found = train(waits, _views(images, tmp_path), _options(), tmp_path / "b.ckpt")
+    assert "steps are not recorded as a CUDA graph" in capsys.readouterr().err
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    _train(images, tmp_path / "c.ckpt", regularization_type="group_lasso", kernel_regularization_factor=0.1)
+    assert "not recorded" not in capsys.readouterr().err
+    for name, value in recorded.state_dict().items():
+        assert torch.allclose(value.float(), waits.state_dict()[name].float(), atol=1e-3), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_training_on_a_gpu_goes_on_within_noise(images, tmp_path, monkeypatch):
+    _, expected = _train(images, tmp_path / "a.ckpt", steps=20)
+    step, calls = HeatmapPafObjective.targets, 0
+
+    def interrupted(self, labels, size, spec):
+        nonlocal calls
+        calls += 1
+        if calls == 15:
+            raise KeyboardInterrupt
+        return step(self, labels, size, spec)
+
+    monkeypatch.setattr(HeatmapPafObjective, "targets", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _train(images, tmp_path / "b.ckpt", steps=20)
+    monkeypatch.undo()
+    _, found = _train(images, tmp_path / "b.ckpt", steps=20)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=0.02)
 
 
 def test_training_stops_early_and_keeps_the_best(images, tmp_path, capsys):
