@@ -1,13 +1,17 @@
 import itertools
 import math
 import pickle
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import SMOKE, pipeline
+from safetensors.torch import load_file
 
 from evaluation.pixels import frame, normalise
 from evaluation.pixels_torch import normalise as normalise_torch
@@ -374,6 +378,23 @@ def test_two_devices_share_a_batch_and_learn_the_same(images, tmp_path):
     assert [step for step, _ in found[0]] == [step for step, _ in found[1]] == [1, 2, 4, 6]
     for (_, one), (_, two) in zip(*found, strict=True):
         assert two == pytest.approx(one, rel=1e-3)
+
+
+def test_two_machines_train_one_network(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def machine(rank):
+        words = [*SMOKE, f"outputs={tmp_path / str(rank)}", "stage=train", "stages.train.training.num_nodes=2"]
+        words += ["stages.train.training.accelerator=cpu", "stages.train.training.precision=32-true"]
+        told = {"NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return pipeline(*words, cwd=tmp_path, check=0, env=told)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(machine, (0, 1)))
+    one, other = (load_file(next((tmp_path / str(rank)).glob("smoke/train/*/model.safetensors"))) for rank in (0, 1))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_what_one_of_several_devices_refuses_is_an_error_without_traceback(images, tmp_path):

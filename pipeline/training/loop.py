@@ -263,6 +263,10 @@ class _Run:
             self._save()  # a disk without room is found now
 
     def _save(self) -> None:
+        if self.fabric.world_size > 1:  # batch norms of processors each saw their own part of the batches
+            for name, _ in self.network.named_buffers():
+                if self.averaged[name].is_floating_point():
+                    self.averaged[name].copy_(self.fabric.all_reduce(self.averaged[name], reduce_op="mean"))
         if self.fabric.local_rank == 0:  # on every machine, for it goes on from its own
             for name, value in self.network.state_dict().items():
                 if not value.is_floating_point():
