@@ -1,0 +1,166 @@
+r"""AP against MACs: pruned, retrained, and the same structures trained from scratch for as long, on all GPUs at once.
+
+Every step is a command of the pipeline, so what is finished is not repeated and a killed training goes on: run the same line
+again. Without a GPU everything runs one after the other.
+
+    python benchmarks/pruning_study.py --values 0.75x,0.5x,0.25x,0.1x --seeds 3 experiment=synthetic_full
+    python benchmarks/pruning_study.py --torch-pruning 0.29 experiment=synthetic_full name=few data.counts.train=1000 \
+        data.counts.unlabelled=7000
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Condition, Thread
+
+import torch
+
+PRUNER = (
+    "pruner=l1",
+    "pruner.criterion=taylor",
+    "pruner.sensitivity=sensitivity",
+    "pruner.target=macs",
+    "stages.prune.backend=null",
+)
+EVALUATED = "stage=[export,quantize,build,tune,evaluate]"
+
+
+@dataclass
+class Step:
+    """One command, run when those it needs are done."""
+
+    name: str
+    words: Sequence[str]
+    needs: Sequence[str] = ()
+    trains: bool = True
+    state: str = field(default="waits", compare=False)
+
+
+def steps(values: Sequence[str], seeds: int, ratios: Sequence[str], own: Sequence[str]) -> list[Step]:
+    """Everything that the table is made of; `own` are further options of our pruner."""
+    ours = [*PRUNER, *own]
+    made = [
+        Step("dense", ["stage=train", "pruner=none"]),
+        Step("dense, AP", [EVALUATED, "pruner=none"], ["dense"], trains=False),
+        Step("sensitivity", ["stage=sensitivity", *ours, f"pruner.value={values[0]}"], ["dense"]),
+    ]
+    wanted = [(value, [*ours, f"pruner.value={value}"], "sensitivity") for value in values]
+    wanted += [(f"Torch-Pruning {r}", ["pruner=torch_pruning", f"pruner.pruning_ratio={r}"], "dense") for r in ratios]
+    later = []
+    for name, words, before in wanted:
+        made.append(Step(f"{name} pruned", ["stage=prune", *words], [before]))
+        kinds = {"pruned": ["control=pruned"], "retrained": []}
+        if before == "sensitivity":
+            kinds |= {f"scratch {seed}": ["control=scratch", f"control_seed={seed}"] for seed in range(seeds)}
+        for kind, control in kinds.items():
+            trained = f"{name} {kind}"
+            if kind != "pruned":
+                later.append((kind, Step(trained, ["stage=retrain", *words, *control], [f"{name} pruned"])))
+            later.append((kind, Step(f"{trained}, AP", [EVALUATED, *words, *control], [trained], trains=False)))
+    return made + [step for _, step in sorted(later, key=lambda pair: not pair[0].startswith("scratch"))]
+
+
+class Study:
+    """Runs steps on several workers until all are done, nothing more can run, or time is over."""
+
+    def __init__(self, plan: Sequence[Step], given: Sequence[str], logs: Path, seconds: float) -> None:
+        self.plan, self.given, self.logs = plan, given, logs
+        self.end, self.began, self.changed = time.monotonic() + seconds, time.monotonic(), Condition()
+
+    def _next(self, trains: bool | None) -> Step | None:
+        """The next step of a kind, once one can run; None when none ever will."""
+        with self.changed:
+            while True:
+                open_ones = [s for s in self.plan if s.state == "waits" and trains in (None, s.trains)]
+                done = {s.name for s in self.plan if s.state == "done"}
+                lost = {s.name for s in self.plan if s.state == "failed"}
+                for step in open_ones:
+                    if lost & {*step.needs}:
+                        step.state = "failed"
+                        self.changed.notify_all()
+                        break
+                    if done >= {*step.needs}:
+                        step.state = "runs"
+                        return step
+                else:
+                    if not open_ones or time.monotonic() > self.end:
+                        return None
+                    self.changed.wait(1.0)
+
+    def work(self, trains: bool | None, device: str, threads: int) -> None:
+        """Run steps of a kind on a device."""
+        while time.monotonic() < self.end and (step := self._next(trains)) is not None:
+            began, log = time.monotonic(), self.logs / f"{step.name.replace(' ', '-').replace(',', '')}.log"
+            told = {"CUDA_VISIBLE_DEVICES": device, "OMP_NUM_THREADS": str(threads), "COLUMNS": "150"}
+            words = [sys.executable, "-m", "pipeline", "tracking=none", *self.given, *step.words]
+            with log.open("w") as file:
+                running = subprocess.Popen(
+                    words, stdout=file, stderr=subprocess.STDOUT, env=os.environ | told, start_new_session=True
+                )
+                try:
+                    good = running.wait(max(self.end - time.monotonic(), 0.1)) == 0
+                except subprocess.TimeoutExpired:
+                    os.killpg(running.pid, signal.SIGKILL)
+                    running.wait()
+                    good = False
+            lines = [line.strip() for line in log.read_text().splitlines() if "images/s" in line or line.startswith("error")]
+            print(
+                f"{time.monotonic() - self.began:6.0f} s  {step.name}: {'done' if good else 'NOT DONE'} in "
+                f"{time.monotonic() - began:.0f} s  {lines[-1][:120] if lines else ''}",
+                flush=True,
+            )
+            with self.changed:
+                step.state = "done" if good else "failed"
+                self.changed.notify_all()
+
+    def run(self, gpus: int, at_once: int) -> list[str]:
+        """Run all; returns the names of the steps that are not done."""
+        cores = os.cpu_count() or 1
+        if gpus:
+            kinds: list[tuple[bool | None, str]] = [(True, str(gpu)) for gpu in range(gpus)] * at_once
+            kinds += [(False, "")] * max(1, cores // 8)
+        else:
+            kinds = [(None, "")]
+        threads = max(1, cores // len(kinds))
+        workers = [Thread(target=self.work, args=(*kind, threads)) for kind in kinds]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        return [step.name for step in self.plan if step.state != "done"]
+
+
+def main() -> None:
+    """Run what is not done yet, and print the report's table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--values", default="0.5x,0.25x", help="MACs of the pruned networks")
+    parser.add_argument("--seeds", type=int, default=1, help="of the control")
+    parser.add_argument(
+        "--torch-pruning", action="append", default=[], help="a ratio of Torch-Pruning's default; may be repeated"
+    )
+    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
+    parser.add_argument("--at-once", type=int, default=2, help="trainings on a GPU: while one starts the other computes")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which what runs is killed")
+    given, words = parser.parse_known_args()
+    told = dict(word.split("=", 1) for word in words if "=" in word)
+    outputs = Path(told.get("outputs", "outputs"))
+    logs = outputs / "study"
+    logs.mkdir(parents=True, exist_ok=True)
+    own = [word for word in words if word.startswith("pruner.")]
+    words = [word for word in words if word not in own]
+    plan = steps(given.values.split(","), given.seeds, given.torch_pruning, own)
+    missing = Study(plan, words, logs, given.seconds).run(given.gpus, given.at_once)
+    subprocess.run([sys.executable, "-m", "pipeline", "tracking=none", *words, "stage=report"], check=False)
+    if missing:
+        print(f"not done: {', '.join(missing)}; the reasons are in {logs}; run the same line to go on")
+    sys.exit(1 if missing else 0)
+
+
+if __name__ == "__main__":
+    main()
