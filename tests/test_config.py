@@ -3,6 +3,8 @@
 import ast
 import functools
 import inspect
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +63,25 @@ def test_every_choice_binds_to_its_signatures(group, choice):
                     signature.bind(**given)
                 bound += 1
     assert bound > len(config.stages), "every stage and some components"
+
+
+def readme_commands():
+    text = (ROOT / "README.md").read_text()
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    lines = [line.partition(" #")[0] for line in blocks.splitlines()]
+    return [line for line in lines if line.startswith("python -m pipeline ") and "experiment=" in line]
+
+
+@pytest.mark.parametrize("line", readme_commands())
+def test_the_readmes_commands_say_what_can_be_made(line):
+    words = [word for word in shlex.split(line)[3:] if not word.startswith("--") and word != "job"]
+    config = compose(*(word if "[" in word else word.partition(",")[0] for word in words))  # the first of a sweep's values
+    for name in config.stages:
+        Stage.from_config(name, main._resolved(config.stages[name]))
+    for group in ("pruner", "precision", "backend", "sampler"):
+        component = OmegaConf.to_container(config[group], resolve=True)
+        if "_target_" in component:
+            assert main._instantiate({"it": _component(component)})["it"] is not None
 
 
 @pytest.mark.parametrize(("group", "choice"), [c for c in CHOICES if c[0] not in ("tracking", "experiment", "family")])
