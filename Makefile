@@ -25,6 +25,7 @@ test: install
 test-gpu: install
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e .[tensorrt]
 	PYTHONPATH=. $(BIN)/python tests/gpu/certify.py
+	$(BIN)/python -m pytest tests/test_training.py -k on_a_gpu
 
 lint: install
 	$(BIN)/ruff check .

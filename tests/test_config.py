@@ -137,7 +137,7 @@ def closure(files):
 
 @pytest.mark.parametrize("name", [f.stem for f in sorted((CONF / "stages").glob("*.yaml"))])
 def test_a_stage_lists_all_code_its_result_follows_from(name):
-    listed = set()
+    listed, ever_needed, single = set(), set(), set()
     for words in (
         ["pruner=l1", "precision=int8"],
         ["backend=tensorrt"],
@@ -155,8 +155,12 @@ def test_a_stage_lists_all_code_its_result_follows_from(name):
                 str(f.relative_to(ROOT)) for f in ((ROOT / entry).rglob("*.py") if (ROOT / entry).is_dir() else [ROOT / entry])
             }
         needed = closure(ROOT / m for m in modules if (ROOT / m).is_file())
+        ever_needed |= needed
+        single |= {entry for entry in stage.code if entry.endswith(".py")}
         missing = needed - listed - UNTRACKED - {m for m in needed if m.endswith("__init__.py")}
         assert not missing, f"stages.{name}.code lacks {sorted(missing)}"
+    single -= UNTRACKED
+    assert single <= ever_needed, f"stages.{name}.code need not hold {sorted(single - ever_needed)}"
 
 
 def test_stage_files_are_short():

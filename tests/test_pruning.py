@@ -325,8 +325,9 @@ def test_a_pruning_in_steps_that_was_killed_goes_on(tmp_path):
                 p.data.mul_(1 + 0.1 * torch.rand(p.shape, generator=torch.Generator().manual_seed(step)))
 
         made = Cycle(trained(MAKERS[0]), pruner, SIZE, retrain=retrain, memory=memory)
-        row = made._row
+        row, plan = made._row, made._plan
         made._row = lambda name: looked.append(name) or row(name)
+        made._plan = lambda *given: looked.append("plan") or plan(*given)
         return made
 
     whole = cycle(None, None)
@@ -335,13 +336,16 @@ def test_a_pruning_in_steps_that_was_killed_goes_on(tmp_path):
     killed = cycle(2, tmp_path / "cycle.json")
     with pytest.raises(KeyboardInterrupt):
         killed.run()
-    assert looked == ["dense", "1", "1, trained", "2"]
+    assert looked == ["dense", "plan", "plan", "1", "1, trained", "plan", "2"]
     looked.clear()
     again = cycle(None, tmp_path / "cycle.json")
     again.run()
-    assert looked == ["2, trained", "3"], "what was measured before is not measured again"
+    assert looked == ["2, trained", "plan", "3"], "what was measured or chosen before is not again"
     assert again.rows == whole.rows
     assert torch.equal(outputs(again.network), outputs(whole.network))
+    (tmp_path / "cycle.json").write_text("{")
+    with pytest.raises(UserError, match=r"cycle\.json: cannot be read .*force=true"):
+        cycle(None, tmp_path / "cycle.json")
 
 
 def test_torch_prunings_default_prunes_and_replays():

@@ -80,6 +80,12 @@ class Cycle:
             _say(f"{self.near_dead} of {sum(self.whole.values())} channels are near dead: a hundredth of their group's best")
         self.dense = Costs(self.network, found, self.size)([group.size for group in found])
         self.round_to: int | None = None
+        self.known: dict[str, Any] = {}
+        if self.memory is not None and self.memory.exists():
+            try:
+                self.known = json.loads(self.memory.read_text())
+            except ValueError as error:
+                raise UserError(f"{self.memory}: cannot be read ({error}); run again with force=true") from error
 
     def run(self) -> None:
         """Prune, step by step.
@@ -88,7 +94,6 @@ class Cycle:
             UserError: as the pruner does, or the target cannot be reached.
         """
         pruner, steps = self.pruner, self.pruner.iterative_steps
-        self.known: dict[str, Any] = json.loads(self.memory.read_text()) if self.memory and self.memory.exists() else {}
         self._measure("dense")
         found = self._once("goal", self._goal)
         goal, self.round_to, self.divisors = found["goal"], found["round_to"], found["divisors"]
@@ -261,7 +266,8 @@ class Cycle:
 
     def _measure(self, name: str) -> None:
         """Add a row to the table."""
-        row = self._once(name, partial(self._row, name))
+        last = name in ("pruned", str(self.pruner.iterative_steps))  # whose channels are chosen anew
+        row = self._row(name) if last else self._once(name, partial(self._row, name))
         self.rows.append(row)
         ratio = row["macs"] / self.dense["macs"]
         words = [f"{row['params'] / 1e6:.3f} M parameters", f"{row['macs'] / 1e9:.3f} G MACs ({ratio:.2f}x)"]

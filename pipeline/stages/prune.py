@@ -97,6 +97,7 @@ def run(
         )
         cycle.run()
         cycle.save(job.out)
+        (job.scratch / "cycle.json").unlink(missing_ok=True)
         removed, summary = cycle.history, cycle.summary()
     else:
         removed, summary = pruner.prune(network), {}

@@ -41,7 +41,7 @@ class FakeQuantized(OnnxNetwork):
         axis = self.axes[name]
         peak = value.detach().abs().amax([k for k in range(value.dim()) if k != axis])
         step = torch.where(peak > 0, (peak / self.most).clamp(min=self.least), torch.ones_like(peak))
-        zeros = torch.zeros(len(step), dtype=torch.int32, device=value.device)
+        zeros = torch.zeros(len(step), device=value.device)  # not integers, whose range is checked on the processor
         return torch.fake_quantize_per_channel_affine(value, step, zeros, axis, -self.most, self.most)
 
     def sparse_constants(self) -> list[str]:

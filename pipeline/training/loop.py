@@ -1,9 +1,13 @@
 """The training loop: AdamW, warm-up and cosine, EMA, distillation, CUDA graphs, checkpoints to go on from, several GPUs."""
 
+import gc
 import logging
 import math
+import os
 import pickle
+import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from copy import deepcopy
@@ -52,6 +56,8 @@ class Training:
         accelerator: Lightning Fabric's: "auto", "cpu", "cuda".
         devices: processors or GPUs of this machine.
         num_nodes: machines; each runs the same command with NODE_RANK, MASTER_ADDR and MASTER_PORT set, and its own outputs.
+        cuda_graph: record a step on one GPU, and replay it; what the network's Python code decides (a random number of its
+            own, a count of calls) stays as it was then.
         compile: let torch.compile fuse the network's operators; worth its half minute on a GPU from a few thousand steps on.
     """
 
@@ -72,6 +78,7 @@ class Training:
     accelerator: str = "auto"
     devices: int = 1
     num_nodes: int = 1
+    cuda_graph: bool = True
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -145,7 +152,10 @@ def train(
         return {"steps": 0, "train_macs": 0, "curve": []}
     if training.patience is not None and tune is None:
         raise UserError(f"patience={training.patience}: stopping early needs tune images; choose patience=null")
+    if training.compile and shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
+        raise UserError("training.compile=true: torch.compile needs a C++ compiler; install g++ (or set CXX), or compile=false")
     from lightning_fabric import Fabric
+    from lightning_fabric.strategies.ddp import DDPStrategy
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     several = training.devices * training.num_nodes > 1
@@ -158,7 +168,7 @@ def train(
         accelerator=accelerator,
         devices=training.devices,
         num_nodes=training.num_nodes,
-        strategy="ddp_spawn" if several else "auto",
+        strategy=DDPStrategy(start_method="spawn", broadcast_buffers=False) if several else "auto",
         precision=_precision(training, accelerator),  # type: ignore[arg-type]
     )
     given = (network, views, training, checkpoint, teacher, distillation, tune)
@@ -247,26 +257,47 @@ class _Run:
         self.means, self.values = [self.averaged[name] for name in floats], [live[name] for name in floats]
         self.half = on_gpu and _precision(training, "cuda") == "bf16-mixed"
         self.bad = torch.zeros((), device=fabric.device)
-        self.records = on_gpu and training.parts == 1
-        self.step: Callable[[Iterator[Batch]], dict[str, Tensor]] = (
-            _Recorded(self._learn, self.optimiser) if self.records else self._learn
-        )
+        self.recorded = self._recorder()
         self.state: dict[str, Any] = {
             "step": 0, "stopped": False, "losses": {}, "curve": [], "lr_factor": 1.0, "returns": 0, "best": None,
             "best_loss": math.inf, "checks": 0,
         }  # fmt: skip
-        found = checkpoint.exists()
-        fabric.barrier()  # before anybody writes one
+        found = self._agreed(float(checkpoint.exists()))  # before anybody writes one
         if found:
             self._load()
         else:
             self._save()  # a disk without room is found now
 
-    def _save(self) -> None:
-        if self.fabric.world_size > 1:  # batch norms of processors each saw their own part of the batches
+    def _recorder(self) -> "_Recorded | None":
+        one_gpu = self.fabric.device.type == "cuda" and self.training.parts == 1
+        return _Recorded() if one_gpu and self.training.cuda_graph else None
+
+    def _agreed(self, own: float) -> float:
+        """A number that all devices have the same of: whether there is a checkpoint, and its step.
+
+        Raises:
+            UserError: the machines differ.
+        """
+        most = float(self.fabric.all_reduce(torch.tensor(own, device=self.fabric.device), reduce_op="max"))
+        least = -float(self.fabric.all_reduce(torch.tensor(-own, device=self.fabric.device), reduce_op="max"))
+        if most != least:
+            raise UserError(
+                f"{self.checkpoint}: the machines have checkpoints of different steps, or one has none; copy one's to all, or "
+                "run again with force=true on all"
+            )
+        return own
+
+    def _average_statistics(self) -> None:
+        """Give all devices the mean of their batch norms' statistics; on GPUs these are of the whole batch already."""
+        if self.fabric.world_size > 1:
+            live = self.network.state_dict()
             for name, _ in self.network.named_buffers():
-                if self.averaged[name].is_floating_point():
-                    self.averaged[name].copy_(self.fabric.all_reduce(self.averaged[name], reduce_op="mean"))
+                if live[name].is_floating_point():
+                    for value in (live[name], self.averaged[name]):
+                        value.copy_(self.fabric.all_reduce(value, reduce_op="mean"))
+
+    def _save(self) -> None:
+        self._average_statistics()
         if self.fabric.local_rank == 0:  # on every machine, for it goes on from its own
             for name, value in self.network.state_dict().items():
                 if not value.is_floating_point():
@@ -293,10 +324,11 @@ class _Run:
         for name, value in found["averaged"].items():
             self.averaged[name].copy_(value)
         self.state.update({key: found[key] for key in self.state})
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.rate if self.fabric.device.type == "cuda" else group["lr"]
-        if self.records:
-            self.step = _Recorded(self._learn, self.optimiser)  # the optimiser has other tensors now
+        if self.fabric.device.type == "cuda":
+            for group in self.optimiser.param_groups:  # the checkpoint may be of a processor
+                group.update(lr=self.rate, fused=True, capturable=True)
+        self._agreed(self.state["step"])
+        self.recorded = self._recorder()  # the optimiser has other tensors now
 
     def fit(self) -> None:
         """Train until the last step is in the checkpoint."""
@@ -347,7 +379,14 @@ class _Run:
         if self.fabric.device.type != "cuda":
             for group in self.optimiser.param_groups:
                 group["lr"] = rate
-        losses = self.step(batches)
+        if self.recorded is None:
+            losses = self._learn(batches)
+        else:
+            losses = self.recorded(self._learn, next(batches))
+            if step == _WARM and self.recorded.waits:
+                self.progress.console.print(
+                    "           steps are not recorded as a CUDA graph: this network waits for the device"
+                )
         for weight, gone in self.zeros:
             weight.masked_fill_(gone, 0)
         decay = min(training.ema, (1 + step) / (10 + step))
@@ -428,6 +467,7 @@ class _Run:
     def _no_longer_better(self) -> bool:
         """Check the averaged weights on the tune images, and keep them if they are the best so far."""
         assert self.tune is not None
+        self._average_statistics()
         network, training, state = self.network, self.training, self.state
         live = {name: value.clone() for name, value in network.state_dict().items()}
         network.load_state_dict(self.averaged)
@@ -444,40 +484,55 @@ class _Run:
 
 
 class _Recorded:
-    """A step as a CUDA graph: its kernels start without the processor, which makes the next batch meanwhile.
+    """Steps as one CUDA graph: its kernels start without the processor, which makes the next batch meanwhile.
 
-    Args:
-        step: learns from one batch. If it waits for the device it cannot be recorded, and is run as it is.
+    The first steps run as they are: libraries allocate in them, and the last of them tells whether something waits for the
+    device, which cannot be recorded.
+
+    Attributes:
+        waits: the network was found to wait for the device; its steps go on as they are.
     """
 
-    def __init__(self, step: Callable[[Iterator[Batch]], dict[str, Tensor]], optimiser: Any) -> None:
-        self.step, self.optimiser, self.warm = step, optimiser, _WARM
+    def __init__(self) -> None:
+        gc.collect()  # nodes of gradients that outlive a look at the network would belong to another stream
         self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.warm, self.waits = _WARM, False
         self.batch: Batch | None = None
 
-    def __call__(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
-        """Learn from the next batch; the losses are overwritten by the next call."""
-        images, targets = next(batches)
-        if self.batch is None and self.warm:
-            self.warm -= 1
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                losses = self.step(iter([(images, targets)]))
-            torch.cuda.current_stream().wait_stream(self.stream)
+    def __call__(self, step: Callable[[Iterator[Batch]], dict[str, Tensor]], batch: Batch) -> dict[str, Tensor]:
+        """Take a step on a batch; the losses are overwritten by the next call.
+
+        Raises:
+            UserError: it cannot be recorded.
+        """
+        if self.warm or self.waits:
+            self.warm = max(self.warm - 1, 0)
+            here = torch.cuda.current_stream()
+            self.stream.wait_stream(here)
+            with torch.cuda.stream(self.stream), warnings.catch_warnings(record=True) as heard:
+                torch.cuda.set_sync_debug_mode("default" if self.warm or self.waits else "warn")
+                try:
+                    losses = step(iter([batch]))
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            here.wait_stream(self.stream)
+            self.waits = self.waits or any("synchronizing" in str(warning.message) for warning in heard)
             return losses
         if self.batch is None:
-            self.batch = images.clone(), {name: value.clone() for name, value in targets.items()}
-            try:
-                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads pin memory meanwhile
-                    self.losses = self.step(iter([self.batch]))
+            self.batch = batch[0].clone(), {name: value.clone() for name, value in batch[1].items()}
+            here = torch.cuda.current_stream()
+            try:  # other threads pin memory meanwhile
+                with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                    self.losses = step(iter([self.batch]))
             except RuntimeError as error:
-                _say(f"steps are not recorded as a CUDA graph, and are slower: {str(error).splitlines()[0]}")
-                self.optimiser.zero_grad()
-                self.batch, self.warm = None, -1  # never again
-                return self.step(iter([(images, targets)]))
+                torch.cuda.set_stream(here)
+                cause = str(error.__context__ or error).splitlines()[0]
+                raise UserError(
+                    f"a training step cannot be recorded as a CUDA graph ({cause}); choose training.cuda_graph=false"
+                ) from error
         else:
-            self.batch[0].copy_(images)
-            for name, value in targets.items():
+            self.batch[0].copy_(batch[0])
+            for name, value in batch[1].items():
                 self.batch[1][name].copy_(value)
         self.graph.replay()
         return self.losses
@@ -525,12 +580,6 @@ def _items(training: Training, rank: int, first: int) -> Iterator[Sequence[int]]
         for part in range(training.accumulate):
             start = step * training.batch_size + (part * training.devices * training.num_nodes + rank) * size
             yield range(start, start + size)
-
-
-def _say(text: str) -> None:
-    from rich.console import Console
-
-    Console(stderr=True, highlight=False).print(f"           {text}", soft_wrap=True, markup=False)
 
 
 def _bar(shown: bool) -> Any:

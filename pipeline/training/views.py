@@ -98,7 +98,7 @@ class Views:
             for host in self._hosts(parts, pinned=False):
                 yield self.on(device, host)
             return
-        aside, made = torch.cuda.Stream(device), None  # type: ignore[no-untyped-call]  # copies and small kernels run beside the network's
+        aside, made = _aside(device), None
         for host in self._hosts(parts, pinned=True):
             with torch.cuda.stream(aside):
                 following = self.on(device, host), aside.record_event()
@@ -116,6 +116,12 @@ class Views:
                 if (items := next(parts, None)) is not None:
                     waiting.append(pool.submit(self.host, items, pinned))
                 yield host
+
+
+@lru_cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which batches are made, beside the network's; memory that is free belongs to its stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _taken(batch: Batch, made: torch.cuda.Event) -> Batch:
