@@ -72,6 +72,7 @@ class Study:
     def __init__(self, plan: Sequence[Step], given: Sequence[str], logs: Path, seconds: float) -> None:
         self.plan, self.given, self.logs = plan, given, logs
         self.end, self.began, self.changed = time.monotonic() + seconds, time.monotonic(), Condition()
+        self.running: set[subprocess.Popen[bytes]] = set()
 
     def _next(self, trains: bool | None) -> Step | None:
         """The next step of a kind, once one can run; None when none ever will."""
@@ -103,12 +104,14 @@ class Study:
                 running = subprocess.Popen(
                     words, stdout=file, stderr=subprocess.STDOUT, env=os.environ | told, start_new_session=True
                 )
+                self.running.add(running)
                 try:
                     good = running.wait(max(self.end - time.monotonic(), 0.1)) == 0
                 except subprocess.TimeoutExpired:
                     os.killpg(running.pid, signal.SIGKILL)
                     running.wait()
                     good = False
+                self.running.discard(running)
             lines = [line.strip() for line in log.read_text().splitlines() if "images/s" in line or line.startswith("error")]
             print(
                 f"{time.monotonic() - self.began:6.0f} s  {step.name}: {'done' if good else 'NOT DONE'} in "
@@ -131,8 +134,15 @@ class Study:
         workers = [Thread(target=self.work, args=(*kind, threads)) for kind in kinds]
         for worker in workers:
             worker.start()
-        for worker in workers:
-            worker.join()
+        try:
+            for worker in workers:
+                worker.join()
+        except KeyboardInterrupt:
+            self.end = 0.0
+            for running in [*self.running]:
+                os.killpg(running.pid, signal.SIGKILL)
+            for worker in workers:
+                worker.join()
         return [step.name for step in self.plan if step.state != "done"]
 
 
@@ -156,10 +166,10 @@ def main() -> None:
     words = [word for word in words if word not in own]
     plan = steps(given.values.split(","), given.seeds, given.torch_pruning, own)
     missing = Study(plan, words, logs, given.seconds).run(given.gpus, given.at_once)
-    subprocess.run([sys.executable, "-m", "pipeline", "tracking=none", *words, "stage=report"], check=False)
+    report = subprocess.run([sys.executable, "-m", "pipeline", "tracking=none", *words, "stage=report"], check=False)
     if missing:
         print(f"not done: {', '.join(missing)}; the reasons are in {logs}; run the same line to go on")
-    sys.exit(1 if missing else 0)
+    sys.exit(1 if missing else report.returncode)
 
 
 if __name__ == "__main__":
