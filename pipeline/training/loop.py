@@ -382,8 +382,9 @@ class _Run:
         if self.recorded is None:
             losses = self._learn(batches)
         else:
+            known = self.recorded.waits
             losses = self.recorded(self._learn, next(batches))
-            if step == _WARM and self.recorded.waits:
+            if self.recorded.waits and not known:
                 self.progress.console.print(
                     "           steps are not recorded as a CUDA graph: this network waits for the device"
                 )
@@ -506,18 +507,7 @@ class _Recorded:
             UserError: it cannot be recorded.
         """
         if self.warm or self.waits:
-            self.warm = max(self.warm - 1, 0)
-            here = torch.cuda.current_stream()
-            self.stream.wait_stream(here)
-            with torch.cuda.stream(self.stream), warnings.catch_warnings(record=True) as heard:
-                torch.cuda.set_sync_debug_mode("default" if self.warm or self.waits else "warn")
-                try:
-                    losses = step(iter([batch]))
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
-            here.wait_stream(self.stream)
-            self.waits = self.waits or any("synchronizing" in str(warning.message) for warning in heard)
-            return losses
+            return self._as_it_is(step, batch)
         if self.batch is None:
             self.batch = batch[0].clone(), {name: value.clone() for name, value in batch[1].items()}
             here = torch.cuda.current_stream()
@@ -536,6 +526,22 @@ class _Recorded:
                 self.batch[1][name].copy_(value)
         self.graph.replay()
         return self.losses
+
+    def _as_it_is(self, step: Callable[[Iterator[Batch]], dict[str, Tensor]], batch: Batch) -> dict[str, Tensor]:
+        looks, here = self.warm == 1, torch.cuda.current_stream()
+        self.warm = max(self.warm - 1, 0)
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream), warnings.catch_warnings(record=looks) as heard:
+            if looks:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+            try:
+                losses = step(iter([batch]))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        here.wait_stream(self.stream)
+        self.waits = self.waits or any("synchronizing" in str(warning.message) for warning in heard or [])
+        return losses
 
 
 def loss_on(network: nn.Module, views: Views, batch_size: int) -> float:
