@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from copy import deepcopy
+from functools import partial
 
 import numpy as np
 import onnx
@@ -16,15 +17,17 @@ from torch.nn import functional as F
 
 from evaluation.skeletons import OPENPOSE_18
 from evaluation.types import FieldSpec, InputSpec, NetworkSpec
+from pipeline.backends.torch import Torch
 from pipeline.errors import UserError
 from pipeline.models import store
 from pipeline.pruning import sparse24
 from pipeline.pruning.criteria import CRITERIA, EQUALIZATIONS, importance, taylor_gates
-from pipeline.pruning.cycle import Cycle
+from pipeline.pruning.cycle import Cycle, exported
 from pipeline.pruning.graph import Costs, folded, groups, macs, mask, normalised, remove, replay
 from pipeline.pruning.pruner import Pruner, Target, UnreachableError
 from pipeline.pruning.sensitivity import curves
 from pipeline.pruning.torch_pruning_default import TorchPruningDefault
+from pipeline.specs import Shapes
 
 
 class UNetLike(nn.Module):
@@ -489,6 +492,16 @@ def test_the_command_prunes_to_a_target_in_steps(tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())["summary"]
     assert manifest["train_macs"] > 0
     assert math.isclose(manifest["macs"], rows[3]["macs"])
+
+
+def test_torch_times_the_network_that_it_will_run(tmp_path):
+    network = trained(MAKERS[0])
+    history = remove(network, Pruner(pruning_ratio=0.5).plan(network, SIZE).dropped)
+    candidate = exported(network, SIZE, partial(store.save, network, make=MAKERS[0], history=history))
+    (tmp_path / "engine").mkdir()
+    with Torch().load(Torch().build(candidate.write(tmp_path), Shapes((SIZE,) * 3, (1, 1, 1)), tmp_path / "engine")) as runner:
+        assert type(runner.network) is type(network)
+        assert macs(runner.network, SIZE) == macs(network, SIZE)
 
 
 def test_a_target_out_of_reach_is_refused_with_the_nearest(tmp_path):

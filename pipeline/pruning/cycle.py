@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +28,7 @@ _CLOSE = 0.015  # of the target, from where on a latency is found
 _SECONDS = 6.0  # of timing a comparison, at most
 
 
-def exported(network: nn.Module, size: Resolution) -> Candidate:
+def exported(network: nn.Module, size: Resolution, checkpoint: Callable[[Path], None] | None = None) -> Candidate:
     """A network as an engine can be built of it; the runtime folds its batch norms itself."""
     spec: NetworkSpec = network.spec  # type: ignore[assignment]
     image = torch.zeros(1, 3, size.height, size.width).numpy()
@@ -36,7 +36,7 @@ def exported(network: nn.Module, size: Resolution) -> Candidate:
         file = Path(folder) / "model.onnx"
         export.export(deepcopy(network).cpu().eval(), image, _OPSET, file)
         export.stamp(file, spec)
-        return Candidate.of_file(file)
+        return Candidate.of_file(file, checkpoint)
 
 
 @dataclass
@@ -54,6 +54,7 @@ class Cycle:
         rows: one a step: "step", "params", "macs", "latency_ms", the figures of the tune images.
         history: of all steps.
         divisors: what each divisor of channel counts gave: "round_to", "latency_ms", "params", "macs".
+        keep: writes a network that lost the channels of a history into a folder, so that torch runs it as it is.
         memory: a file in which a cycle in several steps keeps what it has measured and removed; one that was killed goes on.
         near_dead: channels whose norm is a hundredth of their group's greatest, or less.
     """
@@ -68,6 +69,7 @@ class Cycle:
     rows: list[dict[str, Any]] = field(default_factory=list)
     history: list[Any] = field(default_factory=list)
     divisors: list[dict[str, float]] = field(default_factory=list)
+    keep: Callable[[nn.Module, Sequence[Any], Path], None] | None = None
     memory: Path | None = None
 
     def __post_init__(self) -> None:
@@ -79,6 +81,7 @@ class Cycle:
         if self.near_dead:  # which flatters any pruner
             _say(f"{self.near_dead} of {sum(self.whole.values())} channels are near dead: a hundredth of their group's best")
         self.dense = Costs(self.network, found, self.size)([group.size for group in found])
+        self.reference = self._candidate(self.network) if self.probe is not None else None
         self.round_to: int | None = None
         self.known: dict[str, Any] = {}
         if self.memory is not None and self.memory.exists():
@@ -170,10 +173,14 @@ class Cycle:
         gates = self.gates(self.network) if self.gates is not None and self.pruner.criterion == "taylor" else None
         return self.pruner.plan(self.network, self.size, gates, self.curves, reach, round_to or self.round_to, self.whole, part)
 
-    def _pruned(self, plan: Plan) -> nn.Module:
+    def _pruned(self, plan: Plan) -> tuple[nn.Module, Candidate]:
         network = deepcopy(self.network)
-        remove(network, plan.dropped)
-        return network
+        history = remove(network, plan.dropped)
+        return network, self._candidate(network, history)
+
+    def _candidate(self, network: nn.Module, removed: Sequence[Any] = ()) -> Candidate:
+        keep = self.keep and partial(self.keep, deepcopy(network).cpu(), [*self.history, *removed])
+        return exported(network, self.size, keep)
 
     def _size(self, target: Target) -> tuple[str, float]:
         goal = target.of(self.dense[target.kind])
@@ -204,15 +211,15 @@ class Cycle:
         found = []
         for divisor in DIVISORS:
             try:
-                network = self._pruned(self._plan(reach, round_to=divisor))
+                made = self._pruned(self._plan(reach, round_to=divisor))
             except UnreachableError:
                 _say(f"round_to={divisor}: cannot get so small, and is not measured")
                 continue
-            found.append((divisor, network))
+            found.append((divisor, *made))
         if not found:
             self._plan(reach, round_to=1)
-        times = self.probe.latencies([exported(network, self.size) for _, network in found], _SECONDS)
-        for (divisor, network), ms in zip(found, times, strict=True):
+        times = self.probe.latencies([candidate for *_, candidate in found], _SECONDS)
+        for (divisor, network, _), ms in zip(found, times, strict=True):
             size = Costs(network, [], self.size)([])
             self.divisors.append({"round_to": divisor, "latency_ms": ms, **size})
         best = min(self.divisors, key=lambda row: row["latency_ms"])
@@ -248,9 +255,10 @@ class Cycle:
                     break
                 ratio = low * 1.0005
                 continue
-            network = self._pruned(plan)
+            network, candidate = self._pruned(plan)
+            assert self.reference is not None
             macs = Costs(network, [], self.size)([])["macs"] / self.dense["macs"]
-            before, ms = self.probe.latencies([self.probe.fp32, exported(network, self.size)], _SECONDS)
+            before, ms = self.probe.latencies([self.reference, candidate], _SECONDS)
             tried[ratio] = relative = ms / before
             _say(f"{macs:.3f}x MACs: {relative:.3f}x latency ({ms:.3g} ms)")
             wanted = target.value if target.relative else goal / before
@@ -278,9 +286,10 @@ class Cycle:
     def _row(self, name: str) -> dict[str, Any]:
         row: dict[str, Any] = {"step": name, **Costs(self.network, [], self.size)([])}
         if self.probe is not None:
-            candidate = self.probe.fp32 if name == "dense" else exported(self.network, self.size)
+            assert self.reference is not None
+            candidate = self.reference if name == "dense" else self._candidate(self.network)
             if self.probe.backend.timeable:
-                times = self.probe.latencies([self.probe.fp32, candidate], _SECONDS)
+                times = self.probe.latencies([self.reference, candidate], _SECONDS)
                 row |= {"latency_ms": times[1], "latency_ratio": times[1] / times[0]}
             row |= self.probe.figures(candidate)
         return row

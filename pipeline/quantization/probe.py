@@ -44,22 +44,28 @@ class Candidate:
 
     Attributes:
         models: by flavour.
+        checkpoint: writes the torch network into a folder, for the backend that runs it as it is; None where there is none.
     """
 
     models: Mapping[str, onnx.ModelProto]
+    checkpoint: Callable[[Path], None] | None = None
 
     @classmethod
-    def of_file(cls, file: Path) -> "Candidate":
+    def of_file(cls, file: Path, checkpoint: Callable[[Path], None] | None = None) -> "Candidate":
         """One file for both flavours."""
-        return cls(dict.fromkeys(FLAVOURS, onnx.load(file)))
+        return cls(dict.fromkeys(FLAVOURS, onnx.load(file)), checkpoint)
 
     def save(self, file: Path) -> None:
         """Write a network that is the same in both flavours."""
         onnx.save(self.models[FLAVOURS[0]], file)
 
     def write(self, folder: Path) -> ModelFiles:
-        """Write both flavours into a folder."""
-        files = ModelFiles.in_folder(folder)
+        """Write both flavours, and the torch network, into a folder."""
+        torch_folder = folder / "checkpoint" if self.checkpoint is not None else None
+        if torch_folder is not None and self.checkpoint is not None:
+            torch_folder.mkdir()
+            self.checkpoint(torch_folder)
+        files = ModelFiles.in_folder(folder, torch_folder)
         for flavour, file in files.onnx.items():
             onnx.save(self.models[flavour], file)
         return files

@@ -93,6 +93,7 @@ def run(
             json.loads((job.inputs["sensitivity"] / "curves.json").read_text())["error"]
             if "sensitivity" in job.inputs
             else None,
+            keep=lambda net, gone, folder: store.save(net, folder, make, [*history, *gone]),
             memory=job.scratch / "cycle.json",
         )
         cycle.run()
