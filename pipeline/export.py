@@ -1,5 +1,6 @@
 """Torch to ONNX: exported, simplified, described and compared with what it came from."""
 
+import logging
 import subprocess
 import sys
 import warnings
@@ -47,6 +48,7 @@ def export(network: nn.Module, example: NDArray[np.float32], opset: int, out: Pa
     spec: NetworkSpec = network.spec  # type: ignore[assignment]
     names = [field.name for field in spec.fields]
     free = {axis: name for axis, name in _AXES.items() if name in spec.dynamic}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision's operators, which nobody asked for
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
