@@ -72,7 +72,10 @@ def readme_commands():
     return [line for line in lines if line.startswith("python -m pipeline ") and "experiment=" in line]
 
 
-@pytest.mark.parametrize("line", readme_commands())
+DEMO = [f"python -m pipeline experiment=demo pruner={file.stem}" for file in sorted((CONF / "pruner").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("line", [*readme_commands(), *DEMO])
 def test_the_readmes_commands_say_what_can_be_made(line):
     words = [word for word in shlex.split(line)[3:] if not word.startswith("--") and word != "job"]
     config = compose(*(word if "[" in word else word.partition(",")[0] for word in words))  # the first of a sweep's values
