@@ -88,7 +88,7 @@ def project(tmp_path):
     content = yaml.safe_load((tmp_path / "dvc.yaml").read_text())
     dense = "lwop-s2-w0.125"
     content["vars"] = [
-        {"experiment": "smoke"}, {"dense": dense}, {"pruned": f"{dense}_l1-0.5-r16"}, {"calibration": "stratified-8-s0"},
+        {"experiment": "smoke"}, {"dense": dense}, {"pruned": f"{dense}_l1-0.45-r16"}, {"calibration": "stratified-8-s0"},
         {"resolutions": ["64x80"]},
         {"networks": [{"pruner": "none", "label": f"{dense}_dense", "weights": f"train/{dense}"}]},
         {"precisions": [{"name": "int8", "label": "int8-auto-stratified-8-s0"}]},

@@ -29,7 +29,7 @@ def test_a_sweep_is_one_tree_whose_cells_compare(finished):
         assert {"network", "pruning", "resolution", "precision", "backend", "device"} <= set(cell.data.params)
         assert {"ap", "latency_p50_ms", "params", "speedup"} <= set(cell.data.metrics)
     assert {(c.data.params["pruning"], c.data.params["precision"]) for c in found["cell"]} == {
-        ("dense", "fp32"), ("dense", "int8"), ("l1-0.5-r16", "fp32"), ("l1-0.5-r16", "int8"),
+        ("dense", "fp32"), ("dense", "int8"), ("l1-0.45-r16", "fp32"), ("l1-0.45-r16", "int8"),
     }  # fmt: skip
     names = [r.info.run_name for r in found["stage"]]
     assert names.count("train") == 1, "what is fresh is not logged again"
