@@ -8,7 +8,7 @@ class UserError(Exception):
     """Bad input. The message names the file or option, its value and the fix; `__main__` prints it and exits with 2."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: object, known: Iterable[str]) -> str:
     """A hint at the known word closest to `word`, to end an error with; nothing if none is close."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""

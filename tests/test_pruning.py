@@ -431,6 +431,9 @@ def test_targets_are_read_as_people_write_them():
     assert Target.parse("latency", "0.6x").of(9.0) == pytest.approx(5.4)
     with pytest.raises(UserError, match="not a target for latency"):
         Target.parse("latency", "3G")
+    for kind, text in (("latency", "0.6"), ("macs", "0.5"), ("params", "3ms")):
+        with pytest.raises(UserError, match=rf"pruner.value={text}: not a target for {kind}; .*as 0.5x"):
+            Target.parse(kind, text)
 
 
 @pytest.mark.parametrize(
@@ -443,7 +446,7 @@ def test_targets_are_read_as_people_write_them():
         ({"pruning_ratio": None, "pruning_threshold": 1e-9}, "no channel lies below it, none would go; the norms.*lie in"),
         (
             {"pruning_ratio": None, "pruning_threshold": 0.6, "normalizer": "max", "min_num_filters": 999},
-            "nothing to remove.*lie in",
+            "nothing to remove.*norms of .*raise the threshold",
         ),
     ],
 )

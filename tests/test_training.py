@@ -605,8 +605,10 @@ def test_a_shard_is_written_once_and_travels_as_its_folder(images, tmp_path, mon
 
 @pytest.mark.parametrize("option", ["steps", "batch_size", "warmup", "checkpoint_every", "accumulate", "devices", "patience"])
 def test_impossible_trainings_are_refused(option):
-    with pytest.raises(UserError, match=f"{option}=-1"):
+    with pytest.raises(UserError, match=f"training.{option}=-1"):
         Training(**{option: -1})
+    with pytest.raises(UserError, match="training.lr=abc: must be a number"):
+        Training(lr="abc")
     with pytest.raises(
         UserError, match=r"batch_size=10: cannot be shared by devices=2 x num_nodes=1 x accumulate=2.*multiple of 4"
     ):

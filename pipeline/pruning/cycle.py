@@ -262,8 +262,8 @@ class Cycle:
             tried[ratio] = relative = ms / before
             _say(f"{macs:.3f}x MACs: {relative:.3f}x latency ({ms:.3g} ms)")
             wanted = target.value if target.relative else goal / before
-            if abs(relative / wanted - 1) < _CLOSE:
-                break
+            if abs(relative / wanted - 1) < _CLOSE or (relative > wanted and ratio <= low * 1.001):
+                break  # found, or the least there is
             low, high = (ratio, high) if relative < wanted else (low, ratio)
             ratio = min(max(ratio * wanted / relative, low + 0.05 * (high - low)), high - 0.05 * (high - low))
         wanted = target.value if target.relative else goal / dense

@@ -47,8 +47,13 @@ class Target:
         example = "2.0ms" if kind == "latency" else "1.2M"
         match = re.fullmatch(r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*(x|ms|[kmg]?)", str(text).strip().lower())
         unit = match[2] if match else None
-        fits = unit == "x" or (unit in ("", "ms") if kind == "latency" else unit in _UNITS)
-        if match is None or not fits or not float(match[1]) > 0 or (unit == "x" and float(match[1]) >= 1):
+        fits = unit == "x" or (unit == "ms") == (kind == "latency")
+        if (
+            match is None
+            or not fits
+            or not float(match[1]) > 0
+            or (float(match[1]) >= 1 if unit == "x" else unit == "" and float(match[1]) < 1)
+        ):
             raise UserError(
                 f"pruner.value={text}: not a target for {kind}; give a part of the dense network's below 1, as 0.5x, "
                 f"or a value, as {example}"
@@ -355,8 +360,8 @@ class Pruner:
             values = torch.cat([r for r in ranked if r is not None])
             return (
                 f"pruner.pruning_threshold={self.pruning_threshold:g}: nothing to remove with round_to={self.round_to} and "
-                f"min_num_filters={self.min_num_filters}; the norms lie in {float(values.min()):.3g} to "
-                f"{float(values.max()):.3g}"
+                f"min_num_filters={self.min_num_filters}, and norms of {float(values.min()):.3g} to "
+                f"{float(values.max()):.3g}; raise the threshold or lower the others"
             )
         return (
             f"pruner: nothing to remove with pruning_ratio={self.pruning_ratio}, round_to={self.round_to} and "

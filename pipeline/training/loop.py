@@ -92,15 +92,16 @@ class Training:
             ("devices", 1), ("num_nodes", 1),
         ):  # fmt: skip
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)}: must be a whole number, at least {least}")
+                raise UserError(f"training.{name}={getattr(self, name)}: must be a whole number, at least {least}")
+        for name in ("lr", "weight_decay", "ema", "kernel_regularization_factor", "clip"):
+            if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"training.{name}={getattr(self, name)}: must be a number, 0 or more")
         if self.precision not in PRECISIONS:
-            raise UserError(f"precision={self.precision}: choose {', '.join(PRECISIONS)}")
+            raise UserError(f"training.precision={self.precision}: choose {', '.join(PRECISIONS)}")
         if self.accelerator not in ACCELERATORS:
-            raise UserError(f"accelerator={self.accelerator}: choose {', '.join(ACCELERATORS)}")
-        if self.regularization_type is not None and not self.kernel_regularization_factor >= 0:
-            raise UserError(f"kernel_regularization_factor={self.kernel_regularization_factor}: choose 0 or more")
-        if self.patience is not None and self.patience < 1:
-            raise UserError(f"patience={self.patience}: must be at least 1, or null to train all steps")
+            raise UserError(f"training.accelerator={self.accelerator}: choose {', '.join(ACCELERATORS)}")
+        if self.patience is not None and (isinstance(self.patience, bool) or self.patience < 1):
+            raise UserError(f"training.patience={self.patience}: must be at least 1, or null to train all steps")
         if self.batch_size % self.parts:
             raise UserError(
                 f"batch_size={self.batch_size}: cannot be shared by devices={self.devices} x num_nodes={self.num_nodes} x "
