@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Condition, Thread
@@ -140,7 +141,8 @@ class Study:
         except KeyboardInterrupt:
             self.end = 0.0
             for running in [*self.running]:
-                os.killpg(running.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.killpg(running.pid, signal.SIGKILL)
             for worker in workers:
                 worker.join()
         return [step.name for step in self.plan if step.state != "done"]

@@ -284,6 +284,18 @@ def test_a_finished_training_is_not_repeated(images, tmp_path):
     assert same(first, again)
 
 
+def test_a_checkpoint_of_a_gpu_goes_on_on_a_processor(images, tmp_path):
+    whole, _ = _train(images, tmp_path / "a.ckpt")
+    _train(images, tmp_path / "b.ckpt", steps=8, warmup=2)
+    state = torch.load(tmp_path / "b.ckpt", weights_only=True)
+    for group in state["optimiser"]["param_groups"]:
+        group.update(fused=True, capturable=True, lr=torch.tensor(1e-3))
+    torch.save(state, tmp_path / "b.ckpt")
+    resumed, found = _train(images, tmp_path / "b.ckpt")
+    assert found["steps"] == 12
+    assert list(resumed.state_dict()) == list(whole.state_dict())
+
+
 @pytest.mark.parametrize("content", [b"", b"nothing", None])
 def test_a_checkpoint_that_cannot_be_read_is_refused(images, tmp_path, content):
     if content is None:
@@ -607,6 +619,8 @@ def test_a_shard_is_written_once_and_travels_as_its_folder(images, tmp_path, mon
 def test_impossible_trainings_are_refused(option):
     with pytest.raises(UserError, match=f"training.{option}=-1"):
         Training(**{option: -1})
+    with pytest.raises(UserError, match="training.patience=2.5: must be"):
+        Training(patience=2.5)
     with pytest.raises(UserError, match="training.lr=abc: must be a number"):
         Training(lr="abc")
     with pytest.raises(

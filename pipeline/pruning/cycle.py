@@ -135,6 +135,7 @@ class Cycle:
         if what not in self.known:
             self.known[what] = find()
             if self.memory is not None and self.pruner.iterative_steps > 1:
+                self.memory.parent.mkdir(parents=True, exist_ok=True)
                 unfinished = self.memory.with_suffix(".tmp")
                 unfinished.write_text(json.dumps(self.known))
                 unfinished.replace(self.memory)

@@ -100,7 +100,7 @@ class Training:
             raise UserError(f"training.precision={self.precision}: choose {', '.join(PRECISIONS)}")
         if self.accelerator not in ACCELERATORS:
             raise UserError(f"training.accelerator={self.accelerator}: choose {', '.join(ACCELERATORS)}")
-        if self.patience is not None and (isinstance(self.patience, bool) or self.patience < 1):
+        if self.patience is not None and (type(self.patience) is not int or self.patience < 1):
             raise UserError(f"training.patience={self.patience}: must be at least 1, or null to train all steps")
         if self.batch_size % self.parts:
             raise UserError(
@@ -316,6 +316,11 @@ class _Run:
         try:
             found = torch.load(self.checkpoint, "cpu", weights_only=True)
             self.network.load_state_dict(found["network"])
+            on_gpu = self.fabric.device.type == "cuda"
+            for group in found["optimiser"][
+                "param_groups"
+            ]:  # which say where the steps are counted: it may be of another device
+                group.update(fused=on_gpu or None, capturable=on_gpu)
             self.optimiser.load_state_dict(found["optimiser"])
         except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
             what = (str(error) or type(error).__name__).splitlines()[0]
@@ -325,9 +330,8 @@ class _Run:
         for name, value in found["averaged"].items():
             self.averaged[name].copy_(value)
         self.state.update({key: found[key] for key in self.state})
-        if self.fabric.device.type == "cuda":
-            for group in self.optimiser.param_groups:  # the checkpoint may be of a processor
-                group.update(lr=self.rate, fused=True, capturable=True)
+        for group in self.optimiser.param_groups if on_gpu else []:
+            group["lr"] = self.rate
         self._agreed(self.state["step"])
         self.recorded = self._recorder()  # the optimiser has other tensors now
 
@@ -539,9 +543,10 @@ class _Recorded:
             try:
                 losses = step(iter([batch]))
             finally:
-                torch.cuda.set_sync_debug_mode("default")
+                if looks:
+                    torch.cuda.set_sync_debug_mode("default")
         here.wait_stream(self.stream)
-        self.waits = self.waits or any("synchronizing" in str(warning.message) for warning in heard or [])
+        self.waits = self.waits or any("called a synchronizing" in str(warning.message) for warning in heard or [])
         return losses
 
 
