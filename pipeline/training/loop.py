@@ -1,14 +1,12 @@
 """The training loop: AdamW, warm-up and cosine, EMA, distillation, CUDA graphs, checkpoints to go on from, several GPUs."""
 
-import gc
 import logging
 import math
 import os
 import pickle
 import shutil
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.pruning.graph import example, macs
 from pipeline.pruning.sparse24 import zeros
+from pipeline.training.cuda_graph import Recorded
 from pipeline.training.distillation import Distillation, Teacher
 from pipeline.training.sparsity import Penalty
 from pipeline.training.views import Batch, Views
@@ -30,7 +29,6 @@ _LOOK_EVERY = 20  # steps between looks at the losses: each waits for the device
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 ACCELERATORS = ("auto", "cpu", "cuda")
 _RETURNS = 3  # times a training whose loss is not finite goes back to its checkpoint
-_WARM = 3  # steps that run as they are before one is recorded: libraries allocate in them
 
 
 @dataclass(frozen=True)
@@ -269,9 +267,9 @@ class _Run:
         else:
             self._save()  # a disk without room is found now
 
-    def _recorder(self) -> "_Recorded | None":
+    def _recorder(self) -> Recorded | None:
         one_gpu = self.fabric.device.type == "cuda" and self.training.parts == 1
-        return _Recorded() if one_gpu and self.training.cuda_graph else None
+        return Recorded() if one_gpu and self.training.cuda_graph else None
 
     def _agreed(self, own: float) -> float:
         """A number that all devices have the same of: whether there is a checkpoint, and its step.
@@ -487,67 +485,6 @@ class _Run:
         else:
             state["checks"] += 1
         return bool(state["checks"] >= training.patience)
-
-
-class _Recorded:
-    """Steps as one CUDA graph: its kernels start without the processor, which makes the next batch meanwhile.
-
-    The first steps run as they are: libraries allocate in them, and the last of them tells whether something waits for the
-    device, which cannot be recorded.
-
-    Attributes:
-        waits: the network was found to wait for the device; its steps go on as they are.
-    """
-
-    def __init__(self) -> None:
-        gc.collect()  # nodes of gradients that outlive a look at the network would belong to another stream
-        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self.warm, self.waits = _WARM, False
-        self.batch: Batch | None = None
-
-    def __call__(self, step: Callable[[Iterator[Batch]], dict[str, Tensor]], batch: Batch) -> dict[str, Tensor]:
-        """Take a step on a batch; the losses are overwritten by the next call.
-
-        Raises:
-            UserError: it cannot be recorded.
-        """
-        if self.warm or self.waits:
-            return self._as_it_is(step, batch)
-        if self.batch is None:
-            self.batch = batch[0].clone(), {name: value.clone() for name, value in batch[1].items()}
-            here = torch.cuda.current_stream()
-            try:  # other threads pin memory meanwhile
-                with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-                    self.losses = step(iter([self.batch]))
-            except RuntimeError as error:
-                torch.cuda.set_stream(here)
-                cause = str(error.__context__ or error).splitlines()[0]
-                raise UserError(
-                    f"a training step cannot be recorded as a CUDA graph ({cause}); choose training.cuda_graph=false"
-                ) from error
-        else:
-            self.batch[0].copy_(batch[0])
-            for name, value in batch[1].items():
-                self.batch[1][name].copy_(value)
-        self.graph.replay()
-        return self.losses
-
-    def _as_it_is(self, step: Callable[[Iterator[Batch]], dict[str, Tensor]], batch: Batch) -> dict[str, Tensor]:
-        looks, here = self.warm == 1, torch.cuda.current_stream()
-        self.warm = max(self.warm - 1, 0)
-        self.stream.wait_stream(here)
-        with torch.cuda.stream(self.stream), warnings.catch_warnings(record=looks) as heard:
-            if looks:
-                warnings.simplefilter("always")
-                torch.cuda.set_sync_debug_mode("warn")
-            try:
-                losses = step(iter([batch]))
-            finally:
-                if looks:
-                    torch.cuda.set_sync_debug_mode("default")
-        here.wait_stream(self.stream)
-        self.waits = self.waits or any("called a synchronizing" in str(warning.message) for warning in heard or [])
-        return losses
 
 
 def loss_on(network: nn.Module, views: Views, batch_size: int) -> float:
