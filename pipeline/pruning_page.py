@@ -180,7 +180,8 @@ def _steps(content: Mapping[str, Any]) -> str:
         cells.append(f"{row['agreement']:.3f}" if "agreement" in row else "–")
         rows.append(cells)
     made = _table(["step", "M parameters", "GMACs", "p50 ms", "AP on tune images", "agreement with dense"], rows)
-    made += f"<p>{content['near_dead']} of {content['channels']} channels were near dead before, which flatters any pruner.</p>"
+    flatters = ", which flatters any pruner" if content["near_dead"] else ""
+    made += f"<p>{content['near_dead']} of {content['channels']} channels were near dead before{flatters}.</p>"
     if content["divisors"]:
         divisors = [[str(r["round_to"]), f"{r['macs'] / 1e9:.3f}", f"{r['latency_ms']:.3g}"] for r in content["divisors"]]
         made += "<p>Channel counts as multiples of</p>" + _table(["divisor", "GMACs", "p50 ms"], divisors)
@@ -201,7 +202,7 @@ def section(results: Sequence[Result], rows: Sequence[Mapping[str, Any]], plot: 
             f"<h3>{html.escape(title)}</h3>"
             + _table(["network", "GMACs", "AP [95 %]", "AP − dense, paired", "agreement with dense"], lines)
         )
-    if parts:
+    if any("-scratch" in row["pruning"] for row in rows):
         parts.append(
             "<p>From scratch: the pruned structure with random weights, trained for as many multiply-accumulates as the dense "
             "network, its pruning and its retraining took together.</p>"

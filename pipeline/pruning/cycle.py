@@ -114,7 +114,7 @@ class Cycle:
                 if not dropped and not self.history:
                     raise UserError(pruner.nothing(self.last.ranked))
             self.history += remove(self.network, dropped)
-            self._measure(f"{step}" if steps > 1 else "pruned")
+            self._measure(f"{step}" if steps > 1 else "pruned", anew=step == steps)
             if step < steps and self.retrain is not None:
                 self.retrain(self.network, step)
                 self._measure(f"{step}, trained")
@@ -273,10 +273,9 @@ class Cycle:
             raise self._unreachable(target, tried[best] * dense, dense)
         return "macs", best * self.dense["macs"]
 
-    def _measure(self, name: str) -> None:
-        """Add a row to the table."""
-        last = name in ("pruned", str(self.pruner.iterative_steps))  # whose channels are chosen anew
-        row = self._row(name) if last else self._once(name, partial(self._row, name))
+    def _measure(self, name: str, anew: bool = False) -> None:
+        """Add a row to the table; `anew` where the channels were chosen anew too."""
+        row = self._row(name) if anew else self._once(name, partial(self._row, name))
         self.rows.append(row)
         ratio = row["macs"] / self.dense["macs"]
         words = [f"{row['params'] / 1e6:.3f} M parameters", f"{row['macs'] / 1e9:.3f} G MACs ({ratio:.2f}x)"]

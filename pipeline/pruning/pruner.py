@@ -48,17 +48,14 @@ class Target:
         match = re.fullmatch(r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*(x|ms|[kmg]?)", str(text).strip().lower())
         unit = match[2] if match else None
         fits = unit == "x" or (unit == "ms") == (kind == "latency")
-        if (
-            match is None
-            or not fits
-            or not float(match[1]) > 0
-            or (float(match[1]) >= 1 if unit == "x" else unit == "" and float(match[1]) < 1)
-        ):
+        amount = float(match[1]) if match else 0.0
+        possible = 0 < amount < 1 if unit == "x" else amount >= 1 if unit == "" else amount > 0
+        if match is None or not fits or not possible:
             raise UserError(
                 f"pruner.value={text}: not a target for {kind}; give a part of the dense network's below 1, as 0.5x, "
                 f"or a value, as {example}"
             )
-        return cls(kind, float(match[1]) * _UNITS.get(match[2], 1.0), match[2] == "x")
+        return cls(kind, amount * _UNITS.get(match[2], 1.0), match[2] == "x")
 
     def of(self, dense: float) -> float:
         """The value to reach, where the dense network has `dense`."""
