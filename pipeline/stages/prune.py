@@ -21,7 +21,7 @@ from pipeline.pruning.torch_pruning_default import TorchPruningDefault
 from pipeline.quantization.probe import Probe
 from pipeline.specs import Backend, Framing, Objective, Splits
 from pipeline.training.augment import NONE, Augmentation
-from pipeline.training.distillation import Distillation
+from pipeline.training.distillation import Distillation, splits
 from pipeline.training.loop import Training, train
 from pipeline.training.views import Views
 
@@ -78,9 +78,11 @@ def run(
 
         def retrain(net: nn.Module, step: int) -> None:
             nonlocal spent
-            assert views is not None
+            assert objective is not None
+            seen = Resolution.parse(training_resolution)
+            taught = Views.of(data, splits(data, distillation), objective, net, seen, augment, seed + step, job.cache)
             checkpoint = job.scratch / f"step{step}.ckpt"
-            done = train(net, replace(views, seed=seed + step), training, checkpoint, teacher, distillation)
+            done = train(net, taught, training, checkpoint, teacher, distillation)
             spent += done["train_macs"]
 
         cycle = Cycle(

@@ -18,7 +18,7 @@ from pipeline.pruning.criteria import importance
 from pipeline.pruning.graph import groups, macs
 from pipeline.specs import Objective, Splits
 from pipeline.training.augment import NONE, Augmentation
-from pipeline.training.distillation import Distillation
+from pipeline.training.distillation import Distillation, splits
 from pipeline.training.loop import Training, train
 from pipeline.training.views import Views
 
@@ -86,10 +86,7 @@ def run(
             )
         norms = {"before": _norms(model)}
         teacher = store.load(job.inputs["teacher"])[0] if distillation is not None else None
-        splits = ["train"]
-        if distillation is not None and distillation.unlabelled and "unlabelled" in data:
-            splits.append("unlabelled")
-        views = Views.of(data, splits, objective, model, size, augment, seed, job.cache)
+        views = Views.of(data, splits(data, distillation), objective, model, size, augment, seed, job.cache)
         tune = None
         if training.patience is not None and "tune" in data:
             tune = Views.of(data, ["tune"], objective, model, size, NONE, seed, job.cache)

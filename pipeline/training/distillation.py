@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.errors import UserError, nearest
+from pipeline.specs import Splits
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,12 @@ class Distillation:
             raise UserError("distillation: fields=0 and features=0 learn nothing from the teacher; choose distillation=null")
         if self.features and not self.layers:
             raise UserError("distillation.features needs distillation.layers=[NAME], the layers whose outputs are compared")
+
+
+def splits(data: Splits, how: Distillation | None) -> list[str]:
+    """What a network is trained on: the train images, and with a teacher those without labels."""
+    unlabelled = how is not None and how.unlabelled and "unlabelled" in data
+    return ["train", "unlabelled"] if unlabelled else ["train"]
 
 
 class Teacher:
