@@ -3,7 +3,7 @@ r"""AP against MACs: pruned, retrained, and the same structures trained from scr
 Every step is a command of the pipeline, so what is finished is not repeated and a killed training goes on: run the same line
 again. Without a GPU everything runs one after the other.
 
-    python benchmarks/pruning_study.py --values 0.75x,0.5x,0.25x,0.1x --seeds 3 experiment=synthetic_full
+    python benchmarks/pruning_study.py --values 0.75x,0.5x:3,0.25x,0.1x experiment=synthetic_full
     python benchmarks/pruning_study.py --torch-pruning 0.29 experiment=synthetic_full name=few data.counts.train=1000 \
         data.counts.unlabelled=7000
 """
@@ -43,28 +43,31 @@ class Step:
     state: str = field(default="waits", compare=False)
 
 
-def steps(values: Sequence[str], seeds: int, ratios: Sequence[str], own: Sequence[str]) -> list[Step]:
-    """Everything that the table is made of; `own` are further options of our pruner."""
+def steps(values: dict[str, int], ratios: Sequence[str], own: Sequence[str]) -> list[Step]:
+    """Everything that the table is made of: MACs and their controls, ratios of Torch-Pruning; `own` options are our pruner's.
+
+    The first seeds come before the second ones, so that a study that was cut has whole rows.
+    """
     ours = [*PRUNER, *own]
     made = [
         Step("dense", ["stage=train", "pruner=none"]),
         Step("dense, AP", [EVALUATED, "pruner=none"], ["dense"], trains=False),
-        Step("sensitivity", ["stage=sensitivity", *ours, f"pruner.value={values[0]}"], ["dense"]),
+        Step("sensitivity", ["stage=sensitivity", *ours, f"pruner.value={next(iter(values))}"], ["dense"]),
     ]
     wanted = [(value, [*ours, f"pruner.value={value}"], "sensitivity") for value in values]
     wanted += [(f"Torch-Pruning {r}", ["pruner=torch_pruning", f"pruner.pruning_ratio={r}"], "dense") for r in ratios]
     later = []
     for name, words, before in wanted:
         made.append(Step(f"{name} pruned", ["stage=prune", *words], [before]))
-        kinds = {"pruned": ["control=pruned"], "retrained": []}
-        if before == "sensitivity":
-            kinds |= {f"scratch {seed}": ["control=scratch", f"control_seed={seed}"] for seed in range(seeds)}
-        for kind, control in kinds.items():
+        kinds: dict[str, Sequence[str]] = {"pruned": ["control=pruned"], "retrained": []}
+        seeds = values[name] if before == "sensitivity" else 0
+        kinds |= {f"scratch {seed}": ["control=scratch", f"control_seed={seed}"] for seed in range(seeds)}
+        for turn, (kind, control) in enumerate(kinds.items()):
             trained = f"{name} {kind}"
             if kind != "pruned":
-                later.append((kind, Step(trained, ["stage=retrain", *words, *control], [f"{name} pruned"])))
-            later.append((kind, Step(f"{trained}, AP", [EVALUATED, *words, *control], [trained], trains=False)))
-    return made + [step for _, step in sorted(later, key=lambda pair: not pair[0].startswith("scratch"))]
+                later.append((turn, Step(trained, ["stage=retrain", *words, *control], [f"{name} pruned"])))
+            later.append((turn, Step(f"{trained}, AP", [EVALUATED, *words, *control], [trained], trains=False)))
+    return made + [step for _, step in sorted(later, key=lambda pair: pair[0])]
 
 
 class Study:
@@ -151,8 +154,7 @@ class Study:
 def main() -> None:
     """Run what is not done yet, and print the report's table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--values", default="0.5x,0.25x", help="MACs of the pruned networks")
-    parser.add_argument("--seeds", type=int, default=1, help="of the control")
+    parser.add_argument("--values", default="0.5x:3,0.25x", help="MACs of the pruned networks, each with :SEEDS of its control")
     parser.add_argument(
         "--torch-pruning", action="append", default=[], help="a ratio of Torch-Pruning's default; may be repeated"
     )
@@ -166,7 +168,8 @@ def main() -> None:
     logs.mkdir(parents=True, exist_ok=True)
     own = [word for word in words if word.startswith("pruner.")]
     words = [word for word in words if word not in own]
-    plan = steps(given.values.split(","), given.seeds, given.torch_pruning, own)
+    values = {value: int(seeds or 1) for value, _, seeds in (part.partition(":") for part in given.values.split(","))}
+    plan = steps(values, given.torch_pruning, own)
     missing = Study(plan, words, logs, given.seconds).run(given.gpus, given.at_once)
     report = subprocess.run([sys.executable, "-m", "pipeline", "tracking=none", *words, "stage=report"], check=False)
     if missing:

@@ -30,7 +30,7 @@ from pipeline.training.distillation import Distillation
 from pipeline.training.heatmap_paf import HeatmapPafObjective
 from pipeline.training.loop import Training, _items, learning_rate, loss_on, train
 from pipeline.training.sparsity import Penalty
-from pipeline.training.views import Views, _order
+from pipeline.training.views import Views, _order, uniform
 
 SPEC = LightweightOpenPose.spec
 SIZE = Resolution(64, 80)
@@ -147,20 +147,87 @@ def test_losses_of_all_stages_are_added():
     assert two["pafs"] == pytest.approx(2 * float(one["pafs"]))
 
 
+def drawn(count, augment=None, size=Resolution(120, 160), boxes=None, seed=0):  # noqa: B008
+    """Random views of an image of one person."""
+    boxes = np.tile(person().boxes[None] if boxes is None else boxes, (count, 1, 1))
+    sizes = np.tile([[size.height, size.width]], (count, 1))
+    return (Augmentation() if augment is None else augment).views(uniform(seed, range(count)), sizes, boxes, SIZE)
+
+
 def test_views_stay_the_same_for_a_seed_and_vary_otherwise():
-    augment, boxes = Augmentation(), person().boxes
-    views = [augment.view(np.random.default_rng(n), Resolution(120, 160), SIZE, boxes) for n in (0, 0, 1, 2, 3, 4, 5)]
-    assert np.array_equal(views[0].matrix, views[1].matrix)
-    assert len({v.matrix.tobytes() for v in views}) == 6
-    assert {v.flipped for v in views} == {True, False}
-    for view in views:
-        assert (np.linalg.det(view.matrix[:, :2]) < 0) == view.flipped
+    matrices, flipped, tones = drawn(50)
+    assert np.array_equal(drawn(50)[0], matrices)
+    assert len({m.tobytes() for m in (*matrices, *drawn(50, seed=1)[0])}) == 100
+    assert set(flipped) == {True, False}
+    assert np.array_equal(np.linalg.det(matrices[:, :, :2]) < 0, flipped)
+    assert tones[:, 0].min() < 0.85
+    assert tones[:, 1].max() > 20
+
+
+def test_an_item_is_drawn_alike_in_any_batch():
+    whole = uniform(3, range(40))
+    assert np.array_equal(uniform(3, range(17, 23)), whole[17:23])
+    assert not np.array_equal(uniform(4, range(40)), whole)
+    many = uniform(0, range(20_000))
+    assert many.min() >= 0
+    assert many.max() < 1
+    assert np.allclose(many.mean(axis=0), 0.5, atol=0.01)
+    assert np.abs(np.corrcoef(many.T) - np.eye(many.shape[1])).max() < 0.03
+
+
+def test_views_have_the_sizes_angles_and_places_asked_for():
+    augment = Augmentation(flip=0.0, scale=(0.5, 2.0), rotate=30.0, shift=0.1)
+    matrices, flipped, _ = drawn(2000, augment, boxes=np.zeros((0, 4)))
+    assert not flipped.any()
+    zoom = np.sqrt(np.linalg.det(matrices[:, :, :2])) * 2  # the image is twice the input
+    assert zoom.min() == pytest.approx(0.5, rel=0.01)
+    assert zoom.max() == pytest.approx(2.0, rel=0.01)
+    assert np.median(zoom) == pytest.approx(1.0, rel=0.05)
+    angle = np.degrees(np.arctan2(matrices[:, 1, 0], matrices[:, 0, 0]))
+    assert angle.min() == pytest.approx(-30, abs=0.5)
+    assert angle.max() == pytest.approx(30, abs=0.5)
+    middle = matrices @ np.array([79.5, 59.5, 1]) - [39.5, 31.5]  # of the image, from that of the input
+    assert np.abs(middle).max(axis=0) == pytest.approx([8.0, 6.4], rel=0.01)
+
+
+def test_an_enlarged_view_goes_towards_one_of_the_people():
+    augment = Augmentation(flip=0.0, scale=(1.5, 1.5), rotate=0.0, shift=0.0)
+    boxes = np.array([[10, 20, 20, 40], [100, 60, 40, 20], [0, 0, 0, 0]], np.float64)  # the last is none
+    matrices, _, _ = drawn(500, augment, boxes=boxes)
+    linear, offset = matrices[:, :, :2], matrices[:, :, 2:]
+    looked_at = np.linalg.solve(linear, np.array([[39.5], [31.5]]) - offset)[:, :, 0]
+    ways = np.array([20, 40]) - [79.5, 59.5], np.array([120, 70]) - [79.5, 59.5]
+    part = np.stack([(looked_at - [79.5, 59.5]) @ way / (way @ way) for way in ways])
+    off = np.stack(
+        [np.linalg.norm(looked_at - [79.5, 59.5] - p[:, None] * way, axis=1) for p, way in zip(part, ways, strict=True)]
+    )
+    assert off.min(axis=0).max() < 1e-9  # on the line to one of them
+    chosen = off.argmin(axis=0)
+    assert 0.4 < chosen.mean() < 0.6
+    gone = part[chosen, np.arange(500)]
+    assert 0 <= gone.min() < 0.02
+    assert 0.98 < gone.max() <= 1
 
 
 def test_no_augmentation_is_a_centred_letterbox():
-    view = NONE.view(np.random.default_rng(0), Resolution(128, 160), SIZE, person().boxes)
-    assert np.allclose(view.matrix, resized(Resolution(128, 160), (64, 80)))
-    assert NONE.tone(np.random.default_rng(0)) == (1, 0)
+    matrices, flipped, tones = drawn(3, NONE, size=Resolution(128, 160))
+    assert np.allclose(matrices, resized(Resolution(128, 160), (64, 80)))
+    assert not flipped.any()
+    assert np.array_equal(tones, [[1, 0]] * 3)
+
+
+def test_a_shard_on_the_device_gives_the_views_of_one_on_disk(images, tmp_path):
+    views, device = _views(images, tmp_path, ["train", "unlabelled"]), torch.device("cpu")
+    items = range(3, 3 + len(views.shard))  # of two epochs
+    image, targets = views.on(device, views.host(items))
+    there = views.shard.on(device)
+    assert sum(values.nbytes for values in there.values()) == views.shard.bytes
+    rows = views.host(items, resident=True)
+    assert set(rows) == {"row", "matrix", "flipped", "tone"}
+    again, expected = views.on(device, rows, there)
+    assert torch.equal(image, again)
+    assert all(torch.equal(targets[name], expected[name]) for name in targets)
+    assert sorted(views.host(range(len(views.shard)), resident=True)["row"]) == list(range(len(views.shard)))
 
 
 @pytest.mark.parametrize("network", [LightweightOpenPose, MobileNetV2Paf])
@@ -170,11 +237,10 @@ def test_views_are_cut_as_opencv_cuts_them(network):
     draw = np.random.default_rng(0)
     image = cv2.GaussianBlur(draw.integers(0, 255, (90, 120, 3), np.uint8), (5, 5), 0)
     spec = network.spec.input
-    for n in range(4):
-        view = Augmentation().view(np.random.default_rng(n), Resolution(90, 120), SIZE, person().boxes)
-        seen = cv2.warpAffine(image, view.matrix, (80, 64), flags=cv2.INTER_LINEAR, borderValue=(spec.pad,) * 3)
+    for view in drawn(4, size=Resolution(90, 120))[0]:
+        seen = cv2.warpAffine(image, view, (80, 64), flags=cv2.INTER_LINEAR, borderValue=(spec.pad,) * 3)
         expected = normalise(np.clip(np.rint(seen * 1.1 + 5.0), 0, 255).astype(np.uint8), spec)
-        matrix, tone = torch.from_numpy(view.matrix[None].astype(np.float32)), torch.tensor([[1.1, 5.0]])
+        matrix, tone = torch.from_numpy(view[None].astype(np.float32)), torch.tensor([[1.1, 5.0]])
         ours = cut(torch.from_numpy(image[None]), matrix, tone, SIZE, spec)[0].numpy()
         assert ours.shape == (3, 64, 80)
         level = spec.range / np.asarray(spec.std)[0] / 255
@@ -329,7 +395,9 @@ def test_penalties_are_the_norms_they_are_called_after():
     network = _network().eval()
     found, pairs = groups(network), normalised(network)
     filters = [folded(part.layer, pairs.get(part.layer)) for group in found for part in group.producers]
-    assert float(Penalty(network, "l1", 2.0)()) == pytest.approx(2 * sum(float(w.abs().sum()) for w in filters), rel=1e-4)
+    assert float(Penalty(network, "l1", 2.0)().detach()) == pytest.approx(
+        2 * sum(float(w.abs().sum()) for w in filters), rel=1e-4
+    )
     assert float(Penalty(network, "l2", 1.0)()) == pytest.approx(sum(float(w.square().sum()) for w in filters), rel=1e-4)
     group, norm = found[0], pairs
     squares, weights = torch.zeros(group.size), 0
@@ -556,8 +624,8 @@ def test_images_without_labels_teach_through_the_teacher_alone(images, tmp_path)
     assert labelled.sum() == len(images.open("train"))
     assert (~labelled).sum() == len(images.open("unlabelled"))
     row = int(np.flatnonzero(~labelled)[0])
-    order = [n for n in range(len(labelled)) if _order(0, 0, len(labelled))[n] == row]
-    _, targets = views.on(torch.device("cpu"), views.host(order, pinned=False))
+    place = next(n for n in range(len(labelled)) if _order(0, 0, len(labelled))[n] == row)
+    _, targets = views.on(torch.device("cpu"), views.host(range(place, place + 1)))
     assert not targets["mask"].any()
 
 

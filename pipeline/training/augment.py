@@ -1,4 +1,4 @@
-"""Random views of images for training: drawn one by one, cut from a whole batch where the network trains."""
+"""Random views of images for training, a batch at a time: drawn on the host, cut where the network trains."""
 
 from dataclasses import dataclass
 
@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluation.types import InputSpec, Resolution, View
-from evaluation.views import resized
+from evaluation.types import InputSpec, Resolution
+
+DRAWS = 9  # random numbers a view takes
 
 
 @dataclass(frozen=True)
@@ -30,31 +31,44 @@ class Augmentation:
     shift: float = 0.25
     brightness: float = 0.2
 
-    def view(self, draw: np.random.Generator, size: Resolution, resolution: Resolution, boxes: NDArray[np.floating]) -> View:
-        """A random view of an image; if it is enlarged it stays on one of the people [P, 4] where there are some."""
-        fit = min(resolution.height / size.height, resolution.width / size.width)
-        zoom = float(np.exp(draw.uniform(*np.log(self.scale))))
-        middle = np.array([size.width - 1, size.height - 1]) / 2
-        if zoom > 1 and len(boxes):
-            box = boxes[draw.choice(len(boxes))]
-            pull = draw.uniform(0, 1)
-            middle = middle * (1 - pull) + (box[:2] + box[2:] / 2) * pull
-        base = resized(size, (size.height * fit * zoom, size.width * fit * zoom))
-        angle = np.deg2rad(draw.uniform(-self.rotate, self.rotate))
-        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        flipped = bool(draw.random() < self.flip)
-        linear = turn @ base[:, :2]
-        if flipped:
-            linear = np.diag([-1.0, 1.0]) @ linear
-        extent = np.array([resolution.width, resolution.height])
-        target = (extent - 1) / 2 + draw.uniform(-self.shift, self.shift, 2) * extent
-        offset = target - linear @ middle
-        return View(np.concatenate((linear, offset[:, None]), axis=1), resolution, None, flipped)
+    def views(
+        self, draws: NDArray[np.float64], sizes: NDArray[np.int32], boxes: NDArray[np.float32], resolution: Resolution
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.float64]]:
+        """Random views of some images; one that enlarges its image stays on one of the people where there are some.
 
-    def tone(self, draw: np.random.Generator) -> tuple[float, float]:
-        """A random gain and offset of pixel values, 0 to 255."""
-        gain = 1 + draw.uniform(-self.brightness, self.brightness)
-        return gain, 255 * draw.uniform(-1, 1) * self.brightness / 2
+        Args:
+            draws: uniform in [0, 1), [B, DRAWS].
+            sizes: of the images, [B, 2], height and width.
+            boxes: of their people [B, P, 4], x, y, width and height, width 0 where there are fewer.
+            resolution: of the views.
+
+        Returns:
+            From image to view [B, 2, 3], in pixels; which views are mirrored [B]; gain and offset of pixel values, 0 to 255,
+            [B, 2].
+        """
+        zoomed, person, pull, angle, mirrored, right, down, gain, level = draws.T
+        least, most = np.log(self.scale)
+        zoom = np.exp(least + (most - least) * zoomed)
+        extent = np.array([resolution.width, resolution.height])
+        fit = (extent / sizes[:, ::-1]).min(axis=1)
+
+        boxes = np.pad(boxes, ((0, 0), (0, 1), (0, 0)))  # a set of images without people has none at all
+        there = boxes[:, :, 2] > 0
+        people = there.sum(axis=1)
+        chosen = (there & (there.cumsum(axis=1) == 1 + (person * people).astype(int)[:, None])).argmax(axis=1)
+        box = boxes[np.arange(len(boxes)), chosen]
+        pull = np.where((zoom > 1) & (people > 0), pull, 0)[:, None]
+        middle = (sizes[:, ::-1] - 1) / 2 * (1 - pull) + (box[:, :2] + box[:, 2:] / 2) * pull
+
+        angle = np.deg2rad(self.rotate) * (2 * angle - 1)
+        cos, sin = np.cos(angle), np.sin(angle)
+        flipped = mirrored < self.flip
+        linear = np.stack((np.stack((cos, -sin), axis=-1), np.stack((sin, cos), axis=-1)), axis=1) * (fit * zoom)[:, None, None]
+        linear[flipped, 0] *= -1
+        target = (extent - 1) / 2 + self.shift * (2 * np.stack((right, down), axis=-1) - 1) * extent
+        offset = target - (linear @ middle[:, :, None])[:, :, 0]
+        tones = self.brightness * np.stack((2 * gain - 1, 255 * (level - 0.5)), axis=-1) + [1.0, 0.0]
+        return np.concatenate((linear, offset[:, :, None]), axis=2), flipped, tones
 
 
 NONE = Augmentation(flip=0.0, scale=(1.0, 1.0), rotate=0.0, shift=0.0, brightness=0.0)

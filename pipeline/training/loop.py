@@ -6,7 +6,8 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass
@@ -248,7 +249,9 @@ class _Run:
         optimiser = torch.optim.AdamW(
             trained, lr=rate, weight_decay=training.weight_decay, fused=on_gpu or None, capturable=on_gpu
         )
-        self.model, self.optimiser = fabric.setup(torch.compile(network) if training.compile else network, optimiser)
+        with warnings.catch_warnings():  # what it is called from torch 2.13 on is unknown to those before
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+            self.model, self.optimiser = fabric.setup(torch.compile(network) if training.compile else network, optimiser)
         self.zeros = zeros(network)
         live = network.state_dict()
         self.averaged = {name: value.detach().clone() for name, value in live.items()}
@@ -336,7 +339,8 @@ class _Run:
     def fit(self) -> None:
         """Train until the last step is in the checkpoint."""
         training, state = self.training, self.state
-        first, begun, shown = state["step"], time.perf_counter(), self.fabric.global_rank == 0
+        first, shown = state["step"], self.fabric.global_rank == 0
+        self.told = first, time.perf_counter()
         with _bar(shown) as self.progress:
             self.task = self.progress.add_task("training", total=training.steps, completed=first, losses="")
             while state["step"] < training.steps and not state["stopped"]:
@@ -344,9 +348,6 @@ class _Run:
                     self._go_on()
                 except _NotFiniteError:
                     self._go_back()
-        if shown and state["step"] > first:
-            rate = (state["step"] - first) * training.batch_size / (time.perf_counter() - begun)
-            self.progress.console.print(f"           {state['step'] - first} steps at {rate:.0f} images/s", highlight=False)
 
     def _go_on(self) -> None:
         """Train from the state's step.
@@ -440,9 +441,21 @@ class _Run:
         means = self.fabric.all_reduce(torch.stack([*losses.values()]), reduce_op="mean").tolist()
         self.state["losses"] = dict(zip(losses, means, strict=True))
         self.state["curve"].append([self.state["step"], sum(means)])
-        self.progress.update(
-            self.task, losses=" ".join(f"{name} {value:.3f}" for name, value in zip(losses, means, strict=True))
-        )
+        told = " ".join(f"{name} {value:.3f}" for name, value in zip(losses, means, strict=True))
+        self.progress.update(self.task, losses=told)
+        self._tell(told)
+
+    def _tell(self, losses: str) -> None:
+        """Say in a log, where no bar is seen, how far and how fast it goes, ten times; and everywhere at the end."""
+        (before, then), step, steps = self.told, self.state["step"], self.training.steps
+        if step <= 2 * _LOOK_EVERY < steps:
+            self.told = step, time.perf_counter()  # how it starts says nothing of how fast it goes
+        elif step == steps or (step * 10 // steps > before * 10 // steps and not self.progress.console.is_terminal):
+            rate = (step - before) * self.training.batch_size / (time.perf_counter() - then)
+            if not self.progress.disable:
+                line = f"           step {step} of {steps}, {rate:.0f} images/s, {losses}"
+                self.progress.console.print(line, highlight=False)
+            self.told = step, time.perf_counter()
 
     def _go_back(self) -> None:
         """Take up the last checkpoint with half the learning rate.
@@ -522,7 +535,7 @@ def _save(checkpoint: Path, state: Mapping[str, Any]) -> None:
     unfinished.replace(checkpoint)
 
 
-def _items(training: Training, rank: int, first: int) -> Iterator[Sequence[int]]:
+def _items(training: Training, rank: int, first: int) -> Iterator[range]:
     """What a device sees: its part of each step's images, or several to accumulate."""
     size = training.batch_size // training.parts
     for step in range(first, training.steps):

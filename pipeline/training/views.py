@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from evaluation.types import NetworkSpec, Resolution
 from pipeline.specs import Objective, Splits
-from pipeline.training.augment import Augmentation, cut
+from pipeline.training.augment import DRAWS, Augmentation, cut
 from pipeline.training.shard import Shard, shard
 
 _READ_AHEAD = 3  # batches
@@ -65,57 +65,77 @@ class Views:
         images = shard(data, splits, objective, resolution, max(augment.scale[1], 1.0), spec.input.pad, cache)
         return cls(images, objective, spec, resolution, augment, seed)
 
-    def host(self, items: Sequence[int], pinned: bool) -> Host:
-        """Some items as they lie on disk, with their draws: what travels to the device."""
-        rows, matrices, flipped, tones = [], [], [], []
-        for n in items:
-            epoch, place = divmod(n, len(self.shard))
-            row = int(_order(self.seed, epoch, len(self.shard))[place])
-            draw = np.random.default_rng([self.seed, 1, n])
-            boxes = np.asarray(self.shard.labels["boxes"][row])
-            size = Resolution(*(int(side) for side in self.shard.sizes[row]))
-            view = self.augment.view(draw, size, self.resolution, boxes[boxes[:, 2] > 0])
-            rows.append(row)
-            matrices.append(view.matrix)
-            flipped.append(view.flipped)
-            tones.append(self.augment.tone(draw))
-        made = {name: torch.from_numpy(np.stack([values[row] for row in rows])) for name, values in self.shard.labels.items()}
-        made["image"] = torch.from_numpy(np.stack([self.shard.images[row] for row in rows]))
-        made["matrix"] = torch.from_numpy(np.stack(matrices).astype(np.float32))
-        made["flipped"] = torch.tensor(flipped)
-        made["tone"] = torch.tensor(tones, dtype=torch.float32)
+    def drawn(self, items: range) -> tuple[NDArray[np.int64], Host]:
+        """Which rows of the shard some items are, and their "matrix", "flipped" and "tone"."""
+        count = len(self.shard)
+        rows = np.array([_order(self.seed, n // count, count)[n % count] for n in items])
+        boxes = np.asarray(self.shard.labels["boxes"])[rows]
+        matrices, flipped, tones = self.augment.views(
+            uniform(self.seed, items), np.asarray(self.shard.sizes)[rows], boxes, self.resolution
+        )
+        drawn = {"matrix": matrices.astype(np.float32), "flipped": flipped, "tone": tones.astype(np.float32)}
+        return rows, {name: torch.from_numpy(values) for name, values in drawn.items()}
+
+    def host(self, items: range, pinned: bool = False, resident: bool = False) -> Host:
+        """Some items as they lie on disk, and their draws: what travels to the device. Of a resident shard only rows do."""
+        rows, made = self.drawn(items)
+        if resident:
+            made["row"] = torch.from_numpy(rows)
+        else:
+            made |= {name: torch.from_numpy(np.asarray(values)[rows]) for name, values in self.shard.arrays.items()}
         return {name: value.pin_memory() for name, value in made.items()} if pinned else made
 
-    def on(self, device: torch.device, host: Host) -> Batch:
-        """Network inputs [B, 3, H, W] and their targets, on a device."""
+    def on(self, device: torch.device, host: Host, resident: Host | None = None) -> Batch:
+        """Network inputs [B, 3, H, W] and their targets, on a device, where the shard may be already."""
         there = {name: value.to(device, non_blocking=True) for name, value in host.items()}
+        if resident is not None:
+            rows = there.pop("row")
+            there |= {name: values[rows] for name, values in resident.items()}
         images = cut(there.pop("image"), there["matrix"], there.pop("tone"), self.resolution, self.spec.input)
         return images, self.objective.targets(there, self.resolution, self.spec)
 
-    def batches(self, parts: Iterator[Sequence[int]], device: torch.device) -> Generator[Batch]:
-        """Batches of the given items, the next ones read, and on a GPU also made, while one is used."""
+    def batches(self, parts: Iterator[range], device: torch.device) -> Generator[Batch]:
+        """Batches of the given items, the next ones read, and on a GPU also made, while one is used.
+
+        A shard that takes no more than a quarter of a GPU's free memory is copied there first.
+        """
         if device.type != "cuda":
-            for host in self._hosts(parts, pinned=False):
+            for host in self._hosts(parts, pinned=False, resident=False):
                 yield self.on(device, host)
             return
-        aside, made = _aside(device), None
-        for host in self._hosts(parts, pinned=True):
+        aside, made, resident = _aside(device), None, None
+        if self.shard.bytes <= torch.cuda.mem_get_info(device)[0] / 4:
             with torch.cuda.stream(aside):
-                following = self.on(device, host), aside.record_event()
+                resident = self.shard.on(device)
+        for host in self._hosts(parts, pinned=True, resident=resident is not None):
+            with torch.cuda.stream(aside):
+                following = self.on(device, host, resident), aside.record_event()
             if made is not None:
                 yield _taken(*made)
             made = following
         if made is not None:
             yield _taken(*made)
 
-    def _hosts(self, parts: Iterator[Sequence[int]], pinned: bool) -> Generator[Host]:
+    def _hosts(self, parts: Iterator[range], pinned: bool, resident: bool) -> Generator[Host]:
         with ThreadPoolExecutor(2) as pool:
-            waiting = [pool.submit(self.host, items, pinned) for _, items in zip(range(_READ_AHEAD), parts, strict=False)]
+            ahead = zip(range(_READ_AHEAD), parts, strict=False)
+            waiting = [pool.submit(self.host, items, pinned, resident) for _, items in ahead]
             while waiting:
                 host = waiting.pop(0).result()
                 if (items := next(parts, None)) is not None:
-                    waiting.append(pool.submit(self.host, items, pinned))
+                    waiting.append(pool.submit(self.host, items, pinned, resident))
                 yield host
+
+
+def uniform(seed: int, items: range) -> NDArray[np.float64]:
+    """The random numbers of some items, in [0, 1), [B, DRAWS]: an item's are the same whatever is asked for with it.
+
+    A counter-based generator (Philox, doi:10.1145/2063384.2063405) goes to any item without those before it.
+    """
+    blocks = -(-DRAWS // 4)  # it makes four numbers at a count
+    source = np.random.Philox(np.random.SeedSequence([seed, 1])).advance(blocks * items.start)
+    raw = source.random_raw(4 * blocks * len(items)).reshape(len(items), -1)[:, :DRAWS]
+    return np.asarray((raw >> np.uint64(11)) * 2.0**-53, np.float64)
 
 
 @lru_cache

@@ -1,0 +1,104 @@
+"""At how many images a second training saturates: the loader alone, the network alone, and both together.
+
+Rates are differences between a longer and a shorter run, so that no start, compilation or warm-up is in them. Generated
+images are written first; several GPUs share a batch.
+
+    python benchmarks/training.py [--resolution 288x384] [--width 1.0] [--batch 64] [--devices 1,2] [--steps 200] [--compile]
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from evaluation.types import Resolution
+from pipeline.datasets.synthetic import Preset, Synthetic
+from pipeline.models.lightweight_openpose import LightweightOpenPose
+from pipeline.training.augment import Augmentation
+from pipeline.training.heatmap_paf import HeatmapPafObjective
+from pipeline.training.loop import Training, train
+from pipeline.training.views import Batch, Views
+
+IMAGES = 1024
+
+
+class OneBatch(Views):
+    """The first batch again and again, as if the loader took no time."""
+
+    def batches(self, parts: Iterator[range], device: torch.device) -> Generator[Batch]:
+        """The batch of the first part, once for every part."""
+        batch = next(super().batches(iter([next(parts)]), device))
+        yield batch
+        for _ in parts:
+            yield batch
+
+
+def loads(views: Views, batch: int, steps: int) -> float:
+    """Seconds that so many batches take on the way to the device, when no network waits for them."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    began = time.perf_counter()
+    for made in views.batches(iter([range(n * batch, (n + 1) * batch) for n in range(steps)]), device):
+        last = made
+    float(last[0].sum())  # the device is done
+    return time.perf_counter() - began
+
+
+def trains(views: Views, width: float, training: Training, folder: Path) -> float:
+    """Seconds of a training, its start included."""
+    torch.manual_seed(0)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        train(LightweightOpenPose(width=width), views, training, Path(scratch) / "state.ckpt")
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resolution", default="288x384")
+    parser.add_argument("--width", type=float, default=1.0)
+    parser.add_argument("--batch", type=int, default=64, help="of all devices together")
+    parser.add_argument("--devices", default="1", help="how many share a batch; several numbers make several rows")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--compile", action="store_true")
+    given = parser.parse_args()
+    size, batch, steps = Resolution.parse(given.resolution), given.batch, given.steps
+    table = Table(
+        "devices", "loader alone", "network alone", "both", title=f"images/s, {size}, batch {batch}, width {given.width}"
+    )
+    with tempfile.TemporaryDirectory(prefix="posepress-training-") as name:
+        folder = Path(name)
+        shown = Resolution(size.height * 4 // 3, size.width * 4 // 3)
+        preset = Preset(
+            size=shown, people=(1, 6), heights=(0.15, 0.95), clutter=14, occluders=2, crowds=0.15, turned=0.35, cut=0.25
+        )
+        counts = {"train": IMAGES, "unlabelled": 1, "tune": 1, "agreement": 1, "validation": 1}
+        data = Synthetic(preset, counts, cache=name)
+        network, objective = LightweightOpenPose(width=given.width), HeatmapPafObjective()
+        views = Views.of(data, ["train"], objective, network, size, Augmentation(), 0, folder)
+        loads(views, batch, 5)
+        loaded = (loads(views, batch, 3 * steps) - loads(views, batch, steps)) / (2 * steps)
+        still = OneBatch(views.shard, objective, network.spec, size, views.augment, 0)
+        for devices in map(int, given.devices.split(",")):
+            long, short = (
+                Training(
+                    steps=n, batch_size=batch, warmup=1, checkpoint_every=10 * steps, devices=devices, compile=given.compile
+                )
+                for n in (3 * steps, steps)
+            )
+            found = [
+                (trains(source, given.width, long, folder) - trains(source, given.width, short, folder)) / (2 * steps)
+                for source in (still, views)
+            ]
+            rates = [batch / seconds for seconds in (loaded, *found)]
+            table.add_row(str(devices), *(f"{rate:,.0f}" for rate in rates))
+    Console(soft_wrap=True).print(table)
+
+
+if __name__ == "__main__":
+    main()
