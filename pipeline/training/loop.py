@@ -358,7 +358,7 @@ class _Run:
         training, state = self.training, self.state
         self.bad.zero_()
         items = _items(training, self.fabric.global_rank, state["step"])
-        with closing(self.views.batches(items, self.fabric.device)) as batches:
+        with closing(self.views.batches(items, self.fabric.device, many=True)) as batches:
             while state["step"] < training.steps:
                 losses = self._step(batches)
                 state["step"] += 1

@@ -94,17 +94,17 @@ class Views:
         images = cut(there.pop("image"), there["matrix"], there.pop("tone"), self.resolution, self.spec.input)
         return images, self.objective.targets(there, self.resolution, self.spec)
 
-    def batches(self, parts: Iterator[range], device: torch.device) -> Generator[Batch]:
+    def batches(self, parts: Iterator[range], device: torch.device, many: bool = False) -> Generator[Batch]:
         """Batches of the given items, the next ones read, and on a GPU also made, while one is used.
 
-        A shard that takes no more than a quarter of a GPU's free memory is copied there first.
+        For many of them a shard that takes no more than a quarter of the GPU's free memory is copied there first.
         """
         if device.type != "cuda":
             for host in self._hosts(parts, pinned=False, resident=False):
                 yield self.on(device, host)
             return
         aside, made, resident = _aside(device), None, None
-        if self.shard.bytes <= torch.cuda.mem_get_info(device)[0] / 4:
+        if many and self.shard.bytes <= torch.cuda.mem_get_info(device)[0] / 4:
             with torch.cuda.stream(aside):
                 resident = self.shard.on(device)
         for host in self._hosts(parts, pinned=True, resident=resident is not None):
@@ -140,8 +140,8 @@ def uniform(seed: int, items: range) -> NDArray[np.float64]:
 
 @lru_cache
 def _aside(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which batches are made, beside the network's; memory that is free belongs to its stream."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    """The stream on which batches are made, before the network's kernels; memory that is free belongs to its stream."""
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 def _taken(batch: Batch, made: torch.cuda.Event) -> Batch:
