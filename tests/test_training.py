@@ -322,6 +322,13 @@ def test_training_learns(images, tmp_path):
     assert not network.training
 
 
+def test_a_log_says_ten_times_how_far_a_training_is(images, tmp_path, capsys):
+    _train(images, tmp_path / "a.ckpt", steps=200)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "images/s" in line]
+    assert [line.split()[1] for line in lines] == ["60", "80", "100", "120", "140", "160", "180", "200"]
+    assert all("of 200," in line and "heatmaps" in line for line in lines)
+
+
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(images, tmp_path, monkeypatch):
     whole_run, expected = _train(images, tmp_path / "whole.ckpt")
     calls = 0
@@ -557,6 +564,16 @@ def test_recorded_steps_on_a_gpu_learn_what_steps_as_they_are_learn(images, tmp_
     train(waits, _views(images, tmp_path), _options(accelerator="cuda"), tmp_path / "c.ckpt")
     assert "steps are not recorded as a CUDA graph: this network waits" in capsys.readouterr().err
     assert close(recorded, waits)
+
+
+@gpu
+def test_a_shard_that_lies_on_a_gpu_teaches_what_one_on_disk_teaches(images, tmp_path, monkeypatch):
+    there, _ = _train(images, tmp_path / "a.ckpt", accelerator="cuda")
+    moved, asked = [], torch.cuda.mem_get_info
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (moved.append(1) or 0, asked(device)[1]))
+    disk, _ = _train(images, tmp_path / "b.ckpt", accelerator="cuda")
+    assert moved
+    assert close(there, disk)
 
 
 @gpu
