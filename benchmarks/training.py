@@ -1,7 +1,7 @@
 """At how many images a second training saturates: the loader alone, the network alone, and both together.
 
-Rates are differences between a longer and a shorter run, so that no start, compilation or warm-up is in them. Generated
-images are written first; several GPUs share a batch.
+Rates are of the difference between a longer and a shorter run, after one that does not count, so that no start, compilation or
+warm-up is in them: the median of three, and their range. Generated images are written first; several GPUs share a batch.
 
     python benchmarks/training.py [--resolution 288x384] [--width 1.0] [--batch 64] [--devices 1,2] [--steps 200] [--compile]
 """
@@ -9,7 +9,8 @@ images are written first; several GPUs share a batch.
 import argparse
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from pipeline.training.loop import Training, train
 from pipeline.training.views import Batch, Views
 
 IMAGES = 1024
+REPEATS = 3
 
 
 class OneBatch(Views):
@@ -48,13 +50,23 @@ def loads(views: Views, batch: int, steps: int) -> float:
     return time.perf_counter() - began
 
 
-def trains(views: Views, width: float, training: Training, folder: Path) -> float:
+def trains(views: Views, width: float, given: argparse.Namespace, devices: int, steps: int) -> float:
     """Seconds of a training, its start included."""
+    training = Training(
+        steps=steps, batch_size=given.batch, warmup=1, checkpoint_every=10**9, devices=devices, compile=given.compile
+    )
     torch.manual_seed(0)
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         train(LightweightOpenPose(width=width), views, training, Path(scratch) / "state.ckpt")
     return time.perf_counter() - began
+
+
+def rate(run: Callable[[int], float], given: argparse.Namespace) -> str:
+    """Images a second of a run of some steps, and between which bounds they lay."""
+    run(given.steps)
+    found = sorted(2 * given.steps * given.batch / (run(3 * given.steps) - run(given.steps)) for _ in range(REPEATS))
+    return f"{found[REPEATS // 2]:,.0f} ({found[0]:,.0f} to {found[-1]:,.0f})"
 
 
 def main() -> None:
@@ -67,10 +79,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--compile", action="store_true")
     given = parser.parse_args()
-    size, batch, steps = Resolution.parse(given.resolution), given.batch, given.steps
-    table = Table(
-        "devices", "loader alone", "network alone", "both", title=f"images/s, {size}, batch {batch}, width {given.width}"
-    )
+    size = Resolution.parse(given.resolution)
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
+    title = f"images/s, {where}, {size}, batch {given.batch}, width {given.width}{', compiled' if given.compile else ''}"
+    table = Table("devices", "network alone", "network and loader", title=title)
     with tempfile.TemporaryDirectory(prefix="posepress-training-") as name:
         folder = Path(name)
         shown = Resolution(size.height * 4 // 3, size.width * 4 // 3)
@@ -81,23 +93,12 @@ def main() -> None:
         data = Synthetic(preset, counts, cache=name)
         network, objective = LightweightOpenPose(width=given.width), HeatmapPafObjective()
         views = Views.of(data, ["train"], objective, network, size, Augmentation(), 0, folder)
-        loads(views, batch, 5)
-        loaded = (loads(views, batch, 3 * steps) - loads(views, batch, steps)) / (2 * steps)
         still = OneBatch(views.shard, objective, network.spec, size, views.augment, 0)
+        loader = rate(partial(loads, views, given.batch), given)
         for devices in map(int, given.devices.split(",")):
-            long, short = (
-                Training(
-                    steps=n, batch_size=batch, warmup=1, checkpoint_every=10 * steps, devices=devices, compile=given.compile
-                )
-                for n in (3 * steps, steps)
-            )
-            found = [
-                (trains(source, given.width, long, folder) - trains(source, given.width, short, folder)) / (2 * steps)
-                for source in (still, views)
-            ]
-            rates = [batch / seconds for seconds in (loaded, *found)]
-            table.add_row(str(devices), *(f"{rate:,.0f}" for rate in rates))
-    Console(soft_wrap=True).print(table)
+            rates = [rate(partial(trains, source, given.width, given, devices), given) for source in (still, views)]
+            table.add_row(str(devices), *rates)
+    Console(soft_wrap=True).print(table, f"the loader alone, one process: {loader} images/s", highlight=False)
 
 
 if __name__ == "__main__":

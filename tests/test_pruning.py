@@ -495,6 +495,8 @@ def test_the_command_prunes_to_a_target_in_steps(tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())["summary"]
     assert manifest["train_macs"] > 0
     assert math.isclose(manifest["macs"], rows[3]["macs"])
+    labelled = [np.load(file) for file in (tmp_path / "cache" / "shards").glob("*/labelled.npy")]
+    assert sorted(bool(some.all()) for some in labelled) == [False, True]  # the short training saw images without labels
 
 
 def test_torch_times_the_network_that_it_will_run(tmp_path):

@@ -30,7 +30,7 @@ from pipeline.training.distillation import Distillation
 from pipeline.training.heatmap_paf import HeatmapPafObjective
 from pipeline.training.loop import Training, _items, learning_rate, loss_on, train
 from pipeline.training.sparsity import Penalty
-from pipeline.training.views import Views, _order, uniform
+from pipeline.training.views import Views, _order, copied, uniform
 
 SPEC = LightweightOpenPose.spec
 SIZE = Resolution(64, 80)
@@ -160,8 +160,23 @@ def test_views_stay_the_same_for_a_seed_and_vary_otherwise():
     assert len({m.tobytes() for m in (*matrices, *drawn(50, seed=1)[0])}) == 100
     assert set(flipped) == {True, False}
     assert np.array_equal(np.linalg.det(matrices[:, :, :2]) < 0, flipped)
-    assert tones[:, 0].min() < 0.85
-    assert tones[:, 1].max() > 20
+    assert tones[:, 0] == pytest.approx(1, abs=0.2)
+    assert np.ptp(tones[:, 0]) > 0.3
+    assert tones[:, 1] == pytest.approx(0, abs=25.5)
+    assert np.ptp(tones[:, 1]) > 40
+
+
+def test_a_mirrored_view_shows_the_same_place_from_left_to_right():
+    as_it_is, mirrored = (drawn(50, replace(Augmentation(), flip=share)) for share in (0.0, 1.0))
+    assert not as_it_is[1].any()
+    assert mirrored[1].all()
+    points = np.array([[40, 8, 1], [60, 54, 1], [20, 30, 1]], np.float64).T  # near the person, which is looked at
+    seen, turned = as_it_is[0] @ points, mirrored[0] @ points
+    target = (seen + turned)[:, 0].mean(axis=1) / 2  # of the line they are mirrored about
+    assert np.allclose(seen[:, 1], turned[:, 1])
+    assert np.allclose(seen[:, 0] + turned[:, 0], 2 * target[:, None])
+    assert np.abs(target - 39.5).max() <= 0.25 * 80
+    assert (as_it_is[0][:, 1, 1] > 0).all()  # nobody stands on the head
 
 
 def test_an_item_is_drawn_alike_in_any_batch():
@@ -220,14 +235,14 @@ def test_a_shard_on_the_device_gives_the_views_of_one_on_disk(images, tmp_path):
     views, device = _views(images, tmp_path, ["train", "unlabelled"]), torch.device("cpu")
     items = range(3, 3 + len(views.shard))  # of two epochs
     image, targets = views.on(device, views.host(items))
-    there = views.shard.on(device)
+    there = copied(views.shard, device)
     assert sum(values.nbytes for values in there.values()) == views.shard.bytes
-    rows = views.host(items, resident=True)
+    rows = views.host(items, rows_only=True)
     assert set(rows) == {"row", "matrix", "flipped", "tone"}
     again, expected = views.on(device, rows, there)
     assert torch.equal(image, again)
     assert all(torch.equal(targets[name], expected[name]) for name in targets)
-    assert sorted(views.host(range(len(views.shard)), resident=True)["row"]) == list(range(len(views.shard)))
+    assert sorted(views.host(range(len(views.shard)), rows_only=True)["row"]) == list(range(len(views.shard)))
 
 
 @pytest.mark.parametrize("network", [LightweightOpenPose, MobileNetV2Paf])
@@ -322,11 +337,13 @@ def test_training_learns(images, tmp_path):
     assert not network.training
 
 
-def test_a_log_says_ten_times_how_far_a_training_is(images, tmp_path, capsys):
+def test_a_log_says_at_every_tenth_how_far_a_training_is(images, tmp_path, capsys):
     _train(images, tmp_path / "a.ckpt", steps=200)
     lines = [line for line in capsys.readouterr().err.splitlines() if "images/s" in line]
     assert [line.split()[1] for line in lines] == ["60", "80", "100", "120", "140", "160", "180", "200"]
     assert all("of 200," in line and "heatmaps" in line for line in lines)
+    _train(images, tmp_path / "b.ckpt", steps=6)
+    assert "step 6 of 6, " in capsys.readouterr().err
 
 
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(images, tmp_path, monkeypatch):
@@ -568,11 +585,13 @@ def test_recorded_steps_on_a_gpu_learn_what_steps_as_they_are_learn(images, tmp_
 
 @gpu
 def test_a_shard_that_lies_on_a_gpu_teaches_what_one_on_disk_teaches(images, tmp_path, monkeypatch):
-    there, _ = _train(images, tmp_path / "a.ckpt", accelerator="cuda")
-    moved, asked = [], torch.cuda.mem_get_info
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (moved.append(1) or 0, asked(device)[1]))
-    disk, _ = _train(images, tmp_path / "b.ckpt", accelerator="cuda")
-    assert moved
+    moved = []
+    monkeypatch.setattr("pipeline.training.views.copied", lambda *given: moved.append(given) or copied(*given))
+    there, _ = _train(images, tmp_path / "a.ckpt", accelerator="cuda", steps=40)
+    assert len(moved) == 1
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (0, 1))
+    disk, _ = _train(images, tmp_path / "b.ckpt", accelerator="cuda", steps=40)
+    assert len(moved) == 1
     assert close(there, disk)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from evaluation.types import Resolution
 from pipeline.artifacts import Job
@@ -68,18 +68,20 @@ def run(
     before, dense_params = macs(network, size), sum(p.numel() for p in network.parameters())
     spent, summary = 0.0, {}
     if isinstance(pruner, Pruner):
-        views = None
-        if pruner.criterion == "taylor" or pruner.iterative_steps > 1:
-            if objective is None:
-                raise UserError("pruner: this family's networks are not trained here; choose another criterion, and one step")
-            seen = Resolution.parse(training_resolution)
-            views = Views.of(data, ["train"], objective, network, seen, augment, seed, job.cache)
+        learns = pruner.criterion == "taylor" or pruner.iterative_steps > 1
+        if learns and objective is None:
+            raise UserError("pruner: this family's networks are not trained here; choose another criterion, and one step")
         teacher, _, _ = store.load(job.inputs["network"])
+        seen = Resolution.parse(training_resolution)
+
+        def gates(net: nn.Module) -> dict[nn.Module, Tensor]:
+            assert objective is not None
+            views = Views.of(data, ["train"], objective, net, seen, augment, seed, job.cache)
+            return taylor_gates(net, replace(views, augment=NONE))
 
         def retrain(net: nn.Module, step: int) -> None:
             nonlocal spent
             assert objective is not None
-            seen = Resolution.parse(training_resolution)
             taught = Views.of(data, splits(data, distillation), objective, net, seen, augment, seed + step, job.cache)
             checkpoint = job.scratch / f"step{step}.ckpt"
             done = train(net, taught, training, checkpoint, teacher, distillation)
@@ -90,7 +92,7 @@ def run(
             pruner,
             size,
             _probe(job, network, data, backend, framing, judged_by, probe_images, size),
-            (lambda net: taylor_gates(net, replace(views, augment=NONE))) if views else None,
+            gates,
             retrain if training.steps and pruner.iterative_steps > 1 else None,
             json.loads((job.inputs["sensitivity"] / "curves.json").read_text())["error"]
             if "sensitivity" in job.inputs

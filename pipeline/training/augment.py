@@ -95,7 +95,7 @@ def sampling_grid(
         (torch.arange(size.width, device=at) + shift + 0.5) * stride - 0.5,
         indexing="ij",
     )
-    back = torch.linalg.inv_ex(matrices[:, :, :2].double()).inverse.float()  # which does not wait for the device
+    back = torch.linalg.inv(matrices[:, :, :2].double()).float()
     points = torch.stack((xs, ys), dim=-1).reshape(1, -1, 2) - matrices[:, None, :, 2]
     points = (points @ back.transpose(1, 2)).reshape(len(matrices), size.height, size.width, 2)
     grid: Tensor = (points + 0.5) * 2 / torch.tensor([source[1], source[0]], device=at) - 1

@@ -339,15 +339,15 @@ class _Run:
     def fit(self) -> None:
         """Train until the last step is in the checkpoint."""
         training, state = self.training, self.state
-        first, shown = state["step"], self.fabric.global_rank == 0
-        self.told = first, time.perf_counter()
-        with _bar(shown) as self.progress:
-            self.task = self.progress.add_task("training", total=training.steps, completed=first, losses="")
+        with _bar(self.fabric.global_rank == 0) as self.progress:
+            self.task = self.progress.add_task("training", total=training.steps, completed=state["step"], losses="")
             while state["step"] < training.steps and not state["stopped"]:
                 try:
                     self._go_on()
                 except _NotFiniteError:
                     self._go_back()
+                else:
+                    self._tell()
 
     def _go_on(self) -> None:
         """Train from the state's step.
@@ -357,8 +357,10 @@ class _Run:
         """
         training, state = self.training, self.state
         self.bad.zero_()
+        self.begun = self.told = state["step"], time.perf_counter()
         items = _items(training, self.fabric.global_rank, state["step"])
-        with closing(self.views.batches(items, self.fabric.device, many=True)) as batches:
+        many = (training.steps - state["step"]) * training.batch_size // training.parts >= len(self.views.shard)
+        with closing(self.views.batches(items, self.fabric.device, many)) as batches:
             while state["step"] < training.steps:
                 losses = self._step(batches)
                 state["step"] += 1
@@ -441,21 +443,25 @@ class _Run:
         means = self.fabric.all_reduce(torch.stack([*losses.values()]), reduce_op="mean").tolist()
         self.state["losses"] = dict(zip(losses, means, strict=True))
         self.state["curve"].append([self.state["step"], sum(means)])
-        told = " ".join(f"{name} {value:.3f}" for name, value in zip(losses, means, strict=True))
-        self.progress.update(self.task, losses=told)
-        self._tell(told)
-
-    def _tell(self, losses: str) -> None:
-        """Say in a log, where no bar is seen, how far and how fast it goes, ten times; and everywhere at the end."""
-        (before, then), step, steps = self.told, self.state["step"], self.training.steps
-        if step <= 2 * _LOOK_EVERY < steps:
+        self.progress.update(self.task, losses=self._named())
+        (before, _), step, steps = self.told, self.state["step"], self.training.steps
+        if step <= self.begun[0] + 2 * _LOOK_EVERY < steps:
             self.told = step, time.perf_counter()  # how it starts says nothing of how fast it goes
-        elif step == steps or (step * 10 // steps > before * 10 // steps and not self.progress.console.is_terminal):
-            rate = (step - before) * self.training.batch_size / (time.perf_counter() - then)
-            if not self.progress.disable:
-                line = f"           step {step} of {steps}, {rate:.0f} images/s, {losses}"
-                self.progress.console.print(line, highlight=False)
-            self.told = step, time.perf_counter()
+        elif step * 10 // steps > before * 10 // steps and step < steps and not self.progress.console.is_terminal:
+            self._tell()  # a log shows no bar
+
+    def _named(self) -> str:
+        return " ".join(f"{name} {value:.3f}" for name, value in self.state["losses"].items())
+
+    def _tell(self) -> None:
+        """Say how far and how fast it goes."""
+        step = self.state["step"]
+        before, then = self.told if self.told[0] < step else self.begun
+        rate = (step - before) * self.training.batch_size / (time.perf_counter() - then)
+        if not self.progress.disable:
+            line = f"           step {step} of {self.training.steps}, {rate:.0f} images/s, {self._named()}"
+            self.progress.console.print(line, highlight=False)
+        self.told = step, time.perf_counter()
 
     def _go_back(self) -> None:
         """Take up the last checkpoint with half the learning rate.

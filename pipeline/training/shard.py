@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from filelock import FileLock
 from numpy.typing import NDArray
-from torch import Tensor
 
 from evaluation.types import Resolution
 from pipeline.errors import UserError
 from pipeline.specs import Dataset, Objective, Splits
 
-_ROWS = 256  # copied to a device at once
 _SPARE = 1.05  # free disk space wanted, relative to the shard
 
 
@@ -59,16 +56,6 @@ class Shard:
     def bytes(self) -> int:
         """How much memory all of it takes."""
         return sum(values.nbytes for values in self.arrays.values())
-
-    def on(self, device: torch.device) -> dict[str, Tensor]:
-        """All of it on a device, copied some rows at a time."""
-        made = {}
-        for name, values in self.arrays.items():
-            kind = torch.from_numpy(np.empty(0, values.dtype)).dtype
-            made[name] = torch.empty(values.shape, dtype=kind, device=device)
-            for start in range(0, len(values), _ROWS):
-                made[name][start : start + _ROWS] = torch.from_numpy(np.array(values[start : start + _ROWS]))
-        return made
 
     def first(self, count: int) -> "Shard":
         """At most so many images, spread evenly."""

@@ -4,6 +4,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from pipeline.training.augment import DRAWS, Augmentation, cut
 from pipeline.training.shard import Shard, shard
 
 _READ_AHEAD = 3  # batches
+_SETTLED = 8  # batches after which the memory a step takes is known
+_ROWS = 256  # copied to a device at once
 
 Host = dict[str, Tensor]
 Batch = tuple[Tensor, dict[str, Tensor]]
@@ -76,10 +79,10 @@ class Views:
         drawn = {"matrix": matrices.astype(np.float32), "flipped": flipped, "tone": tones.astype(np.float32)}
         return rows, {name: torch.from_numpy(values) for name, values in drawn.items()}
 
-    def host(self, items: range, pinned: bool = False, resident: bool = False) -> Host:
-        """Some items as they lie on disk, and their draws: what travels to the device. Of a resident shard only rows do."""
+    def host(self, items: range, pinned: bool = False, rows_only: bool = False) -> Host:
+        """Some items as they lie on disk, and their draws: what travels to the device. With `rows_only` the shard is there."""
         rows, made = self.drawn(items)
-        if resident:
+        if rows_only:
             made["row"] = torch.from_numpy(rows)
         else:
             made |= {name: torch.from_numpy(np.asarray(values)[rows]) for name, values in self.shard.arrays.items()}
@@ -97,17 +100,24 @@ class Views:
     def batches(self, parts: Iterator[range], device: torch.device, many: bool = False) -> Generator[Batch]:
         """Batches of the given items, the next ones read, and on a GPU also made, while one is used.
 
-        For many of them a shard that takes no more than a quarter of the GPU's free memory is copied there first.
+        Of `many` all but the first come from the GPU itself, if the shard takes no more than half of what is free there.
         """
         if device.type != "cuda":
-            for host in self._hosts(parts, pinned=False, resident=False):
+            for host in self._hosts(parts):
                 yield self.on(device, host)
             return
-        aside, made, resident = _aside(device), None, None
-        if many and self.shard.bytes <= torch.cuda.mem_get_info(device)[0] / 4:
-            with torch.cuda.stream(aside):
-                resident = self.shard.on(device)
-        for host in self._hosts(parts, pinned=True, resident=resident is not None):
+        resident = None
+        if many:
+            yield from self._made(islice(parts, _SETTLED), device, None)
+            torch.cuda.empty_cache()  # what nobody uses is free, too
+            if self.shard.bytes <= torch.cuda.mem_get_info(device)[0] / 2:
+                with torch.cuda.stream(_aside(device)):
+                    resident = copied(self.shard, device)
+        yield from self._made(parts, device, resident)
+
+    def _made(self, parts: Iterator[range], device: torch.device, resident: Host | None) -> Generator[Batch]:
+        aside, made = _aside(device), None
+        for host in self._hosts(parts, pinned=True, rows_only=resident is not None):
             with torch.cuda.stream(aside):
                 following = self.on(device, host, resident), aside.record_event()
             if made is not None:
@@ -116,15 +126,26 @@ class Views:
         if made is not None:
             yield _taken(*made)
 
-    def _hosts(self, parts: Iterator[range], pinned: bool, resident: bool) -> Generator[Host]:
+    def _hosts(self, parts: Iterator[range], pinned: bool = False, rows_only: bool = False) -> Generator[Host]:
         with ThreadPoolExecutor(2) as pool:
             ahead = zip(range(_READ_AHEAD), parts, strict=False)
-            waiting = [pool.submit(self.host, items, pinned, resident) for _, items in ahead]
+            waiting = [pool.submit(self.host, items, pinned, rows_only) for _, items in ahead]
             while waiting:
                 host = waiting.pop(0).result()
                 if (items := next(parts, None)) is not None:
-                    waiting.append(pool.submit(self.host, items, pinned, resident))
+                    waiting.append(pool.submit(self.host, items, pinned, rows_only))
                 yield host
+
+
+def copied(shard: Shard, device: torch.device) -> Host:
+    """A whole shard on a device, copied some rows at a time."""
+    made = {}
+    for name, values in shard.arrays.items():
+        kind = torch.from_numpy(np.empty(0, values.dtype)).dtype
+        made[name] = torch.empty(values.shape, dtype=kind, device=device)
+        for start in range(0, len(values), _ROWS):
+            made[name][start : start + _ROWS] = torch.from_numpy(np.array(values[start : start + _ROWS]))
+    return made
 
 
 def uniform(seed: int, items: range) -> NDArray[np.float64]:
