@@ -22,6 +22,10 @@ from threading import Condition, Thread
 
 import torch
 
+from pipeline.errors import UserError
+from pipeline.pruning.pruner import Target
+from pipeline.pruning.torch_pruning_default import TorchPruningDefault
+
 PRUNER = (
     "pruner=l1",
     "pruner.criterion=taylor",
@@ -168,7 +172,15 @@ def main() -> None:
     logs.mkdir(parents=True, exist_ok=True)
     own = [word for word in words if word.startswith("pruner.")]
     words = [word for word in words if word not in own]
-    values = {value: int(seeds or 1) for value, _, seeds in (part.partition(":") for part in given.values.split(","))}
+    try:
+        values = {value: int(seeds or 1) for value, _, seeds in (part.partition(":") for part in given.values.split(","))}
+        for value in values:
+            Target.parse("macs", value)
+        for ratio in given.torch_pruning:
+            TorchPruningDefault(pruning_ratio=float(ratio))
+    except (ValueError, UserError) as error:
+        parser.error(f"--values {given.values}, --torch-pruning {','.join(given.torch_pruning)}: {error}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what runs ends with this
     plan = steps(values, given.torch_pruning, own)
     missing = Study(plan, words, logs, given.seconds).run(given.gpus, given.at_once)
     report = subprocess.run([sys.executable, "-m", "pipeline", "tracking=none", *words, "stage=report"], check=False)

@@ -346,7 +346,7 @@ def test_a_log_says_at_every_tenth_how_far_a_training_is(images, tmp_path, capsy
     assert "step 6 of 6, " in capsys.readouterr().err
 
 
-def test_an_interrupted_training_ends_as_an_uninterrupted_one(images, tmp_path, monkeypatch):
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(images, tmp_path, monkeypatch, capsys):
     whole_run, expected = _train(images, tmp_path / "whole.ckpt")
     calls = 0
     objective_loss = HeatmapPafObjective.loss
@@ -363,6 +363,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(images, tmp_path, 
         _train(images, tmp_path / "cut.ckpt")
     monkeypatch.undo()
     resumed, found = _train(images, tmp_path / "cut.ckpt")
+    assert "goes on at step 4 of 12" in capsys.readouterr().err
     assert found["loss"] == expected["loss"]
     assert found["curve"] == expected["curve"]
     assert same(whole_run, resumed), "bit for bit"

@@ -341,6 +341,8 @@ class _Run:
         training, state = self.training, self.state
         with _bar(self.fabric.global_rank == 0) as self.progress:
             self.task = self.progress.add_task("training", total=training.steps, completed=state["step"], losses="")
+            if 0 < state["step"] < training.steps and not self.progress.disable:
+                self.progress.console.print(f"           goes on at step {state['step']} of {training.steps}", highlight=False)
             while state["step"] < training.steps and not state["stopped"]:
                 try:
                     self._go_on()
