@@ -14,18 +14,21 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+import conf
 from evaluation.types import Resolution
-from pipeline.datasets.synthetic import Preset, Synthetic
+from pipeline.datasets.synthetic import Synthetic
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.training.augment import Augmentation
 from pipeline.training.heatmap_paf import HeatmapPafObjective
 from pipeline.training.loop import Training, train
 from pipeline.training.views import Batch, Views
 
-IMAGES = 1024
+IMAGES = 512
 REPEATS = 3
 
 
@@ -85,10 +88,7 @@ def main() -> None:
     table = Table("devices", "network alone", "network and loader", title=title)
     with tempfile.TemporaryDirectory(prefix="posepress-training-") as name:
         folder = Path(name)
-        shown = Resolution(size.height * 4 // 3, size.width * 4 // 3)
-        preset = Preset(
-            size=shown, people=(1, 6), heights=(0.15, 0.95), clutter=14, occluders=2, crowds=0.15, turned=0.35, cut=0.25
-        )
+        preset = instantiate(OmegaConf.load(Path(conf.__file__).parent / "data" / "synthetic.yaml").preset, _convert_="all")
         counts = {"train": IMAGES, "unlabelled": 1, "tune": 1, "agreement": 1, "validation": 1}
         data = Synthetic(preset, counts, cache=name)
         network, objective = LightweightOpenPose(width=given.width), HeatmapPafObjective()
