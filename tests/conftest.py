@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=f"no real images at {REAL}: set POSEPRESS_REAL_DATA"))
 
 
-def pipeline(*words, cwd, double=False, check=None, timeout=300, env=None):
+def pipeline(*words, cwd, double=False, check=None, timeout=900, env=None):
     """Run `python -m pipeline`; with `double`, TensorRT's test double can be imported."""
     paths = [str(ROOT), *([str(FAKES)] if double else [])]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200", **(env or {})}
