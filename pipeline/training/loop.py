@@ -5,7 +5,6 @@ import math
 import os
 import pickle
 import shutil
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -23,12 +22,14 @@ from pipeline.pruning.graph import example, macs
 from pipeline.pruning.sparse24 import zeros
 from pipeline.training.cuda_graph import Recorded
 from pipeline.training.distillation import Distillation, Teacher
+from pipeline.training.progress import Told
 from pipeline.training.sparsity import Penalty
 from pipeline.training.views import Batch, Views
 
 _LOOK_EVERY = 20  # steps between looks at the losses: each waits for the device
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 ACCELERATORS = ("auto", "cpu", "cuda")
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # here for the processes that it starts itself
 _RETURNS = 3  # times a training whose loss is not finite goes back to its checkpoint
 
 
@@ -249,6 +250,7 @@ class _Run:
         optimiser = torch.optim.AdamW(
             trained, lr=rate, weight_decay=training.weight_decay, fused=on_gpu or None, capturable=on_gpu
         )
+        warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")  # Fabric wraps on a stream of its own
         with warnings.catch_warnings():  # what it is called from torch 2.13 on is unknown to those before
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             self.model, self.optimiser = fabric.setup(torch.compile(network) if training.compile else network, optimiser)
@@ -339,17 +341,16 @@ class _Run:
     def fit(self) -> None:
         """Train until the last step is in the checkpoint."""
         training, state = self.training, self.state
-        with _bar(self.fabric.global_rank == 0) as self.progress:
-            self.task = self.progress.add_task("training", total=training.steps, completed=state["step"], losses="")
-            if 0 < state["step"] < training.steps and not self.progress.disable:
-                self.progress.console.print(f"           goes on at step {state['step']} of {training.steps}", highlight=False)
+        with Told(self.fabric.global_rank == 0, training.steps, training.batch_size) as self.told:
+            if 0 < state["step"] < training.steps:
+                self.told.say(f"goes on at step {state['step']} of {training.steps}")
             while state["step"] < training.steps and not state["stopped"]:
                 try:
                     self._go_on()
                 except _NotFiniteError:
                     self._go_back()
                 else:
-                    self._tell()
+                    self.told.tell(state["step"])
 
     def _go_on(self) -> None:
         """Train from the state's step.
@@ -359,7 +360,7 @@ class _Run:
         """
         training, state = self.training, self.state
         self.bad.zero_()
-        self.begun = self.told = state["step"], time.perf_counter()
+        self.told.begin(state["step"])
         items = _items(training, self.fabric.global_rank, state["step"])
         many = (training.steps - state["step"]) * training.batch_size // training.parts >= len(self.views.shard)
         with closing(self.views.batches(items, self.fabric.device, many)) as batches:
@@ -372,7 +373,7 @@ class _Run:
                 if done % _LOOK_EVERY == 1 or saves or checks:
                     self._look(losses)
                 if checks and self._no_longer_better():
-                    self.progress.console.print(f"           stopped after {done} steps: the loss on the tune images rises")
+                    self.told.say(f"stopped after {done} steps: the loss on the tune images rises")
                     state["stopped"] = saves = True
                 if saves:
                     self._save()
@@ -393,14 +394,12 @@ class _Run:
             known = self.recorded.waits
             losses = self.recorded(self._learn, next(batches))
             if self.recorded.waits and not known:
-                self.progress.console.print(
-                    "           steps are not recorded as a CUDA graph: this network waits for the device"
-                )
+                self.told.say("steps are not recorded as a CUDA graph: this network waits for the device")
         for weight, gone in self.zeros:
             weight.masked_fill_(gone, 0)
         decay = min(training.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.means, self.values, 1 - decay)
-        self.progress.update(self.task, completed=step + 1)
+        self.told.at(step + 1)
         return losses
 
     def _learn(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
@@ -445,25 +444,7 @@ class _Run:
         means = self.fabric.all_reduce(torch.stack([*losses.values()]), reduce_op="mean").tolist()
         self.state["losses"] = dict(zip(losses, means, strict=True))
         self.state["curve"].append([self.state["step"], sum(means)])
-        self.progress.update(self.task, losses=self._named())
-        (before, _), step, steps = self.told, self.state["step"], self.training.steps
-        if step <= self.begun[0] + 2 * _LOOK_EVERY < steps:
-            self.told = step, time.perf_counter()  # how it starts says nothing of how fast it goes
-        elif step * 10 // steps > before * 10 // steps and step < steps and not self.progress.console.is_terminal:
-            self._tell()  # a log shows no bar
-
-    def _named(self) -> str:
-        return " ".join(f"{name} {value:.3f}" for name, value in self.state["losses"].items())
-
-    def _tell(self) -> None:
-        """Say how far and how fast it goes."""
-        step = self.state["step"]
-        before, then = self.told if self.told[0] < step else self.begun
-        rate = (step - before) * self.training.batch_size / (time.perf_counter() - then)
-        if not self.progress.disable:
-            line = f"           step {step} of {self.training.steps}, {rate:.0f} images/s, {self._named()}"
-            self.progress.console.print(line, highlight=False)
-        self.told = step, time.perf_counter()
+        self.told.look(self.state["step"], self.state["losses"], 2 * _LOOK_EVERY)
 
     def _go_back(self) -> None:
         """Take up the last checkpoint with half the learning rate.
@@ -481,12 +462,10 @@ class _Run:
         self.fabric.barrier()  # all have read it before it is written anew
         self.state["returns"], self.state["lr_factor"] = returns, self.state["lr_factor"] / 2
         self._save()
-        self.progress.console.print(
-            f"           the loss is not finite after {at} steps: back to step {self.state['step']}, "
-            f"with {self.state['lr_factor']:g} times the learning rate",
-            highlight=False,
+        self.told.say(
+            f"the loss is not finite after {at} steps: back to step {self.state['step']}, "
+            f"with {self.state['lr_factor']:g} times the learning rate"
         )
-        self.progress.update(self.task, completed=self.state["step"])
 
     @torch.no_grad()
     def _no_longer_better(self) -> bool:
@@ -550,12 +529,3 @@ def _items(training: Training, rank: int, first: int) -> Iterator[range]:
         for part in range(training.accumulate):
             start = step * training.batch_size + (part * training.devices * training.num_nodes + rank) * size
             yield range(start, start + size)
-
-
-def _bar(shown: bool) -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True, soft_wrap=True)
-    return Progress(*columns, TextColumn("{task.fields[losses]}"), console=console, disable=not shown)
