@@ -12,7 +12,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -80,7 +82,8 @@ def ours(file: Path, count: int, size: tuple[int, int], histograms: bool) -> str
     text = f"{taken:6.1f} s, {np.median(ratios):.2f}x of plain inference"
     if histograms:
         started = time.perf_counter()
-        every = {m: {n: h.threshold(m) for n, h in found.items()} for m in calibration.METHODS}
+        methods: tuple[calibration.Method, ...] = get_args(calibration.Method)
+        every = {m: {n: h.threshold(m) for n, h in found.items()} for m in methods}
         text += f"; all {len(every)} methods' thresholds of {len(tensors)} tensors {time.perf_counter() - started:.2f} s"
     return text
 
@@ -88,7 +91,7 @@ def ours(file: Path, count: int, size: tuple[int, int], histograms: bool) -> str
 def theirs(file: Path, count: int, size: tuple[int, int], method: str) -> str:
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc] # the base has no types
         def __init__(self) -> None:
             self.left, self.name = images(count, size), load(file).graph.input[0].name
 
@@ -121,11 +124,11 @@ def theirs(file: Path, count: int, size: tuple[int, int], method: str) -> str:
 
 def speed(file: Path, size: tuple[int, int]) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        feed = CalibrationFeed(lambda most: images(min(most or 8, 8), size), iter, "", "")
+        feed = CalibrationFeed(lambda most: images(min(most or 8, 8), size), lambda _: (), "", "")
         Int8().quantize(file, feed, None, Path(folder))
         runners = [session(f, 1) for f in (file, ModelFiles.in_folder(Path(folder)).onnx["onnxruntime"])]
         name, given = runners[0].get_inputs()[0].name, next(images(1, size))
-        fp32, int8 = latency.in_turns([[lambda _, r=r: r.run(None, {name: given})] for r in runners], 25)
+        fp32, int8 = latency.in_turns([[partial(lambda run, _: run(None, {name: given}), r.run)] for r in runners], 25)
     return (
         f"FP32 {fp32.percentile(50).value:.1f} ms, INT8 {int8.percentile(50).value:.1f} ms on one thread: "
         f"{latency.speedup(int8, fp32)} times as fast"

@@ -36,7 +36,8 @@ IMAGES, DETECTIONS = 5000, 20  # an image
 def draw(folder: Path) -> None:
     """Write truth.json and found.json: people of all sizes, crowds, people without labels, near and far detections."""
     rng = np.random.default_rng(0)
-    images, annotations, results = [], [], []
+    annotations: list[dict[str, Any]] = []
+    images, results = [], []
     for image in range(1, IMAGES + 1):
         images.append({"id": image, "file_name": f"{image:012d}.jpg", "height": 480, "width": 640})
         near = []
@@ -83,22 +84,23 @@ def ours(folder: Path, only: int | None = None) -> tuple[list[float], CocoKeypoi
     found = load_results(folder / "found.json", data.labels, {str(record["id"]) for record in records})
     metric = CocoKeypoints(data.labels, data.labels)
     for n, record in enumerate(records[:only]):
-        metric.process(str(record["id"]), data[n].truth, found[str(record["id"])])
+        truth = data[n].truth
+        assert truth is not None
+        metric.process(str(record["id"]), truth, found[str(record["id"])])
     figures = metric.evaluate()
     return [figures[name] for name in FIGURES], metric
 
 
 def theirs(name: str, folder: Path) -> list[float]:
     """The ten figures of a peer with pycocotools' interface."""
-    evaluator: Any
     if name == "pycocotools":
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval as evaluator  # noqa: N813
     elif name == "hotcoco":
-        from hotcoco import COCO  # type: ignore[import-not-found,no-redef]
+        from hotcoco import COCO  # type: ignore[import-not-found]
         from hotcoco import COCOeval as evaluator  # noqa: N813
     else:
-        from faster_coco_eval import COCO  # type: ignore[import-not-found,no-redef]
+        from faster_coco_eval import COCO  # type: ignore[import-not-found]
         from faster_coco_eval import COCOeval_faster as evaluator
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(folder / "truth.json"))

@@ -87,6 +87,7 @@ def real(decoders: Decoders, engine: Path, images: Path, annotations: Path, size
     for batch in batches(data, framing, runner.spec.input, size):
         fields = runner.download(runner(runner.upload(batch.images)))
         (view,), (sample,) = batch.views, batch.samples
+        assert sample.truth is not None
         for name, decoder in own.items():
             metrics[name].process(sample.id, sample.truth, decoder.decode(fields, [view])[0])
         for name, decode in decoders.items():

@@ -40,30 +40,30 @@ def main() -> None:
         images = [plant(given.people, seed) for seed in range(batch)]
         heatmaps = np.stack([image.heatmaps for image in images])
         pafs = np.stack([image.pafs for image in images])
-        on_gpu = torch.from_numpy(heatmaps[:, :18]).cuda().contiguous(), torch.from_numpy(pafs).cuda()
+        maps_there, pafs_there = torch.from_numpy(heatmaps[:, :18]).cuda().contiguous(), torch.from_numpy(pafs).cuda()
         options = (limbs, 0.0, decoder.heatmap_threshold, decoder.paf_threshold, TOP)
         for _ in range(OFTEN + 5):  # it is fused when a shape has come so often
-            to_scores(*on_gpu, *options)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            to_scores(maps_there, pafs_there, *options)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         start.record()
         for _ in range(CALLS):
-            made = to_scores(*on_gpu, *options)
+            made = to_scores(maps_there, pafs_there, *options)
         end.record()
         torch.cuda.synchronize()
         gpu = start.elapsed_time(end) / CALLS * 1e3 / batch
         begin = time.perf_counter()
         for _ in range(20):
-            host = to_host(*made, on_gpu[0])
+            peaks, counts, strange, scores, fields = to_host(*made, maps_there)
         copied = (time.perf_counter() - begin) / 20 * 1e6 / batch
         times = []
         for _ in range(10):
             begin = time.perf_counter()
-            candidates = list(to_candidates(*host[:4], limbs))
-            for c, maps in zip(candidates, host[4], strict=True):
+            candidates = list(to_candidates(peaks, counts, strange, scores, limbs))
+            for c, maps in zip(candidates, fields, strict=True):
                 decoder.people(c, maps, view)
             times.append(time.perf_counter() - begin)
         worst = 0.0
-        whole = decoder.decode({"heatmaps": torch.from_numpy(heatmaps).cuda(), "pafs": on_gpu[1]}, [view] * batch)
+        whole = decoder.decode({"heatmaps": torch.from_numpy(heatmaps).cuda(), "pafs": pafs_there}, [view] * batch)
         on_cpu = decoder.decode({"heatmaps": heatmaps, "pafs": pafs}, [view] * batch)
         begin = time.perf_counter()
         decoder.decode({"heatmaps": heatmaps, "pafs": pafs}, [view] * batch)

@@ -21,6 +21,7 @@ from evaluation.types import Resolution
 from evaluation.views import WholeImage
 from pipeline.datasets.coco import Coco
 from pipeline.inference import Watch, batches, predict
+from pipeline.specs import Runner
 
 
 def main() -> None:
@@ -34,6 +35,7 @@ def main() -> None:
     words.add_argument("--repeats", type=int, default=3)
     words.add_argument("--limit", type=int, default=None, help="of the images")
     given = words.parse_args()
+    runner: Runner
     if given.engine.suffix == ".onnx":
         from pipeline.backends.onnxruntime import OnnxRuntime
 

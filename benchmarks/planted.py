@@ -77,7 +77,8 @@ def _crowd(draw: np.random.Generator, count: int) -> NDArray[np.float64]:
 def _smooth(draw: np.random.Generator, channels: int, deviation: float) -> NDArray[np.float32]:
     noise = draw.normal(0, 1, (channels, H, W)).astype(np.float32)
     noise = np.stack([cv2.GaussianBlur(channel, (3, 3), 0.8) for channel in noise])
-    return deviation * noise / noise.std()
+    scaled: NDArray[np.float32] = deviation * noise / noise.std()
+    return scaled
 
 
 def plant(count: int, seed: int, noise: float = 0.03) -> Planted:

@@ -104,10 +104,10 @@ def on_gpu(networks: Sequence[nn.Module], size: Resolution, batch: int) -> list[
         for network in networks:
             half = deepcopy(network).eval()
             fused(half)
-            half = half.to("cuda", torch.float16, memory_format=torch.channels_last)
+            half = half.to("cuda", torch.float16, memory_format=torch.channels_last)  # type: ignore[call-overload]
             images = torch.rand(batch, 3, size.height, size.width, device="cuda", dtype=torch.float16)
             images = images.contiguous(memory_format=torch.channels_last)
-            stream = torch.cuda.Stream()
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             with torch.cuda.stream(stream):
                 for _ in range(3):
                     half(images)
@@ -117,7 +117,7 @@ def on_gpu(networks: Sequence[nn.Module], size: Resolution, batch: int) -> list[
                 half(images)
             graphs.append((graph, half, images))
         times: list[list[float]] = [[] for _ in graphs]
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         for turn in range(REPLAYS + 5):
             for taken, (graph, _, _) in zip(times, graphs, strict=True):
                 begin.record()

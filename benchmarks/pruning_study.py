@@ -134,7 +134,7 @@ class Study:
         """Run all; returns the names of the steps that are not done."""
         cores = os.cpu_count() or 1
         if gpus:
-            kinds: list[tuple[bool | None, str]] = [(True, str(gpu)) for gpu in range(gpus)] * at_once
+            kinds: list[tuple[bool | None, str]] = [(True, str(gpu)) for _ in range(at_once) for gpu in range(gpus)]
             kinds += [(False, "")] * max(1, cores // 8)
         else:
             kinds = [(None, "")]

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,13 @@ def zeros(file: Path, size: Resolution) -> Table:
     """FP32 and INT8 with and without channels of zeros in the concatenations, timed in turns on noise."""
     shape = (1, 3, size.height, size.width)
     noise = [np.random.default_rng(n).uniform(0, 255, shape).astype(np.float32) for n in range(2)]
-    made = Int8("percentile").calibrate(file, CalibrationFeed(lambda most: iter(noise[:most]), iter, "noise", "noise"))
+    made = Int8("percentile").calibrate(file, CalibrationFeed(lambda most: noise[:most], lambda _: (), "noise", "noise"))
     given = [load(file), made.model]
     floats, bases = ([model, alignment.align(model)[0]] for model in given)
     integers = [writers.insert(base, made.placement, made.scales, "onnxruntime") for base in bases]
     runners = [session(network) for network in (*floats, *integers)]
     name = runners[0].get_inputs()[0].name
-    times = latency.in_turns([[lambda _, run=runner.run: run(None, {name: noise[0]})] for runner in runners], 30)
+    times = latency.in_turns([[partial(lambda run, _: run(None, {name: noise[0]}), runner.run)] for runner in runners], 30)
     table = Table("network", "as exported, ms", "channels of zeros, ms", "ratio", "INT8 x FP32")
     for n, label in ((0, "FP32"), (2, "INT8")):
         plain, padded = times[n], times[n + 1]
@@ -93,8 +94,8 @@ def main() -> None:
     def add(label: str, *options: str) -> dict[str, Path]:
         made = pipeline(*chain, *options)
         found = {stage: json.loads((made[stage] / "manifest.json").read_text())["summary"] for stage in made}
-        errors = [value for name, value in found["quantize"].items() if name.startswith("error_")]
-        row = [f"{of_all_fields(dict(enumerate(errors))):.4f}", f"{found['evaluate']['ap']:.4f}"]
+        errors = {name: value for name, value in found["quantize"].items() if name.startswith("error_")}
+        row = [f"{of_all_fields(errors):.4f}", f"{found['evaluate']['ap']:.4f}"]
         lost = paired(Draws.load(made["evaluate"] / "draws.npz"), draws)
         row += [f"{lost.value:+.4f} [{lost.low:+.4f}, {lost.high:+.4f}]", interval(found["evaluate"], "agreement_ap", 3)]
         if timed := found.get("benchmark"):

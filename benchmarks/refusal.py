@@ -34,7 +34,7 @@ def main() -> None:
             "hardware_compatibility_level": "none",
             **dict.fromkeys(("tensors", "nodes", "weights", "plugins", "version_compatible", "spec")),
         }
-        wrong = {
+        wrong: dict[str, dict[str, object]] = {
             "another version": {"tensorrt": "10.16.0"},
             "another GPU": {"gpu": {"name": "Orin", "sm": "8.7"}},
             "cut short": {"bytes": len(plan) + 1},

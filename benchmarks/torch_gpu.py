@@ -37,7 +37,7 @@ def events(work: Callable[[], Any]) -> list[float]:
         work()
     times = []
     for _ in range(REPEATS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         begin.record()
         work()
         end.record()
@@ -61,11 +61,12 @@ def main() -> None:
     print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         torch.manual_seed(0)
+        make: type[torch.nn.Module] = LightweightOpenPose  # partial is invariant
         network = LightweightOpenPose().eval()
         for layer in network.modules():
             if isinstance(layer, torch.nn.Conv2d):
                 torch.nn.init.kaiming_normal_(layer.weight)  # the default's would let rounding grow from layer to layer
-        store.save(network, Path(folder), partial(LightweightOpenPose), [])
+        store.save(network, Path(folder), partial(make), [])
         given = {"precision": "fp16", "cuda_graph": True, "compile": False}
         ours = TorchRunner(Path(folder), given, 0)
         plain = TorchRunner(Path(folder), {**given, "cuda_graph": False, "fuse": False}, 0)
@@ -89,7 +90,7 @@ def main() -> None:
                         row[f"{name} frame to candidates ms"] = shown(in_steps(runner, images)) if batch == 1 else ""
                         row[f"{name} as one graph ms"] = shown(in_one_graph(runner, images)) if batch == 1 else ""
                 given_images = plain.upload(images)
-                row["eager p50/p95 ms"] = shown(events(lambda given_images=given_images: plain.forward(given_images)))
+                row["eager p50/p95 ms"] = shown(events(partial(plain.forward, given_images)))
                 moved = images.size * 2 + weights + sum(field.numel() * 4 for field in fields.values())
                 work = 2 * macs(network, size) * batch / options.tflops / 1e9
                 row["floor ms"] = f"{max(work, moved / options.bandwidth / 1e9):.3f}"
@@ -138,7 +139,7 @@ def in_one_graph(runner: TorchRunner, images: np.ndarray) -> list[float]:
         fields = runner.forward(normalised(there))
         return to_scores(fields["heatmaps"][:, :joints].contiguous(), fields["pafs"], limbs, *DECODING)
 
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         for _ in range(OFTEN + 5):  # after which peaks and scores are compiled
             made = step()
@@ -153,7 +154,8 @@ def in_one_graph(runner: TorchRunner, images: np.ndarray) -> list[float]:
             np.copyto(given.numpy(), images)
             graph.replay()
             stream.synchronize()
-            list(to_candidates(*(host.numpy() for host in back), limbs))
+            peaks, counts, strange, scores = (host.numpy() for host in back)
+            list(to_candidates(peaks, counts, strange, scores, limbs))
 
         return on_the_clock(call)
 

@@ -73,19 +73,25 @@ def _place(row: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """AP against MACs of what was pruned and retrained, and of the same structures from scratch; None for fewer than three."""
+    """AP against MACs of what was pruned and retrained, and of the same structures from scratch; None for fewer than three.
+
+    What was not retrained is a click away: its AP is often 0, and would leave the others no room.
+    """
     import plotly.graph_objects as go
 
     plain = [row for row in rows if row["precision"] == "fp32" and row["macs"] != ""]
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for row in plain:
         kind = _CONTROL.search(row["pruning"])
-        name = "from scratch" if kind and kind[1].startswith("scratch") else "not retrained" if kind else "dense and retrained"
+        name = "dense and retrained" if kind is None else "from scratch" if kind[1].startswith("scratch") else "not retrained"
+        if row["pruning"].startswith("torch_pruning"):
+            name = f"Torch-Pruning as it comes, {'retrained' if kind is None else name}"
         kinds.setdefault(name, []).append(row)
     if len(kinds.get("dense and retrained", [])) < 3 and "from scratch" not in kinds:
         return None
     figure = go.Figure()
-    for (name, own), colour in zip(sorted(kinds.items()), ("#2e6f95", "#d1603d", "#8a8d91"), strict=False):
+    colours = iter(("#2e6f95", "#d1603d", "#8a8d91", "#5b8c5a", "#b07aa1", "#c9a227"))
+    for name, own in sorted(kinds.items(), key=lambda kind: ("not retrained" in kind[0], kind[0].startswith("Torch"), kind[0])):
         points = sorted(own, key=lambda row: row["macs"])
         figure.add_scatter(
             x=[row["macs"] * 1e-9 for row in points],
@@ -97,9 +103,10 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> Any:
                 "arrayminus": [row["ap"] - row["ap_lo"] for row in points],
             },
             mode="markers+lines" if name == "dense and retrained" else "markers",
-            marker={"color": colour, "size": 9},
+            marker={"color": next(colours), "size": 9},
             text=[f"{row['network']} {row['pruning']}" for row in points],
             name=name,
+            visible="legendonly" if "not retrained" in name else True,
         )
     figure.update_layout(xaxis_title="GMACs an image", yaxis_title="AP", height=420, margin={"t": 20})
     return figure
@@ -129,6 +136,10 @@ def heat_map(content: Mapping[str, Any]) -> Any:
     return figure
 
 
+def _cuts_by_norm(groups: Mapping[str, Any] | None) -> bool:
+    return groups is not None and groups["criterion"] == "group_l1"
+
+
 def norm_plot(norms: Mapping[str, Any], groups: Mapping[str, Any] | None) -> Any:
     """Channel norms before and after training, sorted in each group; with the pruner's values, what it cut.
 
@@ -147,7 +158,7 @@ def norm_plot(norms: Mapping[str, Any], groups: Mapping[str, Any] | None) -> Any
             xs += [*(n + (np.arange(len(order)) + 0.5) / len(order)).tolist(), None]
             ys += [*np.maximum(order, 1e-6).tolist(), None]
         figure.add_scattergl(x=xs, y=ys, mode="lines", line={"color": colour}, name=f"{name} training")
-    if groups is not None and groups["criterion"] == "group_l1":
+    if groups is not None and _cuts_by_norm(groups):
         own = {group["name"]: group for group in groups["groups"]}
         xs, ys = [], []
         for n, name in enumerate(norms["after"]):
@@ -221,7 +232,8 @@ def section(results: Sequence[Result], rows: Sequence[Mapping[str, Any]], plot: 
             ("train", "norms.json", "norms of the dense network"),
         ):
             folder = result.made_of.get(stage)
-            about = pruned if stage == "train" else folder  # the plot shows what this pruning cuts
+            groups = _read(pruned, "groups.json") if stage == "train" else None
+            about = pruned if _cuts_by_norm(groups) else folder  # then the plot shows what this pruning cuts
             content = _read(folder, name)
             if content is None or about is None or (about, what) in seen:
                 continue
@@ -229,6 +241,6 @@ def section(results: Sequence[Result], rows: Sequence[Mapping[str, Any]], plot: 
             if stage == "prune":
                 shown = _steps(content)
             else:
-                shown = plot(heat_map(content) if stage == "sensitivity" else norm_plot(content, _read(pruned, "groups.json")))
+                shown = plot(heat_map(content) if stage == "sensitivity" else norm_plot(content, groups))
             parts.append(f"<h3>{html.escape(about.name)}: {what}</h3>{shown}")
     return f"<h2>Pruning</h2>{''.join(parts)}" if parts else ""

@@ -152,7 +152,7 @@ def _trt_pose(folder: Path, window: int) -> Decode:
     def decode(heatmaps: F32, pafs: F32) -> F32:
         heat, limbs = (np.ascontiguousarray(field, np.float32) for field in (heatmaps, pafs))
         _, H, W = heat.shape
-        out = np.empty((100, 18, 3), np.float32)
+        out: F32 = np.empty((100, 18, 3), np.float32)
         fixed = (topology.ctypes.data, 18, len(topology), H, W, 0.1, 0.1, window, 7, 100)
         out = out[: library.trt_parse(heat.ctypes.data, limbs.ctypes.data, *fixed, out.ctypes.data)]
         out = out[(out[..., 2] > 0).sum(axis=1) >= 3]  # it alone returns single keypoints as people
