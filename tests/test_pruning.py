@@ -27,6 +27,7 @@ from pipeline.pruning.graph import Costs, folded, groups, macs, mask, normalised
 from pipeline.pruning.pruner import Pruner, Target, UnreachableError
 from pipeline.pruning.sensitivity import curves
 from pipeline.pruning.torch_pruning_default import TorchPruningDefault
+from pipeline.pruning_page import curve
 from pipeline.specs import Shapes
 
 
@@ -546,6 +547,29 @@ def test_the_control_trains_as_long_as_all_of_it_took(tmp_path):
     assert "control=scrap: choose null, pruned, scratch" in text
     text = refused(pipeline(*SMOKE, f"outputs={tmp_path}", "control=scratch", cwd=tmp_path))
     assert "control=scratch: there is no pruner; add pruner=l1" in text
+
+
+def test_the_curve_keeps_prunings_apart_and_what_was_not_retrained_aside():
+    def row(pruning, macs, ap):
+        figures = {"ap": ap, "ap_lo": ap - 0.01, "ap_hi": ap + 0.02}
+        return {"pruning": pruning, "precision": "fp32", "network": "net", "macs": macs, **figures}
+
+    rows = [row("dense", 4e9, 0.8), row("l1-0.5", 1e9, 0.6), row("l1-0.3", 2e9, 0.7), row("l1-0.5-pruned", 1e9, 0.0)]
+    rows += [row("l1-0.5-scratch0", 1e9, 0.5), row("torch_pruning-0.5", 1e9, 0.4), row("torch_pruning-0.5-pruned", 1e9, 0.1)]
+    assert curve([{**rows[0], "precision": "int8"}, *rows[1:3]]) is None
+    drawn = {series.name: series for series in curve(rows).data}
+    line = drawn.pop("dense and retrained")
+    assert line.mode == "markers+lines"
+    assert line.x == (1.0, 2.0, 4.0)
+    assert line.y == (0.6, 0.7, 0.8)
+    assert line.error_y.array == pytest.approx((0.02,) * 3)
+    assert line.error_y.arrayminus == pytest.approx((0.01,) * 3)
+    assert {name: (series.y, series.visible) for name, series in drawn.items()} == {
+        "from scratch": ((0.5,), True),
+        "Torch-Pruning as it comes, retrained": ((0.4,), True),
+        "not retrained": ((0.0,), "legendonly"),
+        "Torch-Pruning as it comes, not retrained": ((0.1,), "legendonly"),
+    }
 
 
 def test_the_report_shows_the_control_beside_the_rest(tmp_path):
