@@ -357,7 +357,9 @@ def _message(error: BaseException) -> str:
         return f"{missing[1]} has no value; give it as {missing[1]}=..." if missing else f"an option has no value: {error}"
     if isinstance(error, OSError):
         outputs = _outputs(sys.argv[1:])
-        if error.errno not in (errno.ENOSPC, errno.ENOENT) and error.filename and Path(error.filename).is_relative_to(outputs):
+        lost = error.errno == errno.ENOENT and outputs.exists()  # a file in it; else the folder itself cannot be made
+        inside = error.filename and Path(error.filename).is_relative_to(outputs)
+        if inside and not lost and error.errno != errno.ENOSPC:
             return f"outputs={outputs}: cannot write there ({error.strerror}); choose another folder with outputs=DIR"
         where = f"{error.filename}: " if error.filename else ""
         fix = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""

@@ -1,5 +1,6 @@
 """The command: what it prints, what it refuses, what it survives."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMOKE, pipeline, refused
+
+from pipeline.__main__ import _message
 
 CELL = [*SMOKE, "precision=int8"]
 
@@ -271,3 +274,11 @@ def test_results_hold_no_path_of_this_machine(finished):
     for file in (finished / "outputs/smoke").rglob("manifest.json"):
         assert str(finished) not in file.read_text()
         assert str(Path.home()) not in file.read_text()
+
+
+def test_a_file_that_is_gone_is_not_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pipeline", f"outputs={tmp_path}"])
+    file = str(tmp_path / "captions.json")
+    assert _message(FileNotFoundError(errno.ENOENT, "No such file or directory", file)) == f"{file}: No such file or directory"
+    denied = _message(PermissionError(errno.EACCES, "Permission denied", file))
+    assert denied == f"outputs={tmp_path}: cannot write there (Permission denied); choose another folder with outputs=DIR"
