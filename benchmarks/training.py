@@ -1,9 +1,9 @@
 """At how many images a second training saturates: the loader alone, the network alone, and both together.
 
 Rates are of the difference between a longer and a shorter run, after one that does not count, so that no start, compilation or
-warm-up is in them: the median of three, and their range. Generated images are written first; several GPUs share a batch.
+warm-up is in them: the median of several, and their range. Generated images are written first; several GPUs share a batch.
 
-    python benchmarks/training.py [--resolution 288x384] [--width 1.0] [--batch 64] [--devices 1,2] [--steps 200] [--compile]
+    python benchmarks/training.py [--resolution 288x384] [--width 1.0] [--batch 64] [--devices 1,2] [--steps 200] [--repeats 3] [--compile]
 """
 
 import argparse
@@ -29,7 +29,6 @@ from pipeline.training.loop import Training, train
 from pipeline.training.views import Batch, Views
 
 IMAGES = 512
-REPEATS = 3
 
 
 class OneBatch(Views):
@@ -68,8 +67,8 @@ def trains(views: Views, width: float, given: argparse.Namespace, devices: int, 
 def rate(run: Callable[[int], float], given: argparse.Namespace) -> str:
     """Images a second of a run of some steps, and between which bounds they lay."""
     run(given.steps)
-    found = sorted(2 * given.steps * given.batch / (run(3 * given.steps) - run(given.steps)) for _ in range(REPEATS))
-    return f"{found[REPEATS // 2]:,.0f} ({found[0]:,.0f} to {found[-1]:,.0f})"
+    found = sorted(2 * given.steps * given.batch / (run(3 * given.steps) - run(given.steps)) for _ in range(given.repeats))
+    return f"{found[given.repeats // 2]:,.0f} ({found[0]:,.0f} to {found[-1]:,.0f})"
 
 
 def main() -> None:
@@ -80,6 +79,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="of all devices together")
     parser.add_argument("--devices", default="1", help="how many share a batch; several numbers make several rows")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compile", action="store_true")
     given = parser.parse_args()
     size = Resolution.parse(given.resolution)
