@@ -97,10 +97,10 @@ def theirs(name: str, folder: Path) -> list[float]:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval as evaluator  # noqa: N813
     elif name == "hotcoco":
-        from hotcoco import COCO  # type: ignore[import-not-found]
+        from hotcoco import COCO
         from hotcoco import COCOeval as evaluator  # noqa: N813
     else:
-        from faster_coco_eval import COCO  # type: ignore[import-not-found]
+        from faster_coco_eval import COCO
         from faster_coco_eval import COCOeval_faster as evaluator
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(folder / "truth.json"))

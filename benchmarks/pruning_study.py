@@ -65,7 +65,8 @@ def steps(values: dict[str, int], ratios: Sequence[str], own: Sequence[str]) -> 
         made.append(Step(f"{name} pruned", ["stage=prune", *words], [before]))
         kinds: dict[str, Sequence[str]] = {"pruned": ["control=pruned"], "retrained": []}
         seeds = values[name] if before == "sensitivity" else 0
-        kinds |= {f"scratch {seed}": ["control=scratch", f"control_seed={seed}"] for seed in range(seeds)}
+        as_dense = "stages.retrain.training.lr=${stages.train.training.lr}"  # whatever rate the retraining is given
+        kinds |= {f"scratch {seed}": ["control=scratch", f"control_seed={seed}", as_dense] for seed in range(seeds)}
         for turn, (kind, control) in enumerate(kinds.items()):
             trained = f"{name} {kind}"
             if kind != "pruned":

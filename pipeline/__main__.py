@@ -363,6 +363,7 @@ def _message(error: BaseException) -> str:
             return f"outputs={outputs}: cannot write there ({error.strerror}); choose another folder with outputs=DIR"
         where = f"{error.filename}: " if error.filename else ""
         fix = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
+        fix = "; make it again with force=true" if inside and lost else fix
         return f"{where}{error.strerror or error}{fix}"
     return str(error)
 

@@ -73,9 +73,10 @@ def _place(row: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """AP against MACs of what was pruned and retrained, and of the same structures from scratch; None for fewer than three.
+    """AP against MACs of what was pruned and retrained, and of the same structures from scratch.
 
-    What was not retrained is a click away: its AP is often 0, and would leave the others no room.
+    What was not retrained is a click away: its AP is often 0, and would leave the others no room. None for fewer than three
+    trained networks, the dense one among them.
     """
     import plotly.graph_objects as go
 
@@ -87,7 +88,7 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> Any:
         if row["pruning"].startswith("torch_pruning"):
             name = f"Torch-Pruning as it comes, {'retrained' if kind is None else name}"
         kinds.setdefault(name, []).append(row)
-    if len(kinds.get("dense and retrained", [])) < 3 and "from scratch" not in kinds:
+    if sum(len(own) for name, own in kinds.items() if "not retrained" not in name) < 3:
         return None
     figure = go.Figure()
     colours = iter(("#2e6f95", "#d1603d", "#8a8d91", "#5b8c5a", "#b07aa1", "#c9a227"))

@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=f"no real images at {REAL}: set POSEPRESS_REAL_DATA"))
 
 
-def pipeline(*words, cwd, double=False, check=None, timeout=900, env=None):
+def pipeline(*words, cwd, double=False, check=None, timeout=300, env=None):
     """Run `python -m pipeline`; with `double`, TensorRT's test double can be imported."""
     paths = [str(ROOT), *([str(FAKES)] if double else [])]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200", **(env or {})}
@@ -80,7 +80,7 @@ def finished(tmp_path_factory):
         if not (folder / "done").exists():
             folder.mkdir(exist_ok=True)
             words = ["--multirun", "experiment=smoke", "pruner=none,l1", "precision=fp32,int8"]
-            (folder / "log").write_text(pipeline(*words, cwd=folder, check=0).stdout)
+            (folder / "log").write_text(pipeline(*words, cwd=folder, check=0, timeout=900).stdout)
             (folder / "done").touch()
     return folder
 

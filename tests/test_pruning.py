@@ -556,7 +556,8 @@ def test_the_curve_keeps_prunings_apart_and_what_was_not_retrained_aside():
 
     rows = [row("dense", 4e9, 0.8), row("l1-0.5", 1e9, 0.6), row("l1-0.3", 2e9, 0.7), row("l1-0.5-pruned", 1e9, 0.0)]
     rows += [row("l1-0.5-scratch0", 1e9, 0.5), row("torch_pruning-0.5", 1e9, 0.4), row("torch_pruning-0.5-pruned", 1e9, 0.1)]
-    assert curve([{**rows[0], "precision": "int8"}, *rows[1:3]]) is None
+    assert curve([{**rows[0], "precision": "int8"}, *rows[1:4]]) is None
+    assert curve([rows[0], rows[1], rows[5]]) is not None
     drawn = {series.name: series for series in curve(rows).data}
     line = drawn.pop("dense and retrained")
     assert line.mode == "markers+lines"

@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.quantization.graph import Graph, computed_over
 
 Method = Literal["minmax", "moving_average", "percentile", "entropy", "mse"]
-METHODS: tuple[str, ...] = get_args(Method)
+METHODS: tuple[Method, ...] = get_args(Method)
 
 _BINS = 2048
 _LEVELS = 128  # magnitudes that symmetric 8-bit integers have

@@ -22,14 +22,14 @@ from pipeline.pruning.graph import example, macs
 from pipeline.pruning.sparse24 import zeros
 from pipeline.training.cuda_graph import Recorded
 from pipeline.training.distillation import Distillation, Teacher
-from pipeline.training.progress import Told
+from pipeline.training.progress import TrainingProgress
 from pipeline.training.sparsity import Penalty
 from pipeline.training.views import Batch, Views
 
 _LOOK_EVERY = 20  # steps between looks at the losses: each waits for the device
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 ACCELERATORS = ("auto", "cpu", "cuda")
-logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # here for the processes that it starts itself
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # in processes that it starts: they import it before this file
 _RETURNS = 3  # times a training whose loss is not finite goes back to its checkpoint
 
 
@@ -158,7 +158,7 @@ def train(
     from lightning_fabric import Fabric
     from lightning_fabric.strategies.ddp import DDPStrategy
 
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # again: its import has set it to INFO
     several = training.devices * training.num_nodes > 1
     accelerator = training.accelerator
     if accelerator == "auto":
@@ -250,7 +250,8 @@ class _Run:
         optimiser = torch.optim.AdamW(
             trained, lr=rate, weight_decay=training.weight_decay, fused=on_gpu or None, capturable=on_gpu
         )
-        warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")  # Fabric wraps on a stream of its own
+        if fabric.world_size > 1:  # then Fabric wraps the network on a stream of its own
+            warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
         with warnings.catch_warnings():  # what it is called from torch 2.13 on is unknown to those before
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             self.model, self.optimiser = fabric.setup(torch.compile(network) if training.compile else network, optimiser)
@@ -341,16 +342,17 @@ class _Run:
     def fit(self) -> None:
         """Train until the last step is in the checkpoint."""
         training, state = self.training, self.state
-        with Told(self.fabric.global_rank == 0, training.steps, training.batch_size) as self.told:
+        shown = self.fabric.global_rank == 0
+        with TrainingProgress(shown, training.steps, training.batch_size, state["step"]) as self.progress:
             if 0 < state["step"] < training.steps:
-                self.told.say(f"goes on at step {state['step']} of {training.steps}")
+                self.progress.say(f"goes on at step {state['step']} of {training.steps}")
             while state["step"] < training.steps and not state["stopped"]:
                 try:
                     self._go_on()
                 except _NotFiniteError:
                     self._go_back()
                 else:
-                    self.told.tell(state["step"])
+                    self.progress.say_rate(state["step"])
 
     def _go_on(self) -> None:
         """Train from the state's step.
@@ -360,7 +362,7 @@ class _Run:
         """
         training, state = self.training, self.state
         self.bad.zero_()
-        self.told.begin(state["step"])
+        self.progress.begin(state["step"])
         items = _items(training, self.fabric.global_rank, state["step"])
         many = (training.steps - state["step"]) * training.batch_size // training.parts >= len(self.views.shard)
         with closing(self.views.batches(items, self.fabric.device, many)) as batches:
@@ -373,7 +375,7 @@ class _Run:
                 if done % _LOOK_EVERY == 1 or saves or checks:
                     self._look(losses)
                 if checks and self._no_longer_better():
-                    self.told.say(f"stopped after {done} steps: the loss on the tune images rises")
+                    self.progress.say(f"stopped after {done} steps: the loss on the tune images rises")
                     state["stopped"] = saves = True
                 if saves:
                     self._save()
@@ -394,12 +396,12 @@ class _Run:
             known = self.recorded.waits
             losses = self.recorded(self._learn, next(batches))
             if self.recorded.waits and not known:
-                self.told.say("steps are not recorded as a CUDA graph: this network waits for the device")
+                self.progress.say("steps are not recorded as a CUDA graph: this network waits for the device")
         for weight, gone in self.zeros:
             weight.masked_fill_(gone, 0)
         decay = min(training.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.means, self.values, 1 - decay)
-        self.told.at(step + 1)
+        self.progress.update(step + 1)
         return losses
 
     def _learn(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
@@ -444,7 +446,7 @@ class _Run:
         means = self.fabric.all_reduce(torch.stack([*losses.values()]), reduce_op="mean").tolist()
         self.state["losses"] = dict(zip(losses, means, strict=True))
         self.state["curve"].append([self.state["step"], sum(means)])
-        self.told.look(self.state["step"], self.state["losses"], 2 * _LOOK_EVERY)
+        self.progress.show_losses(self.state["step"], self.state["losses"], 2 * _LOOK_EVERY)
 
     def _go_back(self) -> None:
         """Take up the last checkpoint with half the learning rate.
@@ -462,7 +464,7 @@ class _Run:
         self.fabric.barrier()  # all have read it before it is written anew
         self.state["returns"], self.state["lr_factor"] = returns, self.state["lr_factor"] / 2
         self._save()
-        self.told.say(
+        self.progress.say(
             f"the loss is not finite after {at} steps: back to step {self.state['step']}, "
             f"with {self.state['lr_factor']:g} times the learning rate"
         )
