@@ -413,8 +413,10 @@ def _explain(error: Exception, words: Sequence[str]) -> str:
         known = set(_paths(OmegaConf.to_container(base), ""))
     except (HydraException, OmegaConfBaseException):
         known = set(groups)
-    for word in words:
+    for before, word in zip(["", *words], words, strict=False):
         key, _, value = word.lstrip("+~").partition("=")
+        if before.startswith("-") and "=" not in word:  # --cfg job
+            continue
         if key in groups:
             wrong = [v for v in value.split(",") if v not in (*_choices(key), "null", "none")]
             if wrong:

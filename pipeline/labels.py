@@ -1,5 +1,7 @@
 """The words that labels, and with them the addresses of results, are made of."""
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,8 +43,8 @@ def _pruner_words(backend: str, resolution: str, threads: int, *, _parent_: Any)
     words = [name, *(f"{way}{value}" for way, value in ways.items() if value is not None)]
     usual = {"normalizer": None, "equalization_criterion": "union", "max_pruning_ratio": 0.9, "min_num_filters": 8}
     words += [f"{option[:3]}.{pruner[option]}" for option, value in usual.items() if pruner[option] != value]
-    words += [f"own.{n}-{ratio}" for n, ratio in enumerate(pruner.pruning_ratio_dict.values())]
-    words += [f"ex{len(pruner.excluded_layers)}"] if pruner.excluded_layers else []
+    words += [f"own.{_digest(pruner.pruning_ratio_dict)}"] if pruner.pruning_ratio_dict else []
+    words += [f"ex.{_digest(pruner.excluded_layers)}"] if pruner.excluded_layers else []
     words += [f"n{pruner.iterative_steps}"] if pruner.iterative_steps > 1 else []
     words += ["global"] if pruner.global_pruning and not pruner.isomorphic else []
     words += ["isomorphic"] if pruner.isomorphic else []
@@ -54,6 +56,16 @@ def _pruner_words(backend: str, resolution: str, threads: int, *, _parent_: Any)
     if pruner.measures_here:
         words.append(f"{backend}-{resolution}-t{threads}")
     return "-".join(words)
+
+
+def _digest(option: Any) -> str:
+    """Six letters that stand for an option too long for a label."""
+    plain = OmegaConf.to_container(option) if OmegaConf.is_config(option) else option
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:6]
+
+
+def _excluded_words(excluded: Any) -> str:
+    return f"-ex.{_digest(excluded)}" if excluded else ""
 
 
 def _control_words(control: str | None, seed: int) -> str:
@@ -96,6 +108,7 @@ def register() -> None:
         ("weights_of", lambda control: "prune" if control == "pruned" else "retrain"),
         ("from_scratch", lambda control: control == "scratch"),
         ("control_words", _control_words),
+        ("excluded_words", _excluded_words),
         ("without_vnni", _without_vnni),
     ):
         OmegaConf.register_new_resolver(name, resolver, replace=True)

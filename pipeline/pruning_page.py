@@ -192,8 +192,13 @@ def _steps(content: Mapping[str, Any]) -> str:
         cells.append(f"{row['agreement']:.3f}" if "agreement" in row else "–")
         rows.append(cells)
     made = _table(["step", "M parameters", "GMACs", "p50 ms", "AP on tune images", "agreement with dense"], rows)
+    if not any("ap" in row or "latency_ms" in row for row in content["steps"]):
+        made += "<p>–: not measured; a target, or several steps, and a backend that measures them (stages.prune.backend).</p>"
     flatters = ", which flatters any pruner" if content["near_dead"] else ""
-    made += f"<p>{content['near_dead']} of {content['channels']} channels were near dead before{flatters}.</p>"
+    made += (
+        f"<p>{content['near_dead']} of the dense network's {content['channels']} channels are near dead (their norm is at most "
+        f"a hundredth of their group's greatest){flatters}.</p>"
+    )
     if content["divisors"]:
         divisors = [[str(r["round_to"]), f"{r['macs'] / 1e9:.3f}", f"{r['latency_ms']:.3g}"] for r in content["divisors"]]
         made += "<p>Channel counts as multiples of</p>" + _table(["divisor", "GMACs", "p50 ms"], divisors)
@@ -212,7 +217,7 @@ def section(results: Sequence[Result], rows: Sequence[Mapping[str, Any]], plot: 
     for title, lines in controls(rows):
         parts.append(
             f"<h3>{html.escape(title)}</h3>"
-            + _table(["network", "GMACs", "AP [95 %]", "AP − dense, paired", "agreement with dense"], lines)
+            + _table(["network", "GMACs", "AP [95 %]", "AP − dense FP32, paired", "agreement of both in FP32"], lines)
         )
     if any("-scratch" in row["pruning"] for row in rows):
         parts.append(
@@ -242,6 +247,7 @@ def section(results: Sequence[Result], rows: Sequence[Mapping[str, Any]], plot: 
             if stage == "prune":
                 shown = _steps(content)
             else:
-                shown = plot(heat_map(content) if stage == "sensitivity" else norm_plot(content, groups))
+                sorted_by = "<p>The channels of each group, sorted by what pruner.criterion=group_l1 compares.</p>"
+                shown = plot(heat_map(content)) if stage == "sensitivity" else sorted_by + plot(norm_plot(content, groups))
             parts.append(f"<h3>{html.escape(about.name)}: {what}</h3>{shown}")
     return f"<h2>Pruning</h2>{''.join(parts)}" if parts else ""

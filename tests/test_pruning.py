@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from conftest import SMOKE, pipeline, refused
+from hydra import compose, initialize_config_module
 from test_networks import MAKERS, SIZE, outputs, trained
 from torch import nn
 from torch.nn import functional as F
@@ -19,6 +20,7 @@ from evaluation.skeletons import OPENPOSE_18
 from evaluation.types import FieldSpec, InputSpec, NetworkSpec
 from pipeline.backends.torch import Torch
 from pipeline.errors import UserError
+from pipeline.labels import register
 from pipeline.models import store
 from pipeline.pruning import sparse24
 from pipeline.pruning.criteria import CRITERIA, EQUALIZATIONS, importance, taylor_gates
@@ -589,7 +591,7 @@ def test_the_report_shows_the_control_beside_the_rest(tmp_path):
         "pruned and retrained",
         "from scratch, seed 0",
         "AP against MACs",
-        "channels were near dead",
+        "channels are near dead",
         ": steps",
         ": sensitivity",
         ": norms of the dense",
@@ -598,3 +600,22 @@ def test_the_report_shows_the_control_beside_the_rest(tmp_path):
     rows = list(csv.DictReader((tmp_path / "smoke" / "report" / "results.csv").open()))
     assert len(rows) == 4
     assert {row["pruning"].rpartition("-")[2] for row in rows} == {"dense", "r4", "pruned", "scratch0"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("pruner=l1", "pruner.excluded_layers=[{}]"),
+        ("pruner=l1", "pruner.pruning_ratio_dict={{{}: 0.5}}"),
+        ("pruner=sparse24", "pruner.excluded_layers=[{}]"),
+    ],
+)
+def test_prunings_of_other_layers_have_other_addresses(words):
+    register()
+
+    def label(layers):
+        with initialize_config_module("conf", version_base="1.3"):
+            return compose("config", ["experiment=smoke", *(word.format(layers) for word in words)]).pruner.label
+
+    assert label("initial.0.0") == label("initial.0.0")
+    assert label("initial.0.0") != label("initial.1.0")

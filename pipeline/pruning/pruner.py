@@ -4,7 +4,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -133,7 +133,7 @@ class Pruner:
     target: str | None = None
     value: str | float | None = None
     iterative_steps: int = 1
-    pruning_ratio_dict: Mapping[str, float] = field(default_factory=dict)
+    pruning_ratio_dict: Mapping[str, float] | None = None
     max_pruning_ratio: float = 0.9
     global_pruning: bool = False
     isomorphic: bool = False
@@ -170,7 +170,7 @@ class Pruner:
             if not (number is None and option == "round_to") and (not isinstance(number, int) or number < least):
                 raise UserError(f"pruner.{option}={number}: choose a whole number, at least {least}")
         ratios = {"pruning_ratio": self.pruning_ratio or 0.0, "max_pruning_ratio": self.max_pruning_ratio}
-        ratios |= {f"pruning_ratio_dict.{name}": ratio for name, ratio in self.pruning_ratio_dict.items()}
+        ratios |= {f"pruning_ratio_dict.{name}": ratio for name, ratio in (self.pruning_ratio_dict or {}).items()}
         for option, ratio in ratios.items():
             if not 0 <= ratio < 1:
                 raise UserError(f"pruner.{option}={ratio}: no ratio; choose 0 to below 1 (1 would empty the layer)")
@@ -239,9 +239,10 @@ class Pruner:
         if not found:
             raise UserError("pruner: this network has no channels that can be removed; choose pruner=none")
         excluded = {n for own in self._matched(found, self.excluded_layers, "excluded_layers").values() for n in own}
+        ratios = self.pruning_ratio_dict or {}
         own_ratio = {
-            n: self.pruning_ratio_dict[pattern] * part
-            for pattern, matched in self._matched(found, list(self.pruning_ratio_dict), "pruning_ratio_dict").items()
+            n: ratios[pattern] * part
+            for pattern, matched in self._matched(found, list(ratios), "pruning_ratio_dict").items()
             for n in matched
         }
         ranked = importance(network, found, self.criterion, self.normalizer, self.equalization_criterion, gates)
