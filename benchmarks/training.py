@@ -1,8 +1,8 @@
 r"""At how many images a second training saturates: the loader alone, the network alone, and both together.
 
 Rates are of the difference between a longer and a shorter run, after one that does not count, so that no start, compilation or
-warm-up is in them: the median of several, and their range. Generated images of 384x512
-are written first; several GPUs share a batch.
+warm-up is in them: the median of several, and their range. Images of 384x512 are generated
+first; several GPUs share a batch.
 
     python benchmarks/training.py [--resolution 288x384] [--width 1.0] [--batch 64] [--devices 1,2] \
         [--steps 200] [--repeats 3] [--compile]

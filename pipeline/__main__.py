@@ -357,13 +357,13 @@ def _message(error: BaseException) -> str:
         return f"{missing[1]} has no value; give it as {missing[1]}=..." if missing else f"an option has no value: {error}"
     if isinstance(error, OSError):
         outputs = _outputs(sys.argv[1:])
-        lost = error.errno == errno.ENOENT and outputs.exists()  # a file in it; else the folder itself cannot be made
-        inside = error.filename and Path(error.filename).is_relative_to(outputs)
-        if inside and not lost and error.errno != errno.ENOSPC:
+        inside = bool(error.filename) and Path(error.filename).is_relative_to(outputs)
+        full = error.errno == errno.ENOSPC
+        lost = inside and error.errno == errno.ENOENT and outputs.exists()  # else the folder itself cannot be made
+        if inside and not lost and not full:
             return f"outputs={outputs}: cannot write there ({error.strerror}); choose another folder with outputs=DIR"
         where = f"{error.filename}: " if error.filename else ""
-        fix = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
-        fix = "; make it again with force=true" if inside and lost else fix
+        fix = "; free some space and run the same command again" if full else "; make it again with force=true" if lost else ""
         return f"{where}{error.strerror or error}{fix}"
     return str(error)
 

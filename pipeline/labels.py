@@ -1,13 +1,13 @@
 """The words that labels, and with them the addresses of results, are made of."""
 
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+
+from pipeline.artifacts import digest_of
 
 _FRAMINGS = {None: "stretch", "pad_image_input": "pad", "adjust_network_input": "adjust"}
 
@@ -61,7 +61,7 @@ def _pruner_words(backend: str, resolution: str, threads: int, *, _parent_: Any)
 def _digest(option: Any) -> str:
     """Six letters that stand for an option too long for a label."""
     plain = OmegaConf.to_container(option) if OmegaConf.is_config(option) else option
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:6]
+    return digest_of(plain)[:6]
 
 
 def _excluded_words(excluded: Any) -> str:

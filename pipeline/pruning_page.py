@@ -193,7 +193,7 @@ def _steps(content: Mapping[str, Any]) -> str:
         rows.append(cells)
     made = _table(["step", "M parameters", "GMACs", "p50 ms", "AP on tune images", "agreement with dense"], rows)
     if not any("ap" in row or "latency_ms" in row for row in content["steps"]):
-        made += "<p>–: not measured; a target, or several steps, and a backend that measures them (stages.prune.backend).</p>"
+        made += "<p>–: not measured; that takes a target or several steps, and stages.prune.backend.</p>"
     flatters = ", which flatters any pruner" if content["near_dead"] else ""
     made += (
         f"<p>{content['near_dead']} of the dense network's {content['channels']} channels are near dead (their norm is at most "
