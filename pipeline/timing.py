@@ -1,11 +1,9 @@
 """Time, energy and memory of an engine with all that stands around it, each in a process of its own."""
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import cycle
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 from evaluation import latency, power
 from evaluation.pixels import frame
 from evaluation.types import Resolution
+from pipeline import processes
 from pipeline.errors import UserError
 from pipeline.specs import Backend, Decoder, Framing, Runner
 
@@ -76,7 +75,7 @@ class Work:
 
 def apart(function: Any, *values: Any) -> dict[str, Any]:
     """Call in a fresh process, whose memory and threads nothing else has touched."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with processes.pool(1) as pool:
         result: dict[str, Any] = pool.submit(function, *values).result()
         return result
 

@@ -10,10 +10,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 
 from evaluation.skeletons import COCO_17
 from evaluation.types import Resolution
+from pipeline import processes
 from pipeline.datasets.coco import SPLITS, Coco, CocoSplits
 from pipeline.errors import UserError
 
@@ -508,7 +507,7 @@ class Synthetic:
             jobs = list(self._jobs(unfinished))
             split_records: dict[int, list[tuple[int, list[dict[str, Any]]]]] = {}
             workers = min(os.cpu_count() or 1, len(jobs))
-            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            with processes.pool(workers) as pool:
                 done = zip(jobs, pool.map(_write, jobs), strict=True)
                 for job, records in track(done, f"generating {sum(self.counts.values())} images", len(jobs)):
                     split_records.setdefault(job[2], []).extend(records)

@@ -55,7 +55,8 @@ def run(
     network.eval().to(device)
     count = len(views.shard)
     parts = [range(n, min(n + _BATCH, count)) for n in range(0, count, _BATCH)]
-    batches = [(x, targets, network(x)) for x, targets in views.batches(iter(parts), device)]
+    with torch.no_grad():
+        batches = [(x, targets, network(x)) for x, targets in views.batches(iter(parts), device)]
 
     def measure(net: nn.Module) -> dict[str, float]:
         """The objective's loss, and the relative root mean square distance of the fields from those of the whole network."""
