@@ -43,6 +43,7 @@ class Cell:
     def __init__(self, config: DictConfig, overrides: Sequence[str], sweep: bool) -> None:
         self.config, self.overrides, self.sweep = config, list(overrides), sweep
         self.results = Results(Path(config.outputs), str(config.name), os.environ[RUN_VARIABLE])
+        _check_pruner(config)
         self.stages = {name: self._stage(name) for name in config.stages}
         self.plan = requested(_plain(config.stage), self.stages)
         self.ran: list[dict[str, Any]] = []
@@ -74,7 +75,6 @@ class Cell:
         makes = any(not self.stages[name].collect for name in self.plan)
         if lost and makes and config.pruner.weights_from == "train" and not self.sweep:
             raise UserError(f"{lost[0]}: there is no pruner; add pruner=l1")
-        _check_control(config)
         backend = str(config.backend._target_).split(".")[-2]
         for group, label in (("precision", config.precision.name), ("model", config.model.label)):
             only = config[group].get("only_on")
@@ -248,7 +248,9 @@ def _run_folder() -> Path:
     return _outputs(sys.argv[1:]) / "runs" / os.environ[RUN_VARIABLE]
 
 
-def _check_control(config: DictConfig) -> None:
+def _check_pruner(config: DictConfig) -> None:
+    if (by := config.pruner.get("sensitivity")) not in (None, "sensitivity"):
+        raise UserError(f"pruner.sensitivity={by}: choose sensitivity (the stage that sets the ratios then) or null")
     if config.control not in (None, "pruned", "scratch"):
         raise UserError(f"control={config.control}: choose null, pruned, scratch")
     if config.control is not None and config.pruner.weights_from == "train":

@@ -344,7 +344,10 @@ class Results:
                 checked.append((folder, manifest))
             needed = not stage.collect or role == next(iter(stage.inputs))  # who collects does without the rest
             if not checked and needed and not stages[upstream].aside:
-                raise UserError(f"{stage.name}: no finished '{upstream}' of {self.name}; make one with: {command(upstream)}")
+                lost = f", {len(folders)} changed since they were made (the first is {folders[0]})" if folders else ""
+                raise UserError(
+                    f"{stage.name}: no finished '{upstream}' of {self.name}{lost}; make one with: {command(upstream)}"
+                )
             found[role] = checked
         return found
 

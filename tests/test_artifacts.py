@@ -183,7 +183,11 @@ def test_inputs_must_be_there_and_unchanged(results):
         results.input_manifests(last, {**stages, "build": last}, command)
     shutil.rmtree(results.folder(upstream))
     collector = Stage("report", "", {}, {"all": "train"}, collect=True)
-    with pytest.raises(UserError, match="no finished 'train' of x"):
+    with pytest.raises(UserError, match="no finished 'train' of x; make one"):
+        results.input_manifests(collector, stages, command)
+    make(results, upstream)
+    (results.folder(upstream) / "file").write_text("changed")
+    with pytest.raises(UserError, match=r"no finished 'train' of x, 1 changed since they were made \(the first is .*train"):
         results.input_manifests(collector, stages, command)
 
 

@@ -64,6 +64,7 @@ def test_help_helps_and_loads_nothing_heavy(tmp_path):
         (["stages.train.training.steps=-1"], "steps=-1: must be a whole number, at least 0"),
         (["outputs=/proc/nowhere"], "outputs=/proc/nowhere: cannot write there"),
         (["batch=0"], "batch=0"),
+        (["pruner=l1", "pruner.sensitivity=yes"], "pruner.sensitivity=yes: choose sensitivity"),
         (["+pruner.pruning_ratio=0.6"], "pruner.pruning_ratio=0.6: there is no pruner; add pruner=l1"),
         (["batch=two"], "batch=two: choose a whole number"),
         (["seed=-1"], "seed=-1: choose a whole number"),
