@@ -344,9 +344,11 @@ class Results:
                 checked.append((folder, manifest))
             needed = not stage.collect or role == next(iter(stage.inputs))  # who collects does without the rest
             if not checked and needed and not stages[upstream].aside:
-                lost = f", {len(folders)} changed since they were made (the first is {folders[0]})" if folders else ""
+                lost, again = "", ""
+                if folders:
+                    lost, again = f", {len(folders)} changed since they were made (the first is {folders[0]})", " force=true"
                 raise UserError(
-                    f"{stage.name}: no finished '{upstream}' of {self.name}{lost}; make one with: {command(upstream)}"
+                    f"{stage.name}: no finished '{upstream}' of {self.name}{lost}; make one with: {command(upstream)}{again}"
                 )
             found[role] = checked
         return found

@@ -187,7 +187,9 @@ def test_inputs_must_be_there_and_unchanged(results):
         results.input_manifests(collector, stages, command)
     make(results, upstream)
     (results.folder(upstream) / "file").write_text("changed")
-    with pytest.raises(UserError, match=r"no finished 'train' of x, 1 changed since they were made \(the first is .*train"):
+    with pytest.raises(
+        UserError, match=r"no finished 'train' of x, 1 changed since they were made \(the first is .*force=true$"
+    ):
         results.input_manifests(collector, stages, command)
 
 
