@@ -35,7 +35,7 @@ def _int8_words(
     return "".join(words) + ("" if rest == "fp32" else f"-{rest}") + ("-w7" if narrow else "")
 
 
-def _pruner_words(backend: str, resolution: str, threads: int, *, _parent_: Any) -> str:
+def _pruner_words(backend: str, resolution: str, framing: str, threads: int, *, _parent_: Any) -> str:
     """How a network is pruned, in a label; what is measured depends on where."""
     pruner = _parent_
     ways = {"": pruner.pruning_ratio, "th": pruner.pruning_threshold, f"{pruner.target}-": pruner.value}
@@ -52,10 +52,28 @@ def _pruner_words(backend: str, resolution: str, threads: int, *, _parent_: Any)
     if pruner.round_to is None and pruner.target is None:
         words.append(f"r{pruner.unmeasured}")
     else:
-        words.append("rauto" if pruner.round_to is None else f"r{pruner.round_to}")
+        otherwise = "" if pruner.unmeasured == 16 else f".{pruner.unmeasured}"
+        words.append(f"rauto{otherwise}" if pruner.round_to is None else f"r{pruner.round_to}")
     if pruner.measures_here:
-        words.append(f"{backend}-{resolution}-t{threads}")
+        words.append(f"{backend}-{resolution}-{framing}-t{threads}")
     return "-".join(words)
+
+
+def _ranking_words(normalizer: str | None, equalization: str) -> str:
+    """How a criterion's norms are read, in the label of what ranks channels by them."""
+    return ("" if normalizer is None else f"-{normalizer}") + ("" if equalization == "union" else f"-{equalization}")
+
+
+def _measuring(measures: bool, *, _root_: Any) -> Any:
+    """The backend that measures a pruning's steps, without what only the builds of the pruned network are told."""
+    if not measures:
+        return None
+    backend = OmegaConf.to_container(_root_.backend, resolve=True)
+    assert isinstance(backend, dict)
+    own = {"precision": "fp32"} if "precision" in backend else {}
+    if _root_.rebuild and "timing_cache" in backend:
+        own["timing_cache"] = f"{_root_.outputs}/cache/tensorrt"
+    return {**backend, **own}
 
 
 def _digest(option: Any) -> str:
@@ -101,6 +119,8 @@ def register() -> None:
         ("word_if", lambda on, word: word if on else ""),
         ("qat_word", lambda network: "-qat" if network == "qat" else ""),
         ("pruner_words", _pruner_words),
+        ("ranking_words", _ranking_words),
+        ("measuring", _measuring),
         ("divisor_for", _divisor_for),
         ("either", lambda condition, yes, no: yes if condition else no),
         ("not_null", lambda value: value is not None),

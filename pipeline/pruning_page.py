@@ -12,6 +12,7 @@ import numpy as np
 from pipeline.report import Result, between
 
 _CONTROL = re.compile(r"-(pruned|scratch\d+)$")
+_ONE_CURVE = ("data_digest", "data", "network", "resolution", "keep_aspect_ratio_mode", "backend")
 
 
 def _read(folder: Path | None, name: str) -> Any:
@@ -73,7 +74,7 @@ def _place(row: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """AP against MACs of what was pruned and retrained, and of the same structures from scratch.
+    """AP against MACs of what was pruned and retrained, and of the same structures from scratch; rows that may share a plot.
 
     What was not retrained is a click away: its AP is often 0, and would leave the others no room. None for fewer than three
     trained networks, the dense one among them.
@@ -224,9 +225,12 @@ def section(results: Sequence[Result], rows: Sequence[Mapping[str, Any]], plot: 
             "<p>From scratch: the pruned structure with random weights, trained for as many multiply-accumulates as the dense "
             "network, its pruning and its retraining took together.</p>"
         )
-    drawn = curve(rows)
-    if drawn is not None:
-        parts.append("<h3>AP against MACs</h3>" + plot(drawn))
+    groups_of_rows: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups_of_rows.setdefault(tuple(str(row[key]) for key in _ONE_CURVE), []).append(row)
+    for of, own in groups_of_rows.items():
+        if (drawn := curve(own)) is not None:
+            parts.append(f"<h3>{html.escape('AP against MACs: ' + ' · '.join(of[1:]))}</h3>{plot(drawn)}")
     seen: set[tuple[Path, str]] = set()
     for result in results:
         pruned = result.made_of.get("prune")

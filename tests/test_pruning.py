@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from copy import deepcopy
 from functools import partial
 
@@ -18,6 +19,8 @@ from torch.nn import functional as F
 
 from evaluation.skeletons import OPENPOSE_18
 from evaluation.types import FieldSpec, InputSpec, NetworkSpec
+from pipeline.__main__ import Cell
+from pipeline.artifacts import arguments
 from pipeline.backends.torch import Torch
 from pipeline.errors import UserError
 from pipeline.labels import register
@@ -253,6 +256,69 @@ def test_all_groups_can_be_ranked_together_or_with_their_likes():
         shares = [k / g.size for g, k in zip(plan.groups, plan.kept, strict=True)]
         assert sum(plan.kept) / sum(g.size for g in plan.groups) == pytest.approx(0.5, abs=0.03)
         assert max(shares) - min(shares) > 0.05
+        alike = {}
+        for group, kept in zip(plan.groups, plan.kept, strict=True):
+            alike.setdefault(group.signature(), []).append((kept, group.size))
+        parts = [sum(kept for kept, _ in own) / sum(size for _, size in own) for own in alike.values()]
+        assert (max(abs(part - 0.5) for part in parts) < 0.05) == ("isomorphic" in options)
+
+
+@pytest.mark.parametrize("how", [{"global_pruning": True}, {"by_sensitivity": True}])
+def test_layers_that_stay_do_not_make_others_go_or_stay(how):
+    network = trained(MAKERS[0])
+    found = groups(network)
+    told = {g.name: {"0.25": 0.1 + 0.01 * n, "0.5": 0.3, "0.9": 1.0} for n, g in enumerate(found)}
+    pruner = Pruner(pruning_ratio=0.5, excluded_layers=["backbone.*"], round_to=1, min_num_filters=1, criterion="l1", **how)
+    plan = pruner.plan(network, SIZE, curves=told if "by_sensitivity" in how else None)
+    open_ones = [n for n, g in enumerate(found) if not any(p.outputs and p.name.startswith("backbone.") for p in g.parts)]
+    assert all(k == g.size for n, (g, k) in enumerate(zip(found, plan.kept, strict=True)) if n not in open_ones)
+    assert sum(plan.kept[n] for n in open_ones) / sum(found[n].size for n in open_ones) == pytest.approx(0.5, abs=0.03)
+
+
+class SteppedProbe:
+    """Times a network by its MACs, in steps as those of a GPU."""
+
+    def __init__(self, times):
+        self.times, self.backend = times, Torch()
+
+    def latencies(self, candidates, seconds):
+        return [next(ms for least, ms in self.times if candidate >= least) for candidate in candidates]
+
+    def figures(self, candidate):
+        return {}
+
+
+def latency_of(monkeypatch, value, times):
+    """The latency that a pruning to a target lands at."""
+    network = trained(MAKERS[0])
+    whole = macs(network, SIZE)
+    monkeypatch.setattr("pipeline.pruning.cycle.exported", lambda net, size, keep: macs(net, size) / whole)
+    monkeypatch.setattr("pipeline.pruning.cycle.Candidate", float)
+    pruner = Pruner(target="latency", value=value, round_to=4, min_num_filters=4, criterion="l1", max_pruning_ratio=0.8)
+    cycle = Cycle(network, pruner, SIZE, SteppedProbe(times))
+    cycle.run()
+    return cycle.rows[-1]["latency_ms"]
+
+
+def test_a_latency_is_reached_closely_or_from_below(monkeypatch, capsys):
+    fine = [(n / 100, n / 10) for n in range(100, -1, -1)]
+    assert latency_of(monkeypatch, "0.6x", fine) == pytest.approx(6.0, rel=0.05)
+    assert latency_of(monkeypatch, "5.0ms", fine) == pytest.approx(5.0, rel=0.05)
+    coarse = [(0.9, 10.0), (0.45, 5.6), (0.0, 4.0)]
+    assert latency_of(monkeypatch, "0.5x", coarse) == 4.0, "what is nearer is too slow"
+    assert "no network was found closer to 0.500x from below than 0.400x" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"pruner.value=0.3x: cannot be reached; the nearest is pruner.value=0\.4x"):
+        latency_of(monkeypatch, "0.3x", coarse)
+    with pytest.raises(UserError, match=r"pruner.value=3ms: cannot be reached; the nearest is pruner.value=4ms with"):
+        latency_of(monkeypatch, "3ms", coarse)
+
+
+def test_a_latency_that_nothing_measures_is_refused():
+    pruner = Pruner(target="latency", value="0.5x")
+    with pytest.raises(
+        UserError, match=r"target=latency: nothing measures it; it takes tune images.*stages.prune.backend=null"
+    ):
+        Cycle(trained(MAKERS[0]), pruner, SIZE).run()
 
 
 @pytest.mark.parametrize("make", EVERY)
@@ -389,10 +455,12 @@ def test_two_of_four_weights_are_zero_and_stay_so(tmp_path):
     store.save(network, tmp_path, MAKERS[0], history)
     with pytest.raises(UserError, match="are not 2:4 sparse, though architecture.json says so"):
         store.load(tmp_path)
-    excluded = sparse24.Sparse24(excluded_layers=["backbone.*"]).prune(trained(MAKERS[0]))
+    excluded = sparse24.Sparse24(excluded_layers=["backbone.*", "backbone.3.*"]).prune(trained(MAKERS[0]))
     assert not any(name.startswith("backbone") for name, _, _ in excluded)
     with pytest.raises(UserError, match=r"excluded_layers=backbon\.0: matches no layer"):
         sparse24.Sparse24(excluded_layers=["backbon.0"]).prune(trained(MAKERS[0]))
+    with pytest.raises(UserError, match="excluded_layers: no layer is left that can be sparse"):
+        sparse24.Sparse24(excluded_layers=["*"]).prune(trained(MAKERS[0]))
 
 
 @pytest.mark.parametrize(
@@ -408,6 +476,7 @@ def test_two_of_four_weights_are_zero_and_stay_so(tmp_path):
         ({"criterion": "l3"}, r"pruner.criterion=l3.*choose l1, l2"),
         ({"normalizer": "l2"}, "normalizer=l2.*choose null, max, L2"),
         ({"equalization_criterion": "onion"}, r"onion \(did you mean union\?\)|onion.*union"),
+        ({"equalization_criterion": "intersection"}, "=intersection: group_l1 judges tied layers as one"),
         ({"round_to": 0}, "round_to=0: choose a whole number, at least 1"),
         ({"min_num_filters": 0}, "min_num_filters=0"),
         ({"isomorphic": True}, "needs pruner.global_pruning=true"),
@@ -445,6 +514,8 @@ def test_targets_are_read_as_people_write_them():
         ({"excluded_layers": ["backbon.0"]}, r"excluded_layers=backbon\.0: matches no layer that can be pruned.*backbone"),
         ({"pruning_ratio_dict": {"nothing": 0.5}}, "pruning_ratio_dict=nothing: matches no layer"),
         ({"pruning_ratio": 0.0}, "nothing to remove with pruning_ratio=0.0"),
+        ({"pruning_ratio": 0.1, "round_to": None, "unmeasured": 64}, "nothing to remove with .*round_to=64"),
+        ({"by_sensitivity": True}, "by_sensitivity follows from pruner.sensitivity"),
         ({"pruning_ratio": None, "pruning_threshold": 2, "normalizer": "max"}, "every channel lies below it.*lie in .* to 1 "),
         ({"pruning_ratio": None, "pruning_threshold": 1e-9}, "no channel lies below it, none would go; the norms.*lie in"),
         (
@@ -483,6 +554,35 @@ def test_every_criterion_ranks_every_group_of_a_network_with_batch_norms():
     assert len(orders) == len(CRITERIA)
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "dense", "least"),
+    [
+        ("macs", "0.1x", 3e9, 0.01234 * 3e9),
+        ("macs", "0.1x", 3e9, 0.98765 * 3e9),
+        ("params", "1M", 4e6, 1234567.0),
+        ("latency", "2ms", 10.0, 2.0004),
+        ("latency", "2ms", 10.0, 0.03712),
+    ],
+)
+def test_the_nearest_value_that_is_told_can_be_reached(kind, text, dense, least):
+    told = Target.parse(kind, text).words(least, dense)
+    assert " " not in told
+    assert least * (1 - 1e-9) <= Target.parse(kind, told).of(dense) <= 1.01 * least
+
+
+def test_the_command_prunes_in_steps_without_a_teacher(tmp_path):
+    words = [*SMOKE, f"outputs={tmp_path}", "stage=[train,prune]", "pruner=l1", "pruner.target=macs", "pruner.value=0.6x"]
+    words += ["pruner.iterative_steps=2", "pruner.round_to=4", "pruner.min_num_filters=4", "stages.prune.backend=null"]
+    pipeline(*words, "stages.retrain.distillation=null", cwd=tmp_path, check=0)
+    (folder,) = (tmp_path / "smoke" / "prune").iterdir()
+    half = json.loads((folder / "steps.json").read_text())["steps"][2]["macs"]
+    summary = json.loads((folder / "manifest.json").read_text())["summary"]
+    steps = json.loads((folder / "manifest.json").read_text())["config"]["training"]
+    assert summary["train_macs"] == 3 * half * steps["steps"] * steps["batch_size"], "nobody looked but the network itself"
+    again = pipeline(*words, "stages.retrain.distillation=null", "force=true", cwd=tmp_path, check=0)
+    assert "prune      done" in again.stderr + again.stdout
+
+
 def test_the_command_prunes_to_a_target_in_steps(tmp_path):
     words = [*SMOKE, f"outputs={tmp_path}", "stage=[train,prune]", "pruner=l1", "pruner.target=macs", "pruner.value=0.6x"]
     words += ["pruner.iterative_steps=2", "pruner.round_to=4", "pruner.min_num_filters=4"]
@@ -514,9 +614,12 @@ def test_torch_times_the_network_that_it_will_run(tmp_path):
 
 def test_a_target_out_of_reach_is_refused_with_the_nearest(tmp_path):
     words = [*SMOKE, f"outputs={tmp_path}", "stage=[train,prune]", "pruner=l1", "pruner.target=macs"]
+    words += ["stages.prune.backend=null"]
     text = refused(pipeline(*words, "pruner.value=0.01x", cwd=tmp_path))
     assert "pruner.value=0.01x: cannot be reached; the nearest is pruner.value=" in text
     assert not (tmp_path / "smoke" / "prune").exists() or not list((tmp_path / "smoke" / "prune").glob("*/manifest.json"))
+    nearest = re.search(r"the nearest is (pruner\.value=\S+) with", text)[1]
+    pipeline(*words, nearest, cwd=tmp_path, check=0)
 
 
 def test_sparse_weights_are_found_in_the_onnx_file(tmp_path):
@@ -545,6 +648,12 @@ def test_the_control_trains_as_long_as_all_of_it_took(tmp_path):
     assert found["retrain-scratch"]["train_macs"] == pytest.approx(spent, abs=0.5 * 4 * own)
     assert found["retrain-scratch"]["macs"] == found["retrain"]["macs"]
     assert f"{found['retrain-scratch']['steps']} steps" in done.stderr
+    patient = pipeline(*words, "stage=retrain", "control=scratch", "stages.retrain.training.patience=2", cwd=tmp_path)
+    assert "a retraining with patience=2 ends when it will; give it and the control stages.retrain" in refused(patient)
+    weights = next((tmp_path / "smoke" / "train").glob("*/model.safetensors"))
+    words += [f"weights={weights}", "name=given", "control=scratch"]
+    text = refused(pipeline(*words, "stage=[train,prune,retrain]", cwd=tmp_path))
+    assert "control=scratch: the dense network came trained (weights=), so nobody knows what its training took" in text
     text = refused(pipeline(*SMOKE, f"outputs={tmp_path}", "pruner=l1", "control=scrap", "stage=retrain", cwd=tmp_path))
     assert "control=scrap: choose null, pruned, scratch" in text
     text = refused(pipeline(*SMOKE, f"outputs={tmp_path}", "control=scratch", cwd=tmp_path))
@@ -611,11 +720,32 @@ def test_the_report_shows_the_control_beside_the_rest(tmp_path):
     ],
 )
 def test_prunings_of_other_layers_have_other_addresses(words):
-    register()
 
     def label(layers):
         with initialize_config_module("conf", version_base="1.3"):
             return compose("config", ["experiment=smoke", *(word.format(layers) for word in words)]).pruner.label
 
+    register()
     assert label("initial.0.0") == label("initial.0.0")
     assert label("initial.0.0") != label("initial.1.0")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "apart"),
+    [
+        (["keep_aspect_ratio_mode=null"], ["keep_aspect_ratio_mode=pad_image_input"], True),
+        (["backend=torch", "precision=fp32"], ["backend=torch", "precision=fp16"], False),
+        (["backend=tensorrt", "rebuild=0"], ["backend=tensorrt", "rebuild=1"], False),
+        (["backend=tensorrt", "precision=fp16"], ["backend=tensorrt", "precision=int8"], True),
+    ],
+)
+def test_cells_of_a_sweep_share_a_measured_pruning_or_have_their_own(one, other, apart):
+    def prune(words):
+        words = ["experiment=smoke", "pruner=l1", "pruner.target=macs", "pruner.value=0.5x", "stage=prune", *words]
+        with initialize_config_module("conf", version_base="1.3"):
+            cell = Cell(compose("config", words), words, sweep=False)
+        return cell.stages["prune"].address, arguments(cell.stages["prune"])
+
+    (first, options), (second, others) = prune(one), prune(other)
+    assert (first != second) == apart
+    assert apart or options == others

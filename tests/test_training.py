@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import SMOKE, pipeline, refused
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 from evaluation.pixels import frame, normalise
 from evaluation.pixels_torch import normalise as normalise_torch
@@ -409,11 +411,10 @@ def test_penalties_make_judged_weights_smaller(images, tmp_path, kind, factor):
     assert size(sparse) < 0.97 * size(plain)
 
 
-def test_a_penalty_of_nothing_changes_nothing(images, tmp_path):
-    plain, expected = _train(images, tmp_path / "a.ckpt")
-    null, found = _train(images, tmp_path / "b.ckpt", regularization_type="l1", kernel_regularization_factor=0.0)
-    assert found["curve"] == expected["curve"]
-    assert same(plain, null)
+@pytest.mark.parametrize("options", [{"regularization_type": "l1"}, {"kernel_regularization_factor": 1e-4}])
+def test_half_a_penalty_is_refused(options):
+    with pytest.raises(UserError, match="one does nothing without the other; give a type and a factor above 0"):
+        Training(**options)
 
 
 def test_penalties_are_the_norms_they_are_called_after():
@@ -433,10 +434,34 @@ def test_penalties_are_the_norms_they_are_called_after():
             squares[part.roots] += rows[part.channels].flatten(1).square().sum(1)
             weights += rows[part.channels].numel()
     one = Penalty(network, "group_lasso", 1.0)
-    one.groups = [group]
+    one.groups, one.counts = [group], one.counts[:1]
     assert float(one()) == pytest.approx(float(squares.sqrt().sum()) * (weights / group.size) ** 0.5, rel=1e-3)
     with pytest.raises(UserError, match="regularization_type=l3: choose null, l1, l2, group_lasso"):
         Penalty(network, "l3", 1.0)
+
+
+class PreActivated(torch.nn.Module):
+    """A batch norm that no convolution is right before."""
+
+    spec = SPEC
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.BatchNorm2d(16)
+        self.head = torch.nn.Conv2d(16, 57, 1)
+        self.ignored_layers = [self.head]
+
+    def forward(self, x):
+        field = self.head(self.norm(F.relu(self.first(x))))
+        return {"heatmaps": field[:, :19], "pafs": field[:, 19:]}
+
+
+def test_a_batch_norm_of_its_own_is_no_weight_of_the_group_lasso():
+    network = PreActivated()
+    made, read = network.first.weight.flatten(1), network.head.weight.transpose(0, 1).flatten(1)
+    each = torch.cat((made, read), 1)
+    expected = each.norm(dim=1).sum() * each.shape[1] ** 0.5
+    assert float(Penalty(network, "group_lasso", 1.0)().detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
 
 
 def test_no_steps_keep_the_weights(images, tmp_path):
@@ -463,6 +488,69 @@ def test_a_loss_that_is_not_finite_goes_back_and_then_gives_up(images, tmp_path,
     assert "not finite after 8 steps: back to step 4, with 0.5 times the learning rate" in capsys.readouterr().err
     assert found["steps"] == 12
     assert all(torch.isfinite(value).all() for value in network.state_dict().values())
+
+
+def _seen(monkeypatch):
+    """The gradients of every step, before and after they are clipped."""
+    from lightning_fabric import Fabric
+
+    real, seen = Fabric.clip_gradients, []
+
+    def clip(self, model, *given, **more):
+        before = [p.grad.clone() for p in model.parameters()]
+        norm = real(self, model, *given, **more)
+        seen.append((before, [p.grad.clone() for p in model.parameters()]))
+        return norm
+
+    monkeypatch.setattr(Fabric, "clip_gradients", clip)
+    return seen
+
+
+@pytest.mark.parametrize("penalty", [{}, {"regularization_type": "l1", "kernel_regularization_factor": 1e-3}])
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(images, tmp_path, monkeypatch, penalty):
+    def still(self, x):  # else it would see a part of the batch at a time
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+    monkeypatch.setattr(torch.nn.BatchNorm2d, "forward", still)
+    seen = _seen(monkeypatch)
+    _train(images, tmp_path / "a.ckpt", steps=1, **penalty)
+    _train(images, tmp_path / "b.ckpt", steps=1, accumulate=2, **penalty)
+    (whole, _), (parts, _) = seen
+    scale = max(float(grad.abs().max()) for grad in whole)
+    assert all(torch.allclose(one, other, rtol=1e-3, atol=1e-5 * scale) for one, other in zip(whole, parts, strict=True))
+
+
+def test_gradients_are_clipped_or_left(images, tmp_path, monkeypatch):
+    seen = _seen(monkeypatch)
+    _train(images, tmp_path / "a.ckpt", steps=1, clip=0.25)
+    _train(images, tmp_path / "b.ckpt", steps=1, clip=None)
+    norms = [[float(torch.cat([g.flatten() for g in grads]).norm()) for grads in step] for step in seen]
+    assert norms[0][0] > 0.5
+    assert norms[0][1] == pytest.approx(0.25, rel=1e-3)
+    assert norms[1][1] == norms[1][0] == pytest.approx(norms[0][0])
+
+
+def test_the_averaged_weights_follow_the_live_ones(images, tmp_path, monkeypatch):
+    save, states = torch.save, []
+    monkeypatch.setattr(torch, "save", lambda state, file: states.append(deepcopy(state)) or save(state, file))
+    network, _ = _train(images, tmp_path / "a.ckpt", steps=4, checkpoint_every=1, ema=0.2)
+    name = next(name for name, p in network.named_parameters())
+    expected = states[0]["averaged"][name]
+    for step, state in enumerate(states[1:]):
+        keep = min(0.2, (1 + step) / (10 + step))
+        expected = keep * expected + (1 - keep) * state["network"][name]
+        assert torch.allclose(state["averaged"][name], expected, atol=1e-6)
+        assert not torch.equal(state["averaged"][name], state["network"][name])
+    assert torch.equal(network.state_dict()[name], states[-1]["averaged"][name]), "they are the result"
+
+
+def test_a_batch_too_large_for_the_gpu_says_what_to_do(images, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(HeatmapPafObjective, "loss", full)
+    with pytest.raises(UserError, match=r"batch_size=4: does not fit .*training\.accumulate=2, or choose a smaller batch_size"):
+        _train(images, tmp_path / "a.ckpt")
 
 
 def test_a_batch_in_parts_is_the_same_batch(images, tmp_path):
@@ -710,6 +798,26 @@ def test_a_shard_without_room_is_refused(images, tmp_path, monkeypatch):
     assert not [file for file in (tmp_path / "shards").iterdir() if file.suffix != ".lock"]
 
 
+def test_a_disk_that_fills_while_a_shard_is_written_is_an_error(images, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(
+        UserError, match=r"shards: no room for .* GB of training images there \(No space left on device\); free"
+    ):
+        _views(images, tmp_path)
+    assert not [file for file in (tmp_path / "shards").iterdir() if file.suffix != ".lock"]
+
+
+def test_a_shard_is_read_again_by_other_code(images, tmp_path, monkeypatch):
+    first = _views(images, tmp_path).shard.folder
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "coco.py").write_text("reads them in another way")
+    monkeypatch.setattr("pipeline.datasets.__file__", str(tmp_path / "datasets" / "__init__.py"))
+    assert _views(images, tmp_path).shard.folder != first
+
+
 def test_a_shard_is_written_once_and_travels_as_its_folder(images, tmp_path, monkeypatch):
     first = _views(images, tmp_path).shard
     monkeypatch.setattr("pipeline.training.shard._write", None)
@@ -728,10 +836,41 @@ def test_impossible_trainings_are_refused(option):
         Training(patience=2.5)
     with pytest.raises(UserError, match="training.lr=abc: must be a number"):
         Training(lr="abc")
+    with pytest.raises(UserError, match="training.clip=0: would make every gradient 0; choose more, or null"):
+        Training(clip=0)
     with pytest.raises(
         UserError, match=r"batch_size=10: cannot be shared by devices=2 x num_nodes=1 x accumulate=2.*multiple of 4"
     ):
         Training(batch_size=10, devices=2, accumulate=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": (0, 1.4)}, r"augment.scale=\[0, 1.4\]: give the least and the greatest size, above 0"),
+        ({"scale": (1.4, 0.6)}, r"augment.scale=\[1.4, 0.6\]"),
+        ({"flip": 50}, "augment.flip=50: a share of the views; choose 0 to 1"),
+        ({"rotate": -1}, "augment.rotate=-1: choose 0 or more"),
+        ({"shift": float("nan")}, "augment.shift=nan"),
+    ],
+)
+def test_impossible_views_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        Augmentation(**options)
+
+
+def test_features_alone_are_not_learnt_on_several_devices(images, tmp_path):
+    how = Distillation(fields=0, labels=0, features=1, layers=["backbone.*"])
+    with pytest.raises(UserError, match="features alone leave the heads without gradients, which devices=2 x num_nodes=1"):
+        _train(images, tmp_path / "a.ckpt", devices=2, accelerator="cpu", teacher=_network(), distillation=how)
+    with pytest.raises(UserError, match="distillation.layers are compared with a weight of 0"):
+        Distillation(layers=["backbone.*"])
+
+
+def test_a_gpu_that_is_not_there_is_named(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="accelerator=cuda: no GPU is found here; choose training.accelerator=cpu"):
+        _train(images, tmp_path / "a.ckpt", accelerator="cuda")
 
 
 @pytest.mark.parametrize("network", [LightweightOpenPose, MobileNetV2Paf])

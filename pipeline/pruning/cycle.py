@@ -25,6 +25,7 @@ DIVISORS = (1, 4, 8, 16, 32)
 _OPSET = 20
 _TRIES = 6  # engines built to find a latency
 _CLOSE = 0.015  # of the target, from where on a latency is found
+_NEAR = 0.05  # of the target, up to where the nearest latency is taken on either side; else the greatest below it
 _SECONDS = 6.0  # of timing a comparison, at most
 
 
@@ -143,7 +144,7 @@ class Cycle:
 
     def summary(self) -> dict[str, Any]:
         """What a manifest says of the pruning."""
-        divisor = self.round_to or self.pruner.round_to or self.pruner.unmeasured
+        divisor = self.round_to or self.pruner.divisor
         return {"near_dead_channels": self.near_dead, "channels": sum(self.whole.values()), "round_to": divisor}
 
     def save(self, out: Path) -> None:
@@ -203,7 +204,7 @@ class Cycle:
         return UserError(
             f"pruner.value={p.value}: cannot be reached; the nearest is pruner.value={target.words(least, dense)} with "
             f"max_pruning_ratio={p.max_pruning_ratio}, min_num_filters={p.min_num_filters} and "
-            f"round_to={self.round_to or p.round_to or p.unmeasured}: take that, or change these"
+            f"round_to={self.round_to or p.divisor}: take that, or change these"
         )
 
     def _choose_divisor(self, reach: Mapping[str, float]) -> None:
@@ -233,7 +234,12 @@ class Cycle:
         Raises:
             UserError: nothing measures latency, or it cannot be reached.
         """
-        if self.probe is None or not self.probe.backend.timeable:
+        if self.probe is None:
+            raise UserError(
+                "pruner.target=latency: nothing measures it; it takes tune images (data.splits), and a backend where "
+                "stages.prune.backend=null was given; or choose pruner.target=macs"
+            )
+        if not self.probe.backend.timeable:
             raise UserError("pruner.target=latency: this backend's times mean nothing; choose another, or pruner.target=macs")
         dense = self.rows[0]["latency_ms"]
         goal = target.of(dense)
@@ -268,9 +274,15 @@ class Cycle:
             low, high = (ratio, high) if relative < wanted else (low, ratio)
             ratio = min(max(ratio * wanted / relative, low + 0.05 * (high - low)), high - 0.05 * (high - low))
         wanted = target.value if target.relative else goal / dense
-        best = min(tried, key=lambda r: abs(tried[r] - wanted))
-        if tried[best] > wanted * 1.05:
-            raise self._unreachable(target, tried[best] * dense, dense)
+        best = min(tried, key=lambda r: abs(tried[r] / wanted - 1))
+        if abs(tried[best] / wanted - 1) > _NEAR:
+            below = [r for r in tried if tried[r] < wanted]
+            if not below:
+                raise self._unreachable(target, tried[best] * dense, dense)
+            best = max(below, key=lambda r: tried[r])
+            _say(f"no network was found closer to {wanted:.3f}x from below than {tried[best]:.3f}x: channel counts are steps")
+        elif tried[best] > wanted:
+            _say(f"the nearest found is {tried[best] / wanted - 1:.1%} above the target")
         return "macs", best * self.dense["macs"]
 
     def _measure(self, name: str, anew: bool = False) -> None:

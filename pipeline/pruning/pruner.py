@@ -3,7 +3,7 @@
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,10 +62,15 @@ class Target:
         return self.value * dense if self.relative else self.value
 
     def words(self, value: float, dense: float) -> str:
-        """A value as the user wrote the target."""
+        """A value as the user wrote the target, rounded up, so that it can be reached."""
         if self.relative:
-            return f"{value / dense:.3g}x"
-        return f"{value:.3g} ms" if self.kind == "latency" else f"{value:.4g}"
+            return f"{_up(value / dense, 3)}x"
+        return f"{_up(value, 3)}ms" if self.kind == "latency" else _up(value, 4)
+
+
+def _up(value: float, digits: int) -> str:
+    unit = 10.0 ** (math.floor(math.log10(value)) + 1 - digits)
+    return f"{math.ceil(value / unit - 1e-9) * unit:.{digits}g}"
 
 
 class UnreachableError(Exception):
@@ -186,8 +191,18 @@ class Pruner:
             )
         if self.isomorphic and not self.global_pruning:
             raise UserError("pruner.isomorphic=true ranks groups together; it needs pruner.global_pruning=true")
+        if self.criterion == "group_l1" and self.equalization_criterion != "union":
+            raise UserError(
+                f"pruner.equalization_criterion={self.equalization_criterion}: group_l1 judges tied layers as one, and "
+                "they have nothing to agree on; choose another pruner.criterion"
+            )
         if self.global_pruning and self.by_sensitivity:
             raise UserError("pruner.global_pruning=true and pruner.sensitivity both set the ratios; choose one")
+
+    @property
+    def divisor(self) -> int:
+        """Channels kept are a multiple of this where no measurement chose another."""
+        return self.round_to or self.unmeasured
 
     def _matched(self, found: Sequence[Group], patterns: Sequence[str], option: str) -> dict[str, list[int]]:
         """The groups that hold a layer of each pattern.
@@ -246,9 +261,11 @@ class Pruner:
             for n in matched
         }
         ranked = importance(network, found, self.criterion, self.normalizer, self.equalization_criterion, gates)
-        divisor = round_to or self.round_to or self.unmeasured
+        divisor = round_to or self.divisor
+        if self.by_sensitivity != (curves is not None):
+            raise UserError("pruner.by_sensitivity follows from pruner.sensitivity; leave it alone and give that")
         sizes = [(whole or {}).get(group.name, group.size) for group in found]
-        wanted = self._wanted(found, sizes, ranked, own_ratio, curves)
+        wanted = self._wanted(found, sizes, ranked, own_ratio, curves, excluded)
 
         def kept(level: float) -> list[int]:
             counts = []
@@ -266,8 +283,9 @@ class Pruner:
         elif reach is None:
             level = (self.pruning_ratio or 0.0) * part
             if self.by_sensitivity:
-                total = sum(sizes)
-                level = _bisect(lambda x: sum(kept(x)), total * (1 - level), *self._span(curves))
+                left = [n for n in range(len(found)) if n not in excluded]
+                total = sum(sizes[n] for n in left)
+                level = _bisect(lambda x: sum(kept(x)[n] for n in left), total * (1 - level), *self._span(curves))
             counts = kept(level)
         else:
             costs = Costs(network, found, resolution)
@@ -300,6 +318,7 @@ class Pruner:
         ranked: Sequence[Tensor | None],
         own_ratio: Mapping[int, float],
         curves: Curves | None,
+        excluded: Collection[int],
     ) -> Callable[[float], list[float]]:
         """The number of channels that each group keeps at a level, before it is rounded; `sizes` is before any step."""
         if self.pruning_threshold is not None:
@@ -313,7 +332,7 @@ class Pruner:
             before: dict[Any, int] = {}
             keys = [group.signature() if self.isomorphic else "" for group in found]
             for n, (key, values) in enumerate(zip(keys, even, strict=True)):
-                if values is not None and n not in own_ratio:
+                if values is not None and n not in own_ratio and n not in excluded:
                     pools.setdefault(key, []).append(values)
                     before[key] = before.get(key, 0) + sizes[n]
             sorted_pools = {key: torch.cat(values).sort().values for key, values in pools.items()}
@@ -357,13 +376,14 @@ class Pruner:
         if self.pruning_threshold is not None:
             values = torch.cat([r for r in ranked if r is not None])
             return (
-                f"pruner.pruning_threshold={self.pruning_threshold:g}: nothing to remove with round_to={self.round_to} and "
+                f"pruner.pruning_threshold={self.pruning_threshold:g}: nothing to remove with round_to={self.divisor} and "
                 f"min_num_filters={self.min_num_filters}, and norms of {float(values.min()):.3g} to "
                 f"{float(values.max()):.3g}; raise the threshold or lower the others"
             )
         return (
-            f"pruner: nothing to remove with pruning_ratio={self.pruning_ratio}, round_to={self.round_to} and "
-            f"min_num_filters={self.min_num_filters}; raise the ratio or lower the others"
+            f"pruner: nothing to remove with pruning_ratio={self.pruning_ratio}, round_to={self.divisor}, "
+            f"min_num_filters={self.min_num_filters} and {len(self.excluded_layers)} excluded_layers; raise the ratio or lower "
+            "the others"
         )
 
 

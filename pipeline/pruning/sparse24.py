@@ -44,14 +44,17 @@ class Sparse24:
         }
         if not layers:
             raise UserError("pruner=sparse24: no convolution of this network has a multiple of 4 input channels")
+        excluded = set()
         for pattern in self.excluded_layers:
             matched = fnmatch.filter(layers, pattern)
             if not matched:
                 raise UserError(
                     f"pruner.excluded_layers={pattern}: matches no layer that can be sparse{nearest(pattern, list(layers))}"
                 )
-            for name in matched:
-                layers.pop(name)
+            excluded |= {*matched}
+        layers = {name: layer for name, layer in layers.items() if name not in excluded}
+        if not layers:
+            raise UserError("pruner.excluded_layers: no layer is left that can be sparse; exclude less")
         pairs = normalised(network)
         for layer in layers.values():
             with torch.no_grad():

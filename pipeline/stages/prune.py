@@ -71,7 +71,7 @@ def run(
         learns = pruner.criterion == "taylor" or pruner.iterative_steps > 1
         if learns and objective is None:
             raise UserError("pruner: this family's networks are not trained here; choose another criterion, and one step")
-        teacher, _, _ = store.load(job.inputs["network"])
+        teacher = store.load(job.inputs["network"])[0] if distillation is not None else None
         seen = Resolution.parse(training_resolution)
 
         def gates(net: nn.Module) -> dict[nn.Module, Tensor]:
@@ -102,7 +102,6 @@ def run(
         )
         cycle.run()
         cycle.save(job.out)
-        (job.scratch / "cycle.json").unlink(missing_ok=True)
         removed, summary = cycle.history, cycle.summary()
     else:
         removed, summary = pruner.prune(network), {}

@@ -16,14 +16,22 @@ from pipeline.pruning.criteria import importance, taylor_gates
 from pipeline.pruning.graph import groups
 from pipeline.pruning.sensitivity import curves
 from pipeline.specs import Objective, Splits
-from pipeline.training.augment import NONE
+from pipeline.training.augment import NONE, Augmentation
 from pipeline.training.views import Views
 
 _BATCH = 16
 
 
 def run(
-    job: Job, data: Splits, objective: Objective[Any] | None, resolution: str, criterion: str, images: int
+    job: Job,
+    data: Splits,
+    objective: Objective[Any] | None,
+    resolution: str,
+    augment: Augmentation,
+    criterion: str,
+    normalizer: str | None,
+    equalization_criterion: str,
+    images: int,
 ) -> dict[str, Any]:
     """Measure the groups of the input "network" on tune images; write curves.json.
 
@@ -32,7 +40,10 @@ def run(
         data: its tune images are used, and some train images for the criterion "taylor".
         objective: the loss.
         resolution: of the views.
+        augment: of training; nothing is augmented here, but its shard of the train images serves "taylor" too.
         criterion: which channels of a group are masked first.
+        normalizer: of the criterion, as the pruner's.
+        equalization_criterion: likewise.
         images: at most so many.
 
     Returns:
@@ -47,8 +58,9 @@ def run(
     size, found = Resolution.parse(resolution), groups(network)
     gates = None
     if criterion == "taylor":
-        gates = taylor_gates(network, Views.of(data, ["train"], objective, network, size, NONE, 0, job.cache))
-    ranked = importance(network, found, criterion, None, "union", gates)
+        seen = Views.of(data, ["train"], objective, network, size, augment, 0, job.cache)
+        gates = taylor_gates(network, replace(seen, augment=NONE))
+    ranked = importance(network, found, criterion, normalizer, equalization_criterion, gates)
     views = Views.of(data, ["tune"], objective, network, size, NONE, 0, job.cache)
     views = replace(views, shard=views.shard.first(images))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

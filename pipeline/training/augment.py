@@ -1,5 +1,7 @@
 """Random views of images for training, a batch at a time: drawn on the host, cut where the network trains."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluation.types import InputSpec, Resolution
+from pipeline.errors import UserError
 
 DRAWS = 9  # random numbers a view takes
 
@@ -26,10 +29,24 @@ class Augmentation:
     """
 
     flip: float = 0.5
-    scale: tuple[float, float] = (0.6, 1.4)
+    scale: Sequence[float] = (0.6, 1.4)
     rotate: float = 25.0
     shift: float = 0.25
     brightness: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            UserError: a number is out of range, or the sizes are in the wrong order.
+        """
+        if not 0 <= self.flip <= 1:
+            raise UserError(f"augment.flip={self.flip}: a share of the views; choose 0 to 1")
+        for option in ("rotate", "shift", "brightness"):
+            if not 0 <= getattr(self, option) < math.inf:
+                raise UserError(f"augment.{option}={getattr(self, option)}: choose 0 or more")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] < math.inf:
+            raise UserError(f"augment.scale={list(self.scale)}: give the least and the greatest size, above 0, as [0.6, 1.4]")
 
     def views(
         self, draws: NDArray[np.float64], sizes: NDArray[np.int32], boxes: NDArray[np.float32], resolution: Resolution

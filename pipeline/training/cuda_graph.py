@@ -45,6 +45,9 @@ class Recorded:
             try:  # other threads pin memory meanwhile
                 with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                     self.losses = step(iter([self.batch]))
+            except torch.OutOfMemoryError:  # a smaller batch can be recorded
+                torch.cuda.set_stream(here)
+                raise
             except RuntimeError as error:
                 torch.cuda.set_stream(here)
                 cause = str(error.__context__ or error).splitlines()[0]

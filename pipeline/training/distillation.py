@@ -36,7 +36,7 @@ class Distillation:
         """Check the options.
 
         Raises:
-            UserError: a weight is negative, nothing is learnt, or features have no layers.
+            UserError: a weight is negative, nothing is learnt, or features have no layers, or layers no weight.
         """
         for option in ("fields", "labels", "features"):
             if not getattr(self, option) >= 0:
@@ -45,6 +45,8 @@ class Distillation:
             raise UserError("distillation: fields=0 and features=0 learn nothing from the teacher; choose distillation=null")
         if self.features and not self.layers:
             raise UserError("distillation.features needs distillation.layers=[NAME], the layers whose outputs are compared")
+        if self.layers and not self.features:
+            raise UserError("distillation.layers are compared with a weight of 0; give distillation.features too, as 0.1")
 
 
 def splits(data: Splits, how: Distillation | None) -> list[str]:

@@ -23,7 +23,7 @@ from pipeline.pruning.sparse24 import zeros
 from pipeline.training.cuda_graph import Recorded
 from pipeline.training.distillation import Distillation, Teacher
 from pipeline.training.progress import TrainingProgress
-from pipeline.training.sparsity import Penalty
+from pipeline.training.sparsity import TYPES, Penalty
 from pipeline.training.views import Batch, Views
 
 _LOOK_EVERY = 20  # steps between looks at the losses: each waits for the device
@@ -46,7 +46,7 @@ class Training:
         ema: decay of the averaged weights, which are the result; it grows to this from 0.
         regularization_type: l1, l2 or group_lasso on the folded weights of the groups that can be pruned; None adds nothing.
         kernel_regularization_factor: of that penalty.
-        clip: greatest norm of the gradient.
+        clip: greatest norm of the gradient; None leaves it as it is.
         precision: Lightning Fabric's: "32-true", "bf16-mixed"; "auto" is bfloat16 where the hardware multiplies it (a GPU
             since Ampere, or a CPU with AMX), else 32-true.
         accumulate: parts a batch is computed in, one after the other, on each device.
@@ -69,7 +69,7 @@ class Training:
     ema: float = 0.998
     regularization_type: str | None = None
     kernel_regularization_factor: float = 0.0
-    clip: float = 5.0
+    clip: float | None = 5.0
     precision: str = "auto"
     accumulate: int = 1
     patience: int | None = None
@@ -93,9 +93,19 @@ class Training:
         ):  # fmt: skip
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise UserError(f"training.{name}={getattr(self, name)}: must be a whole number, at least {least}")
-        for name in ("lr", "weight_decay", "ema", "kernel_regularization_factor", "clip"):
+        for name in ("lr", "weight_decay", "ema", "kernel_regularization_factor", *(["clip"] if self.clip is not None else [])):
             if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"training.{name}={getattr(self, name)}: must be a number, 0 or more")
+        if self.clip == 0:
+            raise UserError("training.clip=0: would make every gradient 0; choose more, or null to leave them as they are")
+        if self.regularization_type not in (None, *TYPES):
+            raise UserError(f"training.regularization_type={self.regularization_type}: choose null, {', '.join(TYPES)}")
+        if (self.regularization_type is None) != (self.kernel_regularization_factor == 0):
+            raise UserError(
+                f"training.regularization_type={self.regularization_type or 'null'} with kernel_regularization_factor="
+                f"{self.kernel_regularization_factor}: one does nothing without the other; give a type and a factor above 0, "
+                "or neither"
+            )
         if self.precision not in PRECISIONS:
             raise UserError(f"training.precision={self.precision}: choose {', '.join(PRECISIONS)}")
         if self.accelerator not in ACCELERATORS:
@@ -163,6 +173,13 @@ def train(
     accelerator = training.accelerator
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise UserError("training.accelerator=cuda: no GPU is found here; choose training.accelerator=cpu, or auto")
+    if several and distillation is not None and not distillation.fields and not distillation.labels:
+        raise UserError(
+            f"distillation: features alone leave the heads without gradients, which devices={training.devices} x num_nodes="
+            f"{training.num_nodes} cannot share; give distillation.fields or labels too, or one device"
+        )
     if accelerator == "cuda" and training.devices > torch.cuda.device_count():
         raise UserError(f"devices={training.devices}: this machine has {torch.cuda.device_count()} GPUs; choose that or fewer")
     fabric = Fabric(
@@ -208,7 +225,14 @@ class _NotFiniteError(Exception):
 def _fit(given: tuple[Any, ...], fabric: Any) -> None:
     network, *others = given
     try:
-        _Run(fabric, deepcopy(network), *others).fit()  # other processes of this machine have the same memory
+        try:
+            _Run(fabric, deepcopy(network), *others).fit()  # other processes of this machine have the same memory
+        except torch.OutOfMemoryError as error:
+            training: Training = given[2]
+            raise UserError(
+                f"training.batch_size={training.batch_size}: does not fit into the GPU's memory; compute it in parts with "
+                f"training.accumulate={2 * training.accumulate}, or choose a smaller batch_size or training_resolution"
+            ) from error
     except UserError as error:
         if fabric.world_size > 1:  # else it arrives as a traceback's text
             checkpoint: Path = given[3]
@@ -260,7 +284,7 @@ class _Run:
         self.averaged = {name: value.detach().clone() for name, value in live.items()}
         floats = [name for name, value in live.items() if value.is_floating_point()]
         self.means, self.values = [self.averaged[name] for name in floats], [live[name] for name in floats]
-        self.half = on_gpu and _precision(training, "cuda") == "bf16-mixed"
+        self.half = _precision(training, fabric.device.type) == "bf16-mixed"
         self.bad = torch.zeros((), device=fabric.device)
         self.recorded = self._recorder()
         self.state: dict[str, Any] = {
@@ -293,8 +317,8 @@ class _Run:
         return own
 
     def _average_statistics(self) -> None:
-        """Give all devices the mean of their batch norms' statistics; on GPUs these are of the whole batch already."""
-        if self.fabric.world_size > 1:
+        """Give all processors the mean of their batch norms' statistics; on GPUs these are of the whole batch already."""
+        if self.fabric.world_size > 1 and self.fabric.device.type != "cuda":
             live = self.network.state_dict()
             for name, _ in self.network.named_buffers():
                 if live[name].is_floating_point():
@@ -364,7 +388,8 @@ class _Run:
         self.bad.zero_()
         self.progress.begin(state["step"])
         items = _items(training, self.fabric.global_rank, state["step"])
-        many = (training.steps - state["step"]) * training.batch_size // training.parts >= len(self.views.shard)
+        own = training.batch_size // (training.devices * training.num_nodes)
+        many = (training.steps - state["step"]) * own >= len(self.views.shard)
         with closing(self.views.batches(items, self.fabric.device, many)) as batches:
             while state["step"] < training.steps:
                 losses = self._step(batches)
@@ -420,9 +445,13 @@ class _Run:
             for name, value in named.items():
                 losses[name] = losses.get(name, 0) + value.detach() / training.accumulate
         if self.teacher is not None and self.fabric.world_size > 1:  # which are not part of the model that is shared
-            for adapter in self.teacher.adapters.parameters():
-                adapter.grad = self.fabric.all_reduce(adapter.grad, reduce_op="mean")
-        norm = self.fabric.clip_gradients(self.model, self.optimiser, max_norm=training.clip, error_if_nonfinite=False)
+            own = [p.grad for p in self.teacher.adapters.parameters() if p.grad is not None]
+            if own:  # at once: every reduction waits for all devices
+                mean = self.fabric.all_reduce(torch.cat([grad.flatten() for grad in own]), reduce_op="mean")
+                for grad, part in zip(own, mean.split([grad.numel() for grad in own]), strict=True):
+                    grad.copy_(part.view_as(grad))
+        greatest = math.inf if training.clip is None else training.clip
+        norm = self.fabric.clip_gradients(self.model, self.optimiser, max_norm=greatest, error_if_nonfinite=False)
         self.bad += ~torch.isfinite(norm.detach())
         self.optimiser.step()
         self.optimiser.zero_grad()
@@ -459,7 +488,7 @@ class _Run:
         if returns > _RETURNS:
             raise UserError(
                 f"the loss is not finite after {at} steps, also with lr={self.training.lr * self.state['lr_factor']:g}; "
-                f"lower lr={self.training.lr:g} or clip={self.training.clip:g}"
+                f"lower lr={self.training.lr:g} or clip={self.training.clip}"
             )
         self.fabric.barrier()  # all have read it before it is written anew
         self.state["returns"], self.state["lr_factor"] = returns, self.state["lr_factor"] / 2

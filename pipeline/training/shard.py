@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,9 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from evaluation import skeletons
 from evaluation.types import Resolution
+from pipeline import datasets
 from pipeline.errors import UserError
 from pipeline.specs import Dataset, Objective, Splits
 
@@ -86,7 +89,9 @@ def shard(
     Raises:
         UserError: the disk has no room for it, or an image cannot be read.
     """
-    code = [Path(str(inspect.getsourcefile(part))).read_text() for part in (Shard, type(objective))]
+    readers = sorted(Path(datasets.__file__).parent.glob("*.py"))
+    sources = [str(inspect.getsourcefile(part)) for part in (Shard, type(objective))]
+    code = [Path(str(file)).read_text() for file in (*sources, skeletons.__file__, *readers)]
     key = [code, data.digest(splits), list(splits), str(resolution), zoom, pad]
     folder = cache / "shards" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +125,7 @@ def _write(
             f"{folder.parent}: {count} training images of {height}x{width} take {wanted / 1e9:.1f} GB there, and "
             f"{free / 1e9:.1f} GB are free; free some, choose another folder with outputs=DIR, or a smaller training_resolution"
         )
-    images = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=(count, height, width, 3))
+    images = _mapped(folder / "images.npy", np.dtype(np.uint8), (count, height, width, 3))
     most = max((objective.people(part[n].truth) for part, n in samples), default=0)
 
     def write(row: int) -> dict[str, NDArray[Any]]:
@@ -139,15 +144,31 @@ def _write(
     with ThreadPoolExecutor() as pool:
         rows = track(pool.map(write, range(count)), "reading images", total=count, transient=True)
         first = next(iter(rows))
-        arrays = {
-            name: np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=value.dtype, shape=(count, *value.shape))
-            for name, value in first.items()
-        }
+        arrays = {name: _mapped(folder / f"{name}.npy", value.dtype, (count, *value.shape)) for name, value in first.items()}
         for row, kept in enumerate((first, *rows)):
             for name, value in kept.items():
                 arrays[name][row] = value
     np.save(folder / "sizes.npy", sizes)
     images.flush()
+
+
+def _mapped(file: Path, kind: np.dtype[Any], shape: tuple[int, ...]) -> np.memmap[Any, Any]:
+    """An array on disk, to be written through memory.
+
+    Raises:
+        UserError: the disk has no room for it. Writing into a hole of a full disk would end the process instead.
+    """
+    made = np.lib.format.open_memmap(file, mode="w+", dtype=kind, shape=shape)
+    size = file.stat().st_size
+    try:
+        with file.open("r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, size)
+    except OSError as error:
+        raise UserError(
+            f"{file.parent.parent}: no room for {size / 1e9:.1f} GB of training images there ({error.strerror}); free some, "
+            "choose another folder with outputs=DIR, or a smaller training_resolution"
+        ) from error
+    return made
 
 
 def _stored(size: Resolution, resolution: Resolution, zoom: float) -> tuple[int, int]:

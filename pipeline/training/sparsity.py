@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
@@ -13,10 +14,11 @@ TYPES = ("l1", "l2", "group_lasso")
 
 
 class Penalty:
-    """What is added to the loss: `factor` times a norm of the weights that make and read the channels of every group.
+    """What is added to the loss: `factor` times a norm of the weights of the channels of every group.
 
-    "l1" is the sum of their magnitudes, "l2" of their squares (TAO's regularization_type), "group_lasso" the sum over channels
-    of the L2 norm of a channel's weights times the root of their number (Yuan and Lin 2006), which empties whole channels.
+    "l1" is the sum of the magnitudes of the weights that make the channels, "l2" of their squares (TAO's regularization_type),
+    "group_lasso" the sum over channels of the L2 norm of the weights that make and read one times the root of their number
+    (Yuan and Lin 2006), which empties whole channels.
 
     Args:
         network: whose groups are penalised; those of the heads are not.
@@ -38,15 +40,19 @@ class Penalty:
         ]
         if not self.groups:
             raise UserError(f"training.regularization_type={kind}: no channels of this network can be pruned; choose null")
+        with torch.no_grad():
+            self.counts = [
+                sum(filters(p, self.pairs).numel() for p in g.parts if not isinstance(p.layer, nn.BatchNorm2d)) / g.size
+                for g in self.groups
+            ]
 
     def __call__(self) -> Tensor:
         """The penalty, with gradients."""
         total: Any = 0
-        for group in self.groups:
+        for group, count in zip(self.groups, self.counts, strict=True):
             if self.kind == "group_lasso":
-                count = sum(filters(p, self.pairs).numel() for p in group.parts if p.layer not in self.pairs.values())
                 norms = (group_norms(group, self.pairs, 2) + 1e-12).sqrt()
-                total = total + norms.sum() * (count / group.size) ** 0.5
+                total = total + norms.sum() * count**0.5
             else:
                 order = 1 if self.kind == "l1" else 2
                 for part in group.producers:
