@@ -36,7 +36,7 @@ class _Ordered(nn.Module):
         return tuple(fields[name] for name in self.names)
 
 
-def export(network: nn.Module, example: NDArray[np.float32], opset: int, out: Path) -> None:
+def export(network: nn.Module, example: NDArray[np.float32], opset: int, out: Path, any_shape: bool = True) -> None:
     """Write a network as ONNX with torch's dynamo exporter.
 
     Args:
@@ -44,10 +44,11 @@ def export(network: nn.Module, example: NDArray[np.float32], opset: int, out: Pa
         example: images [B, 3, H, W].
         opset: of the file.
         out: the file.
+        any_shape: leave free what the description calls dynamic; a network of one shape is exported in a third of the time.
     """
     spec: NetworkSpec = network.spec  # type: ignore[assignment]
     names = [field.name for field in spec.fields]
-    free = {axis: name for axis, name in _AXES.items() if name in spec.dynamic}
+    free = {axis: name for axis, name in _AXES.items() if any_shape and name in spec.dynamic}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision's operators, which nobody asked for
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -38,7 +38,7 @@ def test_a_budget_is_solved_measured_and_written_down(smoke):
     assert summary["budget_solved_on"] == "onnxruntime"
     kept = {name for n in found["order"][: chosen["float_units"]] for name in found["units"][n]["nodes"]}
     written = {
-        node.name: node.input[1] for node in onnx.load(folder / "model.tensorrt.onnx").graph.node if node.op_type == "Conv"
+        node.name: node.input[1] for node in onnx.load(folder / "model.onnxruntime.onnx").graph.node if node.op_type == "Conv"
     }
     assert kept <= set(summary["float_layers"])
     assert kept <= set(json.loads((folder / "scales.json").read_text())["excluded"])

@@ -30,12 +30,12 @@ _SECONDS = 6.0  # of timing a comparison, at most
 
 
 def exported(network: nn.Module, size: Resolution, checkpoint: Callable[[Path], None] | None = None) -> Candidate:
-    """A network as an engine can be built of it; the runtime folds its batch norms itself."""
+    """A network as an engine of one image of this size can be built of it; the runtime folds its batch norms itself."""
     spec: NetworkSpec = network.spec  # type: ignore[assignment]
     image = torch.zeros(1, 3, size.height, size.width).numpy()
     with tempfile.TemporaryDirectory(prefix="posepress-export-") as folder:
         file = Path(folder) / "model.onnx"
-        export.export(deepcopy(network).cpu().eval(), image, _OPSET, file)
+        export.export(deepcopy(network).cpu().eval(), image, _OPSET, file, any_shape=False)
         export.stamp(file, spec)
         return Candidate.of_file(file, checkpoint)
 
