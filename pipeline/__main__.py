@@ -255,6 +255,13 @@ def _check_pruner(config: DictConfig) -> None:
         raise UserError(f"control={config.control}: choose null, pruned, scratch")
     if config.control is not None and config.pruner.weights_from == "train":
         raise UserError(f"control={config.control}: there is no pruner; add pruner=l1")
+    if config.control == "scratch" and config.weights is not None:
+        raise UserError("control=scratch: the dense network came trained (weights=), so nobody knows what its training took")
+    if config.control == "scratch" and (patience := config.stages.retrain.training.patience) is not None:
+        raise UserError(
+            f"control=scratch: a retraining with patience={patience} ends when it will; give it and the control "
+            "stages.retrain.training.patience=null"
+        )
 
 
 def _check_resolution(option: str, text: str, multiple: int, offset: int) -> None:

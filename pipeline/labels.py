@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +66,15 @@ def _ranking_words(normalizer: str | None, equalization: str) -> str:
 
 
 def _measuring(measures: bool, *, _root_: Any) -> Any:
-    """The backend that measures a pruning's steps, without what only the builds of the pruned network are told."""
+    """The backend that measures a pruning's steps, the same one for every precision and rebuild of the pruned network."""
     if not measures:
         return None
+    if _root_.rebuild:
+        _root_ = deepcopy(_root_)
+        _root_.rebuild = 0
     backend = OmegaConf.to_container(_root_.backend, resolve=True)
     assert isinstance(backend, dict)
-    own = {"precision": "fp32"} if "precision" in backend else {}
-    if _root_.rebuild and "timing_cache" in backend:
-        own["timing_cache"] = f"{_root_.outputs}/cache/tensorrt"
-    return {**backend, **own}
+    return {**backend, "precision": "fp32"} if "precision" in backend else backend
 
 
 def _digest(option: Any) -> str:
@@ -90,8 +91,13 @@ def _control_words(control: str | None, seed: int) -> str:
     return "" if control is None else f"-{control}{seed}" if control == "scratch" else f"-{control}"
 
 
-def _divisor_for(backend: str, precision: str) -> int:
-    """Channel counts are best multiples of this, where nothing is measured: NVIDIA's documentation of its tensor cores."""
+def _divisor_for(round_to: int | None, target: str | None, backend: str, precision: str) -> int:
+    """Channel counts are best multiples of this, where nothing is measured: NVIDIA's documentation of its tensor cores.
+
+    One value for all where nobody asks for it, lest prunings that are the same have two addresses.
+    """
+    if round_to is not None or target == "latency":
+        return 16
     return 32 if backend.startswith("tensorrt") and precision.startswith("int8") else 16
 
 

@@ -228,9 +228,11 @@ def section(results: Sequence[Result], rows: Sequence[Mapping[str, Any]], plot: 
     groups_of_rows: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups_of_rows.setdefault(tuple(str(row[key]) for key in _ONE_CURVE), []).append(row)
-    for of, own in groups_of_rows.items():
+    several = len({digest for digest, *_ in groups_of_rows}) > 1
+    for (digest, *of), own in groups_of_rows.items():
         if (drawn := curve(own)) is not None:
-            parts.append(f"<h3>{html.escape('AP against MACs: ' + ' · '.join(of[1:]))}</h3>{plot(drawn)}")
+            words = [*of, *([f"images {digest[:12]}"] if several else [])]
+            parts.append(f"<h3>{html.escape('AP against MACs: ' + ' · '.join(words))}</h3>{plot(drawn)}")
     seen: set[tuple[Path, str]] = set()
     for result in results:
         pruned = result.made_of.get("prune")

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+from collections import defaultdict
 from copy import deepcopy
 from functools import partial
 
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from evaluation.skeletons import OPENPOSE_18
 from evaluation.types import FieldSpec, InputSpec, NetworkSpec
+from evaluation.views import WholeImage
 from pipeline.__main__ import Cell
 from pipeline.artifacts import arguments
 from pipeline.backends.torch import Torch
@@ -32,7 +34,7 @@ from pipeline.pruning.graph import Costs, folded, groups, macs, mask, normalised
 from pipeline.pruning.pruner import Pruner, Target, UnreachableError
 from pipeline.pruning.sensitivity import curves
 from pipeline.pruning.torch_pruning_default import TorchPruningDefault
-from pipeline.pruning_page import curve
+from pipeline.pruning_page import curve, section
 from pipeline.specs import Shapes
 
 
@@ -279,7 +281,7 @@ class SteppedProbe:
     """Times a network by its MACs, in steps as those of a GPU."""
 
     def __init__(self, times):
-        self.times, self.backend = times, Torch()
+        self.times, self.backend, self.framing = times, Torch(), WholeImage(None)
 
     def latencies(self, candidates, seconds):
         return [next(ms for least, ms in self.times if candidate >= least) for candidate in candidates]
@@ -288,13 +290,13 @@ class SteppedProbe:
         return {}
 
 
-def latency_of(monkeypatch, value, times):
+def latency_of(monkeypatch, value, times, round_to=4):
     """The latency that a pruning to a target lands at."""
     network = trained(MAKERS[0])
     whole = macs(network, SIZE)
-    monkeypatch.setattr("pipeline.pruning.cycle.exported", lambda net, size, keep: macs(net, size) / whole)
+    monkeypatch.setattr("pipeline.pruning.cycle.exported", lambda net, size, keep, any_shape: macs(net, size) / whole)
     monkeypatch.setattr("pipeline.pruning.cycle.Candidate", float)
-    pruner = Pruner(target="latency", value=value, round_to=4, min_num_filters=4, criterion="l1", max_pruning_ratio=0.8)
+    pruner = Pruner(target="latency", value=value, round_to=round_to, min_num_filters=4, criterion="l1", max_pruning_ratio=0.8)
     cycle = Cycle(network, pruner, SIZE, SteppedProbe(times))
     cycle.run()
     return cycle.rows[-1]["latency_ms"]
@@ -311,6 +313,29 @@ def test_a_latency_is_reached_closely_or_from_below(monkeypatch, capsys):
         latency_of(monkeypatch, "0.3x", coarse)
     with pytest.raises(UserError, match=r"pruner.value=3ms: cannot be reached; the nearest is pruner.value=4ms with"):
         latency_of(monkeypatch, "3ms", coarse)
+    with pytest.raises(
+        UserError, match=r"pruner.value=0.01x: cannot be reached; the nearest is pruner.value=(0\.\d+)x"
+    ) as told:
+        latency_of(monkeypatch, "0.01x", fine, round_to=None)
+    nearest = float(re.search(r"nearest is pruner.value=(\S+)x", str(told.value))[1])
+    assert latency_of(monkeypatch, f"{nearest}x", fine, round_to=None) == pytest.approx(10 * nearest, rel=0.05)
+
+
+@pytest.mark.parametrize("value", ["0.5x", "5ms"])
+def test_a_latency_is_refused_where_every_pruning_is_slower(monkeypatch, value):
+    slower = [(0.99, 10.0), (0.0, 19.0)]
+    with pytest.raises(
+        UserError, match=r"no network tried is faster here .*takes 1\.9 times as long.*choose pruner.target=macs"
+    ):
+        latency_of(monkeypatch, value, slower)
+
+
+@pytest.mark.parametrize("framing", ["keep_aspect_ratio_mode=adjust_network_input", "scales=[0.5,1.0]"])
+def test_steps_are_measured_at_every_size_that_a_framing_makes(smoke, framing):
+    words = [*SMOKE, "stage=prune", "pruner=l1", "pruner.target=macs", "pruner.value=0.6x", "pruner.round_to=4"]
+    pipeline(*words, "pruner.min_num_filters=4", framing, "resolution=64x64", cwd=smoke, check=0)
+    (folder,) = (smoke / "outputs" / "smoke" / "prune").glob("*macs-0.6x*")
+    assert all({"ap", "latency_ms"} <= set(row) for row in json.loads((folder / "steps.json").read_text())["steps"])
 
 
 def test_a_latency_that_nothing_measures_is_refused():
@@ -648,12 +673,13 @@ def test_the_control_trains_as_long_as_all_of_it_took(tmp_path):
     assert found["retrain-scratch"]["train_macs"] == pytest.approx(spent, abs=0.5 * 4 * own)
     assert found["retrain-scratch"]["macs"] == found["retrain"]["macs"]
     assert f"{found['retrain-scratch']['steps']} steps" in done.stderr
-    patient = pipeline(*words, "stage=retrain", "control=scratch", "stages.retrain.training.patience=2", cwd=tmp_path)
+    words += ["name=given", "control=scratch", "stage=[train,prune,retrain]"]
+    patient = pipeline(*words, "stages.train.training.patience=2", cwd=tmp_path)
     assert "a retraining with patience=2 ends when it will; give it and the control stages.retrain" in refused(patient)
     weights = next((tmp_path / "smoke" / "train").glob("*/model.safetensors"))
-    words += [f"weights={weights}", "name=given", "control=scratch"]
-    text = refused(pipeline(*words, "stage=[train,prune,retrain]", cwd=tmp_path))
+    text = refused(pipeline(*words, f"weights={weights}", cwd=tmp_path))
     assert "control=scratch: the dense network came trained (weights=), so nobody knows what its training took" in text
+    assert not (tmp_path / "given").exists(), "before anything is trained"
     text = refused(pipeline(*SMOKE, f"outputs={tmp_path}", "pruner=l1", "control=scrap", "stage=retrain", cwd=tmp_path))
     assert "control=scrap: choose null, pruned, scratch" in text
     text = refused(pipeline(*SMOKE, f"outputs={tmp_path}", "control=scratch", cwd=tmp_path))
@@ -682,6 +708,42 @@ def test_the_curve_keeps_prunings_apart_and_what_was_not_retrained_aside():
         "not retrained": ((0.0,), "legendonly"),
         "Torch-Pruning as it comes, not retrained": ((0.1,), "legendonly"),
     }
+
+
+def test_curves_of_other_images_or_resolutions_are_other_plots():
+    about = {"data": "set", "network": "net", "keep_aspect_ratio_mode": "pad", "backend": "torch", "precision": "fp32"}
+
+    def rows(digest, resolution):
+        return [
+            defaultdict(
+                str, about, data_digest=digest, resolution=resolution, pruning=pruning, macs=macs, ap=ap, ap_lo=ap, ap_hi=ap
+            )
+            for pruning, macs, ap in (("dense", 4e9, 0.8), ("l1-0.3", 2e9, 0.7), ("l1-0.5", 1e9, 0.6))
+        ]
+
+    drawn = []
+    both = rows("a" * 64, "64x80") + rows("a" * 64, "96x96")
+    page = section([], both, lambda figure: drawn.append([len(series.x) for series in figure.data]) or "plot")
+    assert drawn == [[3], [3]]
+    assert "AP against MACs: set · net · 64x80 · pad · torch<" in page
+    page = section([], both + rows("b" * 64, "64x80"), lambda figure: "plot")
+    assert all(f"64x80 · pad · torch · images {digest * 12}<" in page for digest in "ab")
+
+
+def test_what_ranks_channels_is_in_the_address_of_the_sensitivity(smoke, monkeypatch):
+    seen = []
+    monkeypatch.setattr("pipeline.stages.sensitivity.importance", lambda *how: seen.append(how[2:5]) or importance(*how))
+    monkeypatch.chdir(smoke)
+    register()
+    addresses = set()
+    for more in ([], ["pruner.equalization_criterion=intersection"], ["pruner.normalizer=L2"]):
+        words = [*SMOKE, "pruner=l1", "pruner.criterion=l2", "pruner.sensitivity=sensitivity", "stage=sensitivity", *more]
+        with initialize_config_module("conf", version_base="1.3"):
+            cell = Cell(compose("config", words), words, sweep=False)
+        addresses.add(cell.stages["sensitivity"].address)
+        cell.run()
+    assert len(addresses) == 3
+    assert seen == [("l2", None, "union"), ("l2", None, "intersection"), ("l2", "L2", "union")]
 
 
 def test_the_report_shows_the_control_beside_the_rest(tmp_path):
@@ -736,7 +798,22 @@ def test_prunings_of_other_layers_have_other_addresses(words):
         (["keep_aspect_ratio_mode=null"], ["keep_aspect_ratio_mode=pad_image_input"], True),
         (["backend=torch", "precision=fp32"], ["backend=torch", "precision=fp16"], False),
         (["backend=tensorrt", "rebuild=0"], ["backend=tensorrt", "rebuild=1"], False),
+        (
+            ["backend=tensorrt", "backend.timing_cache=null", "rebuild=0"],
+            ["backend=tensorrt", "backend.timing_cache=null", "rebuild=1"],
+            False,
+        ),
+        (
+            ["backend=tensorrt", "backend.timing_cache=own", "rebuild=0"],
+            ["backend=tensorrt", "backend.timing_cache=own", "rebuild=1"],
+            False,
+        ),
         (["backend=tensorrt", "precision=fp16"], ["backend=tensorrt", "precision=int8"], True),
+        (
+            ["backend=tensorrt", "precision=fp16", "pruner.target=latency"],
+            ["backend=tensorrt", "precision=int8", "pruner.target=latency"],
+            False,
+        ),
     ],
 )
 def test_cells_of_a_sweep_share_a_measured_pruning_or_have_their_own(one, other, apart):

@@ -322,8 +322,8 @@ def _views(images, cache, splits=("train",), **changes):
     return replace(views, **changes)
 
 
-def _train(images, checkpoint, teacher=None, distillation=None, tune=None, **changes):
-    network, views = _network(), _views(images, checkpoint.parent)
+def _train(images, checkpoint, teacher=None, distillation=None, tune=None, network=None, **changes):
+    network, views = network or _network(), _views(images, checkpoint.parent)
     found = train(network, views, _options(**changes), checkpoint, teacher, distillation, tune)
     return network, found
 
@@ -349,7 +349,12 @@ def test_a_log_says_at_every_tenth_how_far_a_training_is(images, tmp_path, capsy
 
 
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(images, tmp_path, monkeypatch, capsys):
-    whole_run, expected = _train(images, tmp_path / "whole.ckpt")
+    def dropping():
+        network = _network()
+        network.backbone.register_forward_hook(lambda module, _, out: torch.nn.functional.dropout(out, 0.2, module.training))
+        return network
+
+    whole_run, expected = _train(images, tmp_path / "whole.ckpt", network=dropping())
     calls = 0
     objective_loss = HeatmapPafObjective.loss
 
@@ -362,9 +367,9 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(images, tmp_path, 
 
     monkeypatch.setattr(HeatmapPafObjective, "loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        _train(images, tmp_path / "cut.ckpt")
+        _train(images, tmp_path / "cut.ckpt", network=dropping())
     monkeypatch.undo()
-    resumed, found = _train(images, tmp_path / "cut.ckpt")
+    resumed, found = _train(images, tmp_path / "cut.ckpt", network=dropping())
     assert "goes on at step 4 of 12" in capsys.readouterr().err
     assert found["loss"] == expected["loss"]
     assert found["curve"] == expected["curve"]
@@ -437,7 +442,7 @@ def test_penalties_are_the_norms_they_are_called_after():
     one.groups, one.counts = [group], one.counts[:1]
     assert float(one()) == pytest.approx(float(squares.sqrt().sum()) * (weights / group.size) ** 0.5, rel=1e-3)
     with pytest.raises(UserError, match="regularization_type=l3: choose null, l1, l2, group_lasso"):
-        Penalty(network, "l3", 1.0)
+        Training(regularization_type="l3", kernel_regularization_factor=1.0)
 
 
 class PreActivated(torch.nn.Module):
@@ -472,9 +477,15 @@ def test_no_steps_keep_the_weights(images, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_goes_back_and_then_gives_up(images, tmp_path, monkeypatch, capsys):
-    with pytest.raises(UserError, match=r"the loss is not finite after .* steps, also with lr=.*lower lr=1e\+30"):
+    with pytest.raises(
+        UserError,
+        match=r"the loss is not finite after .* steps, also with lr=.*lower training.lr=1e\+30, or lower training.clip=1e\+30",
+    ):
         _train(images, tmp_path / "a.ckpt", lr=1e30, clip=1e30, steps=30)
     assert capsys.readouterr().err.count("back to step") == 3
+    with pytest.raises(UserError, match=r"lower training.lr=1e\+30, or give training.clip=5"):
+        _train(images, tmp_path / "unclipped.ckpt", lr=1e30, clip=None, steps=30)
+    capsys.readouterr()
     objective_loss, calls = HeatmapPafObjective.loss, 0
 
     def poisoned(self, fields, targets):
@@ -551,6 +562,10 @@ def test_a_batch_too_large_for_the_gpu_says_what_to_do(images, tmp_path, monkeyp
     monkeypatch.setattr(HeatmapPafObjective, "loss", full)
     with pytest.raises(UserError, match=r"batch_size=4: does not fit .*training\.accumulate=2, or choose a smaller batch_size"):
         _train(images, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=r"batch_size=9: does not fit .*training\.accumulate=3, or choose"):
+        _train(images, tmp_path / "b.ckpt", batch_size=9)
+    with pytest.raises(UserError, match="batch_size=4: does not fit into the GPU's memory; choose a smaller batch_size"):
+        _train(images, tmp_path / "c.ckpt", accumulate=4)
 
 
 def test_a_batch_in_parts_is_the_same_batch(images, tmp_path):
@@ -847,8 +862,13 @@ def test_impossible_trainings_are_refused(option):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scale": (0, 1.4)}, r"augment.scale=\[0, 1.4\]: give the least and the greatest size, above 0"),
-        ({"scale": (1.4, 0.6)}, r"augment.scale=\[1.4, 0.6\]"),
+        ({"scale": [0, 1.4]}, r"augment.scale=\[0, 1.4\]: give the least and the greatest size, above 0"),
+        ({"scale": [1.4, 0.6]}, r"augment.scale=\[1.4, 0.6\]"),
+        ({"scale": ["a", 1]}, r"augment.scale=\['a', 1\]: give the least"),
+        ({"scale": 1.0}, "augment.scale=1.0: give the least"),
+        ({"scale": None}, "augment.scale=None: give the least"),
+        ({"flip": "abc"}, "augment.flip=abc: a share"),
+        ({"rotate": None}, "augment.rotate=None: choose 0 or more"),
         ({"flip": 50}, "augment.flip=50: a share of the views; choose 0 to 1"),
         ({"rotate": -1}, "augment.rotate=-1: choose 0 or more"),
         ({"shift": float("nan")}, "augment.shift=nan"),

@@ -29,13 +29,15 @@ _NEAR = 0.05  # of the target, up to where the nearest latency is taken on eithe
 _SECONDS = 6.0  # of timing a comparison, at most
 
 
-def exported(network: nn.Module, size: Resolution, checkpoint: Callable[[Path], None] | None = None) -> Candidate:
-    """A network as an engine of one image of this size can be built of it; the runtime folds its batch norms itself."""
+def exported(
+    network: nn.Module, size: Resolution, checkpoint: Callable[[Path], None] | None = None, any_shape: bool = False
+) -> Candidate:
+    """A network as an engine can be built of it, of one image, of this size alone or any; the runtime folds its batch norms."""
     spec: NetworkSpec = network.spec  # type: ignore[assignment]
     image = torch.zeros(1, 3, size.height, size.width).numpy()
     with tempfile.TemporaryDirectory(prefix="posepress-export-") as folder:
         file = Path(folder) / "model.onnx"
-        export.export(deepcopy(network).cpu().eval(), image, _OPSET, file, any_shape=False)
+        export.export(deepcopy(network).cpu().eval(), image, _OPSET, file, any_shape)
         export.stamp(file, spec)
         return Candidate.of_file(file, checkpoint)
 
@@ -182,7 +184,8 @@ class Cycle:
 
     def _candidate(self, network: nn.Module, removed: Sequence[Any] = ()) -> Candidate:
         keep = self.keep and partial(self.keep, deepcopy(network).cpu(), [*self.history, *removed])
-        return exported(network, self.size, keep)
+        assert self.probe is not None
+        return exported(network, self.size, keep, not self.probe.framing.one_size)
 
     def _size(self, target: Target) -> tuple[str, float]:
         goal = target.of(self.dense[target.kind])
@@ -249,8 +252,9 @@ class Cycle:
         try:
             if self.pruner.round_to is None:
                 self._choose_divisor({"macs": ratio * self.dense["macs"]})
-        except UnreachableError as error:  # of MACs, which a latency this low needs even fewer of
-            raise self._unreachable(target, error.least / self.dense["macs"] * dense, dense) from error
+        except UnreachableError as error:  # so few MACs; what the fewest take is measured below
+            ratio = error.least / self.dense["macs"] * 1.0005
+            self._choose_divisor({"macs": ratio * self.dense["macs"]})
         tried: dict[float, float] = {}
         low, high = 0.0, 1.0
         for _ in range(_TRIES):
@@ -277,6 +281,12 @@ class Cycle:
         best = min(tried, key=lambda r: abs(tried[r] / wanted - 1))
         if abs(tried[best] / wanted - 1) > _NEAR:
             below = [r for r in tried if tried[r] < wanted]
+            if tried[best] >= 1:
+                raise UserError(
+                    f"pruner.value={self.pruner.value}: no network tried is faster here than the dense one (the nearest takes "
+                    f"{tried[best]:.3g} times as long, with round_to={self.round_to or self.pruner.divisor}); choose "
+                    "pruner.target=macs, or another round_to, backend or resolution"
+                )
             if not below:
                 raise self._unreachable(target, tried[best] * dense, dense)
             best = max(below, key=lambda r: tried[r])

@@ -132,7 +132,7 @@ def _probe(
         return None
     reference = job.scratch / "dense.onnx"
     reference.parent.mkdir(parents=True, exist_ok=True)
-    exported(network, size).save(reference)
+    exported(network, size, any_shape=not framing.one_size).save(reference)
     decoder = judged_by["decoder"]
     decode = decoder(network.spec, **decoder_options(None, decoder))
     judges = (judged_by["metric"], judged_by["agreement"], reference, judged_by["threads"])

@@ -108,22 +108,10 @@ def _norms(model: nn.Module) -> dict[str, list[float]]:
 
 
 def _as_long(job: Job, model: nn.Module, size: Resolution, training: Training, distillation: Distillation | None) -> Training:
-    """As many steps for the control as the multiply-accumulates of all the training it is compared with pay for.
-
-    Raises:
-        UserError: the dense network was not trained here from the start, or its retraining may stop early, so that nobody knows
-            what it took.
-    """
+    """As many steps for the control as the multiply-accumulates of all the training it is compared with pay for."""
     dense, pruned = (read_manifest(job.inputs[role]) for role in ("teacher", "network"))
     assert dense is not None
     assert pruned is not None
-    if dense["config"]["weights"] is not None:
-        raise UserError("control=scratch: the dense network came trained (weights=), so nobody knows what its training took")
-    if training.patience is not None:
-        raise UserError(
-            f"control=scratch: a retraining with patience={training.patience} ends when it will; give it and the control "
-            "stages.retrain.training.patience=null"
-        )
     own = 3 * macs(model, size)
     taught = own + (dense["summary"]["macs"] if distillation is not None else 0)
     spent = dense["summary"]["train_macs"] + pruned["summary"]["train_macs"] + training.steps * training.batch_size * taught

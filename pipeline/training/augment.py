@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,10 @@ from evaluation.types import InputSpec, Resolution
 from pipeline.errors import UserError
 
 DRAWS = 9  # random numbers a view takes
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -40,13 +45,15 @@ class Augmentation:
         Raises:
             UserError: a number is out of range, or the sizes are in the wrong order.
         """
-        if not 0 <= self.flip <= 1:
+        if not _number(self.flip) or not 0 <= self.flip <= 1:
             raise UserError(f"augment.flip={self.flip}: a share of the views; choose 0 to 1")
         for option in ("rotate", "shift", "brightness"):
-            if not 0 <= getattr(self, option) < math.inf:
+            if not _number(getattr(self, option)) or getattr(self, option) < 0:
                 raise UserError(f"augment.{option}={getattr(self, option)}: choose 0 or more")
-        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] < math.inf:
-            raise UserError(f"augment.scale={list(self.scale)}: give the least and the greatest size, above 0, as [0.6, 1.4]")
+        scale: Any = self.scale
+        pair = isinstance(scale, Sequence) and len(scale) == 2 and all(_number(size) for size in scale)
+        if not pair or not 0 < scale[0] <= scale[1]:
+            raise UserError(f"augment.scale={scale}: give the least and the greatest size, above 0, as [0.6, 1.4]")
 
     def views(
         self, draws: NDArray[np.float64], sizes: NDArray[np.int32], boxes: NDArray[np.float32], resolution: Resolution

@@ -229,9 +229,13 @@ def _fit(given: tuple[Any, ...], fabric: Any) -> None:
             _Run(fabric, deepcopy(network), *others).fit()  # other processes of this machine have the same memory
         except torch.OutOfMemoryError as error:
             training: Training = given[2]
+            devices = training.devices * training.num_nodes
+            own = training.batch_size // devices
+            finer = next((parts for parts in range(training.accumulate + 1, own + 1) if own % parts == 0), None)
             raise UserError(
-                f"training.batch_size={training.batch_size}: does not fit into the GPU's memory; compute it in parts with "
-                f"training.accumulate={2 * training.accumulate}, or choose a smaller batch_size or training_resolution"
+                f"training.batch_size={training.batch_size}: does not fit into the GPU's memory; "
+                + (f"compute it in parts with training.accumulate={finer}, or " if finer is not None else "")
+                + "choose a smaller batch_size or training_resolution"
             ) from error
     except UserError as error:
         if fabric.world_size > 1:  # else it arrives as a traceback's text
@@ -386,6 +390,7 @@ class _Run:
         """
         training, state = self.training, self.state
         self.bad.zero_()
+        self._seed()
         self.progress.begin(state["step"])
         items = _items(training, self.fabric.global_rank, state["step"])
         own = training.batch_size // (training.devices * training.num_nodes)
@@ -404,8 +409,14 @@ class _Run:
                     state["stopped"] = saves = True
                 if saves:
                     self._save()
+                    self._seed()
                 if state["stopped"]:
                     return
+
+    def _seed(self) -> None:
+        """What the network itself draws on a processor (dropout) follows from the step: who goes on draws the same."""
+        steps = self.views.seed * self.training.steps + self.state["step"]
+        torch.default_generator.manual_seed(steps * self.fabric.world_size + self.fabric.global_rank)
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
         """One step; returns this device's losses."""
@@ -488,7 +499,8 @@ class _Run:
         if returns > _RETURNS:
             raise UserError(
                 f"the loss is not finite after {at} steps, also with lr={self.training.lr * self.state['lr_factor']:g}; "
-                f"lower lr={self.training.lr:g} or clip={self.training.clip}"
+                f"lower training.lr={self.training.lr:g}, or "
+                + ("give training.clip=5" if self.training.clip is None else f"lower training.clip={self.training.clip:g}")
             )
         self.fabric.barrier()  # all have read it before it is written anew
         self.state["returns"], self.state["lr_factor"] = returns, self.state["lr_factor"] / 2
