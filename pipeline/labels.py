@@ -130,6 +130,7 @@ def register() -> None:
         ("divisor_for", _divisor_for),
         ("either", lambda condition, yes, no: yes if condition else no),
         ("not_null", lambda value: value is not None),
+        ("several", lambda steps: steps > 1),
         ("steps_measured", lambda target, steps: target is not None or steps > 1),
         ("weights_of", lambda control: "prune" if control == "pruned" else "retrain"),
         ("from_scratch", lambda control: control == "scratch"),

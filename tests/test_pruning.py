@@ -6,6 +6,7 @@ import math
 import re
 from collections import defaultdict
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -319,6 +320,17 @@ def test_a_latency_is_reached_closely_or_from_below(monkeypatch, capsys):
         latency_of(monkeypatch, "0.01x", fine, round_to=None)
     nearest = float(re.search(r"nearest is pruner.value=(\S+)x", str(told.value))[1])
     assert latency_of(monkeypatch, f"{nearest}x", fine, round_to=None) == pytest.approx(10 * nearest, rel=0.05)
+
+
+def test_a_size_that_no_divisor_reaches_is_refused_with_what_single_channels_reach(monkeypatch):
+    monkeypatch.setattr("pipeline.pruning.cycle.exported", lambda *_: 1.0)
+    pruner = Pruner(target="macs", value="0.01x", round_to=None, min_num_filters=4, criterion="l1")
+    with pytest.raises(UserError, match=r"the nearest is pruner\.value=(\S+) with .*round_to=1: take that") as told:
+        Cycle(trained(MAKERS[0]), pruner, SIZE, SteppedProbe([(0.0, 10.0)])).run()
+    nearest = re.search(r"nearest is pruner.value=(\S+)x", str(told.value))[1]
+    cycle = Cycle(trained(MAKERS[0]), replace(pruner, value=f"{nearest}x", round_to=1), SIZE)
+    cycle.run()
+    assert cycle.rows[-1]["macs"] / cycle.rows[0]["macs"] == pytest.approx(float(nearest), rel=0.01)
 
 
 @pytest.mark.parametrize("value", ["0.5x", "5ms"])
@@ -797,6 +809,7 @@ def test_prunings_of_other_layers_have_other_addresses(words):
     [
         (["keep_aspect_ratio_mode=null"], ["keep_aspect_ratio_mode=pad_image_input"], True),
         (["backend=torch", "precision=fp32"], ["backend=torch", "precision=fp16"], False),
+        (["stages.retrain.distillation=null"], [], False),
         (["backend=tensorrt", "rebuild=0"], ["backend=tensorrt", "rebuild=1"], False),
         (
             ["backend=tensorrt", "backend.timing_cache=null", "rebuild=0"],

@@ -116,6 +116,9 @@ class Cycle:
                 dropped = self.last.dropped
                 if not dropped and not self.history:
                     raise UserError(pruner.nothing(self.last.ranked))
+                left, whole = sum(self.last.kept), sum(self.whole.values())
+                cut = sum(kept < self.whole[group.name] for group, kept in zip(self.last.groups, self.last.kept, strict=True))
+                _say(f"{whole - left} of {whole} channels go, from {cut} of {len(self.whole)} groups")
             self.history += remove(self.network, dropped)
             self._measure(f"{step}" if steps > 1 else "pruned", anew=step == steps)
             if step < steps and self.retrain is not None:
@@ -222,7 +225,8 @@ class Cycle:
                 continue
             found.append((divisor, *made))
         if not found:
-            self._plan(reach, round_to=1)
+            self.round_to = 1  # which the message then says
+            self._plan(reach)
         times = self.probe.latencies([candidate for *_, candidate in found], _SECONDS)
         for (divisor, network, _), ms in zip(found, times, strict=True):
             size = Costs(network, [], self.size)([])
