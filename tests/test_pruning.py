@@ -310,6 +310,7 @@ def test_a_latency_is_reached_closely_or_from_below(monkeypatch, capsys):
     coarse = [(0.9, 10.0), (0.45, 5.6), (0.0, 4.0)]
     assert latency_of(monkeypatch, "0.5x", coarse) == 4.0, "what is nearer is too slow"
     assert "no network was found closer to 0.500x from below than 0.400x" in capsys.readouterr().err
+    assert latency_of(monkeypatch, "0.9x", [(0.6, 10.0), (0.0, 5.0)]) == 5.0, "though what is as slow as dense is nearer"
     with pytest.raises(UserError, match=r"pruner.value=0.3x: cannot be reached; the nearest is pruner.value=0\.4x"):
         latency_of(monkeypatch, "0.3x", coarse)
     with pytest.raises(UserError, match=r"pruner.value=3ms: cannot be reached; the nearest is pruner.value=4ms with"):

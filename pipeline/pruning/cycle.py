@@ -285,7 +285,7 @@ class Cycle:
         best = min(tried, key=lambda r: abs(tried[r] / wanted - 1))
         if abs(tried[best] / wanted - 1) > _NEAR:
             below = [r for r in tried if tried[r] < wanted]
-            if tried[best] >= 1:
+            if not below and tried[best] >= 1:
                 raise UserError(
                     f"pruner.value={self.pruner.value}: no network tried is faster here than the dense one (the nearest takes "
                     f"{tried[best]:.3g} times as long, with round_to={self.round_to or self.pruner.divisor}); choose "
