@@ -44,7 +44,7 @@ def export(network: nn.Module, example: NDArray[np.float32], opset: int, out: Pa
         example: images [B, 3, H, W].
         opset: of the file.
         out: the file.
-        any_shape: leave free what the description calls dynamic; a network of one shape is exported in a third of the time.
+        any_shape: leave free what the description calls dynamic; a network of one shape is exported in less than half the time.
     """
     spec: NetworkSpec = network.spec  # type: ignore[assignment]
     names = [field.name for field in spec.fields]

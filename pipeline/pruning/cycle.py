@@ -207,6 +207,12 @@ class Cycle:
 
     def _unreachable(self, target: Target, least: float, dense: float) -> UserError:
         p = self.pruner
+        if target.kind == "latency" and least >= dense:
+            return UserError(
+                f"pruner.value={p.value}: no network tried is faster here than the dense one (the nearest takes "
+                f"{least / dense:.3g} times as long, with round_to={self.round_to or p.divisor}); choose "
+                "pruner.target=macs, or another round_to, backend or resolution"
+            )
         return UserError(
             f"pruner.value={p.value}: cannot be reached; the nearest is pruner.value={target.words(least, dense)} with "
             f"max_pruning_ratio={p.max_pruning_ratio}, min_num_filters={p.min_num_filters} and "
@@ -285,12 +291,6 @@ class Cycle:
         best = min(tried, key=lambda r: abs(tried[r] / wanted - 1))
         if abs(tried[best] / wanted - 1) > _NEAR:
             below = [r for r in tried if tried[r] < wanted]
-            if not below and tried[best] >= 1:
-                raise UserError(
-                    f"pruner.value={self.pruner.value}: no network tried is faster here than the dense one (the nearest takes "
-                    f"{tried[best]:.3g} times as long, with round_to={self.round_to or self.pruner.divisor}); choose "
-                    "pruner.target=macs, or another round_to, backend or resolution"
-                )
             if not below:
                 raise self._unreachable(target, tried[best] * dense, dense)
             best = max(below, key=lambda r: tried[r])
