@@ -24,7 +24,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from evaluation.types import InputSpec, Resolution
-from pipeline.artifacts import Job, Results, Stage, arguments, option_of, read_manifest, requested, targets, value_at
+from pipeline.artifacts import (
+    Job,
+    Results,
+    Stage,
+    absent,
+    arguments,
+    made_here,
+    option_of,
+    read_manifest,
+    requested,
+    targets,
+    value_at,
+)
 from pipeline.errors import UserError, nearest
 from pipeline.labels import register
 
@@ -128,9 +140,9 @@ class Cell:
         for name in self.plan:
             stage = self.stages[name]
             for upstream in () if stage.collect else stage.inputs.values():
-                if upstream not in self.plan and read_manifest(self.results.folder(self.stages[upstream])) is None:
-                    folder = self.results.folder(self.stages[upstream])
-                    raise UserError(f"{name}: needs {folder}, which is not there; make it with: {self.command(upstream)}")
+                folder = self.results.folder(self.stages[upstream])
+                if upstream not in self.plan and not made_here(read_manifest(folder)):
+                    raise absent(name, folder, self.command(upstream))
 
     def _components(self, name: str) -> list[Mapping[str, Any]]:
         options = self.stages[name].options
@@ -174,7 +186,7 @@ class Cell:
             started = time.time()
             options = _instantiate(arguments(stage))
             target = options.pop("_target_")
-            scratch = self.results.cache / stage.name / fingerprint[:16]
+            scratch = self.results.scratch(stage, fingerprint)
             if self.config.force:
                 shutil.rmtree(scratch, ignore_errors=True)
             with self.results.writing(stage) as out:
@@ -317,9 +329,9 @@ def _instantiate(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _device(results: Results) -> dict[str, Any]:
     """This machine's description; outputs/cache/device.json is what DVC watches."""
-    from evaluation.device import write
+    from evaluation.device import describe, write
 
-    return write(results.cache / "device.json")
+    return write(results.cache / "device.json") if results.writable else describe()
 
 
 _errors: list[str] = []  # of this process's only cell; a sweep's cells leave theirs in files

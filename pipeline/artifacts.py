@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata, util
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.errors import UserError, nearest
@@ -105,7 +105,7 @@ class Job:
         out: an empty folder to write the result into.
         inputs: role to the finished folder.
         collected: role to every finished folder, of a stage that collects.
-        scratch: a folder that outlives the result, for checkpoints and caches of exactly this fingerprint.
+        scratch: a folder that outlives the result, for checkpoints and caches of exactly this name and fingerprint.
         cache: the folder of caches shared by all.
         overrides: words of the command line.
     """
@@ -118,19 +118,92 @@ class Job:
     overrides: Sequence[str] = ()
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished result; None if there is none.
+_PLAIN = re.compile(r"[\w+=-][\w.+=-]*")  # of a name or an address: one folder, never hidden, never above
+_MOST_JSON = 64 << 20  # bytes
+
+
+def parse_json(content: bytes) -> Any:
+    """What JSON says that may be damaged or made to harm.
 
     Raises:
-        UserError: the file is damaged.
+        ValueError: it is no JSON, nested too deeply or larger than 64 MiB.
     """
+    if len(content) > _MOST_JSON:
+        raise ValueError(f"{len(content)} bytes of JSON, more than {_MOST_JSON}")
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    except (FileNotFoundError, NotADirectoryError):
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def plain(name: object) -> bool:
+    """Whether a text is the name of one folder: letters, digits and ._+=-, and no dot in front."""
+    return isinstance(name, str) and _PLAIN.fullmatch(name) is not None
+
+
+def checked_manifest(found: Any) -> dict[str, Any]:
+    """A manifest as it was read, once it is known to hold what every manifest holds.
+
+    Raises:
+        ValueError: a key is missing, a value has another type, a name leaves its folder, or a byte changed.
+    """
+    kinds = {"stage": str, "address": str, "config": dict, "inputs": dict, "fingerprint": str, "files": dict, "digest": str}
+    kinds["summary"] = dict
+    wrong = [key for key, kind in kinds.items() if not (isinstance(found, dict) and isinstance(found.get(key), kind))]
+    if wrong:
+        raise ValueError(f"no manifest: '{wrong[0]}' is missing or of another type")
+    for entries in found["inputs"].values():
+        for entry in entries if isinstance(entries, list) else [None]:
+            if not isinstance(entry, dict) or not plain(entry.get("stage")) or not isinstance(entry.get("digest"), str):
+                raise ValueError("no manifest: an input has no stage, address and digest")
+            if entry.get("address") != "" and not plain(entry.get("address")):
+                raise ValueError(f"no manifest: the address {entry.get('address')!r} of an input is no folder name")
+    for name, digest in found["files"].items():
+        parts = PurePosixPath(name).parts
+        if not isinstance(digest, str) or not parts or ".." in parts or parts[0] == "/" or "\0" in name:
+            raise ValueError(f"no manifest: {name!r} is no file of it")
+    if "seal" in found and found["seal"] != _seal(found):
+        raise ValueError("changed since it was written")
+    return dict(found)
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    return digest_of({key: value for key, value in manifest.items() if key != "seal"})
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write a manifest with a digest of its own content, by which damage is noticed (a checksum is no signature)."""
+    plainly = json.loads(json.dumps(dict(manifest)))
+    content = {**plainly, "seal": _seal(plainly)}
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True))
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished result; None if there is none, or it is damaged: then its stage runs again.
+
+    Raises:
+        UserError: the file may not be read.
+    """
+    file = folder / MANIFEST
+    try:
+        if not file.is_file() or file.stat().st_size > _MOST_JSON:
+            return None
+        return checked_manifest(parse_json(file.read_bytes()))
+    except ValueError:
         return None
-    except ValueError as error:
-        raise UserError(f"{folder / MANIFEST}: damaged ({error}); delete {folder} and run its stage again") from error
-    return manifest
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); its owner must allow it, or choose outputs=DIR") from error
+
+
+def made_here(manifest: Mapping[str, Any] | None) -> bool:
+    """Whether there is a result, and this machine made it: what `import` brought is shown, and never built upon."""
+    return manifest is not None and "imported" not in manifest
+
+
+def absent(reader: str, folder: Path, command: str) -> UserError:
+    """The error of a stage whose input cannot be used."""
+    what = "was imported" if read_manifest(folder) else "is damaged" if (folder / MANIFEST).exists() else "is not there"
+    return UserError(f"{reader}: needs {folder}, which {what}; make it with: {command}")
 
 
 def sha256(file: Path) -> str:
@@ -149,11 +222,17 @@ def digest_of(value: Any) -> str:
 
 def current(manifest: Mapping[str, Any], root: Path) -> bool:
     """Whether a result was made from the inputs that lie under `root`, outputs/<name>, now, and those from theirs."""
-    for inputs in manifest["inputs"].values():
-        for entry in inputs:
+    waiting, seen = [manifest], set()
+    while waiting:
+        for entry in (entry for inputs in waiting.pop()["inputs"].values() for entry in inputs):
+            place = (entry["stage"], entry["address"], entry["digest"])
+            if place in seen:
+                continue
+            seen.add(place)
             above = read_manifest(root / entry["stage"] / entry["address"])
-            if above is None or above["digest"] != entry["digest"] or not current(above, root):
+            if above is None or above["digest"] != entry["digest"]:
                 return False
+            waiting.append(above)
     return True
 
 
@@ -278,10 +357,12 @@ class Results:
     def __init__(self, outputs: Path, name: str, run: str) -> None:
         """Results of `name`; `run` identifies this launch, whose cells must not write one address differently.
 
+        Where the folder cannot be written, results that are there can still be read.
+
         Raises:
-            UserError: the name is no plain folder name, or the folder cannot be written.
+            UserError: the name is no plain folder name, or the folder cannot be written and holds no results of it.
         """
-        if not re.fullmatch(r"[\w+=-][\w.+=-]*", name) or name in ("runs", "cache"):
+        if not plain(name) or name in ("runs", "cache"):
             raise UserError(
                 f"name={name}: must be a plain folder name (letters, digits, ._+=-), so that results stay in {outputs}/"
             )
@@ -289,6 +370,7 @@ class Results:
         self.run = outputs / "runs" / run
         self.cache = outputs / "cache"
         self.damaged: list[Path] = []
+        self._unwritable: str | None = None
         try:
             for folder in (self.run, self.cache):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -296,9 +378,29 @@ class Results:
             probe.touch()
             probe.unlink()
         except OSError as error:
+            self._unwritable = str(error.strerror)
+            if not (outputs / name).is_dir():
+                self.require_writable()
+
+    @property
+    def writable(self) -> bool:
+        """Whether results can be made here, not only read."""
+        return self._unwritable is None
+
+    def require_writable(self) -> None:
+        """Check that results can be made here.
+
+        Raises:
+            UserError: they cannot.
+        """
+        if self._unwritable is not None:
             raise UserError(
-                f"outputs={outputs}: cannot write there ({error.strerror}); choose another folder with outputs=DIR"
-            ) from error
+                f"outputs={self.outputs}: cannot write there ({self._unwritable}); choose another folder with outputs=DIR"
+            )
+
+    def scratch(self, stage: Stage, fingerprint: str) -> Path:
+        """The folder of checkpoints and caches of one result; no other name has a part in it."""
+        return self.cache / self.name / stage.name / fingerprint[:16]
 
     def folder(self, stage: Stage) -> Path:
         """Where a stage's result lies."""
@@ -330,8 +432,11 @@ class Results:
             checked = []
             for folder in folders:
                 manifest = read_manifest(folder)
-                if manifest is None:
-                    raise UserError(f"{stage.name}: needs {folder}, which is not there; make it with: {command(upstream)}")
+                if manifest is None and stage.collect:
+                    self.damaged.append(folder)
+                    continue
+                if manifest is None or not (stage.collect or made_here(manifest)):
+                    raise absent(stage.name, folder, command(upstream))
                 try:
                     self.verify(folder, manifest, command(upstream))
                 except UserError:
@@ -413,10 +518,10 @@ class Results:
         return digest_of(parts), parts
 
     def fresh(self, stage: Stage, fingerprint: str) -> bool:
-        """Whether the result is there, whole, and made from the same things."""
+        """Whether the result is there, whole, made here, and made from the same things."""
         folder = self.folder(stage)
         manifest = read_manifest(folder)
-        if manifest is None or manifest["fingerprint"] != fingerprint:
+        if manifest is None or manifest["fingerprint"] != fingerprint or not made_here(manifest):
             return False
         return all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in manifest["files"].items())
 
@@ -426,6 +531,8 @@ class Results:
         Raises:
             UserError: another cell of this launch made something else there.
         """
+        if not self.writable:
+            return  # nothing is made
         file = self.run / "claims" / f"{stage.name}@{stage.address}"
         file.parent.mkdir(parents=True, exist_ok=True)
         mine = file.with_name(f".{file.name}.{os.getpid()}")
@@ -450,6 +557,7 @@ class Results:
         """
         from filelock import FileLock, Timeout
 
+        self.require_writable()
         file = self.outputs / "runs" / "locks" / self.name / f"{stage.name}@{stage.address}.lock"
         holder = file.with_suffix(".holder")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -490,14 +598,9 @@ class Results:
     def finish(out: Path, fingerprint: str, parts: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
         """Write the manifest of a result that is otherwise complete."""
         files = {str(f.relative_to(out)): sha256(f) for f in sorted(out.rglob("*")) if f.is_file()}
-        manifest = {
-            **parts,
-            "fingerprint": fingerprint,
-            "files": files,
-            "digest": digest_of(files),
-            "summary": dict(summary),
-        }
-        (out / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
+        write_manifest(
+            out, {**parts, "fingerprint": fingerprint, "files": files, "digest": digest_of(files), "summary": dict(summary)}
+        )
 
 
 def _beside(folder: Path, kind: str) -> Path:

@@ -1,9 +1,22 @@
+import errno
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
-from pipeline.artifacts import MANIFEST, Results, Stage, arguments, closure, read_manifest, requested, source_files
+from pipeline.artifacts import (
+    MANIFEST,
+    Results,
+    Stage,
+    arguments,
+    closure,
+    current,
+    read_manifest,
+    requested,
+    source_files,
+    write_manifest,
+)
 from pipeline.errors import UserError
 
 
@@ -172,7 +185,7 @@ def test_inputs_must_be_there_and_unchanged(results):
     with pytest.raises(UserError, match="is missing"):
         results.input_manifests(reader, stages, command)
     (results.folder(upstream) / MANIFEST).write_text("{")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=r"train/a, which is damaged; make it with: python -m pipeline stage=train name=x$"):
         results.input_manifests(reader, stages, command)
     shutil.rmtree(results.folder(upstream))
     make(results, upstream)
@@ -225,3 +238,105 @@ def test_components_outside_the_lists_are_watched_too():
 def test_no_manifest_is_none(tmp_path):
     assert read_manifest(tmp_path) is None
     assert read_manifest(tmp_path / "none") is None
+
+
+def flipped(text, word):
+    at = text.index(word) + len(word) // 2
+    return text[:at] + chr(ord(text[at]) ^ 1) + text[at + 1 :]
+
+
+DAMAGES = {
+    "cut short": lambda text: text[: len(text) // 2],
+    "nothing": lambda text: "",
+    "a list": lambda text: f"[{text}]",
+    "no keys": lambda text: "{}",
+    "nested": lambda text: "[" * 100_000,
+    "figure": lambda text: text.replace("1.5", "1.6"),
+    "fingerprint": lambda text: flipped(text, json.loads(text)["fingerprint"]),
+    "digest": lambda text: flipped(text, json.loads(text)["digest"]),
+    "code": lambda text: flipped(text, json.loads(text)["code"]),
+    "stage": lambda text: text.replace('"stage": "train"', '"stage": "trein"'),
+    "a key": lambda text: text.replace('"files"', '"filfs"'),
+    "files": lambda text: json.dumps({**json.loads(text), "files": ["file"]}),
+    "inputs": lambda text: json.dumps({**json.loads(text), "inputs": {"x": [{"stage": "..", "address": "a", "digest": "b"}]}}),
+    "not text": lambda text: None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_manifest_is_none_and_the_same_command_makes_it_again(results, damage):
+    stage = Stage("train", "a", {"_target_": "x.y"})
+    fingerprint = make(results, stage)
+    file = results.folder(stage) / MANIFEST
+    before = file.read_bytes()
+    changed = DAMAGES[damage](before.decode())
+    file.write_bytes(b"\xff\xfe\x00" if changed is None else changed.encode())
+    assert read_manifest(file.parent) is None
+    assert not results.fresh(stage, fingerprint)
+    make(results, stage)
+    assert file.read_bytes() == before
+
+
+def test_a_damaged_manifest_is_left_out_of_what_collects(results):
+    stages = {name: Stage("evaluate", name, {"_target_": "x.y"}) for name in ("a", "b")}
+    for stage in stages.values():
+        make(results, stage)
+    (results.folder(stages["a"]) / MANIFEST).write_text("[]")
+    reader = Stage("report", "", {}, {"all": "evaluate"}, collect=True)
+    found = results.input_manifests(reader, {"evaluate": stages["b"]}, str)
+    assert [folder.name for folder, _ in found["all"]] == ["b"]
+    assert results.damaged == [results.folder(stages["a"])]
+
+
+def test_manifests_that_name_each_other_end(results):
+    """A loop cannot come about by itself, but in a folder of others."""
+    root = results.outputs / "x"
+    entry = {"stage": "train", "address": "a", "digest": "d"}
+    stage = Stage("train", "a", {"_target_": "x.y"})
+    make(results, stage)
+    manifest = read_manifest(results.folder(stage))
+    assert manifest is not None
+    write_manifest(results.folder(stage), {**manifest, "inputs": {"x": [entry, entry]}, "digest": "d"})
+    found = read_manifest(results.folder(stage))
+    assert found is not None
+    assert current(found, root)
+
+
+def test_what_was_imported_is_no_input_of_what_is_made_here(results):
+    stage = Stage("build", "a", {"_target_": "x.y"})
+    fingerprint = make(results, stage)
+    manifest = read_manifest(results.folder(stage))
+    assert manifest is not None
+    write_manifest(results.folder(stage), {**manifest, "imported": "a device"})
+    assert not results.fresh(stage, fingerprint)
+    reader = Stage("evaluate", "b", {}, {"engine": "build"})
+    with pytest.raises(UserError, match="build/a, which was imported; make it with: build$"):
+        results.input_manifests(reader, {"build": stage}, str)
+
+
+def read_only(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(Path, "write_text", refuse)
+
+
+def test_results_on_a_read_only_mount_are_read(results, tmp_path, monkeypatch):
+    stage = Stage("train", "a", {"_target_": "x.y"})
+    fingerprint = make(results, stage)
+    read_only(monkeypatch)
+    again = Results(tmp_path / "outputs", "x", "another-run")
+    assert not again.writable
+    again.claim(stage, fingerprint)
+    assert again.fresh(stage, fingerprint)
+    with pytest.raises(UserError, match="cannot write there .Read-only file system.; choose another folder"), again.lock(stage):
+        pytest.fail("nothing can be made there")
+    with pytest.raises(UserError, match="cannot write there"):
+        Results(tmp_path / "outputs", "not-there", "another-run")
+
+
+def test_two_names_share_no_scratch_folder(tmp_path):
+    stage = Stage("train", "a", {"_target_": "x.y"})
+    folders = {Results(tmp_path, name, "run").scratch(stage, "0" * 64) for name in ("x", "y")}
+    assert len(folders) == 2
