@@ -236,28 +236,13 @@ def predict(
 
 
 def shown(results: Iterator[Found], watch: Watch, what: str, total: int) -> Iterator[Found]:
-    """Pass results on under a progress bar with images/s and the name of the step that holds them up; both are left behind."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    """Pass results on and show images/s and the name of the step that holds them up; both are left behind."""
+    from pipeline.progress import Progress
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.1f} images/s, held up by {task.fields[by]}"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True, highlight=False)
-    started, n = time.perf_counter(), 0
-    with Progress(*columns, transient=True, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total, rate=0.0, by="nothing yet")
-        for result in results:
+    with Progress(what, total, "images", stays=True) as progress:
+        for n, result in enumerate(results, 1):
             yield result
-            n += 1
-            bar.update(task, completed=n, rate=n / (time.perf_counter() - started), by=watch.bottleneck)
-    if n:
-        rate = n / (time.perf_counter() - started)
-        console.print(f"           {n} {what}, {rate:.1f} images/s, held up by {watch.bottleneck}", soft_wrap=True)
+            progress.update(n, f"held up by {watch.bottleneck}")
 
 
 def resumed(

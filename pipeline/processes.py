@@ -1,7 +1,11 @@
 """Processes of our own beside this one."""
 
+import fcntl
 import os
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from threading import Thread
 
@@ -9,6 +13,20 @@ from threading import Thread
 def pool(workers: int) -> ProcessPoolExecutor:
     """A pool of fresh processes (nothing is inherited), which end with this one, however it ends."""
     return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Wait until no other process of this machine is in such a block: two that are timed would slow each other down.
+
+    The lock is on the folder of temporary files, which is there anyway, so that no file is left behind.
+    """
+    folder = os.open(tempfile.gettempdir(), os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _end_with_parent() -> None:

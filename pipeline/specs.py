@@ -334,8 +334,14 @@ class Backend(Protocol):
         """Load an engine; `threads` 0 is the backend's own choice."""
         ...
 
-    def audit(self, engine: Path, resolution: Resolution) -> Sequence[Mapping[str, Any]]:
-        """One record a layer of the engine as it runs: name, op, precision, macs."""
+    def audit(self, engine: Path, resolution: Resolution, scratch: Path | None = None) -> Sequence[Mapping[str, Any]]:
+        """One record a layer of the engine as it runs: name, op, precision, macs.
+
+        Args:
+            engine: to look at.
+            resolution: it runs at.
+            scratch: a folder for files that are gone afterwards; None is the system's.
+        """
         ...
 
 

@@ -1,6 +1,7 @@
 """Time, energy and memory of an engine with all that stands around it, each in a process of its own."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import cycle
@@ -15,6 +16,7 @@ from evaluation.pixels import frame
 from evaluation.types import Resolution
 from pipeline import processes
 from pipeline.errors import UserError
+from pipeline.progress import Progress
 from pipeline.specs import Backend, Decoder, Framing, Runner
 
 STEPS = ("framing", "upload", "network", "download", "decoding")
@@ -73,10 +75,15 @@ class Work:
         return [framed, runner.upload, runner, downloaded, decoded]
 
 
-def apart(function: Any, *values: Any) -> dict[str, Any]:
-    """Call in a fresh process, whose memory and threads nothing else has touched."""
-    with processes.pool(1) as pool:
-        result: dict[str, Any] = pool.submit(function, *values).result()
+def apart(what: str, function: Any, *values: Any) -> dict[str, Any]:
+    """Call in a fresh process, whose memory and threads nothing else has touched; `what` it does is shown meanwhile."""
+    with processes.pool(1) as pool, Progress(what, unit="s") as progress:
+        future = pool.submit(function, *values)
+        seconds = 0
+        while not wait([future], 1.0).done:
+            seconds += 1
+            progress.update(seconds)
+        result: dict[str, Any] = future.result()
         return result
 
 

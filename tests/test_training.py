@@ -339,13 +339,11 @@ def test_training_learns(images, tmp_path):
     assert not network.training
 
 
-def test_a_log_says_at_every_tenth_how_far_a_training_is(images, tmp_path, capsys):
-    _train(images, tmp_path / "a.ckpt", steps=200)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "images/s" in line]
-    assert [line.split()[1] for line in lines] == ["60", "80", "100", "120", "140", "160", "180", "200"]
-    assert all("of 200," in line and "heatmaps" in line for line in lines)
+def test_a_log_says_how_fast_a_training_was(images, tmp_path, capsys):
     _train(images, tmp_path / "b.ckpt", steps=6)
-    assert "step 6 of 6, " in capsys.readouterr().err
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("           step 6 of 6, ")]
+    assert "images/s" in line
+    assert "heatmaps" in line
 
 
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(images, tmp_path, monkeypatch, capsys):

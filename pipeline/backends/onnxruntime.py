@@ -110,7 +110,7 @@ class OnnxRuntime:
             raise UserError(f"{engine}: no network description in its metadata; build it with the stage 'build'")
         return OnnxRuntimeRunner(session, NetworkSpec.from_json(metadata[SPEC_KEY]), workers)
 
-    def audit(self, engine: Path, resolution: Resolution) -> list[dict[str, Any]]:
+    def audit(self, engine: Path, resolution: Resolution, scratch: Path | None = None) -> list[dict[str, Any]]:
         """The layers of the graph as ONNX Runtime optimised it, for one image of a resolution.
 
         Returns:
@@ -120,7 +120,7 @@ class OnnxRuntime:
         """
         import onnx
 
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
             session = self._session(engine, 1, Path(folder))
             name = session.get_inputs()[0].name
             for _ in range(_PROFILED):

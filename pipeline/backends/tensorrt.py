@@ -346,7 +346,7 @@ class TensorRT:
         """
         return TensorRTRunner(engine, self.devices, self.cuda_graph)
 
-    def audit(self, engine: Path, resolution: Resolution) -> Sequence[dict[str, Any]]:  # noqa: ARG002
+    def audit(self, engine: Path, resolution: Resolution, scratch: Path | None = None) -> Sequence[dict[str, Any]]:  # noqa: ARG002
         """The layers as the engine inspector lists them.
 
         Raises:

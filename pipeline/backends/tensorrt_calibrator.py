@@ -3,17 +3,18 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress
 
 from evaluation.pixels import normalise
 from evaluation.types import InputSpec
 from pipeline.backends.device_memory import DeviceMemory
 from pipeline.errors import UserError
+from pipeline.progress import Progress
 from pipeline.specs import CALIBRATION, CALIBRATION_INPUTS
 
 _BASES = {"entropy": "IInt8EntropyCalibrator2", "minmax": "IInt8MinMaxCalibrator"}
@@ -53,8 +54,8 @@ def calibrate(
     config.set_calibration_profile(profile)
     for flag in ("INT8", *(["FP16"] if about["high_precision_dtype"] == "fp16" else [])):
         config.set_flag(getattr(trt.BuilderFlag, flag))
-    progress = Progress(transient=True)
-    task = progress.add_task("calibrating in TensorRT", total=len(images))
+    progress = ExitStack()
+    bar = Progress("calibrating in TensorRT", len(images), "images")
 
     class Calibrator(base):  # type: ignore[misc] # the base exists only where TensorRT 10 does
         def __init__(self) -> None:
@@ -68,16 +69,17 @@ def calibrate(
 
         def get_batch(self, names: list[str]) -> list[int] | None:
             if self.at >= len(images) or self.failure is not None:
-                progress.stop()
+                progress.close()
                 return None
+            if not self.at:
+                progress.enter_context(bar)
             try:  # TensorRT swallows what is raised here and goes on with what it has
                 memory.copy(self.input, normalise(images[self.at : self.at + 1], spec))
             except Exception as error:  # noqa: BLE001 - whatever it was, it is raised after the build
                 self.failure = error
                 return None
             self.at += 1
-            progress.start()
-            progress.advance(task)
+            bar.update(self.at)
             return [self.input.address for _ in names]
 
         def read_calibration_cache(self) -> bytes | None:
@@ -98,7 +100,7 @@ def calibrate(
     calibrator = config.int8_calibrator = Calibrator()
 
     def finish() -> None:
-        progress.stop()
+        progress.close()
         if calibrator.failure is not None:
             raise calibrator.failure
 

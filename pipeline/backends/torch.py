@@ -88,7 +88,7 @@ class Torch:
         """Load the network; `threads` of the processor, where there is no GPU."""
         return TorchRunner(engine.parent, json.loads(engine.read_text()), threads)
 
-    def audit(self, engine: Path, resolution: Resolution) -> Sequence[dict[str, Any]]:
+    def audit(self, engine: Path, resolution: Resolution, scratch: Path | None = None) -> Sequence[dict[str, Any]]:  # noqa: ARG002
         """One record a convolution or linear layer, in the precision of all."""
         import torch
 

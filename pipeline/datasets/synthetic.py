@@ -494,7 +494,8 @@ class Synthetic:
 
     def _make(self) -> None:
         from filelock import FileLock
-        from rich.progress import track
+
+        from pipeline.progress import Progress
 
         if (self.folder / "splits.json").exists():
             return
@@ -509,8 +510,10 @@ class Synthetic:
             workers = min(os.cpu_count() or 1, len(jobs))
             with processes.pool(workers) as pool:
                 done = zip(jobs, pool.map(_write, jobs), strict=True)
-                for job, records in track(done, f"generating {sum(self.counts.values())} images", len(jobs)):
-                    split_records.setdefault(job[2], []).extend(records)
+                with Progress("drawing", sum(self.counts.values()), "images") as progress:
+                    for job, records in done:
+                        split_records.setdefault(job[2], []).extend(records)
+                        progress.update(sum(map(len, split_records.values())))
             self._write_annotations(unfinished, split_records)
             unfinished.rename(self.folder)
 

@@ -30,12 +30,21 @@ _SECONDS = 6.0  # of timing a comparison, at most
 
 
 def exported(
-    network: nn.Module, size: Resolution, checkpoint: Callable[[Path], None] | None = None, any_shape: bool = False
+    network: nn.Module,
+    size: Resolution,
+    checkpoint: Callable[[Path], None] | None = None,
+    any_shape: bool = False,
+    scratch: Path | None = None,
 ) -> Candidate:
-    """A network as an engine can be built of it, of one image, of this size alone or any; the runtime folds its batch norms."""
+    """A network as an engine can be built of it, of one image, of this size alone or any; the runtime folds its batch norms.
+
+    Files on the way lie in the folder `scratch`; None is the system's.
+    """
     spec: NetworkSpec = network.spec  # type: ignore[assignment]
     image = torch.zeros(1, 3, size.height, size.width).numpy()
-    with tempfile.TemporaryDirectory(prefix="posepress-export-") as folder:
+    if scratch is not None:
+        scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
         file = Path(folder) / "model.onnx"
         export.export(deepcopy(network).cpu().eval(), image, _OPSET, file, any_shape)
         export.stamp(file, spec)
@@ -188,7 +197,8 @@ class Cycle:
     def _candidate(self, network: nn.Module, removed: Sequence[Any] = ()) -> Candidate:
         keep = self.keep and partial(self.keep, deepcopy(network).cpu(), [*self.history, *removed])
         assert self.probe is not None
-        return exported(network, self.size, keep, not self.probe.framing.one_size)
+        scratch = None if self.memory is None else self.memory.parent
+        return exported(network, self.size, keep, not self.probe.framing.one_size, scratch)
 
     def _size(self, target: Target) -> tuple[str, float]:
         goal = target.of(self.dense[target.kind])

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
+from pipeline.progress import track
 from pipeline.pruning.graph import LAYERS, Group, mask
 
 RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -29,7 +29,7 @@ def curves(
         What `measure` says, by its name of the figure, the name of the group and the ratio ("0.25").
     """
     made: dict[str, dict[str, dict[str, float]]] = {}
-    for group, values in track(list(zip(found, ranked, strict=True)), "measuring sensitivity", transient=True):
+    for group, values in track(list(zip(found, ranked, strict=True)), "measuring sensitivity", unit="groups"):
         if values is None:
             continue
         order = torch.argsort(values, stable=True).tolist()

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import track
 
 from evaluation.pixels import normalise
 from evaluation.types import Resolution
 from pipeline.inference import batches
+from pipeline.progress import track
 from pipeline.quantization.graph import computed_over, load, place
 from pipeline.specs import Framing, read_spec
 
@@ -31,7 +31,7 @@ def features(onnx_file: Path, images: Sequence[tuple[Any, int]], framing: Framin
     tensors = place(model).tensors
 
     def inputs() -> Iterator[NDArray[np.float32]]:
-        for data, index in track(images, "looking at activations", transient=True):
+        for data, index in track(images, "looking at activations", unit="images"):
             batch = next(iter(batches(data, framing, spec.input, size, 1, [index])))
             shape = (1, size.height, size.width, 3)
             yield normalise(batch.images[:1] if batch.views else np.zeros(shape, np.uint8), spec.input)

@@ -15,6 +15,7 @@ from evaluation.types import InputSpec, Resolution
 from pipeline.datasets.coco import Coco
 from pipeline.errors import UserError
 from pipeline.inference import batches
+from pipeline.progress import track
 from pipeline.specs import CalibrationFeed, Framing, Splits
 
 
@@ -39,10 +40,8 @@ def calibration_feed(
     sources = list(_sources(images, data, image_dir, cache))
 
     def frames(most: int | None) -> Iterator[NDArray[np.uint8]]:
-        from rich.progress import track
-
         every = (batch for part, order in sources for batch in batches(part, framing, spec, size, 1, order))
-        for batch in track(islice(every, most), "calibrating", min(len(images), most or len(images)), transient=True):
+        for batch in track(islice(every, most), "calibrating", min(len(images), most or len(images)), "images"):
             if batch.views:
                 yield batch.images
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import track
 from scipy.optimize import isotonic_regression
 
 from evaluation.statistics import spearman
 from pipeline.errors import UserError
+from pipeline.progress import track
 from pipeline.quantization.graph import place
 from pipeline.quantization.probe import Probe, of_all_fields
 from pipeline.quantization.quantizers import Calibrated, Int8
@@ -111,7 +111,7 @@ class Mixed:
         times = probe.latencies([probe.fp32, *candidates], self.seconds) if timed else [1.0] * (1 + len(candidates))
         rows = []
         for count, candidate, ms in zip(
-            counts, track(candidates, "measuring finalists", transient=True), times[1:], strict=True
+            counts, track(candidates, "measuring finalists", unit="engines"), times[1:], strict=True
         ):
             error = of_all_fields(probe.errors(candidate))
             rows.append({"float_units": count, "ms": ms, "error": error, **probe.figures(candidate)})
@@ -153,7 +153,7 @@ class Mixed:
         timed = probe.backend.timeable
         ms = probe.latencies([probe.fp32, everything], self.seconds / 4)[1] if timed else 1.0
         units = []
-        for group in track(groups, "measuring sensitivity", transient=True):
+        for group in track(groups, "measuring sensitivity", unit="groups of layers"):
             candidate = calibrated.without(set(group))
             left = of_all_fields(probe.errors(candidate))
             cost = 1.0

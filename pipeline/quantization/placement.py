@@ -7,6 +7,7 @@ from typing import Any
 import onnx
 
 from pipeline.errors import UserError
+from pipeline.progress import track
 from pipeline.quantization.graph import WEIGHTED, place
 from pipeline.quantization.probe import Probe
 
@@ -47,7 +48,7 @@ def search(calibrated: Any, probe: Probe | None, progress: Callable[[str], None]
         raise UserError(f"precision.placement=search: {lacking}; choose precision.placement=default")
     best, engine = calibrated, calibrated.written()
     rows = []
-    for name, nodes in _variants(calibrated.model):
+    for name, nodes in track(list(_variants(calibrated.model)), "timing placements", unit="placements"):
         excluded = best.placement.excluded | nodes
         if nodes <= best.placement.excluded or not (placed := place(best.model, excluded)).quantized(best.model):
             continue

@@ -85,6 +85,7 @@ class Probe:
         agreement: made with the network's labels; None measures none.
         reference: the FP32 ONNX file.
         threads: of the processor, when a candidate is timed.
+        scratch: a folder for engines, which go with their candidates; None is the system's.
     """
 
     def __init__(
@@ -99,7 +100,12 @@ class Probe:
         agreement: Callable[..., Metric[Any, Any]] | None,
         reference: Path,
         threads: int,
+        scratch: Path | None = None,
     ) -> None:
+        self.scratch = None if scratch is None else scratch / "engines"
+        if self.scratch is not None:  # what a killed run left
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            self.scratch.mkdir(parents=True)
         self.images: Any = data.open("tune")
         self.indices = sorted({round(k) for k in np.linspace(0, len(self.images) - 1, min(count, len(self.images)))})
         self.framing, self.size, self.backend, self.decoder = framing, size, backend, decoder
@@ -121,7 +127,7 @@ class Probe:
     def engine(self, candidate: Candidate, threads: int = 0) -> Runner:
         """A candidate, built if it was not before, and loaded; its engine is gone with the candidate."""
         if candidate not in self._built:
-            folder = Path(tempfile.mkdtemp(prefix="posepress-probe-"))
+            folder = Path(tempfile.mkdtemp(dir=self.scratch))
             finalize(candidate, shutil.rmtree, folder, ignore_errors=True)
             out = folder / "engine"
             out.mkdir()

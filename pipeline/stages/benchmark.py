@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from rich.console import Console
 
 from evaluation import audit, device, power
@@ -14,6 +13,7 @@ from evaluation.types import Resolution
 from pipeline.artifacts import Job, read_manifest
 from pipeline.errors import UserError
 from pipeline.inference import decoder_options
+from pipeline.processes import alone
 from pipeline.specs import Backend, Decoder, Framing, ModelFiles, Shapes, Splits
 from pipeline.timing import Work, apart, memory_of, time_of
 
@@ -60,10 +60,10 @@ def run(
     engine, size = job.inputs["engine"] / built["summary"]["engine"], Resolution.parse(resolution)
     machine = device.describe()
     summary: dict[str, Any] = {"timed": 0, "backend": backend.name}
-    lock = FileLock(Path(tempfile.gettempdir()) / "posepress-benchmark.lock")
+    job.scratch.mkdir(parents=True, exist_ok=True)
     if not framing.averaged:  # nobody runs an engine over several views of an image
-        with lock:
-            layers = backend.audit(engine, size)
+        with alone():
+            layers = backend.audit(engine, size, job.scratch)
         (job.out / "audit.json").write_text(json.dumps(list(layers), indent=1))
         ran, lost = audit.shares(layers), audit.unmet(layers)
         if min_int8_share is not None and ran.get("int8", 0.0) < min_int8_share:
@@ -77,10 +77,10 @@ def run(
         some = [(sample.read(), sample.boxes) for sample in (images[n] for n in range(min(_IMAGES, len(images))))]
         options = decoder_options(job.inputs.get("tuned"), decoder)
         work = Work(backend, some, framing, decoder, options, size, batch, threads)
-        with tempfile.TemporaryDirectory() as folder, lock:
+        with tempfile.TemporaryDirectory(dir=job.scratch) as folder, alone():
             reference = _reference(backend, job, size, batch, Path(folder)) if "reference" in job.inputs else None
-            timed = apart(time_of, work, engine, reference, seconds)
-            memory = apart(memory_of, work, engine)
+            timed = apart("timing", time_of, work, engine, reference, seconds)
+            memory = apart("measuring memory", memory_of, work, engine)
         machine |= timed.pop("gpu")
         Console(stderr=True, highlight=False).print(
             f"           p50 {timed['latency_p50_ms']:.2f} ms, interval {timed['latency_width']:.1%} wide, "

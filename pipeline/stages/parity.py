@@ -52,7 +52,8 @@ def run(
     typed = _typed(job.inputs["network"], isinstance(backend, OnnxRuntime))
     names = [field.name for field in spec.fields]
     shapes = Shapes.of(framing, size, spec.input, 1)
-    with tempfile.TemporaryDirectory() as scratch:
+    job.scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=job.scratch) as scratch:
         fp32 = ModelFiles(dict.fromkeys(FLAVOURS, exported), job.inputs.get("checkpoint"))
         chain = {
             "torch, FP32": _fields(Torch(cuda_graph=False), fp32, shapes, frames, Path(scratch) / "torch"),

@@ -132,8 +132,8 @@ def _probe(
         return None
     reference = job.scratch / "dense.onnx"
     reference.parent.mkdir(parents=True, exist_ok=True)
-    exported(network, size, any_shape=not framing.one_size).save(reference)
+    exported(network, size, any_shape=not framing.one_size, scratch=job.scratch).save(reference)
     decoder = judged_by["decoder"]
     decode = decoder(network.spec, **decoder_options(None, decoder))
     judges = (judged_by["metric"], judged_by["agreement"], reference, judged_by["threads"])
-    return Probe(data, count, framing, size, backend.in_fp32(), decode, *judges)
+    return Probe(data, count, framing, size, backend.in_fp32(), decode, *judges, scratch=job.scratch)

@@ -57,7 +57,17 @@ def run(
         judge = judged_by or {"decoder": None, "metric": None, "agreement": None, "threads": 0}
         decode = judge["decoder"](spec, **options) if judge["decoder"] else None
         probe = Probe(
-            data, probe_images, framing, size, backend, decode, judge["metric"], judge["agreement"], model, judge["threads"]
+            data,
+            probe_images,
+            framing,
+            size,
+            backend,
+            decode,
+            judge["metric"],
+            judge["agreement"],
+            model,
+            judge["threads"],
+            job.scratch,
         )
     try:
         report = dict(quantizer.quantize(model, feed, probe, job.out))

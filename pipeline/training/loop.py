@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.progress import TrainingProgress
 from pipeline.pruning.graph import example, macs
 from pipeline.pruning.sparse24 import zeros
 from pipeline.training.cuda_graph import Recorded
 from pipeline.training.distillation import Distillation, Teacher
-from pipeline.training.progress import TrainingProgress
 from pipeline.training.sparsity import TYPES, Penalty
 from pipeline.training.views import Batch, Views
 

@@ -113,7 +113,8 @@ def _write(
     parts: Sequence[Dataset[Any]], objective: Objective[Any], resolution: Resolution, zoom: float, pad: int, folder: Path
 ) -> None:
     import cv2
-    from rich.progress import track
+
+    from pipeline.progress import track
 
     samples = [(part, n) for part in parts for n in range(len(part))]
     sizes = np.array([_stored(part[n].size, resolution, zoom) for part, n in samples], np.int32)
@@ -142,7 +143,7 @@ def _write(
         return kept | {"labelled": np.array(sample.truth is not None)}
 
     with ThreadPoolExecutor() as pool:
-        rows = track(pool.map(write, range(count)), "reading images", total=count, transient=True)
+        rows = track(pool.map(write, range(count)), "reading training images", count, "images")
         first = next(iter(rows))
         arrays = {name: _mapped(folder / f"{name}.npy", value.dtype, (count, *value.shape)) for name, value in first.items()}
         for row, kept in enumerate((first, *rows)):
