@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-gpu lint clean
+.PHONY: install demo test rtx test-gpu lint clean
 install: .venv/installed
 
 .venv/installed: requirements.lock pyproject.toml
@@ -20,6 +20,11 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# Parses and builds our files with TensorRT for RTX, which installs on Linux and x86-64 and needs no GPU to build.
+rtx: install
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation -c requirements-rtx.lock -e .[tensorrt-rtx]
+	POSEPRESS_REQUIRE_RTX=1 $(BIN)/python -m pytest -n auto -m rtx
 
 # For a machine with a GPU and TensorRT: builds, compares, and prints a certificate.
 test-gpu: install

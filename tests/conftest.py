@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
@@ -14,9 +15,17 @@ from filelock import FileLock
 ROOT = Path(__file__).resolve().parent.parent
 FAKES = ROOT / "tests" / "fakes"
 REAL = Path(os.environ.get("POSEPRESS_REAL_DATA", ROOT.parent / "shared" / "data"))
+RTX = find_spec("tensorrt_rtx_bindings")
+RTX_FIX = "`make rtx` installs it and runs them"
 
 
 def pytest_configure(config):
+    if RTX is None and os.environ.get("POSEPRESS_REQUIRE_RTX") == "1":
+        raise pytest.UsageError(f"POSEPRESS_REQUIRE_RTX=1: TensorRT for RTX is not installed; {RTX_FIX}")
+    if RTX is None and not os.environ.get("PYTEST_XDIST_WORKER"):
+        config.issue_config_time_warning(
+            pytest.PytestWarning(f"no TensorRT for RTX: tests marked 'rtx' are skipped ({RTX_FIX})"), 2
+        )
     if not REAL.is_dir() and not os.environ.get("PYTEST_XDIST_WORKER"):
         config.issue_config_time_warning(
             pytest.PytestWarning(f"no real images at {REAL}: tests marked 'real' are skipped (set POSEPRESS_REAL_DATA)"), 2
@@ -24,6 +33,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    if RTX is None:
+        for item in items:
+            if item.get_closest_marker("rtx"):
+                item.add_marker(pytest.mark.skip(reason=f"no TensorRT for RTX: {RTX_FIX}"))
     if not REAL.is_dir():
         for item in items:
             if item.get_closest_marker("real"):

@@ -14,11 +14,15 @@ from pipeline.quantization.probe import Candidate, Probe
 from pipeline.specs import CalibrationFeed
 
 _SIZES = {"Resize": (1, 2, 3)}  # inputs that say how large something becomes; they stay float32
+# Operators that TensorRT's parser or builder refuses in bfloat16, and those that make float32 numbers of anything.
+_IN_FLOAT = frozenset(
+    ("Celu", "ConvTranspose", "HardSwish", "LpNormalization", "LpPool", "Mish", "Cast", "Constant", "ConstantOfShape", "Range")
+)
 
 
 @dataclass(frozen=True)
 class Bf16:
-    """bfloat16 weights and activations for TensorRT; inputs and outputs stay float32.
+    """bfloat16 weights and activations for TensorRT; inputs and outputs stay float32, and so do operators without bfloat16.
 
     ONNX Runtime's processor kernels have no bfloat16: its flavour computes in float32 and rounds weights and every
     activation, which shows the accuracy and not the speed.
@@ -29,25 +33,43 @@ class Bf16:
         model = load(onnx_file)
         candidate = Candidate({"tensorrt": convert(model), "onnxruntime": simulated(model)})
         candidate.write(out)
-        return {"precision": "bf16", **Probe.summary(probe, candidate)}
+        kept = {"kept_fp32": names} if (names := sorted(node.name for node in _kept(Graph(model)))) else {}
+        return {"precision": "bf16", **kept, **Probe.summary(probe, candidate)}
+
+
+def _kept(graph: Graph) -> list[onnx.NodeProto]:
+    """Nodes that compute float32 numbers in float32."""
+    return [node for node in graph.nodes if node.op_type in _IN_FLOAT and graph.floats.intersection(node.output)]
 
 
 def _weights(graph: Graph) -> set[str]:
-    """Constants that are numbers of the network."""
+    """Constants that become bfloat16: numbers of the network that an operator in bfloat16 reads."""
+    kept = {node.name for node in _kept(graph)}
+    read = {
+        name
+        for node in graph.nodes
+        for n, name in enumerate(node.input)
+        if node.name not in kept and n not in _SIZES.get(node.op_type, ())
+    }
     sizes = {name for node in graph.nodes for n, name in enumerate(node.input) if n in _SIZES.get(node.op_type, ())}
-    return {name for name, value in graph.constants.items() if value.data_type == TensorProto.FLOAT and name not in sizes}
+    floats = {name for name, value in graph.constants.items() if value.data_type == TensorProto.FLOAT}
+    return (floats & read) - sizes
+
+
+def _cast(source: str, target: str, to: int) -> onnx.NodeProto:
+    return helper.make_node("Cast", [source], [target], name=target, to=to)
 
 
 def convert(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A network that computes in bfloat16, with casts at its input and outputs.
+    """A network that computes in bfloat16, with casts at its input, its outputs and around what stays in float32.
 
     Args:
         model: a float network with inferred shapes.
     """
     made = onnx.ModelProto()
     made.CopyFrom(model)
-    graph = made.graph
-    weights = _weights(Graph(model))
+    graph, known = made.graph, Graph(model)
+    weights, kept = _weights(known), {node.name for node in _kept(known)}
     for tensor in graph.initializer:
         if tensor.name in weights:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(ml_dtypes.bfloat16), tensor.name))
@@ -57,11 +79,24 @@ def convert(model: onnx.ModelProto) -> onnx.ModelProto:
     nodes = [
         helper.make_node("Cast", [name], [inside[name]], name=f"{name}_to_bf16", to=TensorProto.BFLOAT16) for name in floats
     ]
+    exact: dict[str, str] = {}  # the float32 numbers behind a bfloat16 tensor
     for node in graph.node:
-        for names in (node.input, node.output):
-            for n, name in enumerate(names):
-                names[n] = inside.get(name, name)
-        nodes.append(node)
+        before, after = [], []
+        for n, name in enumerate(node.input):
+            node.input[n] = inside.get(name, name)
+            if n in _SIZES.get(node.op_type, ()):
+                node.input[n] = exact.get(name, name)
+            elif node.name in kept and (name in weights or name in known.floats):
+                if name not in exact:
+                    exact[name] = f"{name}_in_float"
+                    before.append(_cast(inside.get(name, name), exact[name], TensorProto.FLOAT))
+                node.input[n] = exact[name]
+        for n, name in enumerate(node.output):
+            node.output[n] = inside.get(name, name)
+            if node.name in kept and name in known.floats:
+                node.output[n] = exact[name] = f"{name}_exact"
+                after.append(_cast(exact[name], inside.get(name, name), TensorProto.BFLOAT16))
+        nodes += [*before, node, *after]
     nodes += [
         helper.make_node("Cast", [inside[name]], [name], name=f"{name}_to_float", to=TensorProto.FLOAT)
         for name in (value.name for value in graph.output if value.name in outputs)
@@ -82,7 +117,8 @@ def simulated(model: onnx.ModelProto) -> onnx.ModelProto:
     made = onnx.ModelProto()
     made.CopyFrom(model)
     known = Graph(model)
-    weights = _weights(known)
+    weights, kept = _weights(known), {node.name for node in _kept(known)}
+    exact = {name for node in _kept(known) for name in node.output if name in known.floats}
     for tensor in made.graph.initializer:
         if tensor.name in weights:
             rounded = numpy_helper.to_array(tensor).astype(ml_dtypes.bfloat16).astype(np.float32)
@@ -92,7 +128,8 @@ def simulated(model: onnx.ModelProto) -> onnx.ModelProto:
     nodes = [one for name in given for one in _rounding(name, f"{name}_rounded")]
     for node in made.graph.node:
         for n, name in enumerate(node.input):
-            node.input[n] = rounded_as.get(name, name)
+            sized = n in _SIZES.get(node.op_type, ())
+            node.input[n] = f"{name}_exact" if name in exact and (sized or node.name in kept) else rounded_as.get(name, name)
         after = []
         for n, name in enumerate(node.output):
             if name in known.floats:

@@ -38,7 +38,7 @@ def convert(model: onnx.ModelProto, keep: Iterable[str] = ()) -> onnx.ModelProto
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of weights below 1e-7, which half precision does not tell from 0
         made = float16.convert_float_to_float16(
-            given, keep_io_types=True, node_block_list=list(keep), op_block_list=["Resize", "Range"]
+            given, keep_io_types=True, node_block_list=list(keep), op_block_list=["Resize", "Range", "Celu"]
         )
     _sort(made)
     onnx.checker.check_model(made)
