@@ -24,7 +24,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from evaluation.types import InputSpec, Resolution
+from pipeline import tracking
 from pipeline.artifacts import (
+    MANIFEST,
     Job,
     Results,
     Stage,
@@ -45,7 +47,6 @@ os.environ.setdefault(RUN_VARIABLE, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpi
 
 
 _TARGETS = ("tensorrt", "onnxruntime")  # of packages
-_TRACKING = ("sqlite", "http", "https", "file", "postgresql", "mysql", "mssql", "databricks")  # what MLflow takes
 register()
 
 
@@ -59,6 +60,9 @@ class Cell:
         self.stages = {name: self._stage(name) for name in config.stages}
         self.plan = requested(_plain(config.stage), self.stages)
         self.ran: list[dict[str, Any]] = []
+        self.logged: tracking.Log | None = None  # where nothing can be written, nothing is logged
+        if config.tracking.enabled and self.results.writable:
+            self.logged = tracking.Log(self.results.outputs, str(config.tracking.uri), str(config.name))
         self.checked = False
         self.summaries: dict[str, Mapping[str, Any]] = {}
 
@@ -117,9 +121,6 @@ class Cell:
         share = config.stages.benchmark.min_int8_share
         if share is not None and not 0 <= share <= 1:
             raise UserError(f"stages.benchmark.min_int8_share={share}: choose 0 to 1, a part of the MACs")
-        scheme = str(config.tracking.uri).partition("://")[0].partition("+")[0]
-        if config.tracking.enabled and scheme not in _TRACKING:
-            raise UserError(f"tracking.uri={config.tracking.uri}: choose one of {', '.join(_TRACKING)}://..., or tracking=none")
         if config.exported is None and {"parity", "package"}.intersection(self.plan):
             raise UserError(
                 f"stage={self.plan[0]}: model={config.model.label} is an engine; this is for networks that are built here"
@@ -143,6 +144,8 @@ class Cell:
                 folder = self.results.folder(self.stages[upstream])
                 if upstream not in self.plan and not made_here(read_manifest(folder)):
                     raise absent(name, folder, self.command(upstream))
+        if self.logged is not None:
+            tracking.check(str(config.tracking.uri), str(config.name))
 
     def _components(self, name: str) -> list[Mapping[str, Any]]:
         options = self.stages[name].options
@@ -173,14 +176,14 @@ class Cell:
         if not stage.collect:
             self.results.claim(stage, fingerprint)
         if self.results.fresh(stage, fingerprint) and not self.config.force and not stage.aside:
-            self._keep(stage, console)
+            self._keep(stage, fingerprint, console)
             return
         self._check_components()
         with self.results.lock(stage):
             if (
                 self.results.fresh(stage, fingerprint) and not self.config.force and not stage.aside
             ):  # another process was faster
-                self._keep(stage, console)
+                self._keep(stage, fingerprint, console)
                 return
             console.print(f"[bold]{stage.name:10}[/] ...    {folder}", soft_wrap=True)
             started = time.time()
@@ -206,22 +209,22 @@ class Cell:
                     summary = {**summary, "images_skipped": skipped}
                 self.results.finish(out, fingerprint, parts, summary)
             self.summaries[stage.name] = summary
-            self.ran.append(
-                {
-                    "stage": stage.name,
-                    "address": stage.address,
-                    "started": started,
-                    "ended": time.time(),
-                    "summary": summary,
-                }
-            )
+            self._note(stage, fingerprint, started, time.time())
             console.print(f"[bold green]{stage.name:10}[/] done   {folder}  ({time.time() - started:.1f} s)", soft_wrap=True)
 
-    def _keep(self, stage: Stage, console: Any) -> None:
-        """Say that a result is fresh, and take its figures."""
+    def _note(self, stage: Stage, fingerprint: str, started: float, ended: float) -> None:
+        """Remember a stage to be logged."""
+        times = {"started": started, "ended": ended, "summary": self.summaries[stage.name]}
+        self.ran.append({"stage": stage.name, "address": stage.address, "fingerprint": fingerprint, **times})
+
+    def _keep(self, stage: Stage, fingerprint: str, console: Any) -> None:
+        """Say that a result is fresh, take its figures, and have it logged if it never was."""
         folder = self.results.folder(stage)
         console.print(f"[dim]{stage.name:10} fresh  {folder}[/]", soft_wrap=True)
         self.summaries[stage.name] = (read_manifest(folder) or {}).get("summary", {})
+        if self.logged is not None and not self.logged.has(stage.name, stage.address, fingerprint):
+            made = (folder / MANIFEST).stat().st_mtime
+            self._note(stage, fingerprint, made, made)
 
     def _check_components(self) -> None:
         """Build the components of every planned stage, so that a wrong option of the last one stops the first."""
@@ -232,15 +235,13 @@ class Cell:
 
     def track(self, error: str | None) -> None:
         """Log what ran to MLflow."""
-        if not self.ran or not self.config.tracking.enabled:
+        if not self.ran or self.logged is None:
             return
-        from pipeline.tracking import Tracker
-
         figures: dict[str, Any] = {}
         for name, wanted in (("export", {"params"}), ("quantize", {"macs"}), ("evaluate", None), ("benchmark", None)):
             summary = self.summaries.get(name, {})
             figures |= {key: value for key, value in summary.items() if wanted is None or key in wanted}
-        tracker = Tracker(str(self.config.tracking.uri), str(self.config.name), self.results.run)
+        tracker = tracking.Tracker(str(self.config.tracking.uri), str(self.config.name), self.results.run)
         brought = [(ran, cell) for ran in self.ran for cell in ran["summary"].get("cells", [])]
         for ran, cell in brought:  # of a device
             times = {"started": ran["started"], "ended": ran["ended"]}

@@ -1,16 +1,195 @@
 """MLflow: a sweep holds its cells, a cell its stages. By client with explicit ids, so that nothing depends on a current run."""
 
+import hashlib
 import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
 
 from filelock import FileLock
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
+_SQLITE = re.compile(r"sqlite(?:\+\w+)?://(.*)", re.DOTALL)
+_LIBRARIES = ("mlflow", "sqlalchemy", "alembic", "sqlite3", "requests", "urllib3")
+_SECONDS = 10  # that a database or server may take to answer
+# MLflow's own defaults try a server that is down for four minutes.
+_PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_SECONDS),
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+}
+
+
+def check(uri: str, experiment: str) -> None:
+    """Check before any work that its figures can be logged.
+
+    Args:
+        uri: MLflow's tracking URI.
+        experiment: its name.
+
+    Raises:
+        UserError: MLflow does not take the URI, or what it names cannot be reached, read or written.
+    """
+    scheme = uri.partition("://")[0].partition("+")[0]
+    if scheme not in _SCHEMES:
+        hint = "; MLflow no longer logs into folders, but into tracking.uri=sqlite:///FILE" if scheme == "file" else ""
+        known = f"{', '.join(_SCHEMES[:-1])}://... or databricks"
+        raise UserError(
+            f"tracking.uri={_shown(uri)}: choose one of {known}, or tracking=none{hint or nearest(scheme, _SCHEMES)}"
+        )
+    with _explained(uri):
+        if scheme == "sqlite":
+            _check_database(_database(uri), uri)
+        elif scheme == "databricks":
+            _client(uri).get_experiment_by_name(experiment)
+        else:
+            where = urlsplit(uri)
+            if not where.hostname:
+                raise ValueError("it names no host")
+            if scheme in ("http", "https"):
+                _client(uri).get_experiment_by_name(experiment)
+            elif where.port is not None:  # MLflow itself would try for minutes
+                socket.create_connection((where.hostname, where.port), _SECONDS).close()
+
+
+def _shown(uri: str) -> str:
+    """A URI without its password."""
+    return re.sub(r"//[^/@]*@", "//***@", uri)
+
+
+@contextmanager
+def _explained(uri: str, fix: str = "mend the URI or choose tracking=none") -> Iterator[None]:
+    """Turn what MLflow, its database or its server raise into one line; they share no class of errors."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in _LIBRARIES and not isinstance(
+            error, (OSError, ValueError, ImportError)
+        ):
+            raise
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        if "Max retries exceeded" in text:
+            text = f"no answer from this server ({_innermost(error)})"
+        raise UserError(f"tracking.uri={_shown(uri)}: {_shown(text)[:300]}; {fix}") from error
+
+
+def _innermost(error: BaseException) -> str:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return (isinstance(error, OSError) and error.strerror) or type(error).__name__
+
+
+def _database(uri: str) -> Path:
+    """The file of an sqlite URI.
+
+    Raises:
+        ValueError: it names none.
+    """
+    found = _SQLITE.fullmatch(uri)
+    path = found[1] if found else ""
+    if "?" in path:
+        raise ValueError("a '?' ends the path in such an address; choose a folder without one (outputs=DIR)")
+    if not path.startswith("/") or path[1:] in ("", ":memory:"):
+        raise ValueError("it names no file; give sqlite:///FILE, or sqlite:////FILE from the root")
+    return Path(path[1:])
+
+
+def _check_database(file: Path, uri: str) -> None:
+    """Check that a database can be written, and is MLflow's where it is there.
+
+    Raises:
+        UserError: it cannot, or is not.
+        OSError: its folder cannot be made.
+    """
+    import sqlite3  # not part of every Python of a device
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise UserError(
+            f"tracking.uri={uri}: cannot write in {file.parent} ({error.strerror}); choose another folder, or tracking=none"
+        ) from error
+    if file.is_file() and file.stat().st_size:
+        name = f"file:{quote(str(file.resolve()))}?mode=rw"
+        try:
+            with closing(sqlite3.connect(name, timeout=_SECONDS, uri=True)) as database:
+                database.execute("SELECT version_num FROM alembic_version").fetchone()
+                database.execute("BEGIN IMMEDIATE")
+                database.rollback()
+        except sqlite3.Error as error:
+            lost = "no such table" in str(error) or "not a database" in str(error)
+            fix = "move it away" if lost else "see to it that it can be written"
+            raise UserError(
+                f"tracking.uri={uri}: {file} is not MLflow's, or cannot be used ({error}); "
+                f"{fix}, choose another, or tracking=none"
+            ) from error
+    elif file.exists() and not file.is_file():
+        raise UserError(f"tracking.uri={uri}: {file} is no file; choose another, or tracking=none")
+
+
+def _client(uri: str) -> "MlflowClient":
+    """MLflow's client, in few words and with little patience.
+
+    Raises:
+        UserError: MLflow is not installed.
+    """
+    for name, value in {**_PATIENCE, "GIT_PYTHON_REFRESH": "quiet", "MLFLOW_DISABLE_TELEMETRY": "true"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    try:
+        from mlflow import MlflowClient
+    except ImportError as error:
+        raise UserError(
+            "tracking=mlflow: MLflow is not installed here; install posepress[full] or choose tracking=none"
+        ) from error
+    return MlflowClient(uri)
+
+
+class Log:
+    """Which results a store has, by what lies in outputs/runs/logged: so that what it lacks is logged by the next run."""
+
+    def __init__(self, outputs: Path, uri: str, name: str) -> None:
+        """Of the results of `name` under `outputs`, in the store `uri`."""
+        known = _SQLITE.fullmatch(uri)
+        self._file = Path(known[1].removeprefix("/")) if known else None
+        store = str(self._file.resolve()) if self._file else _shown(uri)
+        self._folder = outputs / "runs" / "logged" / hashlib.sha256(store.encode()).hexdigest()[:16]
+        self._name = name
+
+    def _entry(self, stage: str, address: str) -> Path:
+        return self._folder / self._name / f"{stage}@{address}"
+
+    def has(self, stage: str, address: str, fingerprint: str) -> bool:
+        """Whether the store has this result."""
+        entry = self._entry(stage, address)
+        return (self._file is None or self._file.exists()) and entry.is_file() and entry.read_bytes() == fingerprint.encode()
+
+    def note(self, stage: str, address: str, fingerprint: str) -> None:
+        """The store has this result now."""
+        entry = self._entry(stage, address)
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        entry.write_text(fingerprint)
+
+    def forget(self) -> None:
+        """The store is a new one: it has nothing of any name."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class Tracker:
@@ -21,38 +200,33 @@ class Tracker:
 
         Args:
             uri: MLflow's tracking URI; sqlite files are made with their folder.
-            experiment: its name.
+            experiment: its name, which is that of the results.
             run: the launch's folder, shared by its processes.
 
         Raises:
             UserError: MLflow cannot reach the URI.
         """
-        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-        logging.getLogger("alembic").setLevel(logging.ERROR)
-        try:
-            from mlflow import MlflowClient
-            from mlflow.exceptions import MlflowException
-        except ImportError as error:
-            raise UserError(
-                "tracking=mlflow: MLflow is not installed here; install posepress[full] or choose tracking=none"
-            ) from error
-
         folder = run.parent.parent
-        if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # A new sqlite file is migrated by whoever opens it first; two at once would corrupt it.
-            with FileLock(folder / "runs" / "mlflow.lock"):
-                self.client = MlflowClient(uri)
+        self.uri, self.log = uri, Log(folder, uri, experiment)
+        location = None
+        with _explained(uri):
+            if _SQLITE.fullmatch(uri):
+                file = _database(uri)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                location = (folder / "mlartifacts").resolve().as_uri()
+                ours = file.resolve().is_relative_to(folder.resolve())
+                lock = folder / "runs" / "mlflow.lock" if ours else file.with_name(f".{file.name}.lock")
+                uri = f"sqlite:///{file.resolve()}"
+            else:
+                file, lock = None, folder / "runs" / "mlflow.lock"
+            with FileLock(lock):
+                if file is not None and not (file.exists() and file.stat().st_size):
+                    _make_database(file)
+                    self.log.forget()
+                self.client = _client(uri)
                 found = self.client.get_experiment_by_name(experiment)
-                location = (folder / "mlartifacts").resolve().as_uri() if uri.startswith("sqlite:///") else None
                 self.experiment = found.experiment_id if found else self.client.create_experiment(experiment, location)
                 self.sweep = self._sweep(run)
-        except MlflowException as error:
-            first = str(error).splitlines()[0]
-            raise UserError(f"tracking.uri={uri}: {first}; mend the URI or choose tracking=none") from error
 
     def _sweep(self, run: Path) -> str:
         file = run / "mlflow.json"
@@ -60,6 +234,7 @@ class Tracker:
             return str(json.loads(file.read_text())["sweep"])
         sweep = self._start(run.name, {"kind": "sweep"}, None)
         self.client.set_terminated(sweep)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"sweep": sweep}))
         return sweep
 
@@ -88,14 +263,26 @@ class Tracker:
         stages: Sequence[Mapping[str, Any]],
         error: str | None,
     ) -> None:
-        """Log a cell and the stages that ran in it.
+        """Log a cell and those of its stages that the store does not have, and note that it has them.
 
         Args:
             axes: what tells the cell from others.
             figures: of the cell as far as it is finished; those of the TensorRT double are left out.
-            stages: "stage", "address", "started", "ended" (seconds), "summary" of each that ran.
+            stages: "stage", "address", "started", "ended" (seconds), "summary" of each, and "fingerprint" where it lies here.
             error: why the cell failed, or None.
+
+        Raises:
+            UserError: the store does not take them; the next run logs them.
         """
+        with _explained(self.uri, "the results are whole, and the next run logs them"):
+            self._log_cell(axes, figures, stages, error)
+        for stage in stages:
+            if "fingerprint" in stage:
+                self.log.note(stage["stage"], stage["address"], stage["fingerprint"])
+
+    def _log_cell(
+        self, axes: Mapping[str, Any], figures: Mapping[str, Any], stages: Sequence[Mapping[str, Any]], error: str | None
+    ) -> None:
         if str(figures.get("backend", "")).endswith("-double"):
             figures = {"backend": figures["backend"]}
             stages = [{**stage, "summary": {}} for stage in stages]
@@ -109,3 +296,12 @@ class Tracker:
         if error is not None:
             self.client.set_tag(cell, "error", error[:5000])
         self.client.set_terminated(cell, "FINISHED" if error is None else "FAILED")
+
+
+def _make_database(file: Path) -> None:
+    """Make MLflow's database beside its place and rename it, so that one that was interrupted is not there at all."""
+    for leftover in file.parent.glob(f".{file.name}.new-*"):  # sqlite's journal too
+        leftover.unlink()
+    new = file.with_name(f".{file.name}.new-{time.time_ns()}")  # MLflow keeps what it opened by this name
+    _client(f"sqlite:///{new.resolve()}")  # opening makes the tables
+    new.replace(file)
