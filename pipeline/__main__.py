@@ -91,6 +91,7 @@ class Cell:
         makes = any(not self.stages[name].collect for name in self.plan)
         if lost and makes and config.pruner.weights_from == "train" and not self.sweep:
             raise UserError(f"{lost[0]}: there is no pruner; add pruner=l1")
+        self._check_given()
         backend = str(config.backend._target_).split(".")[-2]
         for group, label in (("precision", config.precision.name), ("model", config.model.label)):
             only = config[group].get("only_on")
@@ -146,6 +147,45 @@ class Cell:
                     raise absent(name, folder, self.command(upstream))
         if self.logged is not None:
             tracking.check(str(config.tracking.uri), str(config.name))
+
+    def _check_given(self) -> None:
+        """Check the description of a given file, and what is asked of it; a file that is not adopted yet is run once.
+
+        Raises:
+            UserError: the description is none, or does not fit the file, the decoder or the options of the engine.
+        """
+        model = _resolved(self.config.model)
+        if model.get("spec") is None or all(self.stages[name].collect for name in self.plan):
+            return
+        from pipeline.inference import decoder_options
+        from pipeline.specs import Shapes, described, named
+
+        raw = model["spec"]
+        spec, _ = named(described(raw))
+        for doubt in spec.input.doubts:
+            print(f"warning: model.spec.input.{doubt}", file=sys.stderr)
+        given = arguments(self.stages["evaluate"])
+        parts = _instantiate({key: given[key] for key in ("decoder", "framing")})
+        try:
+            parts["decoder"](spec, **decoder_options(None, parts["decoder"]))
+            if getattr(parts["framing"], "flip", False):
+                _ = spec.skeleton.limb_flip
+        except (TypeError, ValueError) as error:
+            raise UserError(f"model.spec: {error}") from error
+        if model["onnx"] is None or not Path(str(model["onnx"])).is_file():
+            return
+        from pipeline.adoption import adopt, check_request
+
+        file, one = Path(str(model["onnx"])), "stages.build.profiles"
+        profiles = [Shapes.parse(profile) for profile in _plain(self.config.stages.build.profiles)]
+        sizes = {"resolution": _resolution("resolution", str(self.config.resolution))}
+        sizes |= {f"{one}[{n}].{k}": size for n, p in enumerate(profiles) for k, size in enumerate(p.resolution)}
+        batches = {"batch": self.config.batch}
+        batches |= {f"{one}[{n}].{k}": count for n, p in enumerate(profiles) for k, count in enumerate(p.batch)}
+        check_request(file, raw, str(self.config.precision.name), sizes, batches, parts["framing"].one_size)
+        export = self.stages["export"]
+        if "export" in self.plan and (self.config.force or read_manifest(self.results.folder(export)) is None):
+            adopt(file, raw, model.get("outputs"), _resolution("training_resolution", str(self.config.training_resolution)))
 
     def _components(self, name: str) -> list[Mapping[str, Any]]:
         options = self.stages[name].options
@@ -277,12 +317,16 @@ def _check_pruner(config: DictConfig) -> None:
         )
 
 
-def _check_resolution(option: str, text: str, multiple: int, offset: int) -> None:
+def _resolution(option: str, text: str) -> Resolution:
     try:
-        resolution = Resolution.parse(text)
+        return Resolution.parse(text)
     except ValueError as error:
         raise UserError(f"{option}{str(error).removeprefix('resolution')}") from error
-    spec = InputSpec("", multiple=multiple, offset=offset)
+
+
+def _check_resolution(option: str, text: str, multiple: int, offset: int) -> None:
+    resolution = _resolution(option, text)
+    spec = InputSpec("image", multiple=multiple, offset=offset)
     if not spec.fits(resolution):
         near = Resolution(*(spec.fit(n - multiple / 2) for n in (resolution.height, resolution.width)))
         shape = f"multiples of {multiple}" + (f" plus {offset}" if offset else "")

@@ -52,6 +52,7 @@ DESCRIPTIVE = (
     "framing",
     "resolution",
 )
+_ONNX_FILES = ("onnx", "file")  # options that name ONNX files, whose weights may lie in further files
 # Keys of a stage's yaml that wire it and are no arguments.
 WIRING = ("address", "inputs", "code", "toolchain", "splits", "files", "collect", "device", "aside")
 
@@ -341,6 +342,13 @@ def _code_digest(stage: Stage) -> str:
     return digest_of([[named(file), sha256(file)] for file in source_files(stage)])
 
 
+def _external(file: Path) -> dict[str, str]:
+    """SHA-256 of each file that holds weights of an ONNX file, by its name there."""
+    from pipeline.onnx_parts import external_files
+
+    return {name: sha256(path) if path.is_file() else "missing" for name, path in external_files(file).items()}
+
+
 def _versions(names: Sequence[str]) -> dict[str, str]:
     found = {}
     for name in names:
@@ -493,6 +501,8 @@ class Results:
                 where, _, name = key.rpartition(".")
                 inner = value_at(options, where) if where else options
                 inner[name] = {"sha256": sha256(file)}
+                if name in _ONNX_FILES and (weights := _external(file)):
+                    inner[name]["weights"] = weights
         if "data" in options:
             options["data"] = data
         if options.get("image_dir") is not None:  # what is in the folder, not where it is

@@ -112,65 +112,6 @@ def stamp(file: Path, spec: NetworkSpec) -> None:
     onnx.save(model, file)
 
 
-def adopt(file: Path, spec: NetworkSpec, out: Path) -> None:
-    """Copy a given ONNX file with the outputs that its description names.
-
-    A single output that holds all fields one after the other is split.
-
-    Raises:
-        UserError: the file is no ONNX network, or its input or outputs are not as described.
-    """
-    try:
-        model = onnx.load(file)
-        onnx.checker.check_model(model)
-    except Exception as error:
-        raise UserError(f"model.onnx={file}: not a valid ONNX file ({str(error).splitlines()[0]})") from error
-    graph = model.graph
-    constants = {i.name for i in graph.initializer}
-    inputs = [i.name for i in graph.input if i.name not in constants]
-    if inputs != [spec.input.name]:
-        raise UserError(
-            f"model.onnx={file}: its inputs are {inputs}, but model.spec.input.name={spec.input.name}; set that option"
-        )
-    outputs = [o.name for o in graph.output]
-    wanted = [field.name for field in spec.fields]
-    channels = [field.channels for field in spec.fields]
-    if set(wanted) <= set(outputs):
-        kept = [o for o in graph.output if o.name in wanted]
-        del graph.output[:]
-        graph.output.extend(sorted(kept, key=lambda o: wanted.index(o.name)))
-        for output, count in zip(graph.output, channels, strict=True):
-            dims = output.type.tensor_type.shape.dim
-            if len(dims) == 4 and dims[1].dim_value not in (0, count):
-                raise UserError(
-                    f"model.onnx={file}: '{output.name}' has {dims[1].dim_value} channels, but model.spec says {count}"
-                )
-    else:
-        inferred = onnx.shape_inference.infer_shapes(model)
-        dims = inferred.graph.output[0].type.tensor_type.shape.dim
-        have = dims[1].dim_value if len(dims) == 4 else 0
-        if len(outputs) != 1 or (have and have != sum(channels)):
-            raise UserError(
-                f"model.onnx={file}: outputs {outputs} ({have} channels) are neither {wanted} nor one of {sum(channels)} "
-                "channels; describe them in model.spec.fields"
-            )
-        for node in graph.node:  # inner tensors make way for the fields' names
-            for names in (node.input, node.output):
-                for place, name in enumerate(names):
-                    if name in wanted:
-                        names[place] = f"inner_{name}"
-        sizes = onnx.numpy_helper.from_array(np.array(channels, np.int64), "posepress_split")
-        graph.initializer.append(sizes)
-        graph.node.append(onnx.helper.make_node("Split", [outputs[0], sizes.name], wanted, axis=1, name="posepress_split"))
-        shape: list[Any] = ["batch", 0, "field_height", "field_width"]
-        del graph.output[:]
-        for field in spec.fields:
-            shape[1] = field.channels
-            graph.output.append(onnx.helper.make_tensor_value_info(field.name, onnx.TensorProto.FLOAT, shape))
-    onnx.checker.check_model(model)
-    onnx.save(model, out)
-
-
 def torch_reference(network: nn.Module) -> Reference:
     """A network as a function of arrays."""
 
@@ -181,17 +122,17 @@ def torch_reference(network: nn.Module) -> Reference:
     return run
 
 
-def onnx_reference(file: Path, spec: NetworkSpec) -> Reference:
-    """An ONNX file, with or without split outputs, as a function of arrays."""
+def onnx_reference(file: Path, spec: NetworkSpec, sources: Mapping[str, str]) -> Reference:
+    """A given ONNX file as a function of arrays; see `pipeline.adoption.Adopted` for `sources`."""
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
 
     def run(images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-        found = dict(zip(names, session.run(None, {spec.input.name: images}), strict=True))
-        if all(field.name in found for field in spec.fields):
-            return found
+        returned = dict(zip(names, session.run(names, {spec.input.name: images}), strict=True))
+        if sources:
+            return {field: returned[source] for field, source in sources.items()}
         ends = np.cumsum([field.channels for field in spec.fields])[:-1]
-        parts = np.split(found[names[0]], ends, axis=1)
+        parts = np.split(returned[names[0]], ends, axis=1)
         return {field.name: part for field, part in zip(spec.fields, parts, strict=True)}
 
     return run

@@ -12,6 +12,30 @@ _NUMERIC = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _BETWEEN = ("QuantizeLinear", "DequantizeLinear", "Cast", "Shape", "Constant")
 
 
+def external_files(file: Path) -> dict[str, Path]:
+    """The files beside an ONNX file that hold its weights, by the name it gives them; none of what is no ONNX file.
+
+    A name that leaves the folder is left out: reading the network refuses it.
+    """
+    try:
+        model = onnx.load(file, load_external_data=False)
+    except Exception:  # noqa: BLE001 - whatever it is, it names no weights
+        return {}
+    folder, found = file.resolve().parent, {}
+    waiting = [model.graph]
+    while waiting:
+        graph = waiting.pop()
+        tensors = list(graph.initializer)
+        for attribute in (attribute for node in graph.node for attribute in node.attribute):
+            tensors += [attribute.t, *attribute.tensors]
+            waiting += [attribute.g, *attribute.graphs] if attribute.HasField("g") or attribute.graphs else []
+        for tensor in tensors:
+            name = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+            if name and (path := (folder / name).resolve()).is_relative_to(folder):
+                found[name] = path
+    return dict(sorted(found.items()))
+
+
 def tensors_of(model: onnx.ModelProto, end: str) -> list[str]:
     """Tensors that convolutions, sums and the like return on the way to one, in the order of the file.
 
@@ -48,7 +72,7 @@ def cut(model: onnx.ModelProto, tensor: str, spec: NetworkSpec, folder: Path) ->
                 names[:] = [f"{name}_narrow" if name == tensor else name for name in names]
         part.graph.node.append(helper.make_node("Cast", [f"{tensor}_narrow"], [tensor], to=TensorProto.FLOAT))
         value.elem_type = TensorProto.FLOAT
-    channels = int(value.shape.dim[1].dim_value) if len(value.shape.dim) > 1 else 1
+    channels = max(int(value.shape.dim[1].dim_value), 1) if len(value.shape.dim) > 1 else 1
     described = NetworkSpec(spec.input, (FieldSpec(tensor, 1, channels),), spec.labels, spec.dynamic)
     helper.set_model_props(part, {SPEC_KEY: described.to_json()})
     file = folder / "part.onnx"

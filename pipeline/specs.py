@@ -1,8 +1,7 @@
 """What stages and components promise each other. The data itself is in `evaluation.types`."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from evaluation.skeletons import COCO_17, OPENPOSE_18
 from evaluation.statistics import Resampled
 from evaluation.types import Array, Fields, InputSpec, NetworkSpec, Resolution, Sample, Skeleton, View
-from pipeline.errors import UserError
+from pipeline.errors import UserError, nearest
 
 Truth = TypeVar("Truth")
 Found = TypeVar("Found")
@@ -20,6 +19,7 @@ Found_contra = TypeVar("Found_contra", contravariant=True)
 
 FLAVOURS = ("tensorrt", "onnxruntime")
 CALIBRATION, CALIBRATION_INPUTS = "calibrator.json", "calibration_inputs.npy"  # beside a network that TensorRT calibrates
+FIELDS = ("heatmaps", "pafs")  # the decoders' names of a pose network's fields
 SKELETONS: Mapping[str, Skeleton] = {"openpose_18": OPENPOSE_18, "coco_17": COCO_17}
 SPEC_KEY = "posepress.spec"  # metadata of every ONNX file we write: NetworkSpec as JSON
 
@@ -98,27 +98,51 @@ def read_spec(file: Path) -> NetworkSpec:
 
     for entry in onnx.load(file, load_external_data=False).metadata_props:
         if entry.key == SPEC_KEY:
-            return NetworkSpec.from_json(entry.value)
+            try:
+                return NetworkSpec.from_json(entry.value)
+            except ValueError as error:
+                raise UserError(f"{file}: {error}; make the file again with the stage 'export'") from error
     raise UserError(f"{file}: no network description in its metadata; the stage 'export' writes it (model=onnx adopts a file)")
 
 
-def described(raw: Mapping[str, Any]) -> NetworkSpec:
+def described(raw: object) -> NetworkSpec:
     """The description given in the configuration, `model.spec`.
 
     Raises:
-        UserError: it is not one.
+        UserError: it is not one; the message names the option, its value and what it takes.
     """
-    labels = raw.get("labels")
+    labels = raw.get("labels") if isinstance(raw, Mapping) else None
+    if isinstance(raw, Mapping) and isinstance(labels, str):
+        if labels not in SKELETONS:
+            raise UserError(
+                f"model.spec.labels={labels}: unknown{nearest(labels, SKELETONS)}; choose {', '.join(SKELETONS)} or give "
+                "names, limbs and sigmas"
+            )
+        raw = {**raw, "labels": SKELETONS[labels].__dict__}
+    elif isinstance(labels, Mapping) and "names" in labels and not {"sigmas", "colours"} & set(labels):
+        raise UserError("model.spec.labels.sigmas is missing: add OKS's standard deviations, one a keypoint")
     try:
-        if isinstance(labels, str):
-            if labels not in SKELETONS:
-                raise UserError(
-                    f"model.spec.labels={labels}: unknown; choose {', '.join(SKELETONS)} or give names, limbs and sigmas"
-                )
-            raw = {**raw, "labels": json.loads(json.dumps(SKELETONS[labels].__dict__))}
         return NetworkSpec.from_dict(raw)
-    except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"model.spec: not a network description ({error}); see conf/model/onnx.yaml") from error
+    except ValueError as error:
+        separator = "=" if not isinstance(raw, Mapping) else "."
+        raise UserError(f"model.spec{separator}{error}; conf/model/onnx.yaml shows a description") from error
+
+
+def named(spec: NetworkSpec) -> tuple[NetworkSpec, dict[str, str]]:
+    """A pose network's description whose fields have the decoders' names, and the names that were given, by the new ones.
+
+    One or two fields of other names are, in order, heatmaps and PAFs; PAFs are known by their two channels a limb.
+    """
+    roles = [role for role in FIELDS[: len(spec.fields)] if role not in {field.name for field in spec.fields}]
+    strange = [field for field in spec.fields if field.name not in FIELDS]
+    if not isinstance(spec.labels, Skeleton) or len(spec.fields) > len(FIELDS) or not strange or spec.input.name in roles:
+        return spec, {}
+    counts = [field.channels for field in spec.fields]
+    if len(strange) == len(roles) == 2 and counts[0] == 2 * len(spec.labels.limbs) != counts[1]:
+        roles.reverse()
+    new = dict(zip((field.name for field in strange), roles, strict=False))
+    fields = tuple(replace(field, name=new.get(field.name, field.name)) for field in spec.fields)
+    return replace(spec, fields=fields), {name: given for given, name in new.items()}
 
 
 class Network(Protocol):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from evaluation.pixels import normalise
 from evaluation.types import Array, Fields, NetworkSpec, Resolution
 from pipeline.errors import UserError
-from pipeline.specs import SPEC_KEY, ModelFiles, Shapes
+from pipeline.specs import FIELDS, SPEC_KEY, ModelFiles, Shapes
 
 ENGINE = "engine.onnx"
 _CONVOLUTIONS = {"Conv": 1, "FusedConv": 1, "NhwcFusedConv": 1, "ConvTranspose": 1, "QLinearConv": 3, "ConvInteger": 1}
@@ -108,7 +108,11 @@ class OnnxRuntime:
         metadata = session.get_modelmeta().custom_metadata_map
         if SPEC_KEY not in metadata:
             raise UserError(f"{engine}: no network description in its metadata; build it with the stage 'build'")
-        return OnnxRuntimeRunner(session, NetworkSpec.from_json(metadata[SPEC_KEY]), workers)
+        try:
+            spec = NetworkSpec.from_json(metadata[SPEC_KEY])
+        except ValueError as error:
+            raise UserError(f"{engine}: {error}; build it with the stage 'build'") from error
+        return OnnxRuntimeRunner(session, spec, workers)
 
     def audit(self, engine: Path, resolution: Resolution, scratch: Path | None = None) -> list[dict[str, Any]]:
         """The layers of the graph as ONNX Runtime optimised it, for one image of a resolution.
@@ -239,5 +243,24 @@ class OnnxRuntimeRunner:
         return fields
 
     def __call__(self, images: Array) -> dict[str, NDArray[np.float32]]:
-        """Fields of uploaded images, float32 [B, 3, H, W]."""
-        return dict(zip(self._names, self.session.run(self._names, {self.spec.input.name: images}), strict=True))
+        """Fields of uploaded images, float32 [B, 3, H, W].
+
+        Raises:
+            UserError: the network does not take them, or a field is not as described.
+        """
+        try:
+            returned = self.session.run(self._names, {self.spec.input.name: images})
+        except Exception as error:
+            first = str(error).splitlines()[0].rpartition(" was false. ")[2]
+            raise UserError(
+                f"the network does not run at {list(images.shape)} ({first}); choose a size and a batch it takes"
+            ) from error
+        for field, values in zip(self.spec.fields, returned, strict=True):
+            if field.name not in FIELDS:  # any tensor, of a network that was cut there
+                continue
+            if values.ndim != 4 or values.shape[:2] != (len(images), field.channels):
+                raise UserError(
+                    f"the network's output '{field.name}' is {list(values.shape)} for {len(images)} images, and its "
+                    f"description says {field.channels} channels; mend model.spec and export it again"
+                )
+        return dict(zip(self._names, returned, strict=True))

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 
 from evaluation.pixels import normalise
 from evaluation.types import NetworkSpec, Resolution
 from pipeline import export as onnx_export
+from pipeline.adoption import adopt
 from pipeline.artifacts import Job
 from pipeline.errors import UserError
 from pipeline.inference import batches
@@ -17,7 +19,6 @@ from pipeline.models import store
 from pipeline.pruning.graph import macs
 from pipeline.pruning.sparse24 import sparse_layers
 from pipeline.specs import Framing, Splits
-from pipeline.specs import described as description
 
 MODEL = "model.onnx"
 
@@ -26,6 +27,7 @@ def run(
     job: Job,
     onnx: str | None,
     spec: Mapping[str, Any] | None,
+    outputs: Mapping[str, Any] | None,
     data: Splits,
     framing: Framing,
     resolution: str,
@@ -39,9 +41,10 @@ def run(
         job: inputs hold "network" unless `onnx` is given.
         onnx: a given file.
         spec: its description.
+        outputs: its output of a field whose name is another.
         data: a few train images are compared on.
         framing: how they are framed.
-        resolution: of the comparison.
+        resolution: of the comparison; a file of one size is compared at its own.
         opset: of the file.
         simplify_seconds: time limit of each simplifier.
         tolerance: greatest difference, as a part of a field's greatest value.
@@ -63,10 +66,13 @@ def run(
         sparse = list(getattr(network, "sparse24", []))
     else:
         assert spec is not None
-        described = description(spec)
-        onnx_export.adopt(Path(onnx), described, file)
-        reference = onnx_export.onnx_reference(Path(onnx), described)
-        inputs = _inputs(data, framing, described, size)
+        adopted = adopt(Path(onnx), spec, outputs, size)
+        described = adopted.spec
+        if adopted.notes:
+            Console(stderr=True, highlight=False).print(f"           {'; '.join(adopted.notes)}", soft_wrap=True, markup=False)
+        onnx_library.save(adopted.model, file)
+        reference = onnx_export.onnx_reference(Path(onnx), described, adopted.sources)
+        inputs = _inputs(data, framing, described, adopted.size)
         counted, sparse = {}, []
     simplifier = onnx_export.simplify(file, simplify_seconds)
     onnx_export.stamp(file, described)
