@@ -17,12 +17,13 @@ from evaluation.grouping import FEATURES, finish, group
 from evaluation.limbs import score_limbs
 from evaluation.peaks import complete, find_peaks
 from evaluation.pictures import draw
-from evaluation.types import Array, NetworkSpec, Poses, Skeleton, View
+from evaluation.types import Array, NetworkSpec, Poses, Skeleton, View, number, whole
 from evaluation.views import cells_to_input
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
 
+_MOST = 10**6  # of thresholds
 _CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
 
 
@@ -56,7 +57,7 @@ def limb_order(skeleton: Skeleton) -> tuple[I32, int]:
     Returns:
         [L, 3]: keypoint, keypoint, index in `skeleton.limbs`; and how many limbs the tree has.
     """
-    degree = np.bincount(np.array(skeleton.limbs).ravel(), minlength=len(skeleton.names))
+    degree = np.bincount(np.array(skeleton.limbs, np.int64).ravel(), minlength=len(skeleton.names))
     reached: set[int] = set()
     tree: list[int] = []
     while len(reached) < np.count_nonzero(degree):  # a tree for each part of the skeleton
@@ -72,13 +73,14 @@ def limb_order(skeleton: Skeleton) -> tuple[I32, int]:
             tree += grown
     rest = [i for i in range(len(skeleton.limbs)) if i not in tree]
     order = [(*skeleton.limbs[i], i) for i in tree + rest]
-    return np.array(order, np.int32), len(tree)
+    return np.array(order, np.int32).reshape(-1, 3), len(tree)
 
 
 @cache
 def _counted(skeleton: Skeleton) -> F32:
     """1 for keypoints that count in a person's score, [K]; not the neck, which follows from the shoulders."""
-    return np.array([name != "neck" for name in skeleton.names], np.float32)
+    counted = np.array([name != "neck" for name in skeleton.names], np.float32)
+    return counted if counted.any() else np.ones_like(counted)
 
 
 @dataclass(frozen=True)
@@ -113,19 +115,28 @@ class HeatmapPafDecoder:
     score_weights: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        """Check the options, and that the fields hold what the skeleton needs.
+        """Check the options, and that the fields hold what the skeleton needs; compiled code counts on it.
 
         Raises:
-            ValueError: an unknown assignment, a wrong number of weights, a field with too few channels, or heatmaps and
-                PAFs of different strides.
+            ValueError: a number is out of range or not finite, an unknown assignment, a wrong number of weights, a field with
+                too few channels, or heatmaps and PAFs of different strides.
         """
+        for option in ("heatmap_threshold", "paf_threshold", "min_score"):
+            number(f"decoder.{option}", getattr(self, option), -_MOST, _MOST)
+        number("decoder.box_margin", self.box_margin, 0, 10)
+        whole("decoder.min_keypoints", self.min_keypoints, 0, _MOST)
+        whole("decoder.max_peaks", self.max_peaks, 1, 256)
+        if not isinstance(self.complete_poses, bool):
+            raise ValueError(f"decoder.complete_poses={self.complete_poses}: choose true or false")  # noqa: TRY004
+        for place, weight in enumerate(self.score_weights or ()):
+            number(f"decoder.score_weights[{place}]", weight)
         if self.assignment not in ("greedy", "hungarian"):
             raise ValueError(f"decoder.assignment={self.assignment}: unknown; use greedy or hungarian")
         if self.score_weights is not None and len(self.score_weights) != len(FEATURES):
             raise ValueError(f"decoder.score_weights: {len(self.score_weights)} numbers; it takes {len(FEATURES)}: {FEATURES}")
-        if not 1 <= self.max_peaks <= 256:
-            raise ValueError(f"decoder.max_peaks={self.max_peaks}: choose 1 to 256")
         heat, paf, skeleton = self.spec.field("heatmaps"), self.spec.field("pafs"), self.spec.skeleton
+        if not skeleton.limbs:
+            raise ValueError("labels.limbs is missing: PAFs hold two channels for each limb, so give the limbs in their order")
         if heat.channels < len(skeleton.names) or paf.channels != 2 * len(skeleton.limbs) or heat.stride != paf.stride:
             raise ValueError(
                 f"{heat.channels} heatmaps (stride {heat.stride}) and {paf.channels} PAF channels (stride {paf.stride}) do "
@@ -137,12 +148,26 @@ class HeatmapPafDecoder:
         return self.spec.field("heatmaps").shift - self.spec.field("pafs").shift
 
     def candidates(self, heatmaps: F32, pafs: F32) -> Candidates:
-        """Peaks and scored limbs of one image's fields [C, h, w]."""
+        """Peaks and scored limbs of one image's fields [C, h, w].
+
+        Raises:
+            ValueError: they have other channels than described.
+        """
+        self._check(heatmaps.shape, pafs.shape)
         limbs, _ = limb_order(self.spec.skeleton)
         K = len(self.spec.skeleton.names)
         peaks, counts, dropped, strange = find_peaks(heatmaps, K, self.heatmap_threshold, self.max_peaks)
         scores, pairs, starts = score_limbs(pafs, limbs, peaks, counts, self._shift, self.paf_threshold)
         return Candidates(peaks, counts, scores, pairs, starts, dropped, strange)
+
+    def _check(self, heatmaps: Sequence[int], pafs: Sequence[int]) -> None:
+        """Make sure that fields of shapes [C, h, w] have the channels that compiled code reads."""
+        K, L = len(self.spec.skeleton.names), len(self.spec.skeleton.limbs)
+        if not len(heatmaps) == len(pafs) == 3 or heatmaps[0] < K or pafs[0] != 2 * L or 0 in (*heatmaps, *pafs):
+            raise ValueError(
+                f"heatmaps {list(heatmaps)} and PAFs {list(pafs)} are not the maps [C, h, w] of {K} keypoints and {L} limbs; "
+                "mend model.spec"
+            )
 
     def people(self, found: Candidates, heatmaps: F32, view: View) -> Poses:
         """The people that candidates of one image make."""
@@ -196,6 +221,7 @@ class HeatmapPafDecoder:
         if getattr(heatmaps, "is_cuda", False):
             from evaluation.heatmap_paf_torch import candidates
 
+            self._check(heatmaps.shape[1:], pafs.shape[1:])
             limbs, _ = limb_order(self.spec.skeleton)
             K = len(self.spec.skeleton.names)
             made = candidates(

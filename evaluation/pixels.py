@@ -45,8 +45,14 @@ def _planes(images: NDArray[np.uint8], order: NDArray[np.int64], factor: F32, of
 
 
 def normalise(images: NDArray[np.uint8], spec: InputSpec, out: F32 | None = None) -> F32:
-    """RGB pixels [..., H, W, 3] to the network's input form [..., 3, H, W], in `out`, a contiguous array, if it is given."""
+    """RGB pixels [..., H, W, 3] to the network's input form [..., 3, H, W], in `out`, a contiguous array, if it is given.
+
+    Raises:
+        ValueError: the images have other channels, or `out` another size.
+    """
     *before, height, width, channels = images.shape
+    if channels != len(spec.mean) or (out is not None and out.size != images.size):
+        raise ValueError(f"images {list(images.shape)} are not RGB, or do not fit the array that takes them")
     flat = np.ascontiguousarray(images).reshape(-1, height * width, channels)
     made = np.empty((*before, channels, height, width), np.float32) if out is None else out
     _planes(flat, *spec.form(), made.reshape(-1, channels, height * width))

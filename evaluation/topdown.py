@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from evaluation.compiled import compiled
 from evaluation.pictures import draw
-from evaluation.types import Array, NetworkSpec, Poses, View
+from evaluation.types import Array, NetworkSpec, Poses, View, number
 from evaluation.views import cells_to_input
 
 F32 = NDArray[np.float32]
@@ -105,12 +105,12 @@ class TopDownDecoder:
         """Check the options, and that the heatmaps hold the skeleton.
 
         Raises:
-            ValueError: an unknown refinement, a sigma that no map has, or fewer maps than keypoints.
+            ValueError: an unknown refinement, a number out of range, or fewer maps than keypoints.
         """
         if self.refinement not in _REFINEMENTS:
             raise ValueError(f"decoder.refinement={self.refinement}: unknown; use {', '.join(_REFINEMENTS)}")
-        if not 0.3 <= self.sigma <= 16:
-            raise ValueError(f"decoder.sigma={self.sigma}: choose 0.3 to 16 cells")
+        number("decoder.sigma", self.sigma, 0.3, 16)
+        number("decoder.keypoint_threshold", self.keypoint_threshold, -1e6, 1e6)
         maps, names = self.spec.field("heatmaps").channels, self.spec.skeleton.names
         if maps < len(names):
             raise ValueError(f"{maps} heatmaps do not fit a skeleton of {len(names)} keypoints; mend model.spec")
@@ -133,6 +133,8 @@ class TopDownDecoder:
 
     def _person(self, maps: F32, view: View) -> Poses:
         K = len(self.spec.skeleton.names)
+        if maps.ndim != 3 or maps.shape[0] < K or not maps.size:
+            raise ValueError(f"heatmaps {list(maps.shape)} are not the maps [C, h, w] of {K} keypoints; mend model.spec")
         maps = maps[:K]
         strange = not np.isfinite(maps.sum())
         if strange:

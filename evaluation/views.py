@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.types import FieldSpec, InputSpec, Resolution, View
+from evaluation.types import FieldSpec, InputSpec, Resolution, View, number
 
 KeepAspectRatioMode = Literal["pad_image_input", "adjust_network_input"]
 
@@ -64,10 +64,15 @@ class WholeImage:
                 f"keep_aspect_ratio_mode={self.keep_aspect_ratio_mode}: unknown; use null, pad_image_input or "
                 "adjust_network_input"
             )
-        if isinstance(self.scales, (int, float)):
-            raise ValueError(f"scales={self.scales}: give a list, like 'scales=[{self.scales}]'")  # noqa: TRY004
-        if not self.scales or not all(0.1 <= scale <= 8 for scale in self.scales):
-            raise ValueError(f"scales={list(self.scales)}: choose at least one, each from 0.1 to 8")
+        scales: object = self.scales
+        if not isinstance(scales, (list, tuple)):
+            raise ValueError(f"scales={scales}: give a list, like 'scales=[{scales}]'")  # noqa: TRY004
+        if not scales:
+            raise ValueError("scales=[]: choose at least one, each from 0.1 to 8")
+        for place, scale in enumerate(scales):
+            number(f"scales[{place}]", scale, 0.1, 8)
+        if not isinstance(self.flip, bool):
+            raise ValueError(f"flip={self.flip}: choose true or false")  # noqa: TRY004
 
     @property
     def one_size(self) -> bool:
@@ -117,6 +122,14 @@ class PersonCrops:
 
     padding: float = 1.25
 
+    def __post_init__(self) -> None:
+        """Check the padding.
+
+        Raises:
+            ValueError: it is no number from 0.1 to 10.
+        """
+        number("framing.padding", self.padding, 0.1, 10)
+
     @property
     def one_size(self) -> bool:
         """Every crop has the resolution's size."""
@@ -137,10 +150,12 @@ class PersonCrops:
         """A view for each box [N, 4] (x, y, width, height) in image pixels.
 
         Raises:
-            ValueError: the image has no boxes, as opposed to none in it.
+            ValueError: the image has no boxes, as opposed to none in it, or one is not finite.
         """
         if boxes is None:
             raise ValueError("a top-down network needs a box for each person, and these images have none")
+        if not np.isfinite(boxes).all():
+            raise ValueError("a person's box is not finite; mend the annotation file")
         views = []
         for x, y, width, height in boxes.tolist():
             across = max(width, height * resolution.width / resolution.height, 1.0) * self.padding

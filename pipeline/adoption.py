@@ -394,7 +394,7 @@ def _sources(spec: NetworkSpec, chosen: Mapping[str, str], returned: Outputs, wh
         fitting = {left[0].name: others}
     found = [names[0] for names in fitting.values() if len(names) == 1]
     if len(found) < len(left) or len(set(found)) < len(found):
-        example = ", ".join(f"{field.name}: {(fitting[field.name] or others or ['NAME'])[0]}" for field in left)
+        example = ", ".join(f"{field.name}: {name}" for field, name in zip(left, [*others, "NAME", "NAME"], strict=False))
         raise UserError(
             f"{where}: no output is called {' or '.join(field.name for field in left)}; its outputs are {_listed(returned)}: "
             f"say which is which, like 'model.outputs={{{example}}}'"
