@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test rtx test-gpu lint clean
+.PHONY: install demo test fuzz kills rtx test-gpu lint clean
 install: .venv/installed
 
 .venv/installed: requirements.lock pyproject.toml
@@ -20,6 +20,14 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# Parsers of what users give, with 10,000 examples each; `make test` tries 200.
+fuzz: install
+	POSEPRESS_FUZZ=1 $(BIN)/python -m pytest -n auto tests/test_fuzz_*.py
+
+# Ends a smoke chain at 300 random moments; `make test` at 3.
+kills: install
+	PYTHONPATH=. $(BIN)/python tests/chains/kills.py
 
 # Parses and builds our files with TensorRT for RTX, which installs on Linux and x86-64 and needs no GPU to build.
 rtx: install

@@ -1,22 +1,36 @@
 """What the tests share: the command, a finished smoke sweep, the real data where there is some."""
 
+import io
 import os
 import shutil
 import subprocess
 import sys
+import time
+import traceback
+from collections import defaultdict
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKES = ROOT / "tests" / "fakes"
 REAL = Path(os.environ.get("POSEPRESS_REAL_DATA", ROOT.parent / "shared" / "data"))
 RTX = find_spec("tensorrt_rtx_bindings")
 RTX_FIX = "`make rtx` installs it and runs them"
+
+
+# `make fuzz` asks for many examples that differ from run to run; the other runs see the same few each time.
+settings.register_profile("ci", max_examples=200, derandomize=True, deadline=None, database=None)
+settings.register_profile("fuzz", max_examples=10_000, deadline=None, print_blob=True)
+settings.load_profile("fuzz" if os.environ.get("POSEPRESS_FUZZ") == "1" else "ci")
 
 
 def pytest_configure(config):
@@ -43,17 +57,106 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=f"no real images at {REAL}: set POSEPRESS_REAL_DATA"))
 
 
-def pipeline(*words, cwd, double=False, check=None, timeout=300, env=None):
-    """Run `python -m pipeline`; with `double`, TensorRT's test double can be imported."""
+# --- the time of each file -------------------------------------------------------------------------------------------------
+
+_spent = [sum(os.times()[:4])]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Each report carries the processor's seconds since the one before, those of ended child processes included."""
+    report = yield
+    now = sum(os.times()[:4])
+    report.processor = now - _spent[0]
+    _spent[0] = now
+    return report
+
+
+def pytest_terminal_summary(terminalreporter):
+    seconds, processor = defaultdict(float), defaultdict(float)
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if hasattr(report, "processor"):
+            file = report.nodeid.partition("::")[0]
+            seconds[file] += report.duration
+            processor[file] += report.processor
+    if len(seconds) > 1:
+        terminalreporter.section("seconds, and those of the processor")
+        for file in sorted(seconds, key=seconds.__getitem__, reverse=True):
+            terminalreporter.write_line(f"{seconds[file]:8.1f} {processor[file]:8.1f}  {file}")
+        terminalreporter.write_line(f"{sum(seconds.values()):8.1f} {sum(processor.values()):8.1f}  all")
+
+
+# --- the command -----------------------------------------------------------------------------------------------------------
+
+_launches = count()
+
+
+def pipeline(*words, cwd, double=False, check=None, env=None):
+    """Run the command in this process, without the seconds that a process of its own takes to import everything.
+
+    Args:
+        words: of the command line.
+        cwd: the folder it runs in.
+        double: TensorRT's test double can be imported.
+        check: the exit status it must have.
+        env: more environment variables.
+
+    Returns:
+        What `command` returns: returncode, stdout and stderr.
+    """
+    from pipeline import __main__ as program
+
+    assert "tracking=none" in words, "MLflow keeps the database of another test's folder open: use command()"
+    out, err = io.StringIO(), io.StringIO()
+    before, variables, paths, argv = Path.cwd(), dict(os.environ), list(sys.path), sys.argv
+    forget_doubles()
+    sys.argv = ["pipeline", *words]
+    if double:
+        sys.path.insert(0, str(FAKES))
+    run = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{next(_launches)}"
+    os.environ |= {"COLUMNS": "200", program.RUN_VARIABLE: run, **(env or {})}
+    os.chdir(cwd)
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            status = _status(program.main)
+    finally:
+        os.chdir(before)
+        os.environ.clear()
+        os.environ.update(variables)
+        sys.path[:], sys.argv = paths, argv
+        program._errors.clear()
+        forget_doubles()
+    done = SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
+    return _checked(done, check)
+
+
+def _status(main):
+    """The exit status of a program, whose traceback goes where Python writes it."""
+    try:
+        main()
+    except SystemExit as end:
+        return end.code or 0
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _checked(done, status):
+    if status is not None:
+        assert done.returncode == status, done.stdout[-3000:] + done.stderr[-6000:]
+    return done
+
+
+def command(*words, cwd, double=False, check=None, timeout=300, env=None):
+    """Run `python -m pipeline` as a process of its own; with `double`, TensorRT's test double can be imported."""
     paths = [str(ROOT), *([str(FAKES)] if double else [])]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200", **(env or {})}
     variables.pop("POSEPRESS_RUN", None)
     done = subprocess.run(
         [sys.executable, "-m", "pipeline", *words], cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout
     )
-    if check is not None:
-        assert done.returncode == check, done.stdout[-3000:] + done.stderr[-6000:]
-    return done
+    return _checked(done, check)
 
 
 def refused(done):
@@ -93,13 +196,16 @@ def finished(tmp_path_factory):
         if not (folder / "done").exists():
             folder.mkdir(exist_ok=True)
             words = ["--multirun", "experiment=smoke", "pruner=none,l1", "precision=fp32,int8"]
-            (folder / "log").write_text(pipeline(*words, cwd=folder, check=0, timeout=900).stdout)
+            (folder / "log").write_text(command(*words, cwd=folder, check=0, timeout=900).stdout)
             (folder / "done").touch()
     return folder
 
 
 def forget_doubles():
     """Nothing that was imported from the doubles stays for the next test."""
+    if runner := sys.modules.get("pipeline.backends.tensorrt_runner"):
+        runner.logger.cache_clear()
+        runner._library.cache_clear()
     for name in [name for name in sys.modules if name.partition(".")[0] in ("tensorrt", "cuda")]:
         del sys.modules[name]
 

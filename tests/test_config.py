@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import hydra
@@ -31,6 +32,16 @@ UNTRACKED = {"pipeline/errors.py", "pipeline/specs.py", "pipeline/artifacts.py",
 def compose(*words):
     with hydra.initialize_config_module("conf", version_base="1.3"):
         return hydra.compose("config", list(words))
+
+
+@functools.cache
+def resolved(name, *words):
+    """A stage's options, composed once for all tests that only read them."""
+    config = whole(*words)
+    return main._resolved(config.stages[name])
+
+
+whole = functools.cache(compose)
 
 
 def composed(group, choice):
@@ -112,6 +123,7 @@ def test_the_multiple_in_the_file_is_the_networks(model):
     assert spec.input.multiple == config.model.multiple
 
 
+@functools.cache
 def imports(file):
     """First-party modules that a file imports, as files."""
     found = set()
@@ -151,7 +163,7 @@ def test_a_stage_lists_all_code_its_result_follows_from(name):
         ["precision=int8_qat"],
         ["sampler=coverage"],
     ):
-        stage = Stage.from_config(name, main._resolved(compose(*words).stages[name]))
+        stage = Stage.from_config(name, deepcopy(resolved(name, *words)))
         modules = {t.rpartition(".")[0].replace(".", "/") + ".py" for t in targets(stage.options)}
         for entry in stage.code:
             assert (ROOT / entry).exists(), entry

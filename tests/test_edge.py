@@ -8,7 +8,7 @@ import sys
 import zipfile
 
 import pytest
-from conftest import FAKES, ROOT, SMOKE, pipeline, refused
+from conftest import FAKES, ROOT, SMOKE, command, pipeline, refused
 
 from pipeline import edge
 from pipeline.artifacts import Results
@@ -49,7 +49,7 @@ def test_a_device_without_torch_builds_evaluates_and_brings_results_home(smoke):
     names = {entry["name"].lower() for entry in json.loads(listed.stdout)}
     assert not names & {"torch", "mlflow", "dvc", "scipy", "posepress"}
     assert "take it home" in on_device(folder, python, double=True).stdout
-    home = pipeline(*SMOKE[:1], "stage=import", f"results={folder / 'results.zip'}", cwd=smoke, check=0)
+    home = command(*SMOKE[:1], "stage=import", f"results={folder / 'results.zip'}", cwd=smoke, check=0)
     assert "double.of.a.gpu" in home.stderr
     (imported,) = (smoke / "outputs/smoke/evaluate").glob("*_tensorrt-double.of.a.gpu-b1/metrics.json")
     assert json.loads(imported.read_text())["backend"] == "tensorrt-double"
@@ -142,7 +142,7 @@ def test_results_come_home_whole_or_not_at_all(home, tmp_path):
 
 def test_imported_figures_are_in_report_and_mlflow(home):
     sweep, results = home
-    pipeline(SMOKE[0], "stage=import", f"results={results}", cwd=sweep, check=0)
+    command(SMOKE[0], "stage=import", f"results={results}", cwd=sweep, check=0)
     pipeline(*SMOKE, "stage=report", cwd=sweep, check=0)
     rows = (sweep / "outputs/smoke/report/results.csv").read_text().splitlines()
     assert sum(",onnxruntime-" in row and ",int8," in row for row in rows) == 1

@@ -218,7 +218,7 @@ def test_a_study_of_calibration_is_plotted_without_a_benchmark(smoke):
     (weights,) = (smoke / "outputs/smoke/train").glob("*/model.safetensors")
     words = ["experiment=calibration_study", f"weights={weights}", "data=synthetic_smoke", "model.width=0.125", "tracking=none"]
     words += ["training_resolution=64x80", "sampler=uniform,coverage", "sampler.num_images=4", "sampler.seed=0,1"]
-    pipeline("--multirun", *words, "precision.calibration_method=minmax", cwd=smoke, check=0, timeout=600)
+    pipeline("--multirun", *words, "precision.calibration_method=minmax", cwd=smoke, check=0)
     page = (smoke / "outputs/calibration_study/report/report.html").read_text()
     assert "Calibration study" in page
     assert "<td>coverage</td><td>minmax</td><td>4</td><td>2</td>" in page

@@ -715,7 +715,7 @@ PRECISIONS = ["fp32", "fp16", "bf16", "fp8", "int8", "mixed", "int8_entropy"]
 def test_the_whole_chain_runs_in_every_precision_and_its_figures_are_left_out(smoke, monkeypatch, version):
     monkeypatch.setenv("POSEPRESS_TENSORRT_DOUBLE", version)
     words = ["--multirun", *SMOKE, "backend=tensorrt", f"precision={','.join(PRECISIONS)}"]
-    done = pipeline(*words, cwd=smoke, double=True, timeout=600)
+    done = pipeline(*words, cwd=smoke, double=True)
     ran = PRECISIONS if version.startswith("10") else PRECISIONS[:-1]
     if version.startswith("10"):
         assert done.returncode == 0, done.stderr[-3000:]

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import SMOKE, pipeline, refused
+from conftest import SMOKE, command, refused
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -598,7 +598,7 @@ def test_two_machines_train_one_network(tmp_path):
         words += ["stages.train.training.accelerator=cpu", "stages.train.training.precision=32-true"]
         words += ["stages.train.training.patience=3", "stages.train.training.check_every=1"]
         told = {"NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        return pipeline(*words, cwd=tmp_path, env=told)
+        return command(*words, cwd=tmp_path, env=told)
 
     with ThreadPoolExecutor() as pool:
         assert [done.returncode for done in pool.map(machine, (0, 1))] == [0, 0]
