@@ -163,9 +163,11 @@ def compare(
         try:
             found = session.run(names, {spec.input.name: images})
         except Exception as error:
-            first = str(error).splitlines()[0]
+            first = str(error).splitlines()[0].rpartition(" was false. ")[2]
+            shape = "x".join(map(str, images.shape))
             raise UserError(
-                f"{file.name}: does not run at {images.shape} ({first}); the network's code depends on its input's size"
+                f"{file.name}: does not run at {shape} ({first}); the network's code depends on its input's size: make it "
+                "of layers that take every size, or name the free axes in the spec's dynamic"
             ) from error
         expected = reference(images)
         for name, ours in zip(names, found, strict=True):

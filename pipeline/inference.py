@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from evaluation.pixels import frame
 from evaluation.types import InputSpec, Resolution, Sample, View
+from pipeline.errors import UserError
 from pipeline.specs import Dataset, Decoder, Framing, Runner
 
 Found = TypeVar("Found")
@@ -129,7 +130,10 @@ def batches(
             sample = data[index]
             image = sample.read()
         with watch.step("framing"):
-            views = framing.views(sample.size, resolution, spec, sample.boxes)
+            try:
+                views = framing.views(sample.size, resolution, spec, sample.boxes)
+            except ValueError as error:  # the image has no boxes, or one that is not finite
+                raise UserError(f"image {sample.id}: {error}") from error
             return sample, views, [frame(image, view, spec) for view in views]
 
     waiting: list[tuple[Sample[Any], View, NDArray[np.uint8], bool]] = []
@@ -205,7 +209,10 @@ def predict(
     def decode(fields: Future[Any], ready: Batch) -> list[Found]:
         returned = fields.result()
         with watch.step("decoding"):
-            return decoder.decode(returned, ready.views) if ready.views else []
+            try:
+                return decoder.decode(returned, ready.views) if ready.views else []
+            except ValueError as error:  # the fields are not as described
+                raise UserError(str(error)) from error
 
     def finished(done: Batch, found: list[Found]) -> Iterator[tuple[Sample[Any], Found]]:
         if not done.views:

@@ -233,6 +233,13 @@ class TensorRT:
                     f"model.plan={plan}: its tensor {tensor} is {kind.name} in the format {form.name}; build it with float or "
                     "half tensors in linear format (trtexec --inputIOFormats=fp32:chw --outputIOFormats=fp32:chw)"
                 )
+        for field in spec.fields:
+            made = tuple(engine.get_tensor_shape(wanted[field.name]))
+            if len(made) != 4 or made[1] not in (-1, field.channels):
+                raise UserError(
+                    f"model.plan={plan}: its tensor {wanted[field.name]} is {list(made)}, and model.spec says {field.channels} "
+                    "channels, [n, C, h, w]; mend model.spec.fields"
+                )
         shape = tuple(engine.get_tensor_shape(wanted[spec.input.name]))
         if len(shape) != 4 or shape[1] != 3:
             raise UserError(f"model.plan={plan}: takes {shape}; only images [B, 3, H, W] can be evaluated")

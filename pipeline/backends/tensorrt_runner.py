@@ -167,7 +167,10 @@ class TensorRTRunner:
         import tensorrt as trt
 
         check_version(engine, side, trt.__version__)
-        self.spec = NetworkSpec.from_dict(side["spec"])
+        try:
+            self.spec = NetworkSpec.from_dict(side["spec"])
+        except ValueError as error:
+            raise UserError(f"{engine}: not a network description beside it ({error}); build it again") from error
         self.cuda_graph, self._torch = cuda_graph, _torch(devices)
         prepare(trt, side["plugins"])
         self.nodes: Mapping[str, Mapping[str, Any]] = side["nodes"]

@@ -121,12 +121,22 @@ def load_annotations(file: Path) -> dict[str, Any]:
 
 
 def skeleton_of(raw: Mapping[str, Any]) -> Skeleton:
-    """The keypoints that an annotation file's category names, with its "sigmas" where it has them; COCO's if it names none."""
+    """The keypoints that an annotation file's category names, with its "sigmas" where it has them; COCO's if it names none.
+
+    Raises:
+        UserError: a name is there twice, a pair joins what is no keypoint, or sigmas are of another number.
+    """
     for category in raw.get("categories") or []:
         names = tuple(category.get("keypoints") or ())
         if names and names != COCO_17.names:
-            limbs = tuple((a - 1, b - 1) for a, b in category.get("skeleton") or [])
-            return Skeleton(names, limbs, tuple(category.get("sigmas") or ()))
+            try:
+                limbs = tuple((a - 1, b - 1) for a, b in category.get("skeleton") or [])
+                return Skeleton(names, limbs, tuple(category.get("sigmas") or ()))
+            except (TypeError, ValueError) as error:
+                raise UserError(
+                    f"category '{category.get('name')}': its keypoints, skeleton (pairs counted from 1) or sigmas are wrong "
+                    f"({error}); mend the annotation file"
+                ) from error
     return COCO_17
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from evaluation.types import Resolution
 from pipeline.artifacts import Job
-from pipeline.specs import Backend, Framing, ModelFiles, Shapes, described, read_spec
+from pipeline.specs import Backend, Framing, ModelFiles, Shapes, described, named, read_spec
 
 
 def run(
@@ -41,7 +41,8 @@ def run(
     """
     if plan is not None:
         assert spec is not None
-        engine = backend.adopt(Path(plan), described(spec), tensors or {}, job.out)  # type: ignore[attr-defined] # only_on
+        network, own = named(described(spec))
+        engine = backend.adopt(Path(plan), network, {**own, **(tensors or {})}, job.out)  # type: ignore[attr-defined] # only_on
     else:
         files = ModelFiles.in_folder(job.inputs["network"], job.inputs.get("checkpoint"))
         size = Resolution.parse(resolution)
