@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import engine_page, pruning_page, quantization_page
+from pipeline.choice import choices, said
 from pipeline.report import (
     MORE_STEPS,
     Result,
@@ -74,7 +75,8 @@ def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] 
         notes.append(MORE_STEPS)
     notes += [html.escape(line) for line in table.left_out]
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)} · Posepress</title>
-<style>{_STYLE}</style></head><body><h1>{html.escape(name)}: accuracy against latency</h1>{plots}
+<style>{_STYLE}</style></head><body><h1>{html.escape(name)}: accuracy against latency</h1>
+<p>{html.escape(said(list(choices(table))))}</p>{plots}
 <h2>Engines</h2><p class="note">Green rows are on the Pareto front.</p><div class="wide">
 <table><thead><tr>{head}</tr></thead>
 <tbody>{body}</tbody></table></div>

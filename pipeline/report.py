@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -221,6 +222,30 @@ def tabulated(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         cells[4:4] = [(name, str(row[column]) or "–") for name, column in varied.items()]
         shown.append(dict(cells))
     return shown
+
+
+def narrow(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Rows as a terminal of 100 columns shows them: intervals below their figures, and of the axes those that differ."""
+
+    def stacked(row: Mapping[str, Any], name: str, digits: int, sign: str = "") -> str:
+        return re.sub(r"\b0\.", ".", between(row, name, digits, sign)).replace(" [", "\n[")
+
+    axes = {"input": "resolution", "backend": "backend", "batch": "batch", "threads": "threads"}
+    varied = {title: column for title, column in axes.items() if len({row[column] for row in rows}) > 1}
+    return [
+        {
+            "network": f"{row['network']}\n{row['pruning']}",
+            "precision": str(row["precision"]),
+            **{title: str(row[column]) for title, column in varied.items()},
+            "GMACs": _number(row["macs"], 3, 1e-9),
+            "AP [95 %]": stacked(row, "ap", 3),
+            "AP − FP32": stacked(row, "ap_vs_fp32", 3, "+"),
+            "AP − dense": stacked(row, "ap_vs_dense", 3, "+"),
+            "p50 ms": _number(row["latency_p50_ms"], 2),
+            "× FP32": stacked(row, "speedup_vs_fp32", 2),
+        }
+        for row in rows
+    ]
 
 
 def between(row: Mapping[str, Any], name: str, digits: int, sign: str = "") -> str:

@@ -4,6 +4,9 @@ from typing import Any
 
 from pipeline import page, report
 from pipeline.artifacts import Job
+from pipeline.choice import choices, said
+
+_WIDTH = 100  # columns of what is printed into a pipe
 
 
 def run(job: Job, name: str) -> dict[str, Any]:
@@ -20,24 +23,26 @@ def run(job: Job, name: str) -> dict[str, Any]:
 
 
 def _print(table: report.Table, name: str) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    shown = report.tabulated(table.rows)
-    console = Console(width=None if Console().is_terminal else 240)
-    if shown:
-        grid = Table(title=name, header_style="bold")
-        for n, column in enumerate(shown[0]):
-            grid.add_column(column, justify="left" if n < 4 else "right")
-        for row in shown:
+    console = Console(width=None if Console().is_terminal else _WIDTH, highlight=False)
+    rows = report.narrow(table.rows)
+    if rows:
+        grid = Table(title=name, header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+        for n, column in enumerate(rows[0]):
+            grid.add_column(column, justify="left" if n < 2 else "right", overflow="fold")
+        for row in rows:
             grid.add_row(*row.values())
         console.print(grid)
     for title, steps in report.waterfalls(table.results).items():
-        falls = Table(title=f"where AP goes: {title}", header_style="bold")
+        falls = Table(title=f"where AP goes: {title}", header_style="bold", box=box.SIMPLE_HEAD)
         for column in ("step", "AP [95 %]", "difference, paired"):
             falls.add_column(column)
         for step in steps:
             falls.add_row(*step)
         console.print(falls)
     for line in table.left_out:
-        console.print(f"left out: {line}")
+        console.print(f"left out: {line}", soft_wrap=True)
+    console.print(said(list(choices(table))), soft_wrap=True)

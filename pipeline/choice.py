@@ -1,0 +1,58 @@
+"""Which engine to ship: the fastest one that is shown to lose next to nothing."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from evaluation.statistics import Draws, Interval, paired
+from pipeline.artifacts import read_manifest
+from pipeline.report import Result, Table, averaged, comparable
+
+MOST_LOST = 0.01  # of AP, at the worse end of the paired interval
+
+
+def choices(table: Table) -> Iterator[str]:
+    """One sentence for each set of rows that share images, machine, threads and batch.
+
+    The reference is the engine with the highest AP. An engine qualifies if the lower end of its paired 95 % interval to
+    the reference is above -`MOST_LOST`. The fastest engine that qualifies is chosen.
+    """
+    for group in comparable(table.rows):
+        timed = [n for n in group if table.rows[n]["latency_p50_ms"] != "" and not averaged(table.rows[n])]
+        if not timed:
+            continue
+        best = max(timed, key=lambda n: float(table.rows[n]["ap"]))
+        lost = {n: _difference(table.results[n], table.results[best]) for n in timed if n != best}
+        fit = [best, *(n for n, interval in lost.items() if interval.low >= -MOST_LOST)]
+        chosen = min(fit, key=lambda n: float(table.rows[n]["latency_p50_ms"]))
+        yield _sentence(table, chosen, best, lost.get(chosen))
+
+
+def _difference(result: Result, reference: Result) -> Interval:
+    return paired(Draws.load(result.folder / "draws.npz"), Draws.load(reference.folder / "draws.npz"))
+
+
+def _named(table: Table, n: int) -> str:
+    row = table.rows[n]
+    return f"{row['network']} {row['pruning']} {row['resolution']} {row['precision']}"
+
+
+def _engine(result: Result) -> Path | None:
+    folder = result.made_of.get("build")
+    manifest = read_manifest(folder) if folder is not None else None
+    return folder / manifest["summary"]["engine"] if folder is not None and manifest is not None else None
+
+
+def _sentence(table: Table, chosen: int, best: int, lost: Interval | None) -> str:
+    row, file = table.rows[chosen], _engine(table.results[chosen])
+    where = f" ({file})" if file is not None else ""
+    speed = f"{row['latency_p50_ms']:.2f} ms (p50, {row['device']}, {row['threads']} thread(s), batch {row['batch']})"
+    if lost is None:
+        loss = "no other engine here has a higher AP"
+    else:
+        loss = f"AP {lost.value:+.3f} [{lost.low:+.3f}, {lost.high:+.3f}] against {_named(table, best)}, the highest here"
+    return f"Ship {_named(table, chosen)}{where}, {speed}: {loss}. It is the fastest that loses at most {MOST_LOST:g} AP."
+
+
+def said(sentences: Sequence[str]) -> str:
+    """The sentences as one text; why there is none, where nothing was timed."""
+    return "\n".join(sentences) or "No engine is recommended: none was timed. Run stage=benchmark, then stage=report."

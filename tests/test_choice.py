@@ -1,0 +1,108 @@
+"""Which engine the report recommends, what the terminal shows, and the network that the demo begins with."""
+
+import hashlib
+import io
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from evaluation.statistics import Draws
+from pipeline import report
+from pipeline.choice import choices, said
+from pipeline.report import COLUMNS, Result, Table
+
+SPREAD = np.linspace(-0.002, 0.002, 101)
+
+
+def engine(folder, name, ap, ms, lost=SPREAD, **more):
+    """A row and its result; `lost` is added to the draws, so that the paired difference has a spread."""
+    folder = folder / name.replace(" ", "-")
+    folder.mkdir()
+    Draws(("1", "2"), ap, ap + lost).save(folder / "draws.npz")
+    row = dict.fromkeys(COLUMNS, "") | {
+        "data": "test", "data_digest": "d", "device": "a processor", "threads": 1, "batch": 1, "ap": ap, "latency_p50_ms": ms,
+        "network": name, "pruning": "dense", "resolution": "64x80", "precision": "fp32", "keep_aspect_ratio_mode": "pad",
+        "macs": 515850240, "ap_lo": ap - 0.02, "ap_hi": ap + 0.02, "as_found_ap": ap, "agreement_ap": ap, **more,
+    }  # fmt: skip
+    return row, Result(folder, row, row)
+
+
+def table(*engines):
+    return Table([row for row, _ in engines], [result for _, result in engines], [])
+
+
+def test_the_fastest_engine_that_loses_next_to_nothing_is_chosen(tmp_path):
+    made = table(
+        engine(tmp_path, "slow", 0.800, 9.0),
+        engine(tmp_path, "fast", 0.797, 4.0, SPREAD * 2),
+        engine(tmp_path, "lossy", 0.780, 2.0),
+        engine(tmp_path, "never timed", 0.790, ""),
+    )
+    (sentence,) = choices(made)
+    assert sentence.startswith("Ship fast dense 64x80 fp32, 4.00 ms")
+    assert "AP -0.003 [-0.005, -0.001] against slow dense 64x80 fp32" in sentence
+
+
+def test_an_interval_that_reaches_further_disqualifies(tmp_path):
+    made = table(engine(tmp_path, "slow", 0.8, 9.0), engine(tmp_path, "unsure", 0.8 - 1e-6, 4.0, SPREAD * 10))
+    (sentence,) = choices(made)
+    assert sentence.startswith("Ship slow")
+    assert "no other engine here has a higher AP" in sentence
+
+
+def test_research_settings_and_other_machines_are_told_apart(tmp_path):
+    made = table(
+        engine(tmp_path, "here", 0.8, 9.0),
+        engine(tmp_path, "flipped", 0.9, 1.0, keep_aspect_ratio_mode="pad-flip"),
+        engine(tmp_path, "there", 0.7, 1.0, device="another"),
+    )
+    assert [sentence.split()[1] for sentence in choices(made)] == ["here", "there"]
+
+
+def test_without_timings_the_next_command_is_named(tmp_path):
+    assert "Run stage=benchmark" in said(list(choices(table(engine(tmp_path, "slow", 0.8, "")))))
+
+
+def test_the_printed_table_fits_100_columns(tmp_path, monkeypatch):
+    from rich import console
+
+    from pipeline.stages.report import _print
+
+    intervals = {
+        f"{name}{end}": -0.0123 for name in ("ap_vs_fp32", "ap_vs_dense", "speedup_vs_fp32") for end in ("", "_lo", "_hi")
+    }
+    rows = [engine(tmp_path, f"lwop-s2-w0.5-{n}", 0.8, 12.5, pruning="l1-0.45-r16", **intervals) for n in range(3)]
+    out = io.StringIO()
+    plain = console.Console
+    monkeypatch.setattr(console, "Console", lambda *a, **k: plain(*a, **k, file=out))
+    _print(table(*rows), "demo")
+    shown = out.getvalue()
+    printed = shown[: shown.index("Ship ")].splitlines()
+    assert max(map(len, printed)) <= 100
+    assert "…" not in shown
+    assert "[-.012, -.012]" in shown
+    assert all(column in shown for column in report.narrow([rows[0][0]])[0])
+
+
+def test_the_demos_network_is_whole_and_small():
+    from safetensors.torch import load_file
+
+    from pipeline.models import store
+    from pipeline.models.lightweight_openpose import LightweightOpenPose
+
+    file = ROOT / "data/networks/lightweight_openpose_w0.5_demo.safetensors"
+    assert file.stat().st_size <= 5e6
+    state = load_file(file)
+    assert {str(tensor.dtype) for tensor in state.values()} == {"torch.float32", "torch.int64"}
+    store.load_state(LightweightOpenPose(2, 0.5), state, file)
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in (file.parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("experiment", ["demo", "demo_untrained"])
+def test_the_demo_begins_trained_and_can_begin_from_nothing(experiment):
+    from test_config import compose
+
+    config = compose(f"experiment={experiment}")
+    trained = experiment == "demo"
+    assert (config.weights is not None) == trained == (config.stages.train.training.steps == 0)
