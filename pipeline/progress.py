@@ -5,13 +5,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
-from typing import Any, Self, TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 Item = TypeVar("Item")
+P = TypeVar("P", bound="Progress")  # typing.Self is not in the Python 3.10 of the edge
 
 EVERY = 10.0  # seconds between lines
 INDENT = " " * 11  # below the names of stages
@@ -93,7 +94,7 @@ class Progress:
         self._task = self._bar.add_task(what, total=total, completed=done, words="")
         self._ended = threading.Event()
 
-    def __enter__(self) -> Self:
+    def __enter__(self: P) -> P:  # noqa: PYI019
         """Begin to count and to show."""
         self._started = self._lines.clock()
         if not self._bar.disable:
