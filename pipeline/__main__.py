@@ -154,13 +154,15 @@ class Cell:
         Raises:
             UserError: the description is none, or does not fit the file, the decoder or the options of the engine.
         """
-        model = _resolved(self.config.model)
-        if model.get("spec") is None or all(self.stages[name].collect for name in self.plan):
+        model = {key: _plain(self.config.model.get(key)) for key in ("onnx", "plan", "spec", "outputs")}
+        if model["onnx"] == model["plan"] or all(self.stages[name].collect for name in self.plan):
             return
         from pipeline.inference import decoder_options
         from pipeline.specs import Shapes, described, named
 
         raw = model["spec"]
+        if raw is None and self.config.model.get("_target_") is not None:
+            raise UserError(f"model.onnx={model['onnx']}: choose model=onnx, whose model.spec describes the file")
         spec, _ = named(described(raw))
         for doubt in spec.input.doubts:
             print(f"warning: model.spec.input.{doubt}", file=sys.stderr)
@@ -182,10 +184,12 @@ class Cell:
         sizes |= {f"{one}[{n}].{k}": size for n, p in enumerate(profiles) for k, size in enumerate(p.resolution)}
         batches = {"batch": self.config.batch}
         batches |= {f"{one}[{n}].{k}": count for n, p in enumerate(profiles) for k, count in enumerate(p.batch)}
-        check_request(file, raw, str(self.config.precision.name), sizes, batches, parts["framing"].one_size)
+        precision = str(self.config.precision.name)
+        for doubt in check_request(file, raw, precision, sizes, batches, parts["framing"].one_size):
+            print(f"warning: {doubt}", file=sys.stderr)
         export = self.stages["export"]
         if "export" in self.plan and (self.config.force or read_manifest(self.results.folder(export)) is None):
-            adopt(file, raw, model.get("outputs"), _resolution("training_resolution", str(self.config.training_resolution)))
+            adopt(file, raw, model["outputs"], _resolution("training_resolution", str(self.config.training_resolution)))
 
     def _components(self, name: str) -> list[Mapping[str, Any]]:
         options = self.stages[name].options

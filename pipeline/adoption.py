@@ -1,7 +1,7 @@
 """A given ONNX file: compared with its description by a forward pass, and brought into the form of our own exports."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,13 +70,18 @@ def adopt(file: Path, raw: object, outputs: Mapping[str, Any] | None, resolution
         _check_field(spec.field(name), values, _declared(model, sources.get(name, name), values), size, where)
     _check_freedom(model, where, spec, sources, images, returned)
     _name_outputs(model, spec, sources)
-    onnx.checker.check_model(model)
+    try:
+        onnx.checker.check_model(model)
+    except Exception as error:
+        raise UserError(
+            f"{where}: its outputs cannot be named as the fields ({_first(error)}); name them so at export"
+        ) from error
     return Adopted(model, spec, sources, size, notes)
 
 
 def check_request(
     file: Path, raw: object, precision: str, sizes: Mapping[str, Resolution], batches: Mapping[str, int], one_size: bool
-) -> None:
+) -> list[str]:
     """Make sure that a given file takes what a configuration asks of its engine; nothing is run.
 
     Args:
@@ -86,6 +91,9 @@ def check_request(
         sizes: of the engine's input, by option.
         batches: images at once, by option.
         one_size: every input has the resolution's size.
+
+    Returns:
+        What figures must be read with, in sentences.
 
     Raises:
         UserError: it is no ONNX file, is quantized, or takes other sizes or batches.
@@ -112,13 +120,19 @@ def check_request(
         fixed = Resolution(axes["height"] or size.height, axes["width"] or size.width)
         if size != fixed:
             raise UserError(
-                f"{option}={size}: {where} takes {fixed} alone; set resolution={fixed}, or export it with free sizes"
+                f"{option}={size}: {where} takes {fixed} alone; set training_resolution={fixed} and no other resolution, or "
+                "export it with free sizes"
             )
     if not one_size and (axes["width"] or axes["height"] or (asked is not None and not {"height", "width"} <= set(asked))):
         raise UserError(
             f"keep_aspect_ratio_mode or scales ask for inputs of several sizes, and {where} takes one; choose "
             "keep_aspect_ratio_mode=pad_image_input 'scales=[1.0]'"
         )
+    said = [f"{where} is quantized itself, so that figures beside FP32 compare it with itself"] if integers else []
+    half = half_weights(model)
+    if half and precision != "external":
+        said.append(f"{where} has weights of 16 bits ('{half[0]}'), so that what is called precision=fp32 is theirs")
+    return said
 
 
 def read(file: Path) -> onnx.ModelProto:
@@ -150,7 +164,23 @@ def read(file: Path) -> onnx.ModelProto:
 
 def quantized(model: onnx.ModelProto) -> list[str]:
     """The names of the nodes that compute or hold integers instead of floats."""
-    return [node.name or node.output[0] for node in model.graph.node if _INTEGER.fullmatch(node.op_type)]
+    return [node.name or "".join(node.output[:1]) for node in _nodes(model) if _INTEGER.fullmatch(node.op_type)]
+
+
+def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of a file, of its inner graphs and of its functions."""
+    waiting = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    while waiting:
+        node = waiting.pop(0)
+        yield node
+        for attribute in node.attribute:
+            waiting += [inner for graph in (attribute.g, *attribute.graphs) for inner in graph.node]
+
+
+def half_weights(model: onnx.ModelProto) -> list[str]:
+    """The names of weights of 16 bits."""
+    narrow = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    return [tensor.name for tensor in model.graph.initializer if tensor.data_type in narrow and len(tensor.dims) > 1]
 
 
 def _first(error: Exception) -> str:
@@ -189,10 +219,11 @@ def _input(
     inputs = [i for i in graph.input if i.name not in constants]
     if len(inputs) != 1:
         raise UserError(
-            f"{where}: its inputs are {', '.join(i.name for i in inputs)}; give a network whose one input is images"
+            f"{where}: its inputs are {', '.join(i.name for i in inputs) or 'none'}; give a network whose one input is images"
         )
     tensor, shape = inputs[0], _shape(inputs[0])
-    kind = helper.tensor_dtype_to_string(tensor.type.tensor_type.elem_type).rpartition(".")[2].lower()
+    kinds = {number: name.lower() for name, number in TensorProto.DataType.items()}
+    kind = kinds.get(tensor.type.tensor_type.elem_type, "of an unknown type")
     if kind != "float":
         raise UserError(f"{where}: its input '{tensor.name}' is {kind}; export it with float32 images, [n, 3, h, w]")
     if shape and len(shape) == 4 and shape[3] == 3 and shape[1] != 3:
@@ -260,7 +291,8 @@ def _run(model: onnx.ModelProto, images: F32) -> Outputs:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, {session.get_inputs()[0].name: images}), strict=True))
+    returned = zip(names, session.run(names, {session.get_inputs()[0].name: images}), strict=True)
+    return {name: values for name, values in returned if isinstance(values, np.ndarray)}  # not sequences and maps
 
 
 def _complaint(error: Exception, model: onnx.ModelProto, images: F32) -> str:
@@ -302,7 +334,7 @@ def _run_as_it_is(
             ) from error
         shape = f"{spec.input.name} {list(image.shape)}"
         raise UserError(f"{where}: does not run at {shape}: {_complaint(error, model, image)}") from error
-    opset = max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=_LEAST_OPSET)
     if opset >= _LEAST_OPSET:
         return model, returned
     reason = "it would return other values"
@@ -350,6 +382,8 @@ def _option(spec: NetworkSpec, outputs: Mapping[str, Any] | None, returned: Outp
         UserError: it names a field or an output that is not there, or one output twice.
     """
     known = [field.name for field in spec.fields]
+    if outputs is not None and not isinstance(outputs, Mapping):  # from the command line
+        raise UserError(f"model.outputs={outputs}: give it as {{{known[0]}: NAME}}")
     chosen = {str(field): str(output) for field, output in (outputs or {}).items()}
     for field, output in chosen.items():
         if field not in known:
@@ -506,9 +540,15 @@ def _name_outputs(model: onnx.ModelProto, spec: NetworkSpec, sources: Mapping[st
     """Make the fields the outputs of a model, in order; one output that holds all of them is split."""
     graph, wanted = model.graph, [field.name for field in spec.fields]
     joined = "" if sources else graph.output[0].name
-    new = {source: field for field, source in sources.items() if source != field}
-    inner = {name: f"inner_{name}" for name in wanted if name not in sources.values()}  # tensors make way for fields
+    made = {name for node in graph.node for name in node.output}
+    new = {source: name for name, source in sources.items() if source != name and source in made}
+    inner = {
+        name: f"inner_{name}" for name in wanted if name in made and name not in sources.values()
+    }  # tensors make way for fields
     _rename(graph, {**inner, **new})
+    for name, source in sources.items():
+        if source not in made:  # the input itself, or a constant
+            graph.node.append(helper.make_node("Identity", [source], [name], name=f"posepress_{name}"))
     kinds = {output.name: output for output in graph.output}
     values = [kinds.get(name) or kinds.get(source) for name, source in sources.items()]
     del graph.output[:]

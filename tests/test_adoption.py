@@ -21,6 +21,7 @@ from pipeline.artifacts import Results, Stage
 from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.errors import UserError
 from pipeline.onnx_parts import external_files
+from pipeline.quantization.graph import place
 from pipeline.specs import SPEC_KEY, described, named, read_spec
 
 SIZE = Resolution(32, 48)
@@ -159,6 +160,7 @@ def test_an_ambiguous_file_asks_which_output_is_which(file):
         ({"heatmap": "heatmaps"}, r"model.outputs.heatmap: no such field; did you mean 'heatmaps'"),
         ({"pafs": "paf"}, r"model.outputs.pafs=paf: .* has no such output; it has 'heatmaps' \[n, 3, 8, 12\]"),
         ({"heatmaps": "pafs", "pafs": "pafs"}, "one output is given to two fields"),
+        ("397", r"model.outputs=397: give it as \{heatmaps: NAME\}"),
     ],
 )
 def test_wrong_outputs_are_refused(file, outputs, message):
@@ -425,7 +427,7 @@ def test_a_file_of_one_shape_is_asked_for_that_alone(file):
     asked(file)
     with pytest.raises(UserError, match="batch=4: .* takes a batch of 1 alone; set batch=1"):
         asked(file, batch=4)
-    with pytest.raises(UserError, match="resolution=64x48: .* takes 32x48 alone; set resolution=32x48"):
+    with pytest.raises(UserError, match="resolution=64x48: .* takes 32x48 alone; set training_resolution=32x48"):
         asked(file, resolution=Resolution(64, 48))
     with pytest.raises(UserError, match="ask for inputs of several sizes, .* takes one"):
         asked(file, one_size=False)
@@ -433,6 +435,40 @@ def test_a_file_of_one_shape_is_asked_for_that_alone(file):
     asked(file, batch=4, resolution=Resolution(64, 48), one_size=False)
     with pytest.raises(UserError, match="takes a batch of 1 alone"):
         asked(file, {**RAW, "dynamic": ["height", "width"]}, batch=4)
+
+
+def test_the_input_itself_may_be_a_field(file):
+    model = network((1, 3, 32, 48))
+    model.graph.node[1].input[1] = "wi"
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros((3, 5, 1, 1), np.float32), "wi"))
+    model.graph.output[0].name = "image"
+    raw = changed(("fields", 0, "stride"), 1)
+    made = adopted(file, model, raw, {"heatmaps": "image"})
+    assert np.array_equal(run(made.model, IMAGES)[0], IMAGES)
+
+
+def test_outputs_that_are_no_tensors_are_left_out(file):
+    model = network()
+    model.graph.node.append(helper.make_node("SequenceConstruct", ["x"], ["several"]))
+    kind = helper.make_sequence_type_proto(helper.make_tensor_type_proto(FLOAT, None))
+    model.graph.output.append(helper.make_value_info("several", kind))
+    assert list(adopted(file, model).sources) == ["heatmaps", "pafs"]
+
+
+def test_weights_of_16_bits_are_said(file):
+    model = network()
+    (weight,) = [i for i in model.graph.initializer if i.name == "w"]
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight).astype(np.float16), "w"))
+    onnx.save(model, file)
+    (said,) = check_request(file, RAW, "fp32", {}, {}, True)
+    assert "has weights of 16 bits ('w'), so that what is called precision=fp32 is theirs" in said
+
+
+def test_int8_needs_scales_for_each_channel():
+    with pytest.raises(
+        UserError, match="the network is of opset 11, and INT8 begins at opset 13; export it with opset_version=13"
+    ):
+        place(network(opset=11))
 
 
 @pytest.mark.parametrize("kind", ["QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger", "DynamicQuantizeLinear"])

@@ -19,6 +19,7 @@ Flavour = Literal["tensorrt", "onnxruntime"]
 WEIGHTED = ("Conv", "ConvTranspose")
 # Operators that return values they were given, or means of them: what goes in and what comes out share a scale.
 CARRIERS = ("MaxPool",)
+_LEAST_OPSET = 13  # scales for each channel begin there
 _FEW_CHANNELS = 4  # ONNX Runtime's integer convolution over an image is slower than its float one (benchmarks/README.md)
 
 
@@ -174,7 +175,16 @@ def place(model: onnx.ModelProto, exclude: Iterable[str] = ()) -> Placement:
     Args:
         model: a float network with inferred shapes.
         exclude: names of nodes that stay in float.
+
+    Raises:
+        UserError: the network's opset has no scales for each channel.
     """
+    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=_LEAST_OPSET)
+    if opset < _LEAST_OPSET:
+        raise UserError(
+            f"the network is of opset {opset}, and INT8 begins at opset {_LEAST_OPSET}; export it with "
+            f"opset_version={_LEAST_OPSET} or above"
+        )
     graph = Graph(model)
     skip = frozenset(exclude)
     inputs: dict[str, None] = {}
