@@ -41,6 +41,7 @@ from pipeline.artifacts import (
 )
 from pipeline.errors import UserError, nearest
 from pipeline.labels import register
+from pipeline.models.trust import trust
 
 RUN_VARIABLE = "POSEPRESS_RUN"
 os.environ.setdefault(RUN_VARIABLE, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
@@ -57,6 +58,7 @@ class Cell:
         self.config, self.overrides, self.sweep = config, list(overrides), sweep
         self.results = Results(Path(config.outputs), str(config.name), os.environ[RUN_VARIABLE])
         _check_pruner(config)
+        trust(_plain(config.trusted_modules), config.model.get("_target_"))
         self.stages = {name: self._stage(name) for name in config.stages}
         self.plan = requested(_plain(config.stage), self.stages)
         self.ran: list[dict[str, Any]] = []

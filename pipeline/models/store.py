@@ -1,6 +1,5 @@
 """Saving and loading networks: weights as safetensors, structure as JSON, no pickle."""
 
-import importlib
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -8,15 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import nn
 
 from evaluation.types import NetworkSpec
+from pipeline.artifacts import parse_json
 from pipeline.errors import UserError
+from pipeline.models.trust import network_class
 from pipeline.pruning import sparse24
 from pipeline.pruning.graph import History, replay
 
+_MOST_PARAMETERS = 2 * 10**9
 WEIGHTS, ARCHITECTURE = "model.safetensors", "architecture.json"
 
 
@@ -47,22 +50,66 @@ def load(folder: Path) -> tuple[nn.Module, "partial[nn.Module]", list[Any]]:
     """Read what `save` wrote: the network, its class with options, and its pruning history.
 
     Raises:
-        UserError: the files do not belong together, or the network's class is gone.
+        UserError: the files do not belong together, or the network's class is gone or of a module that is not trusted.
     """
-    architecture = json.loads((folder / ARCHITECTURE).read_text())
-    module, _, name = architecture["target"].rpartition(".")
-    try:
-        make = partial(getattr(importlib.import_module(module), name), **architecture["options"])
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{folder / ARCHITECTURE}: cannot import {architecture['target']} ({error})") from error
+    file = folder / ARCHITECTURE
+    architecture = _architecture(file)
+    make = partial(network_class(architecture["target"], file), **architecture["options"])
     history = architecture["pruning"]
     try:
+        _check_size(make)
         network = build(make, history)
     except UserError as error:
-        raise UserError(f"{folder / ARCHITECTURE}: {error}") from error
-    load_state(network, load_file(folder / WEIGHTS), folder / WEIGHTS)
+        raise UserError(f"{file}: {error}") from error
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:
+        what = f"{architecture['target']} with its options and pruning"
+        raise UserError(f"{file}: cannot make {what} ({type(error).__name__}: {error}); it is of another version") from error
+    try:
+        state = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS}: damaged or missing ({error}); make it again") from error
+    load_state(network, state, folder / WEIGHTS)
     sparse24.check(network)
     return network, make, history
+
+
+def _architecture(file: Path) -> dict[str, Any]:
+    """What architecture.json says, of the right types: "target", "options" and "pruning".
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        found = parse_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: no description of a network ({error}); make it again") from error
+    named = isinstance(found, dict) and isinstance(found.get("options"), dict) and isinstance(found.get("pruning"), list)
+    if not named or not all(isinstance(entry, list) and _removal(entry) for entry in found["pruning"]):
+        raise UserError(f"{file}: no description of a network: options or pruning are missing; make it again")
+    return {"target": found.get("target"), "options": found["options"], "pruning": found["pruning"]}
+
+
+def _removal(entry: list[Any]) -> bool:
+    """Whether an entry is one of a pruning history: a layer, which of its sides, and channels."""
+    if len(entry) != 3 or not isinstance(entry[0], str) or not isinstance(entry[2], list):
+        return False
+    numbers = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in entry[2])
+    return numbers and (isinstance(entry[1], bool) or entry[1] == sparse24.KIND)
+
+
+def _check_size(make: "partial[nn.Module]") -> None:
+    """Check that a network fits into memory before it is made.
+
+    Raises:
+        UserError: it has more than 2e9 parameters.
+    """
+    try:
+        with torch.device("meta"):
+            many = sum(p.numel() for p in make().parameters())
+    except (RuntimeError, NotImplementedError):  # it looks at its weights while it is made
+        return
+    if many > _MOST_PARAMETERS:
+        raise UserError(f"a network of {many:.3g} parameters, more than {_MOST_PARAMETERS:.0g}; its options are damaged")
 
 
 def build(make: "partial[nn.Module]", history: History) -> nn.Module:

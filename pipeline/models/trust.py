@@ -1,0 +1,81 @@
+"""Which classes a file may name: a checkpoint folder of others is data, and must not choose what code runs."""
+
+import importlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+_OWN = "pipeline.models"
+_VARIABLE = "POSEPRESS_TRUSTED_MODULES"  # the processes that a stage starts trust what their command trusts
+
+
+def _dotted(name: object) -> bool:
+    return isinstance(name, str) and all(part.isidentifier() for part in name.split("."))
+
+
+def trust(modules: Sequence[str], network: str | None) -> None:
+    """Say what this command names, beside the modules below pipeline.models.
+
+    Args:
+        modules: whose network classes files may name, with the modules below them.
+        network: `_target_` of the network that the command itself makes, which files may name too.
+
+    Raises:
+        UserError: a name is none of a module.
+    """
+    if not isinstance(modules, list) or not all(_dotted(name) for name in modules):
+        raise UserError(f"trusted_modules={modules}: not a list of names of modules; give them like trusted_modules=[my.nets]")
+    os.environ[_VARIABLE] = json.dumps([list(modules), network])
+
+
+def _below(module: str, modules: Sequence[str]) -> bool:
+    return any(module == known or module.startswith(f"{known}.") for known in modules)
+
+
+def network_class(target: object, file: Path) -> Callable[..., Any]:
+    """The class of a network that a file names.
+
+    Args:
+        target: its dotted name, as the file has it.
+        file: of the name, for messages.
+
+    Raises:
+        UserError: the command does not trust its module, it cannot be imported, or it is no network's class.
+    """
+    if not _dotted(target):
+        raise UserError(f"{file}: the target {target!r} is no dotted name of a class; the file is damaged, make it again")
+    text = str(target)
+    modules, own = json.loads(os.environ.get(_VARIABLE, "[[], null]"))
+    known = [_OWN, *modules]
+    module = text.rpartition(".")[0]
+    if not _below(module, known):
+        if own is not None and (made := _imported(own)) is not None and _name_of(made) == text:
+            return made
+        raise UserError(
+            f"{file}: its network is {text}, from a module that this command does not name. If you trust its code, "
+            f"add trusted_modules=[{module or text}]"
+        )
+    found = _imported(text)
+    if found is None:
+        raise UserError(f"{file}: cannot import {text}; put its module on PYTHONPATH, or make the file again")
+    from torch import nn
+
+    if not (isinstance(found, type) and issubclass(found, nn.Module) and _below(found.__module__, known)):
+        raise UserError(f"{file}: {text} is no class of a network (a torch.nn.Module of {module}); the file is damaged")
+    return found
+
+
+def _name_of(thing: Any) -> str:
+    return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', '')}"
+
+
+def _imported(target: str) -> Any:
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name, None) if module else None
+    except ImportError:
+        return None
