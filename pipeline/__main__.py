@@ -57,6 +57,7 @@ class Cell:
     def __init__(self, config: DictConfig, overrides: Sequence[str], sweep: bool) -> None:
         self.config, self.overrides, self.sweep = config, list(overrides), sweep
         self.results = Results(Path(config.outputs), str(config.name), os.environ[RUN_VARIABLE])
+        _keep_compiled(self.results)
         _check_pruner(config)
         trust(_plain(config.trusted_modules), config.model.get("_target_"))
         self.stages = {name: self._stage(name) for name in config.stages}
@@ -376,6 +377,27 @@ def _instantiate(options: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(str(cause)) from error
         raise
     return made
+
+
+def _keep_compiled(results: Results) -> None:
+    """Where numba can keep what it compiles neither beside the code nor in the user's cache, it does so in outputs/cache."""
+    import evaluation
+
+    def writable(folder: Path) -> bool:
+        there = next(part for part in (folder, *folder.parents) if part.exists())
+        return os.access(there, os.W_OK)
+
+    own = Path(str(evaluation.__file__)).parent / "__pycache__"
+    user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute()
+    if "NUMBA_CACHE_DIR" in os.environ or writable(own) or writable(user):
+        return
+    if results.writable:
+        os.environ["NUMBA_CACHE_DIR"] = str((results.cache / "numba").absolute())
+    else:
+        print(
+            "warning: nothing that is compiled can be kept; name a folder that can be written by NUMBA_CACHE_DIR",
+            file=sys.stderr,
+        )
 
 
 def _device(results: Results) -> dict[str, Any]:

@@ -120,7 +120,7 @@ class Job:
 
 
 _PLAIN = re.compile(r"[\w+=-][\w.+=-]*")  # of a name or an address: one folder, never hidden, never above
-_MOST_JSON = 64 << 20  # bytes
+MOST_JSON = 64 << 20  # bytes
 
 
 def parse_json(content: bytes) -> Any:
@@ -129,8 +129,8 @@ def parse_json(content: bytes) -> Any:
     Raises:
         ValueError: it is no JSON, nested too deeply or larger than 64 MiB.
     """
-    if len(content) > _MOST_JSON:
-        raise ValueError(f"{len(content)} bytes of JSON, more than {_MOST_JSON}")
+    if len(content) > MOST_JSON:
+        raise ValueError(f"{len(content)} bytes of JSON, more than {MOST_JSON}")
     try:
         return json.loads(content)
     except RecursionError as error:
@@ -187,7 +187,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """
     file = folder / MANIFEST
     try:
-        if not file.is_file() or file.stat().st_size > _MOST_JSON:
+        if not file.is_file() or file.stat().st_size > MOST_JSON:
             return None
         return checked_manifest(parse_json(file.read_bytes()))
     except ValueError:

@@ -11,15 +11,14 @@ import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import MANIFEST, ROOT, Results, read_manifest
+from pipeline.artifacts import MANIFEST, ROOT, read_manifest
 from pipeline.errors import UserError
 
 STAGES = ("build", "evaluate", "benchmark")
 PACKAGE, RESULTS, LOCK = "package.json", "results.zip", "requirements-edge.lock"
-_MEMBER = re.compile(rf"({'|'.join(STAGES)})/[\w+=-][\w.+=-]*/[^/].*")  # <stage>/<address>/<file>
 _CODE = ("pipeline", "evaluation", "calib_samplers", "conf")
 _INSTALL = """#!/bin/sh
 # Python 3.10 to 3.12 (PYTHON=...). TensorRT is the device's own: JetPack has it, elsewhere .venv/bin/pip install tensorrt.
@@ -131,44 +130,6 @@ def _device(backend: str) -> str:
     else:
         name = str(device.describe()["cpu"])
     return re.sub(r"[^a-z0-9]+", ".", name.lower()).strip(".")
-
-
-def read_results(file: Path, results: Results) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """What a device brought home, checked: the package's description, and files by their place under outputs/<name>.
-
-    Raises:
-        UserError: the file is damaged or was changed, or is of networks that are not here.
-    """
-    if not file.is_file():
-        raise UserError(f"results={file}: no such file; give the path of results.zip")
-    try:
-        with zipfile.ZipFile(file) as archive:
-            files = {name: archive.read(name) for name in archive.namelist()}
-        about = json.loads(files.pop(PACKAGE))
-        listed, made_of, _ = dict(about["files"]), dict(about["made_of"]), (about["name"], about["device"])
-        outside = [name for name in files if not _MEMBER.fullmatch(name) or ".." in PurePosixPath(name).parts]
-        wrong = outside + sorted(set(files) ^ set(listed))
-        wrong = wrong or [name for name, blob in files.items() if sha256(blob).hexdigest() != listed[name]]
-        manifests = {} if wrong else {n: json.loads(blob) for n, blob in files.items() if n.endswith(f"/{MANIFEST}")}
-        for place, manifest in manifests.items():
-            folder = place.removesuffix(MANIFEST)
-            known = {f"{folder}{name}": digest for name, digest in manifest["files"].items()}
-            there = {name for name in files if name.startswith(folder) and name != place}
-            wrong += sorted(there ^ set(known)) or [n for n, digest in known.items() if sha256(files[n]).hexdigest() != digest]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f"results={file}: no results of a package ({type(error).__name__}: {error}); copy it again") from error
-    if wrong or {name.rsplit("/", 1)[0] for name in manifests} < {"/".join(name.split("/")[:2]) for name in files}:
-        name = (wrong or sorted(files))[0]
-        raise UserError(f"results={file}: {name} was changed, added or removed since the device wrote it; copy it again")
-    if about["name"] != results.name:
-        raise UserError(f"results={file}: of name={about['name']}, not {results.name}; add name={about['name']}")
-    root = results.outputs / results.name
-    for place, digest in made_of.items():
-        here = read_manifest(root / place)
-        if here is None or here["digest"] != digest:
-            what = "is not here any more" if here is None else "was made again since"
-            raise UserError(f"results={file}: {root / place}, which the package was made of, {what}; package it again")
-    return about, files
 
 
 def bytes_of(folder: Path) -> int:

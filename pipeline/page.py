@@ -3,11 +3,13 @@
 import base64
 import html
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline import engine_page, pruning_page, quantization_page
+from pipeline.artifacts import plain
 from pipeline.choice import choices, said
 from pipeline.report import (
     MORE_STEPS,
@@ -22,6 +24,8 @@ from pipeline.report import (
     tabulated,
     waterfalls,
 )
+
+_MOST_PICTURE = 16 << 20  # bytes
 
 
 def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] = ()) -> None:
@@ -102,7 +106,9 @@ class _Drawn:
 def _waterfall_html(results: Sequence[Result]) -> str:
     text = ""
     for name, rows in waterfalls(results).items():
-        body = "".join(f"<tr><td>{html.escape(s)}</td><td>{ap}</td><td>{d}</td></tr>" for s, ap, d in rows)
+        body = "".join(
+            f"<tr><td>{html.escape(s)}</td><td>{html.escape(ap)}</td><td>{html.escape(d)}</td></tr>" for s, ap, d in rows
+        )
         text += (
             f"<h2>Where AP goes: {html.escape(name)}</h2><table><thead><tr><th>step</th><th>AP [95 %]</th>"
             f"<th>difference, paired</th></tr></thead><tbody>{body}</tbody></table>"
@@ -139,10 +145,12 @@ def _plot(table: Table, members: Sequence[int], first: bool) -> str:
                 },
                 mode="markers+text" if len(timed) < 7 else "markers",
                 marker={"size": 11},
-                text=[str(row["precision"]) for row in rows],
-                hovertext=[f"{row['resolution']} {row['keep_aspect_ratio_mode']} {row['backend']}" for row in rows],
+                text=[html.escape(str(row["precision"])) for row in rows],
+                hovertext=[
+                    html.escape(f"{row['resolution']} {row['keep_aspect_ratio_mode']} {row['backend']}") for row in rows
+                ],
                 textposition="top center",
-                name=" ".join(group),
+                name=html.escape(" ".join(group)),
             )
         )
     best = [table.rows[n] for n in front(table.rows, members)]
@@ -180,13 +188,37 @@ th:first-child, td:first-child { text-align: left; } tr.front td { background: #
 """
 
 
+def web_address(link: str) -> bool:
+    """Whether a link goes to the web and nowhere else: not to a script, nor to a file of this machine."""
+    return re.fullmatch(r"https?://[^\s\"'<>\\]{1,2000}", link) is not None
+
+
+def picture(folder: Path, name: str) -> bytes:
+    """A picture of an evaluation.
+
+    Raises:
+        ValueError: it is no file of that folder, no JPEG, or too large.
+    """
+    file = folder / name
+    if not plain(name) or file.is_symlink() or not file.is_file() or file.stat().st_size > _MOST_PICTURE:
+        raise ValueError(f"the picture {name[:120]!r} is not there, or too large")
+    content = file.read_bytes()
+    if not content.startswith(b"\xff\xd8\xff"):
+        raise ValueError(f"the picture {name[:120]!r} is no JPEG")
+    return content
+
+
 def _pictures(result: Result) -> str:
     folder = result.folder / "pictures"
     captions: dict[str, str] = json.loads((folder / "captions.json").read_text())
     figures = []
     for name, source in captions.items():
-        data = base64.b64encode((folder / name).read_bytes()).decode()
-        caption = html.escape(f"image {Path(name).stem}") + (f' · <a href="{html.escape(source)}">source</a>' if source else "")
+        try:
+            data = base64.b64encode(picture(folder, name)).decode()
+        except ValueError:
+            continue
+        link = f' · <a href="{html.escape(source)}">source</a>' if web_address(source) else ""
+        caption = html.escape(f"image {Path(name).stem}") + link
         figures.append(
             f'<figure><img src="data:image/jpeg;base64,{data}" alt="found people"><figcaption>{caption}</figcaption></figure>'
         )

@@ -25,7 +25,11 @@ COLUMNS = (
     "latency_p50_ms_lo", "latency_p50_ms_hi", "latency_p95_ms", "latency_p99_ms", "framing_p50_ms", "upload_p50_ms",
     "download_p50_ms", "decoding_p50_ms", "joules_per_image",
     "latency_width", "calls", "speedup_vs_fp32", "speedup_vs_fp32_lo", "speedup_vs_fp32_hi", "engine_mb", "peak_rss_mb",
-    "data_digest",
+    "data_digest", "imported",
+)  # fmt: skip
+TEXTS = (
+    "data", "network", "pruning", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "ran", "backend",
+    "device", "data_digest", "imported",
 )  # fmt: skip
 
 
@@ -97,9 +101,11 @@ def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path)
             left_out.append(f"{folder.name}: stale, made from inputs that changed since; run its cell again")
             continue
         axes = manifest["config"]["axes"]
+        origin = {"imported": "yes" if "imported" in manifest else "no"}
         for timed, measured in times.get(_engine(manifest), [({}, {})]):
             counted, folders = _chain(folder, root)
-            results.append(Result(folder, axes, {**manifest["summary"], **timed, **counted}, {**folders, **measured}))
+            figures = {**manifest["summary"], **timed, **counted, **origin}
+            results.append(Result(folder, axes, figures, {**folders, **measured}))
     if doubles:
         left_out.append(f"{doubles} evaluated with the TensorRT test double: no figures of TensorRT")
     results.sort(
@@ -142,7 +148,10 @@ def _kin(result: Result, others: Sequence[Result], **changed: Any) -> Result | N
 def _difference(result: Result, other: Result | None) -> Interval | None:
     if other is None or result.figures["data_digest"] != other.figures["data_digest"]:
         return None
-    return paired(Draws.load(result.folder / "draws.npz"), Draws.load(other.folder / "draws.npz"))
+    try:
+        return paired(Draws.load(result.folder / "draws.npz"), Draws.load(other.folder / "draws.npz"))
+    except ValueError:  # of other images, though a device said that they are the same
+        return None
 
 
 def _agreement(dense: Result, pruned: Result) -> float | None:
@@ -189,11 +198,20 @@ def _row(result: Result, results: Sequence[Result]) -> dict[str, Any]:
 
 
 def write_csv(table: Table, file: Path) -> None:
-    """One row an engine."""
-    with file.open("w", newline="") as stream:
+    """One row an engine; no text of it is taken for a formula by a program for tables."""
+    with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, COLUMNS)
         writer.writeheader()
-        writer.writerows(table.rows)
+        writer.writerows({key: _no_formula(value) for key, value in row.items()} for row in table.rows)
+
+
+def _no_formula(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(("=", "+", "-", "@")) else value
+
+
+def in_markdown(text: str) -> str:
+    """A text as Markdown shows it: neither HTML nor a link, a picture, a heading or the next column of a table."""
+    return re.sub(r"[\\`*<>|#!~]|\](?=[(\[:])", r"\\\g<0>", " ".join(text.split())).replace("&", "&amp;")
 
 
 def _number(value: Any, digits: int, scale: float = 1.0) -> str:
@@ -213,6 +231,7 @@ def tabulated(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             ("batch", "batch"),
             ("rebuild", "rebuild"),
             ("images", "images"),
+            ("imported", "imported"),
         )
         if len({row[column] for row in rows if row[column] != ""}) > 1
     }
@@ -407,25 +426,26 @@ MORE_STEPS = "A pruned network was trained further than its dense one: AP − de
 
 def write_card(table: Table, name: str, file: Path) -> None:
     """A model card in Markdown: what the engines are, how they were measured, what is not known."""
-    lines = [f"# {name}", "", "Pose-estimation engines made and measured by Posepress.", "", "## Engines", ""]
+    lines = [f"# {in_markdown(name)}", "", "Pose-estimation engines made and measured by Posepress.", "", "## Engines", ""]
     shown = tabulated(table.rows)
     lines += ["| " + " | ".join(shown[0]) + " |", "|" + " --- |" * len(shown[0])]
-    lines += ["| " + " | ".join(row.values()) + " |" for row in shown]
+    lines += ["| " + " | ".join(map(in_markdown, row.values())) + " |" for row in shown]
     first = table.rows[0]
+    digest = in_markdown(first["data_digest"])
     lines += [
         "",
         "## How the figures were made",
         "",
-        f"- AP: COCO keypoint AP (OKS 0.50:0.95) on {first['images']} validation images, digest `{first['data_digest']}`; "
+        f"- AP: COCO keypoint AP (OKS 0.50:0.95) on {first['images']} validation images, digest `{digest}`; "
         "95 % bootstrap intervals over images.",
         "- Differences: paired bootstrap over the same images.",
-        f"- Latency: the network alone, on {'; '.join(devices(table.rows)) or 'no machine yet'}.",
+        f"- Latency: the network alone, on {in_markdown('; '.join(devices(table.rows))) or 'no machine yet'}.",
         "- ran: share of multiply-accumulates in each precision, read from the graph as the runtime optimised it.",
         "",
         "## Limits",
         "",
         "- People in images unlike the validation images, and latency on other machines, were not measured.",
         *([f"- {MORE_STEPS}"] if any(row["pruning"] != "dense" for row in table.rows) else []),
-        *[f"- {line}" for line in table.left_out],
+        *[f"- {in_markdown(line)}" for line in table.left_out],
     ]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,17 +1,29 @@
 """What comes from others is data: it runs no code, reads no files of this machine, and writes nothing but its own place."""
 
+import csv
 import json
+import os
+import re
 import sys
+import zipfile
 from functools import partial
+from hashlib import sha256
+from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
+from device_results import AXES, BENCHMARK, BUILD, DEVICE, EVALUATE, FIGURES, JPEG, LAYERS, draws, local, packed
 from torch import nn
 
+from pipeline import page, report, results_zip
+from pipeline.artifacts import Job, Stage, current, read_manifest
 from pipeline.errors import UserError
 from pipeline.models import store
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.models.trust import trust
+from pipeline.stages import import_results
+from pipeline.stages import report as report_stage
 
 
 @pytest.fixture(autouse=True)
@@ -94,9 +106,16 @@ def test_a_class_of_another_module_is_not_even_imported(target, checkpoint, nets
         "pipeline.models.none.Net",
         "pipeline.models.store.SafetensorError",
         "pipeline.models",
-        "", None, 5, ["os.system"], "../x", "os.system; x", "pipeline.models..x", ".x",
+        "",
+        None,
+        5,
+        ["os.system"],
+        "../x",
+        "os.system; x",
+        "pipeline.models..x",
+        ".x",
     ],
-)  # fmt: skip
+)
 def test_what_is_no_network_is_refused(target, checkpoint):
     folder, change = checkpoint
     change(target=target, options={})
@@ -202,3 +221,357 @@ def test_a_network_that_looks_at_its_weights_loads(tmp_path):
     trust([Peeking.__module__], None)
     loaded, _, _ = store.load(tmp_path)
     assert torch.equal(loaded.layer.weight, network.layer.weight)
+
+
+@pytest.fixture
+def zipped(tmp_path):
+    """Results of this machine, and a function that imports results.zip once something was done to it."""
+    results = local(tmp_path)
+
+    def bring(**changes):
+        file = packed(results, tmp_path / "results.zip", **changes)
+        (tmp_path / "out").mkdir(exist_ok=True)
+        job = Job(tmp_path / "out", {}, {}, tmp_path / "scratch", tmp_path / "cache")
+        return import_results.run(job, str(file), str(tmp_path / "outputs"), "x")
+
+    return results, bring
+
+
+def files_of(results):
+    return {file: file.read_bytes() for file in (results.outputs / "x").rglob("*") if file.is_file()}
+
+
+def test_results_come_home_beside_those_of_this_machine(zipped):
+    results, bring = zipped
+    before = files_of(results)
+    assert bring()["device"] == DEVICE
+    root = results.outputs / "x"
+    found = read_manifest(root / EVALUATE)
+    assert found is not None
+    assert found["imported"] == DEVICE
+    assert current(found, root)
+    assert {file: blob for file, blob in files_of(results).items() if file in before} == before
+    bring()  # again: what was imported may be replaced
+
+
+def test_results_of_this_machine_are_never_replaced(zipped):
+    results, bring = zipped
+    stage = Stage("evaluate", EVALUATE.partition("/")[2], {"_target_": "x.y"})
+    fingerprint, parts = results.fingerprint(stage, {}, None, {})
+    with results.writing(stage) as out:
+        results.finish(out, fingerprint, parts, {"ap": 0.1})
+    before = files_of(results)
+    with pytest.raises(
+        UserError, match=r"evaluate/.* was made here, and results of a device never replace it; remove it first"
+    ):
+        bring()
+    assert files_of(results) == before
+
+
+def put(place, name, content):
+    """A change of one file of a result."""
+
+    def change(found):
+        found[place][0][name] = content if isinstance(content, bytes) else json.dumps(content).encode()
+
+    return change
+
+
+def figures(place=EVALUATE, **changed):
+    """A change of figures, everywhere they stand."""
+
+    def change(found):
+        found[place][3].update(changed)
+        found[place][0]["metrics.json"] = json.dumps({**found[place][3], "axes": found[place][2].get("axes")}).encode()
+
+    return change
+
+
+def axes(**changed):
+    def change(found):
+        for place in (EVALUATE, BENCHMARK):
+            found[place][2] = {"axes": {**AXES, **changed}}
+        found[EVALUATE][0]["metrics.json"] = json.dumps({**FIGURES, "axes": {**AXES, **changed}}).encode()
+
+    return change
+
+
+def moved(old, new):
+    def change(found):
+        found[new] = found.pop(old)
+
+    return change
+
+
+def engine(found):
+    """An evaluation of an engine of this machine."""
+    quantized = found[BUILD][1]["network"]
+    found[EVALUATE][1] = {"engine": quantized}
+
+
+def caption(name, link=""):
+    return put(EVALUATE, "pictures/captions.json", {name: link})
+
+
+STRANGE = {
+    "a file of this machine as a picture": caption("/etc/passwd"),
+    "a file above as a picture": caption("../../../../../../etc/passwd"),
+    "another file of the results as a picture": caption("../metrics.json"),
+    "a picture that is none": put(EVALUATE, "pictures/000001.jpg", b"<svg onload=alert(1)>"),
+    "no picture": caption("2.jpg"),
+    "captions that are none": put(EVALUATE, "pictures/captions.json", ["000001.jpg"]),
+    "a script as a link": caption("000001.jpg", "javascript:alert(1)"),
+    "a file as a link": caption("000001.jpg", "file:///etc/passwd"),
+    "a link that ends its attribute": caption("000001.jpg", 'https://x"onload="alert(1)'),
+    "data as a link": caption("000001.jpg", "data:text/html,x"),
+    "AP above 1": figures(ap=1.5),
+    "AP below -1": figures(ap=-2),
+    "AP as text": figures(ap="0.9"),
+    "AP that is none": figures(ap=float("nan")),
+    "AP without end": figures(ap_hi=float("inf")),
+    "a nested figure": figures(ap50={"x": 1}),
+    "no AP": lambda found: found[EVALUATE][3].pop("ap"),
+    "a huge number": figures(images=10**400),
+    "a digest that is none": figures(data_digest="x"),
+    "a control character": figures(backend="\x1b]0;x\x07"),
+    "a long text": figures(backend="x" * 10_000),
+    "a key that is none": figures(**{"<script>": 1}),
+    "other figures in metrics.json": put(EVALUATE, "metrics.json", {"ap": 0.98}),
+    "no metrics.json": lambda found: found[EVALUATE][0].pop("metrics.json"),
+    "details that are none": put(EVALUATE, "details.json", {"x": {"y": "<script>"}}),
+    "details nested deeply": put(EVALUATE, "details.json", b"[" * 200_000),
+    "draws that are none": put(EVALUATE, "draws.npz", b"PK"),
+    "draws beyond 1": put(EVALUATE, "draws.npz", draws((0.5, 7.0))),
+    "no draws": lambda found: found[EVALUATE][0].pop("draws.npz"),
+    "axes that are none": axes(data=["x"]),
+    "an axis that is missing": axes(network=None),
+    "rebuild as text": axes(rebuild="x"),
+    "a latency as text": lambda found: found[BENCHMARK][3].update(latency_p50_ms="1"),
+    "a negative latency": lambda found: found[BENCHMARK][3].update(latency_p50_ms=-0.5),
+    "no device": lambda found: found[BENCHMARK][3].pop("device"),
+    "layers that are none": put(BENCHMARK, "audit.json", [{"name": "x", "op": "y", "precision": "z", "macs": -1}]),
+    "layers that are texts": put(BENCHMARK, "audit.json", ["x"]),
+    "an engine of this machine": engine,
+    "the address of another": moved(EVALUATE, "evaluate/net_dense_64x80_pad_int8_onnxruntime-b1"),
+    "a stage that no device runs": moved(EVALUATE, EVALUATE.replace("evaluate", "train")),
+    "no results": dict.clear,
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_contents_that_no_device_writes_are_refused(what, zipped):
+    results, bring = zipped
+    before = files_of(results)
+    with pytest.raises(UserError, match=r"results=.*results\.zip: no results of a package .*; copy it again") as found:
+        bring(change=STRANGE[what])
+    assert "root:" not in str(found.value), "no file of this machine is shown"
+    assert files_of(results) == before
+
+
+def test_captions_that_name_files_are_read_by_no_page(tmp_path):
+    """Also where the import was not what wrote them."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "secret").write_bytes(JPEG + b"secret")
+    (tmp_path / "pictures" / "link.jpg").symlink_to(tmp_path / "secret")
+    for name in ("../secret", str(tmp_path / "secret"), "link.jpg", "none.jpg", ""):
+        with pytest.raises(ValueError, match="the picture"):
+            page.picture(tmp_path / "pictures", name)
+    (tmp_path / "pictures" / "1.jpg").write_bytes(JPEG)
+    assert page.picture(tmp_path / "pictures", "1.jpg") == JPEG
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        "javascript:alert(1)",
+        "JAVASCRIPT:x",
+        "file:///x",
+        "data:x",
+        "//x",
+        "x",
+        "",
+        "http://",
+        "https://a b",
+        'https://x"',
+        "https://x'",
+        "https://<",
+        "vbscript:x",
+        " https://x",
+        "https://x\n",
+    ],
+)
+def test_links_go_to_the_web_alone(link):
+    assert not page.web_address(link)
+    assert page.web_address("https://www.flickr.com/photos/1?x=2&y=3")
+
+
+def listed(**changes):
+    return {"listing": lambda about: about.update(changes)}
+
+
+def raw(name, blob):
+    return {"raw": lambda members: members.update({name: blob})}
+
+
+def with_member(name, blob=b"x"):
+    """A member that package.json lists too."""
+    return {**raw(name, blob), "listing": lambda about: about["files"].update({name: sha256(blob).hexdigest()})}
+
+
+ARCHIVES = {
+    "a path that leaves": with_member("evaluate/../../escaped.txt"),
+    "a deep path that leaves": with_member(f"{EVALUATE}/../../../escaped.txt"),
+    "an absolute path": with_member("/tmp/escaped.txt"),
+    "a backslash": with_member("evaluate\\..\\x"),
+    "a stage as a file": with_member("evaluate/manifest.json"),
+    "a hidden file": with_member(f"{EVALUATE}/.hidden"),
+    "a long path": with_member(f"{EVALUATE}/a/b/c/d"),
+    "a file that is a folder too": with_member(f"{EVALUATE}/pictures"),
+    "a result without a manifest": with_member(f"{EVALUATE}x/file"),
+    "a file that nothing lists": raw(f"{EVALUATE}/more.txt", b"x"),
+    "a file that was changed": raw(f"{EVALUATE}/metrics.json", b"{}"),
+    "a file that was removed": {"raw": lambda members: members.pop(f"{BENCHMARK}/audit.json")},
+    "a manifest that is a list": {"raw": lambda members: members.update({f"{EVALUATE}/manifest.json": b"[]"})},
+    "no package.json": {"raw": lambda members: members.pop("package.json")},
+    "a package.json that is a list": raw("package.json", b"[]"),
+    "a package.json nested deeply": raw("package.json", b"[" * 200_000),
+    "a name that is none": listed(name="../x"),
+    "a device that is none": listed(device="../x"),
+    "files that are none": listed(files=["x"]),
+    "made of a folder above": listed(made_of={"../../x": "y"}),
+    "a bomb": with_member(f"{BUILD}/zeros", bytes(64 << 20)),
+    "another way of packing": {"compression": zipfile.ZIP_BZIP2},
+    "lzma": {"compression": zipfile.ZIP_LZMA},
+}
+
+
+@pytest.mark.parametrize("what", ARCHIVES)
+def test_archives_that_no_device_writes_are_refused(what, zipped):
+    results, bring = zipped
+    before = files_of(results)
+    with pytest.raises(UserError, match=r"results=.*results\.zip: no results of a package .*; copy it again"):
+        bring(**ARCHIVES[what])
+    assert files_of(results) == before
+    assert not list(results.outputs.parent.rglob("escaped.txt"))
+
+
+def test_a_list_of_a_million_members_is_not_read(zipped, tmp_path):
+    results, _ = zipped
+    file = tmp_path / "many.zip"
+    with zipfile.ZipFile(file, "w") as archive:
+        for n in range(70_000):
+            archive.writestr(f"evaluate/a/{n:060}", b"")
+    with pytest.raises(UserError, match="more members than results have"):
+        results_zip.unpack(file, results, tmp_path / "unpacked")
+
+
+def test_a_member_that_is_there_twice_is_refused(zipped, tmp_path):
+    results, _ = zipped
+    file = packed(results, tmp_path / "results.zip")
+    with zipfile.ZipFile(file, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("package.json", b"{}")
+    with pytest.raises(UserError, match="is there twice"):
+        results_zip.unpack(file, results, tmp_path / "unpacked")
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "fifo", "device", "empty", "text", "cut"])
+def test_files_that_are_no_archives_are_refused(kind, zipped, tmp_path):
+    results, _ = zipped
+    file = tmp_path / "results.zip"
+    whole = packed(results, tmp_path / "whole.zip").read_bytes()
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "device":
+        file = Path("/dev/zero")
+    elif kind != "missing":
+        file.write_bytes({"empty": b"", "text": b"no zip" * 1000, "cut": whole[:1000]}[kind])
+    with pytest.raises(UserError, match="results="):
+        results_zip.unpack(file, results, tmp_path / "unpacked")
+
+
+def test_results_of_other_networks_are_refused(zipped):
+    bring = zipped[1]
+    with pytest.raises(UserError, match=r"of name=y, not x; add name=y"):
+        bring(**listed(name="y"))
+    with pytest.raises(UserError, match="which the package was made of, was made again since; package it again"):
+        bring(listing=lambda about: about["made_of"].update(dict.fromkeys(about["made_of"], "0")))
+    with pytest.raises(UserError, match="is not here any more; package it again"):
+        bring(**listed(made_of={"quantize/other": "0"}))
+
+
+EVIL = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "[x](javascript:alert(1))",
+    "=cmd|' /C calc'!A0",
+    "+1+1",
+    "-1+1",
+    "@SUM(A1)",
+    "a | b",
+    "`x`",
+    "[/x]",
+    "![x](y)",
+    "&lt;b&gt;",
+    "**x**",
+    "<b>x</b>",
+]
+
+
+class Tags(HTMLParser):
+    """The tags and addresses of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.addresses, self.handlers = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append(tag)
+        self.addresses += [value for key, value in attrs if key in ("href", "src", "action")]
+        self.handlers += [key for key, _ in attrs if key.startswith("on")]
+
+
+@pytest.mark.parametrize("text", EVIL)
+def test_no_text_of_a_device_is_more_than_text(text, zipped, tmp_path, capsys):
+    results, bring = zipped
+
+    def change(found):
+        axes(network=text, precision=text, calibration=text, data=text)(found)
+        found[EVALUATE][0]["details.json"] = json.dumps({text: {text: 0.5}}).encode()
+        found[BENCHMARK][3].update(device=text, ran=text, not_in_int8=[text])
+        found[BENCHMARK][0]["audit.json"] = json.dumps([{**LAYERS[0], "name": text, "op": text, "reason": text}]).encode()
+
+    bring(change=change)
+    root = results.outputs / "x"
+    table = report.collect([root / EVALUATE], [root / BENCHMARK], root)
+    assert table.rows[0]["imported"] == "yes"
+    page.write_html(table, text, tmp_path / "report.html")
+    report.write_csv(table, tmp_path / "results.csv")
+    report.write_card(table, text, tmp_path / "card.md")
+    job = Job(
+        tmp_path / "out",
+        {},
+        {"evaluations": [root / EVALUATE], "benchmarks": [root / BENCHMARK], "comparisons": []},
+        tmp_path,
+        tmp_path,
+    )
+    report_stage.run(job, text)
+    assert text in capsys.readouterr().out
+    written = (tmp_path / "report.html").read_text(encoding="utf-8")
+    tags = Tags(written)
+    assert not tags.handlers
+    assert all(address.startswith(("https://", "data:image/jpeg;base64,")) for address in tags.addresses), tags.addresses
+    assert "b" not in tags.found
+    assert "alert(1)</script>" not in written
+    with (tmp_path / "results.csv").open(newline="") as stream:
+        (row,) = csv.DictReader(stream)
+    assert not any(value.startswith(("=", "@")) or value in EVIL[4:6] for value in row.values())
+    assert row["network"].removeprefix("'") == text
+    card = (tmp_path / "card.md").read_text(encoding="utf-8")
+    bare = re.sub(r"\\.", "", card)  # without what is escaped
+    assert "<" not in bare
+    assert "](" not in bare
+    rows = [line for line in bare.splitlines() if line.startswith("| ")]
+    assert len({line.count("|") for line in rows}) == 1, "no text makes a column"

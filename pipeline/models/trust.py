@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pipeline.errors import UserError
 
@@ -54,7 +54,7 @@ def network_class(target: object, file: Path) -> Callable[..., Any]:
     module = text.rpartition(".")[0]
     if not _below(module, known):
         if own is not None and (made := _imported(own)) is not None and _name_of(made) == text:
-            return made
+            return cast("Callable[..., Any]", made)
         raise UserError(
             f"{file}: its network is {text}, from a module that this command does not name. If you trust its code, "
             f"add trusted_modules=[{module or text}]"

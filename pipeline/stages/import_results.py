@@ -1,13 +1,15 @@
 """import: results of a package, verified, beside those of this machine: in the next report, and in MLflow."""
 
-import json
-from pathlib import Path, PurePosixPath
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from pipeline import edge
-from pipeline.artifacts import MANIFEST, Job, Results, Stage
+from pipeline import results_zip
+from pipeline.artifacts import MANIFEST, Job, Results, Stage, write_manifest
+from pipeline.edge import PACKAGE
 from pipeline.errors import UserError
 
 
@@ -15,7 +17,7 @@ def run(job: Job, results: str | None, outputs: str, name: str) -> dict[str, Any
     """Take in results.zip.
 
     Args:
-        job: its folder takes a copy of what the package says of itself.
+        job: its folder takes what the package says of itself.
         results: the file.
         outputs: where results lie.
         name: that they belong to.
@@ -24,34 +26,35 @@ def run(job: Job, results: str | None, outputs: str, name: str) -> dict[str, Any
         The device, and for the tracker each cell with its axes, figures and stages.
 
     Raises:
-        UserError: no file is given, or it is not whole.
+        UserError: no file is given, it is not whole, or it would replace what was made here.
     """
     if results is None:
         raise UserError("results has no value, and stage=import needs it; give it as results=results.zip")
-    there = Results(Path(outputs), name, "import")
-    about, files = edge.read_results(Path(results), there)
-    folders = sorted(PurePosixPath(file).parent for file in files if file.endswith(f"/{MANIFEST}"))
-    for folder in folders:
-        stage = Stage(folder.parts[0], folder.parts[1], {})
-        with there.lock(stage), there.writing(stage) as new:
-            for file, blob in files.items():
-                if PurePosixPath(file).is_relative_to(folder):
-                    target = new / PurePosixPath(file).relative_to(folder)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(blob)
-    (job.out / edge.PACKAGE).write_text(json.dumps(about, indent=1))
-    manifests = {str(folder): json.loads(files[f"{folder}/{MANIFEST}"]) for folder in folders}
-    cells = [_cell(manifest, manifests) for place, manifest in manifests.items() if place.startswith("evaluate/")]
+    there, file = Results(Path(outputs), name, "import"), Path(results)
+    try:
+        brought = results_zip.unpack(file, there, job.scratch / "unpacked")
+        for place, manifest in brought.manifests.items():
+            kind, _, address = place.partition("/")
+            stage = Stage(kind, address, {})
+            with there.lock(stage), there.writing(stage) as new:
+                results_zip.check_place(file, there.folder(stage))
+                shutil.copytree(brought.folder / place, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
+                write_manifest(new, {**manifest, "imported": brought.device})
+    finally:
+        shutil.rmtree(job.scratch, ignore_errors=True)
+    (job.out / PACKAGE).write_text(results_zip.describe(brought))
+    evaluated = [m for place, m in brought.manifests.items() if place.startswith("evaluate/")]
+    cells = [_cell(manifest, brought) for manifest in evaluated]
     console = Console(stderr=True, highlight=False)
     for cell in cells:
-        console.print(f"           {about['device']}: {cell['stages'][0]['address']}", soft_wrap=True, markup=False)
-    return {"device": about["device"], "cells": cells}
+        console.print(f"           {brought.device}: {cell['stages'][0]['address']}", soft_wrap=True, markup=False)
+    return {"device": brought.device, "cells": cells}
 
 
-def _cell(evaluated: dict[str, Any], manifests: dict[str, Any]) -> dict[str, Any]:
+def _cell(evaluated: Mapping[str, Any], brought: results_zip.Brought) -> dict[str, Any]:
     """What the tracker logs of an evaluated engine."""
     engine = evaluated["inputs"]["engine"]
-    of = [m for m in manifests.values() if m["inputs"].get("engine") == engine]
+    of = [m for m in brought.manifests.values() if m["inputs"].get("engine") == engine]
     figures = {key: value for manifest in of for key, value in manifest["summary"].items()}
     stages = [{"stage": m["stage"], "address": m["address"], "summary": m["summary"]} for m in of]
-    return {"axes": evaluated["config"]["axes"], "figures": figures, "stages": stages}
+    return {"axes": {**evaluated["config"]["axes"], "imported": brought.device}, "figures": figures, "stages": stages}

@@ -25,24 +25,25 @@ def run(job: Job, name: str) -> dict[str, Any]:
 def _print(table: report.Table, name: str) -> None:
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(width=None if Console().is_terminal else _WIDTH, highlight=False)
     rows = report.narrow(table.rows)
     if rows:
-        grid = Table(title=name, header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+        grid = Table(title=escape(name), header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
         for n, column in enumerate(rows[0]):
-            grid.add_column(column, justify="left" if n < 2 else "right", overflow="fold")
+            grid.add_column(escape(column), justify="left" if n < 2 else "right", overflow="fold")
         for row in rows:
-            grid.add_row(*row.values())
+            grid.add_row(*map(escape, row.values()))
         console.print(grid)
     for title, steps in report.waterfalls(table.results).items():
-        falls = Table(title=f"where AP goes: {title}", header_style="bold", box=box.SIMPLE_HEAD)
+        falls = Table(title=escape(f"where AP goes: {title}"), header_style="bold", box=box.SIMPLE_HEAD)
         for column in ("step", "AP [95 %]", "difference, paired"):
             falls.add_column(column)
         for step in steps:
-            falls.add_row(*step)
+            falls.add_row(*map(escape, step))
         console.print(falls)
     for line in table.left_out:
-        console.print(f"left out: {line}", soft_wrap=True)
-    console.print(said(list(choices(table))), soft_wrap=True)
+        console.print(f"left out: {line}", soft_wrap=True, markup=False)
+    console.print(said(list(choices(table))), soft_wrap=True, markup=False)

@@ -1,0 +1,360 @@
+"""results.zip of a device, read as what it is: data of somebody else.
+
+Nothing of it is believed that is not checked here: sizes before anything is unpacked, names, digests, the types and ranges of
+every figure that a table or a page shows. Digests tell damage; who wrote the file they do not tell.
+"""
+
+import hashlib
+import json
+import math
+import re
+import shutil
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from evaluation.statistics import Draws
+from pipeline.artifacts import (
+    MANIFEST,
+    MOST_JSON,
+    Results,
+    checked_manifest,
+    made_here,
+    parse_json,
+    plain,
+    read_manifest,
+)
+from pipeline.edge import PACKAGE, STAGES
+from pipeline.errors import UserError
+from pipeline.page import picture, web_address
+from pipeline.report import COLUMNS, TEXTS
+
+_MOST_MEMBERS = 10_000
+_MOST_BYTES = 8 << 30  # of all members, unpacked
+_MOST_MEMBER = 4 << 30
+_MOST_RATIO, _FREE = 200, 1 << 20  # unpacked to packed, of members larger than this
+_MOST_DIRECTORY = 4 << 20  # bytes of the list of members, which zipfile reads into memory
+_MOST_ARRAYS = 256 << 20
+_MOST_TEXT = 500  # characters
+_KEY = re.compile(r"[\w.:/ -]{1,120}")
+_AP = re.compile(r"(^|_)a[pr]\d*(_|$)")  # average precision and recall, which are never greater than 1
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError, RuntimeError, MemoryError)
+
+
+@dataclass(frozen=True)
+class Brought:
+    """What a device brought home, checked.
+
+    Attributes:
+        name: of the results that the package was made of.
+        device: a word for it, which is part of every address.
+        folder: holds the files by their place under outputs/<name>.
+        manifests: by "<stage>/<address>".
+    """
+
+    name: str
+    device: str
+    folder: Path
+    manifests: Mapping[str, dict[str, Any]]
+
+
+def unpack(file: Path, results: Results, folder: Path) -> Brought:
+    """Check results.zip and unpack it.
+
+    Args:
+        file: results.zip.
+        results: those that it belongs to.
+        folder: takes the files; it is made, and what lay there goes.
+
+    Raises:
+        UserError: the file is damaged, was changed or is too large, is of networks that are not here, or would replace what
+            was made here.
+    """
+    if not file.is_file():
+        raise UserError(f"results={file}: no such file; give the path of results.zip")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        brought, made_of = _unpacked(file, folder)
+    except (*_DAMAGED, zipfile.BadZipFile, RecursionError) as error:
+        what = str(error) or type(error).__name__
+        raise UserError(f"results={file}: no results of a package ({what[:300]}); copy it again") from error
+    if brought.name != results.name:
+        raise UserError(f"results={file}: of name={brought.name}, not {results.name}; add name={brought.name}")
+    root = results.outputs / results.name
+    for place, digest in made_of.items():
+        here = read_manifest(root / place)
+        if here is None or here["digest"] != digest:
+            what = "is not here any more" if here is None else "was made again since"
+            raise UserError(f"results={file}: {root / place}, which the package was made of, {what}; package it again")
+    for place in brought.manifests:
+        check_place(file, root / place)
+    return brought
+
+
+def check_place(file: Path, folder: Path) -> None:
+    """Check that what a device brings may lie there: beside results of this machine, never in their place.
+
+    Raises:
+        UserError: a result of this machine is there.
+    """
+    if made_here(read_manifest(folder)):
+        raise UserError(
+            f"results={file}: {folder} was made here, and is never replaced by what a device brings; remove it first"
+        )
+
+
+def _unpacked(file: Path, folder: Path) -> tuple[Brought, dict[str, str]]:
+    """The files of a zip file in a folder, and what the package says it was made of; any exception is damage."""
+    _check_directory(file)
+    with zipfile.ZipFile(file) as archive:
+        members = _members(archive.infolist())
+        if (package := members.pop(PACKAGE, None)) is None:
+            raise ValueError(f"it holds no {PACKAGE}")
+        about = _package(parse_json(_read(archive, package)))
+        lost = sorted(set(members) ^ set(about["files"]))
+        if lost:
+            raise ValueError(f"{lost[0]} was added or removed since the device wrote it")
+        for name, member in members.items():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(member) as source, target.open("xb") as sink:
+                if _copied(source, sink) != about["files"][name]:
+                    raise ValueError(f"{name} was changed since the device wrote it")
+    manifests = {}
+    for place in sorted({"/".join(name.split("/")[:2]) for name in members}):
+        if f"{place}/{MANIFEST}" not in members:
+            raise ValueError(f"{place}/{MANIFEST} was removed since the device wrote it")
+        files = {name.removeprefix(f"{place}/"): about["files"][name] for name in members if name.startswith(f"{place}/")}
+        manifests[place] = _manifest(folder, place, files, about["device"])
+    if not manifests:
+        raise ValueError("it holds no results")
+    for place, manifest in manifests.items():
+        if manifest["stage"] != "build":
+            _check_engine(place, manifest, manifests)
+    return Brought(about["name"], about["device"], folder, manifests), about["made_of"]
+
+
+def _check_directory(file: Path) -> None:
+    """Check the size of the list of members, at the end of a zip file, before all of it is read."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        stream.seek(max(size - (1 << 16) - 22, 0))
+        tail = stream.read()
+    at = tail.rfind(b"PK\5\6")
+    if at < 0 or size > _MOST_BYTES:
+        raise zipfile.BadZipFile("not a whole zip file" if at < 0 else f"{size} bytes, more than {_MOST_BYTES}")
+    listed = int.from_bytes(tail[at + 12 : at + 16], "little")
+    if listed > _MOST_DIRECTORY or tail[max(at - 20, 0) : at].startswith(b"PK\6\7"):
+        raise zipfile.BadZipFile("it lists more members than results have")
+
+
+def _members(listed: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
+    """The members by name, none of which is strange or too large."""
+    if len(listed) > _MOST_MEMBERS:
+        raise ValueError(f"{len(listed)} members, more than {_MOST_MEMBERS}")
+    members: dict[str, zipfile.ZipInfo] = {}
+    for member in listed:
+        name, parts = member.filename, member.filename.split("/")
+        if name != PACKAGE and not (len(parts) in (3, 4) and parts[0] in STAGES and all(map(plain, parts))):
+            raise ValueError(f"{name[:200]!r} is no file of results: it was added since the device wrote it")
+        if name in members:
+            raise ValueError(f"{name} is there twice")
+        if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{name} is encrypted, or packed in another way than results are")
+        packed = max(member.compress_size, 1)
+        if member.file_size > _MOST_MEMBER or member.file_size > max(_FREE, _MOST_RATIO * packed):
+            raise ValueError(f"{name} would be unpacked to {member.file_size} bytes from {packed}, which results never are")
+        members[name] = member
+    if (total := sum(member.file_size for member in members.values())) > _MOST_BYTES:
+        raise ValueError(f"it would be unpacked to {total} bytes, more than {_MOST_BYTES}")
+    return members
+
+
+def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    if member.file_size > MOST_JSON:
+        raise ValueError(f"{member.filename} has {member.file_size} bytes")
+    return archive.read(member)
+
+
+def _copied(source: Any, sink: BinaryIO) -> str:
+    """Copy a stream; returns the SHA-256 of its bytes, in hex."""
+    digest = hashlib.sha256()
+    while block := source.read(1 << 20):
+        digest.update(block)
+        sink.write(block)
+    return digest.hexdigest()
+
+
+def _texts(found: Any, what: str) -> dict[str, str]:
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError(f"{what} are no texts by name")
+    return found
+
+
+def _package(about: Any) -> dict[str, Any]:
+    """What the package says of itself: "name", "device", "files" and "made_of"."""
+    if not isinstance(about, dict) or not plain(about.get("name")) or not re.fullmatch(r"[a-z0-9.]+", str(about.get("device"))):
+        raise ValueError(f"{PACKAGE} names no results and device")
+    made_of = _texts(about.get("made_of"), f"made_of of {PACKAGE}")
+    wrong = [place for place in made_of if len(parts := place.split("/")) != 2 or not all(map(plain, parts))]
+    if wrong:
+        raise ValueError(f"{PACKAGE} is made of {wrong[0][:200]!r}, which is no result")
+    return {**{k: str(about[k]) for k in ("name", "device")}, "files": _texts(about.get("files"), "files"), "made_of": made_of}
+
+
+def _manifest(folder: Path, place: str, files: Mapping[str, str], device: str) -> dict[str, Any]:
+    """The manifest of one result, whose files and figures are checked."""
+    stage, address = place.split("/")
+    manifest = checked_manifest(parse_json((folder / place / MANIFEST).read_bytes()))
+    if (manifest["stage"], manifest["address"]) != (stage, address) or f"-{device}-" not in f"{address}-":
+        raise ValueError(f"{place} is no result of {device}: its manifest is of {manifest['stage']}/{manifest['address']}")
+    others = {name: digest for name, digest in files.items() if name != MANIFEST}
+    changed = sorted(others.items() ^ manifest["files"].items())
+    if changed:
+        raise ValueError(f"{place}/{changed[0][0]} was changed, added or removed since the device wrote it")
+    check_figures(manifest["summary"], place)
+    if stage != "build":
+        {"evaluate": _check_evaluation, "benchmark": _check_benchmark}[stage](folder / place, manifest)
+    return manifest
+
+
+def _check_engine(place: str, manifest: Mapping[str, Any], manifests: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check that the engine of an evaluation or benchmark was built on the device."""
+    engines = manifest["inputs"].get("engine", [])
+    there = [manifests.get(f"{entry['stage']}/{entry['address']}", {}).get("digest") for entry in engines]
+    if len(engines) != 1 or engines[0]["stage"] != "build" or there != [engines[0]["digest"]]:
+        raise ValueError(f"{place} is of an engine that is not among the results")
+
+
+def _shown(value: Any) -> bool:
+    """Whether a value is a text that can stand in a table: short, without control characters."""
+    return isinstance(value, str) and len(value) <= _MOST_TEXT and value.isprintable()
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e18 and math.isfinite(value)
+
+
+def check_figures(summary: Mapping[str, Any], place: str) -> None:
+    """Check the type and range of every figure of a result.
+
+    Raises:
+        ValueError: one is none, or cannot be.
+    """
+    for key, value in summary.items():
+        texts = value if isinstance(value, list) else [value]
+        kind = value is None or _shown(value) or _number(value) or (isinstance(value, list) and all(map(_shown, texts)))
+        number = key in COLUMNS and key not in TEXTS
+        if not _KEY.fullmatch(key) or not kind or (number and not _number(value)):
+            raise ValueError(f"{place}: {key[:120]!r} is {str(value)[:120]!r}, which is no such figure")
+        least, most = -1.0, 1.0 if _AP.search(key) else math.inf
+        if _number(value) and not least <= value <= most:
+            raise ValueError(f"{place}: {key}={value}, which cannot be: it must be within {least:g} and {most:g}")
+
+
+def _require(found: Mapping[str, Any], place: Path, texts: Iterable[str], numbers: Iterable[str]) -> None:
+    for key in texts:
+        if not _shown(found.get(key)):
+            raise ValueError(f"{place.name}: {key} is missing, or no text")
+    for key in numbers:
+        if not _number(found.get(key)):
+            raise ValueError(f"{place.name}: {key} is missing, or no number")
+
+
+def _json(file: Path) -> Any:
+    if not file.is_file() or file.stat().st_size > MOST_JSON:
+        raise ValueError(f"{file.parent.name}: {file.name} is missing or too large")
+    return parse_json(file.read_bytes())
+
+
+_AXES = ("data", "network", "pruning", "resolution", "keep_aspect_ratio_mode", "precision", "backend")
+
+
+def _check_axes(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    axes = manifest["config"].get("axes")
+    if not isinstance(axes, dict):
+        raise ValueError(f"{folder.name}: no axes")  # noqa: TRY004
+    for key, value in axes.items():
+        if not _KEY.fullmatch(key) or not (value is None or _shown(value) or _number(value)):
+            raise ValueError(f"{folder.name}: the axis {key[:120]!r} is no text or number")
+    _require(axes, folder, _AXES, ("batch", "rebuild"))
+    if not isinstance(axes["rebuild"], int):
+        raise ValueError(f"{folder.name}: rebuild={axes['rebuild']} is no whole number")  # noqa: TRY004
+    return axes
+
+
+def _check_evaluation(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Check what report, pages and comparisons read of an evaluation."""
+    summary, axes = manifest["summary"], _check_axes(folder, manifest)
+    _require(summary, folder, ("backend", "primary", "data_digest"), ("ap", "ap_lo", "ap_hi", "images"))
+    if not re.fullmatch(r"[0-9a-f]{16,128}", summary["data_digest"]) or not re.fullmatch(r"\w+", summary["primary"]):
+        raise ValueError(f"{folder.name}: data_digest or primary is none")
+    if _json(folder / "metrics.json") != {**summary, "axes": axes}:
+        raise ValueError(f"{folder.name}: metrics.json has other figures than {MANIFEST}")
+    details = _json(folder / "details.json")
+    tables = details.items() if isinstance(details, dict) else [(None, None)]
+    for title, table in tables:
+        rows = table.items() if isinstance(table, dict) else [(None, None)]
+        if not _shown(title) or not all(_shown(key) and _number(value) for key, value in rows):
+            raise ValueError(f"{folder.name}: details.json holds no tables of numbers")
+    captions = _texts(_json(folder / "pictures" / "captions.json"), "captions")
+    for name, link in captions.items():
+        if not plain(name) or not (link == "" or web_address(link)):
+            raise ValueError(f"{folder.name}: the picture {name[:120]!r} or its link {link[:120]!r} is none")
+        picture(folder / "pictures", name)
+    draws = {file.name: _draws(file) for file in folder.glob("draws*.npz")}
+    if "draws.npz" not in draws:
+        raise ValueError(f"{folder.name}: draws.npz is missing")
+
+
+def _check_benchmark(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Check what report and pages read of a benchmark."""
+    summary = manifest["summary"]
+    _check_axes(folder, manifest)
+    _require(summary, folder, ("backend",), ("timed",))
+    if summary["timed"]:
+        bounds = [f"latency_p50_ms{end}" for end in ("", "_lo", "_hi")]
+        _require(summary, folder, ("device", "ran"), (*bounds, "decoding_p50_ms", "threads", "batch"))
+        if not all(summary[key] >= 0 for key in bounds):
+            raise ValueError(f"{folder.name}: a latency is negative")
+    if (names := summary.get("not_in_int8")) is not None and not isinstance(names, list):
+        raise ValueError(f"{folder.name}: not_in_int8 is no list")
+    layers = _json(folder / "audit.json") if (folder / "audit.json").exists() else []
+    for layer in layers if isinstance(layers, list) else [None]:
+        if not isinstance(layer, dict) or not all(_KEY.fullmatch(key) for key in layer):
+            raise ValueError(f"{folder.name}: audit.json holds no layers")
+        _require(layer, folder, ("op", "precision"), ("macs",))
+        amounts = [layer.get(key, 0) for key in ("macs", "us", "nodes")]
+        if not all(_number(n) and n >= 0 for n in amounts) or not isinstance(layer.get("reason", ""), str):
+            raise ValueError(f"{folder.name}: a layer of audit.json has no figures")
+        if not isinstance(layer.get("name"), str):
+            raise ValueError(f"{folder.name}: a layer of audit.json has no name")  # noqa: TRY004
+
+
+def _draws(file: Path) -> Draws:
+    """Draws of a bootstrap, which are a zip file again, of arrays.
+
+    Raises:
+        ValueError: they are none.
+    """
+    _check_directory(file)
+    with zipfile.ZipFile(file) as archive:
+        sizes = [(member.file_size, member.compress_size, member.compress_type) for member in archive.infolist()]
+    plainly = all(kind in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for _, _, kind in sizes)
+    if not plainly or sum(size for size, _, _ in sizes) > _MOST_ARRAYS:
+        raise ValueError(f"{file.name} would be unpacked to too much")
+    draws = Draws.load(file)
+    values = draws.values
+    numbers = values.dtype.kind == "f" and values.ndim == 1
+    inside = numbers and all(math.isnan(value) or abs(value) <= 1 for value in values.tolist())
+    if not inside or not math.isfinite(draws.value) or abs(draws.value) > 1 or not all(map(_shown, draws.images)):
+        raise ValueError(f"{file.name} holds no draws of a figure")
+    return draws
+
+
+def describe(brought: Brought) -> str:
+    """The package's own description as it is kept beside the import."""
+    return json.dumps({"name": brought.name, "device": brought.device, "results": sorted(brought.manifests)}, indent=1)
