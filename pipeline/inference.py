@@ -3,7 +3,11 @@
 import itertools
 import json
 import os
+import struct
 import time
+import tokenize
+import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +27,10 @@ from pipeline.specs import Dataset, Decoder, Framing, Runner
 
 Found = TypeVar("Found")
 
+DAMAGED = (  # what numpy and zipfile raise over bytes that are none of theirs
+    OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, MemoryError, ArithmeticError,
+    zipfile.BadZipFile, zlib.error, struct.error, SyntaxError, tokenize.TokenError,
+)  # fmt: skip
 _SAVE_EVERY = 30.0  # seconds between partial results
 _READ_AHEAD = 16  # images being read or waiting: bounds the memory
 # More threads than these only wait for each other's turn in Python: on 16 cores and a GPU, 16 and 4 of them lost a tenth.
@@ -264,7 +272,10 @@ def resumed(
         watch: of the time they take.
         what: the images are, for the progress bar.
     """
-    kept = list((load_results(file) if file.exists() else {}).items())
+    try:
+        kept = list((load_results(file) if file.exists() else {}).items())
+    except UserError:  # an unfinished pass that cannot be read is begun again
+        kept = []
     start, saved = len(kept), time.monotonic()
     for place, (image, found) in enumerate(kept):
         sample = images[place]
@@ -297,15 +308,22 @@ def save_results(file: Path, results: Sequence[tuple[str, Any]]) -> None:
 
 
 def load_results(file: Path) -> dict[str, Any]:
-    """What `save_results` wrote, by image id."""
+    """What `save_results` wrote, by image id.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     from evaluation import types
 
-    with np.load(file, allow_pickle=False) as stored:
-        ids, kinds = stored["ids"].tolist(), stored["kind"].tolist()
-        values: list[dict[str, Any]] = [{} for _ in ids]
-        for key in stored.files:
-            number, _, name = key.partition(".")
-            if name:
-                value = stored[key]
-                values[int(number)][name] = value if value.ndim else value.item()
-    return {i: getattr(types, kinds[0])(**found) for i, found in zip(ids, values, strict=True)}
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            ids, kinds = [str(name) for name in stored["ids"].tolist()], stored["kind"].tolist()
+            values: list[dict[str, Any]] = [{} for _ in ids]
+            for key in stored.files:
+                number, _, name = key.partition(".")
+                if name:
+                    value = stored[key]
+                    values[int(number)][name] = value if value.ndim else value.item()
+        return {i: getattr(types, kinds[0])(**found) for i, found in zip(ids, values, strict=True)}
+    except DAMAGED as error:
+        raise UserError(f"{file}: damaged ({error}); delete it, or make it again with force=true") from error

@@ -28,6 +28,7 @@ from pipeline.artifacts import (
 )
 from pipeline.edge import PACKAGE, STAGES
 from pipeline.errors import UserError
+from pipeline.inference import DAMAGED
 from pipeline.page import picture, web_address
 from pipeline.report import COLUMNS, TEXTS
 
@@ -40,7 +41,6 @@ _MOST_ARRAYS = 256 << 20
 _MOST_TEXT = 500  # characters
 _KEY = re.compile(r"[\w.:/ -]{1,120}")
 _AP = re.compile(r"(^|_)a[pr]\d*(_|$)")  # average precision and recall, which are never greater than 1
-_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def unpack(file: Path, results: Results, folder: Path) -> Brought:
     folder.mkdir(parents=True)
     try:
         brought, made_of = _unpacked(file, folder)
-    except (*_DAMAGED, zipfile.BadZipFile, RecursionError) as error:
+    except DAMAGED as error:
         what = str(error) or type(error).__name__
         raise UserError(f"results={file}: no results of a package ({what[:300]}); copy it again") from error
     if brought.name != results.name:

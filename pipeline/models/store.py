@@ -19,7 +19,7 @@ from pipeline.models.trust import network_class
 from pipeline.pruning import sparse24
 from pipeline.pruning.graph import History, replay
 
-_MOST_PARAMETERS = 2 * 10**9
+_MOST_TIMES = 64  # parameters to bytes
 WEIGHTS, ARCHITECTURE = "model.safetensors", "architecture.json"
 
 
@@ -57,7 +57,7 @@ def load(folder: Path) -> tuple[nn.Module, "partial[nn.Module]", list[Any]]:
     make = partial(network_class(architecture["target"], file), **architecture["options"])
     history = architecture["pruning"]
     try:
-        _check_size(make)
+        _check_size(make, folder / WEIGHTS)
         network = build(make, history)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
@@ -97,19 +97,19 @@ def _removal(entry: list[Any]) -> bool:
     return numbers and (isinstance(entry[1], bool) or entry[1] == sparse24.KIND)
 
 
-def _check_size(make: "partial[nn.Module]") -> None:
-    """Check that a network fits into memory before it is made.
+def _check_size(make: "partial[nn.Module]", weights: Path) -> None:
+    """Check, before any memory is taken, that a network is not far larger than its weights: pruning leaves more of it.
 
     Raises:
-        UserError: it has more than 2e9 parameters.
+        UserError: it is.
     """
     try:
         with torch.device("meta"):
             many = sum(p.numel() for p in make().parameters())
     except (RuntimeError, NotImplementedError):  # it looks at its weights while it is made
         return
-    if many > _MOST_PARAMETERS:
-        raise UserError(f"a network of {many:.3g} parameters, more than {_MOST_PARAMETERS:.0g}; its options are damaged")
+    if weights.is_file() and many > _MOST_TIMES * weights.stat().st_size:
+        raise UserError(f"a network of {many:.3g} parameters, far more than {weights.name} holds; its options are damaged")
 
 
 def build(make: "partial[nn.Module]", history: History) -> nn.Module:
