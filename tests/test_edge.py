@@ -10,8 +10,8 @@ import zipfile
 import pytest
 from conftest import FAKES, ROOT, SMOKE, command, pipeline, refused
 
-from pipeline import edge
-from pipeline.artifacts import Results
+from pipeline import edge, results_zip
+from pipeline.artifacts import Results, write_manifest
 from pipeline.datasets.packaged import Packaged
 from pipeline.errors import UserError
 
@@ -125,7 +125,8 @@ def test_results_come_home_whole_or_not_at_all(home, tmp_path):
     for change in (edited, removed, resealed, added, above):
         wrong = rewritten(results, tmp_path / "wrong.zip", change)
         message = refused(pipeline(*SMOKE, "stage=import", f"results={wrong}", cwd=sweep))
-        assert "was changed, added or removed since the device wrote it; copy it again" in message, change
+        assert "no results of a package" in message, change
+        assert "since the device wrote it); copy it again" in message, change
     (tmp_path / "short.zip").write_bytes(results.read_bytes()[:1000])
     message = refused(pipeline(*SMOKE, "stage=import", f"results={tmp_path}/short.zip", cwd=sweep))
     assert "no results of a package" in message
@@ -135,9 +136,9 @@ def test_results_come_home_whole_or_not_at_all(home, tmp_path):
     assert before == {file: file.read_bytes() for file in before}, "earlier results are untouched"
     (network,) = (sweep / "outputs/smoke/quantize").glob("*_dense_*_int8*")
     manifest = json.loads((network / "manifest.json").read_text())
-    (network / "manifest.json").write_text(json.dumps({**manifest, "digest": "0"}))
+    write_manifest(network, {**manifest, "digest": "0"})
     with pytest.raises(UserError, match="was made again since; package it again"):
-        edge.read_results(results, Results(sweep / "outputs", "smoke", "run"))
+        results_zip.unpack(results, Results(sweep / "outputs", "smoke", "run"), tmp_path / "unpacked")
 
 
 def test_imported_figures_are_in_report_and_mlflow(home):
@@ -146,6 +147,7 @@ def test_imported_figures_are_in_report_and_mlflow(home):
     pipeline(*SMOKE, "stage=report", cwd=sweep, check=0)
     rows = (sweep / "outputs/smoke/report/results.csv").read_text().splitlines()
     assert sum(",onnxruntime-" in row and ",int8," in row for row in rows) == 1
+    assert [row.rsplit(",", 1)[1] for row in rows].count("yes") == 1, "what was imported is marked"
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{sweep}/outputs/mlflow.db")
