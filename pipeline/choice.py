@@ -22,13 +22,16 @@ def choices(table: Table) -> Iterator[str]:
             continue
         best = max(timed, key=lambda n: float(table.rows[n]["ap"]))
         lost = {n: _difference(table.results[n], table.results[best]) for n in timed if n != best}
-        fit = [best, *(n for n, interval in lost.items() if interval.low >= -MOST_LOST)]
+        fit = [best, *(n for n, interval in lost.items() if interval is not None and interval.low >= -MOST_LOST)]
         chosen = min(fit, key=lambda n: float(table.rows[n]["latency_p50_ms"]))
         yield _sentence(table, chosen, best, lost.get(chosen))
 
 
-def _difference(result: Result, reference: Result) -> Interval:
-    return paired(Draws.load(result.folder / "draws.npz"), Draws.load(reference.folder / "draws.npz"))
+def _difference(result: Result, reference: Result) -> Interval | None:
+    try:
+        return paired(Draws.load(result.folder / "draws.npz"), Draws.load(reference.folder / "draws.npz"))
+    except ValueError:  # of other images, though a device said that they are the same
+        return None
 
 
 def _named(table: Table, n: int) -> str:

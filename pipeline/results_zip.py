@@ -216,6 +216,8 @@ def _manifest(folder: Path, place: str, files: Mapping[str, str], device: str) -
     if changed:
         raise ValueError(f"{place}/{changed[0][0]} was changed, added or removed since the device wrote it")
     check_figures(manifest["summary"], place)
+    if stage == "build" and manifest["summary"].get("engine") not in others:
+        raise ValueError(f"{place} holds no engine")
     if stage != "build":
         {"evaluate": _check_evaluation, "benchmark": _check_benchmark}[stage](folder / place, manifest)
     return manifest

@@ -354,6 +354,7 @@ STRANGE = {
     "an engine of this machine": engine,
     "the address of another": moved(EVALUATE, "evaluate/net_dense_64x80_pad_int8_onnxruntime-b1"),
     "a stage that no device runs": moved(EVALUATE, EVALUATE.replace("evaluate", "train")),
+    "an engine that is not there": lambda found: found[BUILD][3].update(engine="../../x"),
     "no results": dict.clear,
 }
 
