@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Interval
 from numpy.typing import NDArray
 
 from calib_samplers.stratified import CalibrationSet, check_options, eligible_rows, strata
@@ -22,11 +23,11 @@ class Coverage:
         seed: of the draw, and of the first image.
     """
 
-    num_images: int = 64
-    max_candidates: int = 1000
-    min_persons_per_image: int = 1
-    min_kpts_per_person: float = 1
-    seed: int = 0
+    num_images: Annotated[int, Interval(ge=1, le=10**7)] = 64
+    max_candidates: Annotated[int, Interval(ge=1, le=10**7)] = 1000
+    min_persons_per_image: Annotated[int, Interval(ge=0, le=10**6)] = 1
+    min_kpts_per_person: Annotated[float, Interval(ge=0, le=10**6)] = 1
+    seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
 
     def __post_init__(self) -> None:
         """Check the counts.

@@ -4,12 +4,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
+from annotated_types import Interval
 from numpy.typing import NDArray
 
 Allocation = Literal["proportional", "equal", "square_root"]
+Column = Literal["persons", "area", "keypoints", "coverage"]
 
 UNKNOWN = -1  # persons of an image that nobody labelled
 _BINS: Mapping[str, tuple[tuple[float, str], ...]] = {
@@ -175,12 +177,12 @@ class Stratified:
         seed: of the draw.
     """
 
-    num_images: int = 64
-    columns: Sequence[str] = tuple(_BINS)
+    num_images: Annotated[int, Interval(ge=1, le=10**7)] = 64
+    columns: Sequence[Column] = get_args(Column)
     allocation: Allocation = "proportional"
-    min_persons_per_image: int = 1
-    min_kpts_per_person: float = 1
-    seed: int = 0
+    min_persons_per_image: Annotated[int, Interval(ge=0, le=10**6)] = 1
+    min_kpts_per_person: Annotated[float, Interval(ge=0, le=10**6)] = 1
+    seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
 
     def __post_init__(self) -> None:
         """Check the options.

@@ -45,7 +45,7 @@ class PoseAgreement:
     """
 
     labels: Skeleton
-    primary: str = "ap"
+    primary: str = field(default="ap", init=False)
     _inner: CocoKeypoints = field(init=False)
 
     def __post_init__(self) -> None:

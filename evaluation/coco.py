@@ -8,9 +8,10 @@ compiled call, whose outcome serves the figures, their intervals and paired comp
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Interval
 from numpy.typing import NDArray
 
 from evaluation.compiled import compiled
@@ -308,8 +309,8 @@ class CocoKeypoints:
 
     labels: Skeleton
     found_labels: Skeleton
-    most_found: int = MOST_FOUND
-    primary: str = "ap"
+    most_found: Annotated[int, Interval(ge=1, le=10**9)] = MOST_FOUND
+    primary: str = field(default="ap", init=False)
     _rows: dict[str, tuple[People, NDArray[Any], F64]] = field(default_factory=dict)
     _dropped: int = 0
     _not_finite: int = 0

@@ -8,9 +8,10 @@ through the logarithm of three values, exact for a Gaussian, and PAFs are sample
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Interval, Len
 from numpy.typing import NDArray
 
 from evaluation.grouping import FEATURES, finish, group
@@ -104,15 +105,15 @@ class HeatmapPafDecoder:
     """
 
     spec: NetworkSpec
-    heatmap_threshold: float = 0.05
-    paf_threshold: float = 0.05
-    min_keypoints: int = 3
-    min_score: float = 0.2
-    max_peaks: int = 128
+    heatmap_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.05
+    paf_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.05
+    min_keypoints: Annotated[int, Interval(ge=1, le=1000)] = 3
+    min_score: Annotated[float, Interval(ge=0, le=1)] = 0.2
+    max_peaks: Annotated[int, Interval(ge=1, le=256)] = 128
     assignment: Literal["greedy", "hungarian"] = "greedy"
     complete_poses: bool = True
-    box_margin: float = 0.0
-    score_weights: Sequence[float] | None = None
+    box_margin: Annotated[float, Interval(ge=0, le=10)] = 0.0
+    score_weights: Annotated[Sequence[float], Len(7, 7)] | None = None
 
     def __post_init__(self) -> None:
         """Check the options, and that the fields hold what the skeleton needs; compiled code counts on it.

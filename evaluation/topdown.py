@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Interval
 from numpy.typing import NDArray
 
 from evaluation.compiled import compiled
@@ -98,8 +99,8 @@ class TopDownDecoder:
 
     spec: NetworkSpec
     refinement: Literal["none", "shift", "dark"] = "dark"
-    sigma: float = 2.0
-    keypoint_threshold: float = 0.2
+    sigma: Annotated[float, Interval(ge=0.3, le=16)] = 2.0
+    keypoint_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.2
 
     def __post_init__(self) -> None:
         """Check the options, and that the heatmaps hold the skeleton.

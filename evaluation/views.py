@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from annotated_types import Interval, MinLen
 from numpy.typing import NDArray
 
 from evaluation.types import FieldSpec, InputSpec, Resolution, View, number
@@ -53,7 +54,7 @@ class WholeImage:
     """
 
     keep_aspect_ratio_mode: KeepAspectRatioMode | None = "pad_image_input"
-    scales: Sequence[float] = (1.0,)
+    scales: Annotated[Sequence[Annotated[float, Interval(ge=0.1, le=8)]], MinLen(1)] = (1.0,)
     flip: bool = False
 
     def __post_init__(self) -> None:
@@ -120,7 +121,7 @@ class PersonCrops:
         padding: the crop is the box of the network's aspect around the person's, larger by this factor.
     """
 
-    padding: float = 1.25
+    padding: Annotated[float, Interval(ge=0.1, le=10)] = 1.25
 
     def __post_init__(self) -> None:
         """Check the padding.

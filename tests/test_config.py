@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 import pipeline.__main__ as main
 from evaluation.types import NetworkSpec
-from pipeline import specs
+from pipeline import options, specs
 from pipeline.artifacts import DESCRIPTIVE, WIRING, Stage, _component, arguments, targets
 
 CONF = ROOT / "conf"
@@ -62,12 +62,12 @@ def test_every_choice_binds_to_its_signatures(group, choice):
     bound = 0
     for name in config.stages:
         stage = Stage.from_config(name, main._resolved(config.stages[name]))
-        for options in (arguments(stage), *[v for v in arguments(stage).values() if isinstance(v, dict)]):
-            for target in [options["_target_"]] if "_target_" in options else []:
+        for some in (arguments(stage), *[v for v in arguments(stage).values() if isinstance(v, dict)]):
+            for target in [some["_target_"]] if "_target_" in some else []:
                 function = hydra.utils.get_object(target)
-                given = {k: v for k, v in options.items() if not k.startswith("_")}
+                given = {k: v for k, v in some.items() if not k.startswith("_")}
                 signature = inspect.signature(function)
-                if options.get("_partial_"):
+                if some.get("_partial_"):
                     signature.bind_partial(**given)
                 elif target.startswith("pipeline.stages."):
                     signature.bind(None, **given)
@@ -96,7 +96,7 @@ def test_the_readmes_commands_say_what_can_be_made(line):
     for group in ("pruner", "precision", "backend", "sampler"):
         component = OmegaConf.to_container(config[group], resolve=True)
         if "_target_" in component:
-            assert main._instantiate({"it": _component(component)})["it"] is not None
+            assert options.instances({"it": _component(component)})["it"] is not None
 
 
 @pytest.mark.parametrize(("group", "choice"), [c for c in CHOICES if c[0] not in ("tracking", "experiment", "family")])
@@ -105,7 +105,7 @@ def test_every_component_can_be_made(group, choice):
         return  # described by data alone
     config = composed(group, choice)
     component = OmegaConf.to_container(config[group], resolve=True)
-    made = main._instantiate({"it": _component(component)})["it"]
+    made = options.instances({"it": _component(component)})["it"]
     assert made is not None
 
 
@@ -116,7 +116,7 @@ def test_the_multiple_in_the_file_is_the_networks(model):
         spec = specs.described(OmegaConf.to_container(config.model.spec, resolve=True))
     else:
         plain = {k: v for k, v in main._resolved(config.model).items() if k not in DESCRIPTIVE}
-        made = main._instantiate({"it": plain})["it"]
+        made = options.instances({"it": plain})["it"]
         assert isinstance(made, functools.partial)
         spec = made().spec
     assert isinstance(spec, NetworkSpec)

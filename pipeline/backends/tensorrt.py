@@ -7,8 +7,9 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from annotated_types import Interval, MinLen
 from filelock import FileLock
 
 from evaluation.types import NetworkSpec, Resolution
@@ -26,6 +27,9 @@ _BF16_FROM, _FP8_FROM = 8.0, 8.9  # compute capability
 def _shapes(shapes: Shapes) -> list[tuple[int, int, int, int]]:
     """Least, best and greatest shape of the input."""
     return [(b, 3, r.height, r.width) for b, r in zip(shapes.batch, shapes.resolution, strict=True)]
+
+
+_Gpu = Annotated[int, Interval(ge=0, le=1023)]
 
 
 @dataclass(frozen=True)
@@ -51,22 +55,22 @@ class TensorRT:
         device: number of the GPU, or numbers of several that share the work; the first builds.
     """
 
-    mem_pool_size_mb: int = 4096
-    builder_optimization_level: int = 3
+    mem_pool_size_mb: Annotated[int, Interval(ge=1, le=1 << 20)] = 4096
+    builder_optimization_level: Annotated[int, Interval(ge=0, le=5)] = 3
     tf32: bool = False
     tactic_sources: Sequence[str] | None = None
     preview_features: Sequence[str] = ()
-    hardware_compatibility_level: str = "none"
+    hardware_compatibility_level: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
     version_compatible: bool = False
     sparse_weights: bool = False
     strip_weights: bool = False
-    use_dla_core: int | None = None
+    use_dla_core: Annotated[int, Interval(ge=0, le=63)] | None = None
     error_on_timing_cache_miss: bool = False
     plugins: Sequence[str] = ()
     timing_cache: str | None = None
-    avg_timing_iterations: int = 1
+    avg_timing_iterations: Annotated[int, Interval(ge=1, le=1000)] = 1
     cuda_graph: bool = True
-    device: int | Sequence[int] = 0
+    device: _Gpu | Annotated[Sequence[_Gpu], MinLen(1)] = 0
 
     def __post_init__(self) -> None:
         """Check the options that are the same for all versions.

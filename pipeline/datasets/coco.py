@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -169,6 +169,19 @@ def _medians(values: NDArray[np.float64], group: NDArray[np.intp], count: int) -
     return np.where(sizes > 0, (ordered[np.where(sizes > 0, low, 0)] + ordered[np.where(sizes > 0, high, 0)]) / 2, 0.0)
 
 
+class Labelled(TypedDict):
+    """Where the images of a part lie, and their annotation file."""
+
+    images: str | Path
+    annotations: str | Path
+
+
+class Unlabelled(TypedDict):
+    """Where images without labels lie."""
+
+    images: str | Path | None
+
+
 @dataclass(frozen=True)
 class CocoSplits:
     """A COCO data set of a train and a validation part, and what each image is for.
@@ -184,14 +197,14 @@ class CocoSplits:
         strict: False drops images that are missing, and counts them, instead of refusing.
     """
 
-    train: Mapping[str, Any]
-    val: Mapping[str, Any]
-    unlabelled: Mapping[str, Any] | None = None
+    train: Labelled
+    val: Labelled
+    unlabelled: Unlabelled | None = None
     splits: str | None = None
     cache: str = "outputs/cache"
     strict: bool = True
-    dropped: dict[str, list[str]] = field(default_factory=dict, compare=False)
-    _kept: dict[str, Coco] = field(default_factory=dict, compare=False, repr=False)
+    dropped: dict[str, list[str]] = field(default_factory=dict, compare=False, init=False)
+    _kept: dict[str, Coco] = field(default_factory=dict, compare=False, repr=False, init=False)
 
     def _named(self) -> dict[str, dict[str, Any]] | None:
         if self.splits is None:

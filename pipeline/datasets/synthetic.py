@@ -13,9 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Interval
 from numpy.typing import NDArray
 
 from evaluation.skeletons import COCO_17
@@ -67,13 +68,13 @@ class Preset:
     """
 
     size: Resolution
-    people: tuple[int, int]
-    heights: tuple[float, float]
-    clutter: int
-    occluders: int
-    crowds: float
-    turned: float
-    cut: float
+    people: tuple[Annotated[int, Interval(ge=0, le=100)], Annotated[int, Interval(ge=0, le=100)]]
+    heights: tuple[Annotated[float, Interval(gt=0, le=10)], Annotated[float, Interval(gt=0, le=10)]]
+    clutter: Annotated[int, Interval(ge=0, le=1000)]
+    occluders: Annotated[int, Interval(ge=0, le=1000)]
+    crowds: Annotated[float, Interval(ge=0, le=1)]
+    turned: Annotated[float, Interval(ge=0, le=1)]
+    cut: Annotated[float, Interval(ge=0, le=1)]
 
 
 def _rotation(axis: int, angle: float) -> F64:
@@ -433,8 +434,8 @@ class Synthetic:
     """
 
     preset: Preset
-    counts: dict[str, int]
-    seed: int = 0
+    counts: dict[str, Annotated[int, Interval(ge=1, le=10**7)]]
+    seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
     cache: str = "outputs/cache"
 
     def __post_init__(self) -> None:
@@ -468,12 +469,13 @@ class Synthetic:
     def _splits(self) -> CocoSplits:
         self._make()
         root = self.folder
-        parts = {
-            "train": {"images": root / "images/train", "annotations": root / "annotations/train.json"},
-            "val": {"images": root / "images/validation", "annotations": root / "annotations/validation.json"},
-            "unlabelled": {"images": root / "images/unlabelled"},
-        }
-        return CocoSplits(parts["train"], parts["val"], parts["unlabelled"], str(root / "splits.json"), self.cache)
+        return CocoSplits(
+            {"images": root / "images/train", "annotations": root / "annotations/train.json"},
+            {"images": root / "images/validation", "annotations": root / "annotations/validation.json"},
+            {"images": root / "images/unlabelled"},
+            str(root / "splits.json"),
+            self.cache,
+        )
 
     def __contains__(self, split: str) -> bool:
         """Whether there are images for this."""

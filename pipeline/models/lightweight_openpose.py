@@ -1,8 +1,10 @@
 """Lightweight OpenPose (Osokin 2018, arXiv:1811.12004): a dilated MobileNet, and stages that refine heatmaps and PAFs."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from evaluation.skeletons import OPENPOSE_18
@@ -69,7 +71,9 @@ class LightweightOpenPose(nn.Module):
         labels=OPENPOSE_18,
     )
 
-    def __init__(self, stages: int = 2, width: float = 1.0) -> None:
+    def __init__(
+        self, stages: Annotated[int, Interval(ge=2, le=7)] = 2, width: Annotated[float, Interval(ge=0.1, le=4)] = 1.0
+    ) -> None:
         super().__init__()
         if not 2 <= stages <= 7:
             raise ValueError(f"model.stages={stages}: lightweight_openpose has 2 to 7 stages")

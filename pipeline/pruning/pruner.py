@@ -5,9 +5,10 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
 from evaluation.types import Resolution
@@ -130,21 +131,21 @@ class Pruner:
         by_sensitivity: set the ratios so that each group alone raises the loss by the same amount.
     """
 
-    criterion: str = "group_l1"
-    normalizer: str | None = None
-    equalization_criterion: str = "union"
-    pruning_ratio: float | None = None
-    pruning_threshold: float | None = None
-    target: str | None = None
+    criterion: Literal["l1", "l2", "bn_scale", "taylor", "group_l1"] = "group_l1"
+    normalizer: Literal["max", "L2"] | None = None
+    equalization_criterion: Literal["union", "intersection", "arithmetic_mean", "geometric_mean"] = "union"
+    pruning_ratio: Annotated[float, Interval(ge=0, lt=1)] | None = None
+    pruning_threshold: Annotated[float, Ge(0)] | None = None
+    target: Literal["params", "macs", "latency"] | None = None
     value: str | float | None = None
-    iterative_steps: int = 1
-    pruning_ratio_dict: Mapping[str, float] | None = None
-    max_pruning_ratio: float = 0.9
+    iterative_steps: Annotated[int, Interval(ge=1, le=1000)] = 1
+    pruning_ratio_dict: Mapping[str, Annotated[float, Interval(ge=0, lt=1)]] | None = None
+    max_pruning_ratio: Annotated[float, Interval(ge=0, lt=1)] = 0.9
     global_pruning: bool = False
     isomorphic: bool = False
-    round_to: int | None = 8
-    unmeasured: int = 8
-    min_num_filters: int = 8
+    round_to: Annotated[int, Interval(ge=1, le=65536)] | None = 8
+    unmeasured: Annotated[int, Interval(ge=1, le=65536)] = 8
+    min_num_filters: Annotated[int, Interval(ge=1, le=65536)] = 8
     excluded_layers: Sequence[str] = ()
     by_sensitivity: bool = False
 

@@ -1,9 +1,10 @@
 """What Torch-Pruning does when it is given nothing but a ratio: the peer that our pruner is measured against."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch_pruning as tp
+from annotated_types import Interval
 from torch import nn
 
 from pipeline.errors import UserError
@@ -18,7 +19,7 @@ class TorchPruningDefault:
         pruning_ratio: part of each group's channels to remove.
     """
 
-    pruning_ratio: float = 0.5
+    pruning_ratio: Annotated[float, Interval(gt=0, lt=1)] = 0.5
 
     def __post_init__(self) -> None:
         """Check the ratio.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -30,7 +30,7 @@ class Fp8:
         nodes_to_exclude: patterns of names of nodes that stay in float.
     """
 
-    high_precision_dtype: str = "fp16"
+    high_precision_dtype: Literal["fp16", "fp32"] = "fp16"
     nodes_to_exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -26,8 +26,8 @@ class ImplicitInt8:
         high_precision_dtype: "fp16" or "fp32", of layers that run faster or exist only in it.
     """
 
-    calibrator: str = "entropy"
-    high_precision_dtype: str = "fp32"
+    calibrator: Literal["entropy", "minmax"] = "entropy"
+    high_precision_dtype: Literal["fp32", "fp16"] = "fp32"
 
     def __post_init__(self) -> None:
         """Check the options.

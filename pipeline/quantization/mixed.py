@@ -5,9 +5,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Gt, Interval, doc
 from scipy.optimize import isotonic_regression
 
 from evaluation.statistics import spearman
@@ -58,12 +59,12 @@ class Mixed:
     """
 
     int8: Int8 = field(default_factory=Int8)
-    max_drop: float = 0.002
-    min_agreement: float = 0.95
-    max_latency: str | float | None = None
-    units: int = 32
-    finalists: int = 10
-    seconds: float = 20.0
+    max_drop: Annotated[float, Interval(ge=0, le=1)] = 0.002
+    min_agreement: Annotated[float, Interval(ge=0, le=1)] = 0.95
+    max_latency: Annotated[float, Gt(0)] | Annotated[str, doc("a part of FP32's, as 0.6x")] | None = None
+    units: Annotated[int, Interval(ge=1, le=1000)] = 32
+    finalists: Annotated[int, Interval(ge=2, le=1000)] = 10
+    seconds: Annotated[float, Interval(gt=0, le=86400)] = 20.0
 
     def __post_init__(self) -> None:
         """Check the options.

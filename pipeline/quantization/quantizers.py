@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import onnx
+from annotated_types import Interval
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -93,13 +94,13 @@ class Int8:
     """
 
     calibration_method: calibration.Method | Literal["auto"] = "auto"
-    percentile: float = 99.99
+    percentile: Annotated[float, Interval(gt=50, le=100)] = 99.99
     weight_scale: WeightScale = "max"
     equalize_concatenations: bool = True
     equalize_layers: bool = True
     bias_correction: bool = True
     reduce_range: bool = False
-    high_precision_dtype: str = "fp32"
+    high_precision_dtype: Literal["fp32", "fp16"] = "fp32"
     nodes_to_exclude: tuple[str, ...] = ()
     placement: Literal["default", "search"] = "default"
     cal_data_file: str | None = None
@@ -415,7 +416,7 @@ class Retrained:
         high_precision_dtype: "fp32" or "fp16", of what is not INT8 in TensorRT's flavour.
     """
 
-    high_precision_dtype: str = "fp32"
+    high_precision_dtype: Literal["fp32", "fp16"] = "fp32"
 
     def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:  # noqa: ARG002
         """Write both flavours and scales.json."""

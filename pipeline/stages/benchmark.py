@@ -4,8 +4,9 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge, Interval
 from rich.console import Console
 
 from evaluation import audit, device, power
@@ -27,10 +28,10 @@ def run(
     framing: Framing,
     decoder: Callable[..., Decoder[Any]],
     resolution: str,
-    batch: int,
-    threads: int,
-    seconds: float,
-    min_int8_share: float | None,
+    batch: Annotated[int, Ge(1)],
+    threads: Annotated[int, Ge(0)],
+    seconds: Annotated[float, Interval(gt=0, le=86400)],
+    min_int8_share: Annotated[float, Interval(ge=0, le=1)] | None,
     axes: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Time the input "engine" in turns with the exported network in FP32 (the input "reference") on the same backend.

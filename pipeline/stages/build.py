@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
 
 from evaluation.types import Resolution
 from pipeline.artifacts import Job
@@ -14,8 +16,8 @@ def run(
     backend: Backend,
     framing: Framing,
     resolution: str,
-    batch: int,
-    profiles: Sequence[Mapping[str, str]],
+    batch: Annotated[int, Ge(1)],
+    profiles: Sequence[Mapping[Literal["min", "opt", "max"], str]],
     plan: str | None,
     spec: Mapping[str, Any] | None,
     tensors: Mapping[str, str] | None,

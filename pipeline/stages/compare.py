@@ -3,7 +3,9 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Interval
 
 from pipeline.artifacts import Job
 from pipeline.comparison import evaluated, find, rows_of, scored
@@ -12,7 +14,13 @@ from pipeline.specs import Splits
 
 
 def run(
-    job: Job, data: Splits, metric: Callable[..., Any], engines: Sequence[str], outputs: str, name: str, resamples: int
+    job: Job,
+    data: Splits,
+    metric: Callable[..., Any],
+    engines: Sequence[str],
+    outputs: str,
+    name: str,
+    resamples: Annotated[int, Interval(ge=1, le=10**6)],
 ) -> dict[str, Any]:
     """Print and write the figures of both and their paired differences; the next report shows them too.
 

@@ -3,9 +3,10 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import cv2
+from annotated_types import Ge, Interval
 
 from evaluation.averaging import AveragedFields
 from evaluation.statistics import bootstrap
@@ -25,10 +26,10 @@ def run(
     metric: Callable[..., Metric[Any, Any]],
     agreement: Callable[..., Metric[Any, Any]] | None,
     resolution: str,
-    batch: int,
+    batch: Annotated[int, Ge(1)],
     axes: Mapping[str, Any],
-    pictures: int,
-    resamples: int,
+    pictures: Annotated[int, Interval(ge=0, le=1000)],
+    resamples: Annotated[int, Interval(ge=1, le=10**6)],
 ) -> dict[str, Any]:
     """Evaluate the input "engine".
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Gt, Interval
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -31,9 +32,9 @@ def run(
     data: Splits,
     framing: Framing,
     resolution: str,
-    opset: int,
-    simplify_seconds: float,
-    tolerance: float,
+    opset: Annotated[int, Interval(ge=18, le=23)],
+    simplify_seconds: Annotated[float, Interval(gt=0, le=86400)],
+    tolerance: Annotated[float, Gt(0)],
 ) -> dict[str, Any]:
     """Export the input "network", or adopt a given ONNX file.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -15,7 +15,13 @@ _ELSEWHERE = ("stage", "data", "outputs", "tracking", "force", "weights", "targe
 
 
 def run(
-    job: Job, data: Splits, target: str, outputs: str, name: str, data_label: str, as_here: Mapping[str, str]
+    job: Job,
+    data: Splits,
+    target: Literal["tensorrt", "onnxruntime"],
+    outputs: str,
+    name: str,
+    data_label: str,
+    as_here: Mapping[str, str],
 ) -> dict[str, Any]:
     """Package the input "network" with what it is evaluated by.
 

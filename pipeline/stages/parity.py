@@ -4,10 +4,11 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import onnx
+from annotated_types import Gt, Interval
 from numpy.typing import NDArray
 from onnx import TensorProto
 from rich.console import Console
@@ -26,7 +27,13 @@ from pipeline.specs import FLAVOURS, Backend, Framing, ModelFiles, Runner, Shape
 
 
 def run(
-    job: Job, data: Splits, backend: Backend, framing: Framing, resolution: str, images: int, tolerance: float
+    job: Job,
+    data: Splits,
+    backend: Backend,
+    framing: Framing,
+    resolution: str,
+    images: Annotated[int, Interval(ge=1, le=10**6)],
+    tolerance: Annotated[float, Gt(0)],
 ) -> dict[str, Any]:
     """Compare the input "engine" with the typed file it was built from (in "network"), and that with FP32 ("reference").
 

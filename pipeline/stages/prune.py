@@ -3,8 +3,9 @@
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from evaluation.types import Resolution
@@ -31,13 +32,13 @@ def run(
     pruner: Pruner | Sparse24 | TorchPruningDefault,
     data: Splits,
     backend: Backend | None,
-    framing: Framing,
-    judged_by: Mapping[str, Any],
-    probe_images: int,
+    framing: Framing | None,
+    judged_by: Mapping[str, Any] | None,
+    probe_images: Annotated[int, Interval(ge=1, le=10**6)],
     objective: Objective[Any] | None,
     training_resolution: str,
     resolution: str,
-    seed: int,
+    seed: Annotated[int, Interval(ge=0, lt=2**32)],
     augment: Augmentation,
     training: Training,
     distillation: Distillation | None,
@@ -123,13 +124,15 @@ def _probe(
     network: nn.Module,
     data: Splits,
     backend: Backend | None,
-    framing: Framing,
-    judged_by: Mapping[str, Any],
+    framing: Framing | None,
+    judged_by: Mapping[str, Any] | None,
     count: int,
     size: Resolution,
 ) -> Probe | None:
     if backend is None or "tune" not in data:
         return None
+    assert framing is not None
+    assert judged_by is not None
     reference = job.scratch / "dense.onnx"
     reference.parent.mkdir(parents=True, exist_ok=True)
     exported(network, size, any_shape=not framing.one_size, scratch=job.scratch).save(reference)

@@ -1,9 +1,10 @@
 """qat: retrain the exported network with INT8's rounding in the loop."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import onnx
 import torch
+from annotated_types import Interval
 
 from evaluation.types import Resolution
 from pipeline.artifacts import Job
@@ -27,7 +28,7 @@ def run(
     framing: Framing,
     resolution: str,
     image_dir: str | None,
-    seed: int,
+    seed: Annotated[int, Interval(ge=0, lt=2**32)],
     augment: Augmentation,
     training: Training,
 ) -> dict[str, Any]:

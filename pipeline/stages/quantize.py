@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import onnx
+from annotated_types import Interval
 from rich.console import Console
 
 from evaluation.types import Resolution
@@ -24,7 +25,7 @@ def run(
     quantizer: Quantizer,
     backend: Backend | None,
     judged_by: Mapping[str, Any] | None,
-    probe_images: int,
+    probe_images: Annotated[int, Interval(ge=1, le=10**6)],
     image_dir: str | None,
 ) -> dict[str, Any]:
     """Quantize the input "network" with the images of the input "calibration", if there is one.

@@ -3,9 +3,10 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import MinLen
 
 from calib_samplers.stratified import UNKNOWN, CalibrationSet
 from evaluation.types import Resolution
@@ -22,7 +23,7 @@ def run(
     job: Job,
     data: Splits,
     sampler: Sampler,
-    images: Sequence[str],
+    images: Annotated[Sequence[Literal["train", "unlabelled"]], MinLen(1)],
     image_dir: str | None,
     framing: Framing | None,
     resolution: str | None,

@@ -2,10 +2,11 @@
 
 import json
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from torch import nn
 
 from evaluation.types import Resolution
@@ -28,10 +29,10 @@ def run(
     objective: Objective[Any] | None,
     resolution: str,
     augment: Augmentation,
-    criterion: str,
-    normalizer: str | None,
-    equalization_criterion: str,
-    images: int,
+    criterion: Literal["l1", "l2", "bn_scale", "taylor", "group_l1"],
+    normalizer: Literal["max", "L2"] | None,
+    equalization_criterion: Literal["union", "intersection", "arithmetic_mean", "geometric_mean"],
+    images: Annotated[int, Interval(ge=1, le=10**6)],
 ) -> dict[str, Any]:
     """Measure the groups of the input "network" on tune images; write curves.json.
 

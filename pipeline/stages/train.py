@@ -4,9 +4,10 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Interval
 from rich.console import Console
 from torch import nn
 
@@ -25,13 +26,13 @@ from pipeline.training.views import Views
 
 def run(
     job: Job,
-    control: str | None,
+    control: Literal["pruned", "scratch"] | None,
     network: "partial[nn.Module] | None",
     weights: str | None,
     data: Splits,
     objective: Objective[Any] | None,
     resolution: str,
-    seed: int,
+    seed: Annotated[int, Interval(ge=0, lt=2**32)],
     augment: Augmentation,
     training: Training,
     distillation: Distillation | None,

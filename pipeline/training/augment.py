@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Interval, Len
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,11 +34,11 @@ class Augmentation:
         brightness: greatest gain and offset of pixel values, as a part of full scale.
     """
 
-    flip: float = 0.5
-    scale: Sequence[float] = (0.6, 1.4)
-    rotate: float = 25.0
-    shift: float = 0.25
-    brightness: float = 0.2
+    flip: Annotated[float, Interval(ge=0, le=1)] = 0.5
+    scale: Annotated[Sequence[Annotated[float, Interval(gt=0, le=100)]], Len(2, 2)] = (0.6, 1.4)
+    rotate: Annotated[float, Interval(ge=0, le=180)] = 25.0
+    shift: Annotated[float, Interval(ge=0, le=10)] = 0.25
+    brightness: Annotated[float, Interval(ge=0, le=10)] = 0.2
 
     def __post_init__(self) -> None:
         """Check the ranges.

@@ -3,9 +3,10 @@
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,9 +27,9 @@ class Distillation:
         unlabelled: learn from the images without labels too.
     """
 
-    fields: float = 1.0
-    labels: float = 1.0
-    features: float = 0.0
+    fields: Annotated[float, Ge(0)] = 1.0
+    labels: Annotated[float, Ge(0)] = 1.0
+    features: Annotated[float, Ge(0)] = 0.0
     layers: Sequence[str] = ()
     unlabelled: bool = True
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge, Interval
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,9 +29,9 @@ class HeatmapPafObjective:
         foreground: extra weight of cells whose target is not zero.
     """
 
-    sigma: float = 0.9
-    paf_width: float = 1.0
-    foreground: float = 4.0
+    sigma: Annotated[float, Interval(gt=0, le=100)] = 0.9
+    paf_width: Annotated[float, Interval(gt=0, le=100)] = 1.0
+    foreground: Annotated[float, Ge(0)] = 4.0
 
     def people(self, truth: People | None) -> int:
         """How many people of an image are learnt from."""

@@ -12,9 +12,10 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Gt, Interval
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
@@ -61,23 +62,23 @@ class Training:
         compile: let torch.compile fuse the network's operators; worth its half minute on a GPU from a few thousand steps on.
     """
 
-    steps: int = 1000
-    batch_size: int = 16
-    lr: float = 2e-3
-    weight_decay: float = 1e-4
-    warmup: int = 100
-    ema: float = 0.998
-    regularization_type: str | None = None
-    kernel_regularization_factor: float = 0.0
-    clip: float | None = 5.0
-    precision: str = "auto"
-    accumulate: int = 1
-    patience: int | None = None
-    check_every: int = 200
-    checkpoint_every: int = 200
-    accelerator: str = "auto"
-    devices: int = 1
-    num_nodes: int = 1
+    steps: Annotated[int, Interval(ge=0, le=10**9)] = 1000
+    batch_size: Annotated[int, Interval(ge=1, le=65536)] = 16
+    lr: Annotated[float, Interval(ge=0, le=100)] = 2e-3
+    weight_decay: Annotated[float, Interval(ge=0, le=100)] = 1e-4
+    warmup: Annotated[int, Interval(ge=0, le=10**9)] = 100
+    ema: Annotated[float, Interval(ge=0, lt=1)] = 0.998
+    regularization_type: Literal["l1", "l2", "group_lasso"] | None = None
+    kernel_regularization_factor: Annotated[float, Ge(0)] = 0.0
+    clip: Annotated[float, Gt(0)] | None = 5.0
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    accumulate: Annotated[int, Interval(ge=1, le=65536)] = 1
+    patience: Annotated[int, Ge(1)] | None = None
+    check_every: Annotated[int, Ge(1)] = 200
+    checkpoint_every: Annotated[int, Ge(1)] = 200
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: Annotated[int, Interval(ge=1, le=1024)] = 1
+    num_nodes: Annotated[int, Interval(ge=1, le=1024)] = 1
     cuda_graph: bool = True
     compile: bool = False
 

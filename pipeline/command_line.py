@@ -1,0 +1,182 @@
+"""The words of the command: what Hydra reads of them, and its complaints in the words of this product."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.errors import UserError, nearest
+
+_ALONE = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--multirun", "-m", "--run", "-r")
+_WITH_VALUE = (
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+    *("--info", "-i", "--shell-completion", "-sc", "--experimental-rerun"),
+)
+_SAFE = re.compile(r"[\w./:=+~@%,-]*")  # of what a shell leaves as it is
+
+
+class Words(NamedTuple):
+    """The command, read once.
+
+    Attributes:
+        flags: what begins with a dash, with the values that belong to it.
+        options: OPTION=VALUE, with values quoted where Hydra would not read them.
+    """
+
+    flags: list[str]
+    options: list[str]
+
+    @property
+    def sweep(self) -> bool:
+        """Whether each value of a list separated by commas is a cell."""
+        return any(flag in ("--multirun", "-m") for flag in self.flags)
+
+    @property
+    def config_dir(self) -> str | None:
+        """A folder of further choices."""
+        for flag, value in zip(self.flags, [*self.flags, ""][1:], strict=True):
+            name, equals, joined = flag.partition("=")
+            if name in ("--config-dir", "-cd"):
+                return joined if equals else value
+        return None
+
+    def outputs(self) -> list[Path]:
+        """Where results lie: one folder, or in a sweep over it several."""
+        parsed: list[Override] = OverridesParser.create().parse_overrides(self.options)
+        for override in reversed(parsed):
+            if override.key_or_group == "outputs":
+                values = override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]
+                return [Path(str(value)) for value in values]
+        plain = [word for word, override in zip(self.options, parsed, strict=True) if not override.is_sweep_override()]
+        try:
+            return [Path(str(compose(plain, self.config_dir).outputs))]
+        except (HydraException, OmegaConfBaseException):
+            return [Path("outputs")]  # an option of a choice that is swept
+
+
+def read(words: Sequence[str]) -> Words:
+    """Sort the words of a command, flags in any place.
+
+    Raises:
+        UserError: a flag is unknown, a word is no option, or a value can be read in two ways.
+    """
+    flags: list[str] = []
+    options: list[str] = []
+    waiting = iter(words)
+    for word in waiting:
+        flag, equals, _ = word.partition("=")
+        if not word.startswith("-"):
+            options.append(word)
+        elif flag in _ALONE and not equals:
+            flags.append(word)
+        elif flag in _WITH_VALUE:
+            value = [] if equals else [next(waiting, "")]
+            if value == [""]:
+                raise UserError(f"{flag}: needs a value; `python -m pipeline --help` shows how")
+            flags += [word, *value]
+        else:
+            raise UserError(f"{word}: no such flag{nearest(flag, (*_ALONE, *_WITH_VALUE))}; options are OPTION=VALUE")
+    read_words = Words(flags, [])
+    return Words(flags, [_readable(word, read_words.sweep) for word in options])
+
+
+def _readable(word: str, sweep: bool) -> str:
+    """A word as Hydra reads it: a value that its grammar does not hold becomes a text in quotes.
+
+    Raises:
+        UserError: it is no option, or a value can be read in two ways.
+    """
+    option, equals, value = word.partition("=")
+    parser = OverridesParser.create()
+    try:
+        override = parser.parse_override(word)
+    except HydraException as error:
+        text = quoted(option, value)
+        if not equals:
+            raise UserError(f"{word}: no option; give OPTION=VALUE, as in stage={word}, or a flag of --help") from error
+        if value.lstrip()[:1] in ("[", "{") or re.match(r"\w+\(", value):
+            raise UserError(
+                f"{word}: cannot be read; give a list as '{option}=[a,b]', with quotes around an item that holds more than "
+                f"letters, digits and ./_-, as in \"{option}=['a=1','b']\""
+            ) from error
+        try:
+            parser.parse_override(text)
+        except HydraException:
+            raise UserError(f"{word}: '{option}' is no name of an option; give OPTION=VALUE") from error
+        return text
+    if override.is_sweep_override() and not sweep:
+        shell = quoted(option, value)
+        shell = f'"{shell}"' if not re.search(r'["$`\\!]', shell) else shell
+        raise UserError(
+            f"{word}: commas list the values of a sweep; add --multirun for one, or quote a value that holds them: {shell}"
+        )
+    return word
+
+
+def quoted(option: str, value: str) -> str:
+    """An option whose value is this text, whatever it holds, in Hydra's quotes."""
+    inner = re.sub(r"(\\*)(')", lambda found: found[1] * 2 + "\\'", value)
+    end = re.search(r"\\*$", inner)
+    return f"{option}='{inner}{end[0] if end else ''}'"
+
+
+def compose(options: Sequence[str], config_dir: str | None) -> DictConfig:
+    """The configuration of a command without flags, but for its folder of further choices."""
+    place = None if config_dir is None else quoted("", f"file://{Path(config_dir).resolve()}")[1:]
+    more = [] if place is None else [f"hydra.searchpath=[{place}]"]
+    with hydra.initialize_config_module("conf", version_base="1.3"):
+        return hydra.compose("config", [*more, *options])
+
+
+def explained(error: Exception, words: Words) -> str:
+    """Hydra's complaint about the command line, shortened, with the nearest known name."""
+    folders = _folders(words.config_dir)
+    groups = {group.name for folder in folders for group in folder.iterdir() if group.is_dir()} - {"__pycache__"}
+    try:
+        chosen = [w for w in words.options if w.partition("=")[0] in groups and _is_choice(w, folders)]
+        known = set(_paths(OmegaConf.to_container(compose(chosen, words.config_dir)), ""))
+    except (HydraException, OmegaConfBaseException):
+        known = set(groups)
+    for word in words.options:
+        key, _, value = word.lstrip("+~").partition("=")
+        if key in groups:
+            choices = _choices(key, folders)
+            wrong = [v for v in value.split(",") if v not in (*choices, "null", "none")]
+            if wrong:
+                return f"{key}={wrong[0]}: no such choice{nearest(wrong[0], choices)}; choose one of {', '.join(choices)}"
+        elif key and not key.startswith("hydra") and key not in known:
+            inside = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
+            hint = nearest(key, inside) or nearest(key, known)
+            return f"{key}: no such option{hint}; `python -m pipeline --cfg job` lists them"
+    return str(error).split("\n\nSet the environment", maxsplit=1)[0].strip()
+
+
+def _folders(config_dir: str | None) -> list[Path]:
+    """Where choices lie."""
+    import conf
+
+    own = Path(str(conf.__file__)).parent
+    return [own, Path(config_dir)] if config_dir is not None and Path(config_dir).is_dir() else [own]
+
+
+def _choices(group: str, folders: Sequence[Path]) -> list[str]:
+    return sorted(file.stem for folder in folders for file in (folder / group).glob("*.yaml"))
+
+
+def _is_choice(word: str, folders: Sequence[Path]) -> bool:
+    group, _, choice = word.partition("=")
+    return choice in _choices(group, folders)
+
+
+def _paths(value: Any, prefix: str) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield f"{prefix}{key}"
+            yield from _paths(inner, f"{prefix}{key}.")

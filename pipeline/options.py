@@ -1,0 +1,467 @@
+"""Every option against the signature that takes it: its type, range and finiteness, before any work.
+
+A stage's options are the arguments of its `run`, a component's those of its `_target_`: what they may be stands in the
+annotations there, for instance `Annotated[int, Ge(1)]`. Options of no component are declared below, in `Command`.
+"""
+
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+import hydra
+from annotated_types import DocInfo, Ge, Gt, Interval, Le, Len, Lt, MinLen, Predicate, doc
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
+
+from pipeline.artifacts import DESCRIPTIVE, WIRING, Stage
+from pipeline.errors import UserError, nearest
+
+_HYDRAS = ("_target_", "_partial_", "_convert_", "_recursive_")
+_REFERENCE = re.compile(r"\$\{(?:oc\.select:)?(\.*)([\w.]+)(?:,[^{}]*)?\}")  # an interpolation that is another option
+_CONTAINERS = (list, tuple, dict, Sequence, Mapping)
+TUNED, FITTED = "decoder", "tuned"  # whose options may be lists of candidates, and the word for what the stage `tune` fits
+
+Size = Annotated[str, Predicate(re.compile(r"\d+x\d+").fullmatch), doc("HEIGHTxWIDTH, as 288x384")]
+Word = Annotated[str, Predicate(re.compile(r"[\w.+=-]*").fullmatch), doc("letters, digits and ._+=-")]
+Folder = Annotated[str, Predicate(re.compile(r"[^?#\n]+").fullmatch), doc("a folder, without ? and #")]
+Seed = Annotated[int, Interval(ge=0, lt=2**32)]
+
+
+class Command(TypedDict):
+    """The options of conf/config.yaml; those of type Any are components, or made of other options."""
+
+    name: Word
+    stage: str | Sequence[str] | None
+    training_resolution: Size
+    resolution: Size
+    keep_aspect_ratio_mode: Literal["pad_image_input", "adjust_network_input"] | None
+    scales: Annotated[Sequence[Annotated[float, Interval(ge=0.1, le=8)]], MinLen(1)]
+    flip: bool
+    batch: Annotated[int, Interval(ge=1, le=65536)]
+    rebuild: Annotated[int, Ge(0)]
+    threads: Annotated[int, Interval(ge=0, le=65536)]
+    seed: Seed
+    control: Literal["pruned", "scratch"] | None
+    control_seed: Seed
+    exported: str | None
+    tuned_by: str | None
+    weights: str | None
+    trusted_modules: Sequence[str]
+    engines: Sequence[str]
+    target: Literal["tensorrt", "onnxruntime"]
+    results: str | None
+    outputs: Folder
+    tag: Word
+    force: bool
+    strict: bool
+    debug: bool
+    addresses: Mapping[str, Any]
+    axes: Mapping[str, Any]
+    stages: Any
+    data: Any
+    model: Any
+    pruner: Any
+    sampler: Any
+    precision: Any
+    backend: Any
+    tracking: "Tracking"
+    objective: Any
+    framing: Any
+    decoder: Any
+    metric: Any
+    agreement: Any
+
+
+class Tracking(TypedDict):
+    """The options of conf/tracking."""
+
+    enabled: bool
+    uri: str | None
+
+
+class _Parameter(NamedTuple):
+    hint: Any
+    required: bool
+
+
+def check_command(config: DictConfig) -> None:
+    """Check the options of conf/config.yaml; a number where text is taken becomes text.
+
+    Raises:
+        UserError: one is unknown, missing or wrong.
+    """
+    known = get_type_hints(Command, include_extras=True)
+    check = _Check()
+    for key in map(str, config):
+        if key not in known and key != "hydra":
+            raise UserError(f"{key}: no such option{nearest(key, known)}; `python -m pipeline --cfg job` lists them")
+    for key, hint in known.items():
+        if key not in config:
+            raise UserError(f"{key}: is not there; this configuration takes it out, and it is needed")
+        if hint is not Any:
+            check.option(config, key, hint)
+
+
+def check_stage(config: DictConfig, name: str) -> None:
+    """Check the options of a stage and of the components in them.
+
+    Raises:
+        UserError: one is unknown, missing or wrong.
+    """
+    if not OmegaConf.is_dict(config.stages.get(name)) or "_target_" not in config.stages[name]:
+        raise UserError(f"stages.{name}: no such stage{nearest(name, config.stages)}")
+    _Check().stage(config.stages[name], name)
+
+
+def check_component(config: DictConfig, group: str) -> None:
+    """Check the options of a component that the command names, though no planned stage takes it.
+
+    Raises:
+        UserError: one is unknown, missing or wrong.
+    """
+    node = config.get(group)
+    if isinstance(node, DictConfig) and "_target_" in node:
+        _Check().component(node)
+
+
+def check_added(config: DictConfig, words: Sequence[str]) -> None:
+    """Refuse what `+` adds to the configuration and no signature takes.
+
+    Raises:
+        UserError: there is such an option.
+    """
+    for word in words:
+        key = word.lstrip("+").partition("=")[0]
+        if not word.startswith("+") or key.startswith("hydra.") or "@" in key:
+            continue
+        parts = key.split(".")
+        components = [n for n in range(1, len(parts)) if _target_at(config, parts[:n]) is not None]
+        free = parts[0] in ("addresses", "axes") or parts[:2] in (["model", "spec"], ["model", "tensors"])
+        if len(parts) == 1 or (free and not components):
+            continue  # `Command` or the network's description takes it
+        place = components[-1] if components else 0
+        takes = _parameters(str(_target_at(config, parts[:place]))) if components else {}
+        wiring = WIRING if parts[0] == "stages" and place == 2 else ()
+        if place == 0 or (parts[place] not in (*takes, *wiring) and "**" not in takes):
+            raise UserError(f"{key}: no such option{nearest(parts[place], takes)}; `python -m pipeline --cfg job` lists them")
+
+
+def instances(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a stage: its options, with the components among them built.
+
+    Raises:
+        UserError: options of a component do not go together.
+    """
+    try:
+        return {
+            key: hydra.utils.instantiate(value, _convert_="all") if isinstance(value, Mapping) else value
+            for key, value in values.items()
+        }
+    except InstantiationException as error:
+        cause = error.__cause__
+        while isinstance(cause, InstantiationException):
+            cause = cause.__cause__
+        if isinstance(cause, (UserError, ValueError, TypeError)):
+            raise UserError(str(cause)) from error
+        raise
+
+
+def _target_at(config: DictConfig, parts: Sequence[str]) -> str | None:
+    try:
+        node = OmegaConf.select(config, ".".join(parts))
+    except OmegaConfBaseException:
+        return None
+    return node.get("_target_") if isinstance(node, DictConfig) else None
+
+
+class _Check:
+    """One walk over options, each read by itself: what is wrong elsewhere does not hide it."""
+
+    def stage(self, node: DictConfig, name: str) -> None:
+        """A stage's wiring, and its options against the signature of its function."""
+        wiring = get_type_hints(Stage, include_extras=True) | {"inputs": Mapping[str, str | None]}  # null: no such input here
+        for key in WIRING:
+            if key in node and key != "address":
+                self.option(node, key, wiring[key], stage=name)
+        self.arguments(node, _target(node), given=("job",), skipped=WIRING, stage=name)
+
+    def component(self, node: DictConfig, stage: str = "") -> None:
+        """A component's options against the signature of its `_target_`."""
+        if not isinstance(node.get("_partial_", False), bool):
+            raise UserError(f"{_name(node, '_partial_')}={_shown(node['_partial_'])}: choose true or false")
+        target = _target(node)
+        reserved = [key for key in _parameters(target) if key in DESCRIPTIVE and key in node]
+        if reserved:
+            raise UserError(f"{_name(node, reserved[0])}: this word describes a component; rename the argument of {target}")
+        self.arguments(node, target, skipped=DESCRIPTIVE, partial=bool(node.get("_partial_")), stage=stage)
+
+    def arguments(
+        self,
+        node: DictConfig,
+        target: str,
+        given: Sequence[str] = (),
+        skipped: Sequence[str] = (),
+        partial: bool = False,
+        stage: str = "",
+    ) -> None:
+        """Keys and values of a node against a signature."""
+        takes = _parameters(target)
+        for key in map(str, node):
+            if key in _HYDRAS or (key in skipped and key not in takes):
+                continue
+            if key not in takes and "**" not in takes:
+                name = _name(node, key)
+                raise UserError(f"{name}: no such option{nearest(key, takes)}; `python -m pipeline --cfg job` lists them")
+            hint = takes[key].hint if key in takes else Any
+            tuned = node._get_full_key(None) == TUNED  # noqa: SLF001 - OmegaConf has no other way to a node's place
+            self.option(node, key, _candidates(hint) if tuned else hint, stage=stage)
+        lost = [key for key, takes_it in takes.items() if takes_it.required and key not in node and key not in given]
+        if lost and not partial:
+            raise UserError(f"{_name(node, lost[0])}: is not there, and {target} needs it")
+
+    def option(self, node: DictConfig, key: str, hint: Any, stage: str = "") -> None:
+        """One value against its annotation."""
+        name = _name(node, key)
+        try:
+            value = node[key]
+        except (MissingMandatoryValue, InterpolationToMissingValueError):
+            needs = f", and stage={stage} needs it" if stage else ""
+            raise UserError(f"{name} has no value{needs}; give it as {name}=...") from None
+        except OmegaConfBaseException:
+            return  # made of an option that is wrong, which is named in its own place
+        if isinstance(value, dict):  # a resolver made it
+            value = DictConfig(value, key=key, parent=node)
+        if isinstance(value, DictConfig) and "_target_" in value:
+            self.component(value, stage)
+        elif isinstance(value, DictConfig):
+            self.mapping(value, name, hint, stage)
+        elif isinstance(value, ListConfig) and any(isinstance(item, (DictConfig, ListConfig)) for item in value):
+            _refuse_unless(_fits(hint, OmegaConf.to_container(value, resolve=True)), name, value, hint)
+        else:
+            plain = OmegaConf.to_container(value, resolve=True) if isinstance(value, ListConfig) else value
+            if type(plain) in (int, float) and not _fits(hint, plain) and _fits(hint, str(plain)):
+                _write(node, key, str(plain))
+            else:
+                _refuse_unless(_fits(hint, plain), name, plain, hint)
+
+    def mapping(self, value: DictConfig, name: str, hint: Any, stage: str) -> None:
+        """Each value of a mapping against the annotation of its values."""
+        kinds = [
+            kind for kind in _alternatives(hint) if kind is Any or is_typeddict(kind) or _container(kind) in (dict, Mapping)
+        ]
+        _refuse_unless(bool(kinds), name, value, hint)
+        kind = kinds[0]
+        if is_typeddict(kind):
+            known = get_type_hints(kind, include_extras=True)
+            for key in map(str, value):
+                if key not in known:
+                    raise UserError(f"{name}.{key}: no such option{nearest(key, known)}; choose {', '.join(known)}")
+                self.option(value, key, known[key], stage)
+            lost = [key for key in kind.__required_keys__ if key not in value]
+            if lost:
+                raise UserError(f"{name}.{min(lost)}: is not there, and is needed")
+            return
+        keys, values = get_args(kind) or (Any, Any)
+        for key in map(str, value):
+            if not _fits(keys, key):
+                raise UserError(f"{name}.{key}: no such option; choose {described(keys)}")
+            self.option(value, key, values, stage)
+
+
+def _target(node: DictConfig) -> str:
+    """The `_target_` of a node, which can be imported.
+
+    Raises:
+        UserError: it cannot.
+    """
+    target = node["_target_"]
+    try:
+        _parameters(target)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and not str(target).startswith(error.name):
+            raise UserError(
+                f"{_name(node, '_target_')}={target}: needs the Python package '{error.name}', which is not installed here"
+            ) from error
+        raise UserError(f"{_name(node, '_target_')}={target}: no such class or function ({error})") from error
+    return str(target)
+
+
+@cache
+def _parameters(target: str) -> dict[str, _Parameter]:
+    """The parameters of a class or function; "**" stands for any others."""
+    module, _, attribute = target.rpartition(".")
+    function = getattr(importlib.import_module(module), attribute)
+    parameters: dict[str, _Parameter] = {}
+    hints = _hints(function.__init__ if inspect.isclass(function) else function)
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            parameters["**"] = _Parameter(Any, required=False)
+        elif parameter.kind is not parameter.VAR_POSITIONAL and not name.startswith("_"):
+            parameters[name] = _Parameter(hints.get(name, Any), parameter.default is parameter.empty)
+    return parameters
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(function, include_extras=True)
+    except NameError:  # imported for the type checker alone
+        return {name: hint for name, hint in inspect.get_annotations(function).items() if not isinstance(hint, str)}
+
+
+def _name(node: DictConfig, key: str) -> str:
+    """What an option is called on the command line: where the value stands that it refers to."""
+    full = str(node._get_full_key(key))  # noqa: SLF001 - OmegaConf has no other way to a node's place
+    raw = node._get_node(key)  # noqa: SLF001
+    text = raw._value() if raw is not None else None  # noqa: SLF001
+    found = _REFERENCE.fullmatch(text) if isinstance(text, str) else None
+    if found is None:
+        return full
+    place: Any = node
+    for _ in found[1][1:]:
+        place = place._get_parent()  # noqa: SLF001
+    root: Any = node._get_root()  # noqa: SLF001
+    holder, _, last = found[2].rpartition(".")
+    try:
+        parent = OmegaConf.select(place if found[1] else root, holder) if holder else place if found[1] else root
+    except OmegaConfBaseException:
+        return full
+    return _name(parent, last) if isinstance(parent, DictConfig) and last in parent else full
+
+
+def _write(node: DictConfig, key: str, value: str) -> None:
+    """Put a text in the place of a number."""
+    root: Any = node._get_root()  # noqa: SLF001
+    OmegaConf.update(root, _name(node, key), value)
+
+
+@cache
+def _adapter(hint: Any) -> Any:
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a plain value has the type and range of an annotation; numbers are finite. A list is as good as a tuple."""
+    from pydantic import ValidationError
+
+    if value is None:
+        return any(kind in (None, NoneType, Any) for kind in _alternatives(hint))
+    if not _is_plain(hint):
+        return False
+    try:
+        _adapter(hint).validate_json(json.dumps(value, default=str))
+    except ValidationError:
+        return False
+    return True
+
+
+def _refuse_unless(fits: bool, name: str, value: Any, hint: Any) -> None:
+    if not fits:
+        words = [word for kind in _alternatives(hint) if get_origin(kind) is Literal for word in get_args(kind)]
+        raise UserError(f"{name}={_shown(value)}: choose {described(hint)}{nearest(value, map(str, words)) if words else ''}")
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, (DictConfig, ListConfig)):
+        value = OmegaConf.to_container(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_shown, value))}]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_shown(inner)}" for key, inner in value.items()) + "}"
+    return (
+        {None: "null", True: "true", False: "false"}.get(value, str(value))
+        if value is None or value is True or value is False
+        else str(value)
+    )
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _container(hint: Any) -> Any:
+    """The class of a container's annotation, without what it holds."""
+    hint = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    origin = get_origin(hint) or hint
+    return origin if origin in _CONTAINERS else None
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether values of an annotation can be written in YAML."""
+    if hint in (bool, int, float, str, Path, None, NoneType, Any, object, Ellipsis) or get_origin(hint) is Literal:
+        return True
+    if is_typeddict(hint):
+        return True
+    if get_origin(hint) is Annotated:
+        return _is_plain(get_args(hint)[0])
+    if get_origin(hint) in (Union, UnionType) or _container(hint) is not None:
+        return all(map(_is_plain, get_args(hint)))
+    return False
+
+
+def _candidates(hint: Any) -> Any:
+    """What an option of a decoder may be: one value, a list of candidates, or, of a list, what is fitted."""
+    plain = [kind for kind in _alternatives(hint) if kind is not NoneType]
+    if not all(map(_is_plain, plain)):
+        return hint
+    if any(_container(kind) for kind in plain):
+        return Union[hint, Literal[FITTED]]  # noqa: UP007 - of types that are values here
+    return Union[hint, Annotated[Sequence[hint], MinLen(1)]]  # noqa: UP007
+
+
+def described(hint: Any) -> str:
+    """What an annotation allows, in words that follow "choose"."""
+    kinds = [kind for kind in _alternatives(hint) if kind not in (None, NoneType)]
+    words = [_in_words(kind) for kind in kinds] + (["null"] if len(kinds) < len(_alternatives(hint)) else [])
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _in_words(kind: Any) -> str:
+    markers: tuple[Any, ...] = ()
+    if get_origin(kind) is Annotated:
+        kind, *rest = get_args(kind)
+        markers = tuple(rest)
+    texts = [marker.documentation for marker in markers if isinstance(marker, DocInfo)]
+    if texts:
+        return texts[0]
+    if get_origin(kind) is Literal:
+        return ", ".join(map(_shown, get_args(kind)))
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path", Any: "a value"}
+    if kind in names:
+        return names[kind] + _bounds(markers)
+    inside = [part for part in get_args(kind) if part is not Ellipsis]
+    container = _container(kind)
+    if container in (dict, Mapping) or is_typeddict(kind):
+        return "a mapping" + (f" of names to {described(inside[1])}" if inside and inside[1] is not Any else "")
+    if container is tuple and Ellipsis not in get_args(kind) and inside:
+        return f"a list of {len(inside)}, [{', '.join(map(described, inside))}]"
+    exact = next((marker for marker in markers if isinstance(marker, Len)), None)
+    if exact is not None:
+        return f"a list of {exact.min_length}, of which each is {described(inside[0])}"
+    if container is not None:
+        least = any(isinstance(marker, MinLen) for marker in markers)
+        return f"a list{' of at least one' if least else ''}" + (f", of which each is {described(inside[0])}" if inside else "")
+    return "a component, by its group"
+
+
+def _bounds(markers: Sequence[Any]) -> str:
+    """The range that markers of a number leave, in words."""
+    bounds = [bound for marker in markers for bound in (marker if isinstance(marker, Interval) else [marker])]
+    least = next((b.ge for b in bounds if isinstance(b, Ge)), None)
+    above = next((b.gt for b in bounds if isinstance(b, Gt)), None)
+    most = next((b.le for b in bounds if isinstance(b, Le)), None)
+    below = next((b.lt for b in bounds if isinstance(b, Lt)), None)
+    low = f" from {least}" if least is not None else f" above {above}" if above is not None else ""
+    high = f" to {most}" if most is not None else f" to below {below}" if below is not None else ""
+    if low and not high and least is not None:
+        return f", at least {least}"
+    return low + (high if low else high.replace(" to", " up to", 1))

@@ -1,0 +1,193 @@
+"""What must hold between options, and between them and this machine, before any work."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from evaluation.types import InputSpec, Resolution
+from pipeline import options
+from pipeline.artifacts import Stage, arguments, closure, option_of, read_manifest, requested, targets, value_at
+from pipeline.errors import UserError
+
+
+def planned(config: DictConfig, sweep: bool) -> tuple[list[str], list[str]]:
+    """The stages to run, in order; and those asked for that this cell of a sweep does not need.
+
+    Raises:
+        UserError: nothing or an unknown stage is asked for, or outside a sweep one that the configuration does not need.
+    """
+    wiring = {}
+    for name in config.stages:
+        node = config.stages[name]
+        inputs = {str(role): node.inputs[role] for role in node.inputs if node.inputs[role] is not None}
+        wiring[str(name)] = Stage(str(name), "", {}, inputs, aside=bool(node.get("aside", False)))
+    asked: Any = OmegaConf.to_container(config.stage) if OmegaConf.is_list(config.stage) else config.stage
+    skipped: list[str] = []
+    if sweep and asked != "all":
+        chain = closure(wiring, ["report"])
+        asked = [asked] if isinstance(asked, str) else list(asked or [])
+        if "all" not in asked and not (asked and all(name in wiring and wiring[name].aside for name in asked)):
+            skipped = [name for name in asked if name in wiring and name not in chain]
+            asked = [name for name in asked if name not in skipped]
+    return ([] if skipped and not asked else requested(asked, wiring)), skipped
+
+
+def check_options(config: DictConfig, plan: Sequence[str], words: Sequence[str], sweep: bool) -> None:
+    """Check the options of what is planned and of what the command names.
+
+    Raises:
+        UserError: one is unknown, missing or wrong.
+    """
+    lost = [word for word in words if word.lstrip("+").startswith("pruner.")]
+    if lost and config.pruner.weights_from == "train":
+        if not sweep:
+            raise UserError(f"{lost[0]}: there is no pruner; add pruner=l1")
+        words = [word for word in words if word not in lost]  # of another cell
+    options.check_added(config, words)
+    for name in plan:
+        options.check_stage(config, name)
+    keys = [word.lstrip("+~").partition("=")[0].split(".") for word in words]
+    for key in keys:
+        if key[0] == "stages" and len(key) > 1 and key[1] not in plan:
+            options.check_stage(config, key[1])
+        elif len(key) > 1:
+            options.check_component(config, key[0])
+
+
+def check_pruner(config: DictConfig) -> None:
+    """Check what pruning and its control need of each other.
+
+    Raises:
+        UserError: they do not go together.
+    """
+    if (by := config.pruner.get("sensitivity")) not in (None, "sensitivity"):
+        raise UserError(f"pruner.sensitivity={by}: choose sensitivity (the stage that sets the ratios then) or null")
+    if config.control is not None and config.pruner.weights_from == "train":
+        raise UserError(f"control={config.control}: there is no pruner; add pruner=l1")
+    if config.control == "scratch" and config.weights is not None:
+        raise UserError("control=scratch: the dense network came trained (weights=), so what its training took is not known")
+    if config.control == "scratch" and (patience := config.stages.retrain.training.patience) is not None:
+        raise UserError(
+            f"control=scratch: a retraining with patience={patience} ends when it will; give it and the control "
+            "stages.retrain.training.patience=null"
+        )
+    if config.pruner.weights_from != "train" and config.model.weights_from is None:
+        raise UserError(f"pruner={config.pruner.label}: a network that is given as ONNX cannot be pruned; choose pruner=none")
+
+
+def check_choices(config: DictConfig, plan: Sequence[str]) -> None:
+    """Check the choices of groups against each other.
+
+    Raises:
+        UserError: a choice does not run on the backend, the resolution does not fit, a stage is of other networks.
+    """
+    backend = str(config.backend._target_).split(".")[-2]
+    for group, label in (("precision", config.precision.name), ("model", config.model.label)):
+        only = config[group].get("only_on")
+        if only not in (None, backend):
+            raise UserError(f"{group}={label}: runs on backend={only} alone; choose it or another {group}")
+    grid = (int(config.model.multiple), int(config.model.get("offset", 0)))
+    for option in ("training_resolution", "resolution"):
+        _check_resolution(option, str(config[option]), *grid)
+    for given in OmegaConf.to_container(config.stages.build.profiles) or []:
+        from pipeline.specs import Shapes
+
+        for size in Shapes.parse(given).resolution:
+            _check_resolution("stages.build.profiles", str(size), *grid)
+    if (last := config.precision.get("last_tensorrt")) is not None:
+        from pipeline.backends.tensorrt_runner import installed
+
+        if int((installed() or "0").split(".")[0]) > last:
+            raise UserError(
+                f"precision={config.precision.name}: TensorRT {installed()} has no calibrators, the last that had them is "
+                f"{last}; choose precision=int8, whose scales are in the file"
+            )
+    if config.exported is None and {"parity", "package"}.intersection(plan):
+        raise UserError(f"stage={plan[0]}: model={config.model.label} is an engine; this is for networks that are built here")
+
+
+def check_given(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[str]) -> None:
+    """Check the description of a given file, and what is asked of it; a file that is not adopted yet is run once.
+
+    Raises:
+        UserError: the description is none, or does not fit the file, the decoder or the options of the engine.
+    """
+    keys = ("onnx", "plan", "spec", "outputs")
+    node = config.model
+    model = {key: OmegaConf.to_container(node[key]) if OmegaConf.is_config(node.get(key)) else node.get(key) for key in keys}
+    if model["onnx"] == model["plan"] or all(stages[name].collect for name in plan):
+        return
+    from pipeline.inference import decoder_options
+    from pipeline.specs import Shapes, described, named
+
+    raw = model["spec"]
+    if raw is None and config.model.get("_target_") is not None:
+        raise UserError(f"model.onnx={model['onnx']}: choose model=onnx, whose model.spec describes the file")
+    spec, _ = named(described(raw))
+    for doubt in spec.input.doubts:
+        print(f"warning: model.spec.input.{doubt}", file=sys.stderr)
+    given = arguments(stages["evaluate"])
+    parts = options.instances({key: given[key] for key in ("decoder", "framing")})
+    try:
+        parts["decoder"](spec, **decoder_options(None, parts["decoder"]))
+        if getattr(parts["framing"], "flip", False):
+            _ = spec.skeleton.limb_flip
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.spec: {error}") from error
+    if model["onnx"] is None or not Path(str(model["onnx"])).is_file():
+        return
+    from pipeline.adoption import adopt, check_request
+
+    file, one = Path(str(model["onnx"])), "stages.build.profiles"
+    profiles = [Shapes.parse(profile) for profile in OmegaConf.to_container(config.stages.build.profiles) or []]
+    sizes = {"resolution": _resolution("resolution", str(config.resolution))}
+    sizes |= {f"{one}[{n}].{k}": size for n, p in enumerate(profiles) for k, size in enumerate(p.resolution)}
+    batches = {"batch": config.batch}
+    batches |= {f"{one}[{n}].{k}": count for n, p in enumerate(profiles) for k, count in enumerate(p.batch)}
+    precision = str(config.precision.name)
+    for doubt in check_request(file, raw, precision, sizes, batches, parts["framing"].one_size):
+        print(f"warning: {doubt}", file=sys.stderr)
+    export = Path(str(config.outputs)) / str(config.name) / "export" / stages["export"].address
+    if "export" in plan and (config.force or read_manifest(export) is None):
+        adopt(file, raw, model["outputs"], _resolution("training_resolution", str(config.training_resolution)))
+
+
+def check_machine(stage: Stage) -> None:
+    """Check that a stage's files are there and its components' packages installed.
+
+    Raises:
+        UserError: a file or a package is missing.
+    """
+    for option in stage.files:
+        file = value_at(stage.options, option)
+        if file is not None and not Path(str(file)).is_file():
+            raise UserError(f"{option_of(option)}={file}: no such file; give the path of an existing one")
+    for component in stage.options.values():
+        if not (isinstance(component, Mapping) and any(targets(component))):
+            continue
+        for module in component.get("requires") or []:
+            if find_spec(module) is None:
+                raise UserError(
+                    f"{component.get('label', stage.name)}: the Python package '{module}' is not installed here; "
+                    f"install it (pip install -e '.[{module}]') or choose another backend"
+                )
+
+
+def _resolution(option: str, text: str) -> Resolution:
+    try:
+        return Resolution.parse(text)
+    except ValueError as error:
+        raise UserError(f"{option}{str(error).removeprefix('resolution')}") from error
+
+
+def _check_resolution(option: str, text: str, multiple: int, offset: int) -> None:
+    resolution = _resolution(option, text)
+    spec = InputSpec("image", multiple=multiple, offset=offset)
+    if not spec.fits(resolution):
+        near = Resolution(*(spec.fit(n - multiple / 2) for n in (resolution.height, resolution.width)))
+        shape = f"multiples of {multiple}" + (f" plus {offset}" if offset else "")
+        raise UserError(f"{option}={resolution}: this network takes {shape}; the nearest is {option}={near}")
