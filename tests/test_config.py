@@ -26,7 +26,7 @@ GROUPS = ("data", "family", "model", "pruner", "sampler", "precision", "backend"
 CHOICES = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
 NEEDED = ["weights=w", "data.train.images=a", "data.train.annotations=a", "data.val.images=a", "data.val.annotations=a"]
 # Change no byte of a result.
-UNTRACKED = {"pipeline/errors.py", "pipeline/specs.py", "pipeline/artifacts.py", "pipeline/processes.py"}
+UNTRACKED = {f"pipeline/{name}.py" for name in ("errors", "specs", "artifacts", "processes", "progress")}
 
 
 def compose(*words):
