@@ -118,7 +118,9 @@ def check_given(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[
     """
     keys = ("onnx", "plan", "spec", "outputs")
     node = config.model
-    model = {key: OmegaConf.to_container(node[key]) if OmegaConf.is_config(node.get(key)) else node.get(key) for key in keys}
+    model: dict[str, Any] = {
+        key: OmegaConf.to_container(node[key]) if OmegaConf.is_config(node.get(key)) else node.get(key) for key in keys
+    }
     if model["onnx"] == model["plan"] or all(stages[name].collect for name in plan):
         return
     from pipeline.inference import decoder_options
