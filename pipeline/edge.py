@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import MANIFEST, ROOT, read_manifest
+from pipeline.artifacts import MANIFEST, ROOT, parse_json, read_manifest
 from pipeline.errors import UserError
 
 STAGES = ("build", "evaluate", "benchmark")
@@ -98,8 +98,10 @@ def run(package: Path, words: Sequence[str]) -> Path:
         UserError: this is no package, or a stage failed.
     """
     try:
-        about = json.loads((package / PACKAGE).read_text())
-    except (OSError, ValueError) as error:
+        about = parse_json((package / PACKAGE).read_bytes())
+        if not {"name", "backend", "options", "made_of"} <= set(about):
+            raise ValueError("it lacks what every package says")
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{package / PACKAGE}: not a package ({error}); run this in the folder that stage=package wrote"
         ) from error
@@ -129,7 +131,7 @@ def _device(backend: str) -> str:
         name = DeviceMemory().gpu["name"]
     else:
         name = str(device.describe()["cpu"])
-    return re.sub(r"[^a-z0-9]+", ".", name.lower()).strip(".")
+    return re.sub(r"[^a-z0-9]+", ".", name.lower()).strip(".") or "device"
 
 
 def bytes_of(folder: Path) -> int:

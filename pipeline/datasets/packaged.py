@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import sha256
+from pipeline.artifacts import parse_json, sha256
 from pipeline.datasets.annotations import skeleton_of
 from pipeline.datasets.coco import Coco
 from pipeline.errors import UserError
@@ -75,9 +75,9 @@ class Packaged:
     def _listed(self) -> Mapping[str, Any]:
         file = Path(self.folder) / LISTED
         try:
-            listed: Mapping[str, Any] = json.loads(file.read_text())
+            listed: Mapping[str, Any] = parse_json(file.read_bytes())
             changed = [name for name, digest in listed["files"].items() if sha256(Path(self.folder) / name) != digest]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file}: not the images of a package ({error}); copy the package again") from error
         if changed:
             raise UserError(f"{self.folder}/{changed[0]}: not the file that was packaged; copy the package again")

@@ -12,6 +12,7 @@ from zipfile import BadZipFile
 import numpy as np
 import onnx
 
+from pipeline.artifacts import parse_json
 from pipeline.errors import UserError
 from pipeline.quantization import calibration
 from pipeline.quantization.calibration import Histogram
@@ -103,7 +104,7 @@ def read_scales(file: Path, key: Mapping[str, Any], tensors: Sequence[str]) -> d
         UserError: the file is no such cache, or was made of other things.
     """
     try:
-        content = json.loads(file.read_text())
+        content = parse_json(file.read_bytes())
         rows: dict[str, dict[str, Any]] = dict(content["tensors"])
         stored = dict(content["key"])
     except (OSError, ValueError, KeyError, TypeError) as error:
