@@ -99,12 +99,13 @@ def run(package: Path, words: Sequence[str]) -> Path:
     """
     try:
         about = parse_json((package / PACKAGE).read_bytes())
-        if not {"name", "backend", "options", "made_of"} <= set(about):
-            raise ValueError("it lacks what every package says")
+        lost = {"name", "backend", "options", "made_of"} - set(about)
     except (OSError, ValueError, TypeError) as error:
+        lost, about = {str(error)}, {}
+    if lost:
         raise UserError(
-            f"{package / PACKAGE}: not a package ({error}); run this in the folder that stage=package wrote"
-        ) from error
+            f"{package / PACKAGE}: not a package ({', '.join(sorted(lost))}); run this in the folder that stage=package wrote"
+        )
     device = _device(str(about["backend"]))
     words = [f"stage=[{','.join(STAGES)}]", *about["options"], f"backend.label={about['backend']}-{device}", *words]
     done = subprocess.run([sys.executable, "-m", "pipeline", *words], cwd=package, check=False)
