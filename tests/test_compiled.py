@@ -1,0 +1,69 @@
+"""Compiled code where nothing, or little, can be written."""
+
+import os
+from pathlib import Path
+
+import pytest
+from numba.core import caching
+
+from evaluation.compiled import compiled
+from pipeline import __main__ as program
+from pipeline.artifacts import Results
+
+
+def doubled(n):
+    return 2 * n
+
+
+def test_a_function_compiles_where_no_cache_can_be_written(monkeypatch):
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+    assert compiled(doubled)(21) == 42
+
+
+def test_other_errors_of_numba_are_not_hidden(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("another one")
+
+    monkeypatch.setattr("numba.njit", broken)
+    with pytest.raises(RuntimeError, match="another one"):
+        compiled(doubled)
+
+
+@pytest.fixture
+def unwritable(monkeypatch, tmp_path):
+    """A machine where neither the code's folder nor the user's cache can be written."""
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home" / "cache"))
+    refused = (Path(program.__file__).parent.parent, tmp_path / "home", tmp_path)
+    (tmp_path / "home").mkdir()
+    monkeypatch.setattr(os, "access", lambda file, _: not any(Path(file).is_relative_to(folder) for folder in refused))
+    yield
+    os.environ.pop("NUMBA_CACHE_DIR", None)
+
+
+@pytest.mark.usefixtures("unwritable")
+def test_what_is_compiled_is_kept_below_outputs(tmp_path):
+    program._keep_compiled(Results(tmp_path / "outputs", "x", "run"))
+    assert os.environ["NUMBA_CACHE_DIR"] == str(tmp_path / "outputs" / "cache" / "numba")
+
+
+@pytest.mark.usefixtures("unwritable")
+def test_what_can_be_kept_nowhere_is_said(tmp_path, monkeypatch, capsys):
+    results = Results(tmp_path / "outputs", "x", "run")
+    monkeypatch.setattr(Results, "writable", False)
+    program._keep_compiled(results)
+    assert "give NUMBA_CACHE_DIR a folder that can be written" in capsys.readouterr().err
+    assert "NUMBA_CACHE_DIR" not in os.environ
+
+
+@pytest.mark.usefixtures("unwritable")
+def test_a_folder_that_is_given_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "/given")
+    program._keep_compiled(Results(tmp_path / "outputs", "x", "run"))
+    assert os.environ["NUMBA_CACHE_DIR"] == "/given"
+
+
+def test_where_the_code_lies_writable_nothing_changes(tmp_path, monkeypatch):
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    program._keep_compiled(Results(tmp_path / "outputs", "x", "run"))
+    assert "NUMBA_CACHE_DIR" not in os.environ
