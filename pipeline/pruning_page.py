@@ -146,20 +146,21 @@ def norm_plot(norms: Mapping[str, Any], groups: Mapping[str, Any] | None) -> Any
     """Channel norms before and after training, sorted in each group; with the pruner's values, what it cut.
 
     Args:
-        norms: "before" and "after", a list a group, as training wrote them.
+        norms: "after" training and, where it was measured, "before", a list a group.
         groups: what the pruner wrote: its values and how many channels of each group it kept; None where nothing was pruned.
     """
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    for name, colour in (("before", "#9bb3c9"), ("after", "#2e6f95")):
+    colours = {"before": "#9bb3c9", "after": "#2e6f95"}
+    for name in [name for name in colours if name in norms]:
         xs: list[float | None] = []
         ys: list[float | None] = []
         for n, values in enumerate(norms[name].values()):
             order = np.sort(values)[::-1]
             xs += [*(n + (np.arange(len(order)) + 0.5) / len(order)).tolist(), None]
             ys += [*np.maximum(order, 1e-6).tolist(), None]
-        figure.add_scattergl(x=xs, y=ys, mode="lines", line={"color": colour}, name=f"{name} training")
+        figure.add_scattergl(x=xs, y=ys, mode="lines", line={"color": colours[name]}, name=f"{name} training")
     if groups is not None and _cuts_by_norm(groups):
         own = {group["name"]: group for group in groups["groups"]}
         xs, ys = [], []
@@ -200,6 +201,8 @@ def _steps(content: Mapping[str, Any]) -> str:
         f"<p>{content['near_dead']} of the dense network's {content['channels']} channels are near dead (their norm is at most "
         f"a hundredth of their group's greatest){flatters}.</p>"
     )
+    for reason, layers in content.get("left_out", {}).items():
+        made += f"<p>Left out of pruning: {html.escape(', '.join(layers))} ({html.escape(reason)}).</p>"
     if content["divisors"]:
         divisors = [[str(r["round_to"]), f"{r['macs'] / 1e9:.3f}", f"{r['latency_ms']:.3g}"] for r in content["divisors"]]
         made += "<p>Channel counts as multiples of</p>" + _table(["divisor", "GMACs", "p50 ms"], divisors)
@@ -246,7 +249,7 @@ def section(results: Sequence[Result], rows: Sequence[Mapping[str, Any]], plot: 
             folder = result.made_of.get(stage)
             groups = _read(pruned, "groups.json") if stage == "train" else None
             about = pruned if _cuts_by_norm(groups) else folder  # then the plot shows what this pruning cuts
-            content = _read(folder, name)
+            content = _read(folder, name) or (_read(pruned, name) if stage == "train" else None)
             if content is None or about is None or (about, what) in seen:
                 continue
             seen.add((about, what))

@@ -1,12 +1,16 @@
 """Saving and loading networks: weights as safetensors, structure as JSON, no pickle."""
 
+import difflib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
@@ -15,12 +19,16 @@ from torch import nn
 from evaluation.types import NetworkSpec
 from pipeline.artifacts import parse_json
 from pipeline.errors import UserError
+from pipeline.models.contract import created, tied
 from pipeline.models.trust import network_class
 from pipeline.pruning import sparse24
 from pipeline.pruning.graph import History, replay
 
 _MOST_TIMES = 64  # parameters to bytes
 WEIGHTS, ARCHITECTURE = "model.safetensors", "architecture.json"
+_GIVEN_AS = {
+    ".onnx": "model=onnx model.onnx", ".plan": "model=plan model.plan", ".engine": "model=plan model.plan",
+}  # fmt: skip
 
 
 def save(network: nn.Module, out: Path, make: "partial[nn.Module]", history: list[Any]) -> None:
@@ -42,7 +50,12 @@ def save(network: nn.Module, out: Path, make: "partial[nn.Module]", history: lis
         "params": sum(p.numel() for p in network.parameters()),
     }
     (out / ARCHITECTURE).write_text(json.dumps(architecture))
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    ties = tied(network)  # a file holds each tensor once
+    state = {name: values.detach().cpu().contiguous() for name, values in network.state_dict().items() if name not in ties}
+    places: dict[int, str] = {}
+    for name, values in state.items():
+        if places.setdefault(values.untyped_storage().data_ptr(), name) != name:
+            state[name] = values.clone()  # a view of another one
     (out / WEIGHTS).write_bytes(to_bytes(state))  # whose failure names the file
 
 
@@ -118,54 +131,198 @@ def build(make: "partial[nn.Module]", history: History) -> nn.Module:
     Raises:
         UserError: the history is of another network.
     """
-    network = make()
+    network = created(make)
     replay(network, [entry for entry in history if entry[1] != sparse24.KIND])
     sparse24.apply(network, history)
     return network
 
 
-def read_weights(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a .safetensors file, or of a .pt / .pth state dict (read without executing anything).
+def read_weights(file: Path) -> dict[str, Any]:
+    """The content of a .safetensors, .pt or .pth file, for `load_state`; nothing in it is executed.
+
+    Returns:
+        Tensors by name; or what they are wrapped in ("state_dict", "ema", ...), beside other things.
 
     Raises:
-        UserError: the file is missing or holds no state dict.
+        UserError: the file is missing, or holds no tensors by name.
     """
+    if (option := _GIVEN_AS.get(file.suffix.lower())) is not None:
+        raise UserError(f"weights={file}: not a state file; give {option}={file} instead of weights=")
     try:
-        raw: Any = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+        raw: Any = load_file(file) if _is_safetensors(file) else torch.load(file, "cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"weights={file}: cannot read the file ({error.strerror or error})") from error
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"weights={file}: not a state file of tensors ({first}); save a state_dict or .safetensors") from error
-    for key in ("state_dict", "model"):
-        if isinstance(raw, Mapping) and isinstance(raw.get(key), Mapping):
-            raw = raw[key]
-    if not isinstance(raw, Mapping) or not all(isinstance(v, torch.Tensor) for v in raw.values()):
+        raise UserError(f"weights={file}: {_no_state(file, str(error).strip() or type(error).__name__)}") from error
+    if isinstance(raw, (list, tuple)):
+        raw = {str(n): value for n, value in enumerate(raw)}
+    if not isinstance(raw, Mapping) or not any(True for _ in _wrapped(raw)):
         raise UserError(f"weights={file}: not a state dict of tensors; save network.state_dict()")
     return dict(raw)
 
 
-def load_state(network: nn.Module, state: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Load tensors into a network; every key must fit.
+def _is_safetensors(file: Path) -> bool:
+    if file.suffix == ".safetensors":
+        return True
+    with file.open("rb") as stream:
+        start = stream.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < file.stat().st_size
+
+
+def _no_state(file: Path, complaint: str) -> str:
+    """Why a file that cannot be read is no state file, and what to do."""
+    first = complaint.splitlines()[0]
+    if (kind := re.search(r"(?:GLOBAL|global:?) ([\w.]+)", complaint)) is not None:
+        return (
+            f"a pickle of more than tensors ({kind[1]}), which would run code when it is read; where it was made, save "
+            "network.state_dict() alone"
+        )
+    if "TorchScript" in complaint:
+        return "a TorchScript archive; save torch.jit.load(FILE).state_dict() with torch.save"
+    if _is_onnx(file):
+        return f"an ONNX file; give model=onnx model.onnx={file} instead of weights="
+    return f"not a state file of tensors ({first}); save a state_dict or .safetensors"
+
+
+def _is_onnx(file: Path) -> bool:
+    import onnx
+
+    try:
+        return len(onnx.load(file, load_external_data=False).graph.node) > 0
+    except Exception:  # noqa: BLE001 protobuf has several ways to say that it is none
+        return False
+
+
+def _wrapped(raw: Mapping[Any, Any], place: str = "", depth: int = 3) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Every mapping of a file that holds tensors by name, with the keys that lead to it."""
+    tensors = {key: value for key, value in raw.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
+    if tensors:
+        yield place, tensors
+    for key, value in raw.items() if depth else ():
+        if isinstance(value, Mapping):
+            yield from _wrapped(value, f"{place}.{key}".strip("."), depth - 1)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Tensors of a file under the names of a network.
+
+    Attributes:
+        place: keys of the file that lead to them.
+        prefix: what was taken from their names.
+        added: what was put before their names.
+        state: the tensors.
+        beside: how many others there are.
+        missing: names of the network that are not there.
+        extra: names that the network does not have.
+        wrong: other shapes, and tied weights that differ, to be read.
+    """
+
+    place: str
+    prefix: str
+    added: str
+    state: Mapping[str, torch.Tensor]
+    beside: int
+    missing: Sequence[str]
+    extra: Sequence[str]
+    wrong: Sequence[str]
+
+    @property
+    def fits(self) -> bool:
+        return not (self.missing or self.extra or self.wrong)
+
+    @property
+    def plain(self) -> bool:
+        return not (self.place or self.prefix or self.added)
+
+    def words(self) -> str:
+        parts = [f"'{self.place}'"] if self.place else []
+        parts += [f"names without '{self.prefix}'"] if self.prefix else []
+        parts += [f"names with '{self.added}' before them"] if self.added else []
+        return ", ".join(parts)
+
+
+def _read_as(
+    network: nn.Module, place: str, tensors: Mapping[str, torch.Tensor], prefix: str = "", added: str = ""
+) -> _Reading:
+    own, ties = network.state_dict(), tied(network)
+    inside = {added + name[len(prefix) :]: values for name, values in tensors.items() if name.startswith(prefix)}
+    state: dict[str, torch.Tensor] = dict(getattr(network, "public_names", dict)(inside))
+    wrong = []
+    for name, first in ties.items():
+        one, two = state.get(name), state.get(first)
+        if one is not None and two is not None and not torch.equal(one, two):
+            wrong.append(f"{name} differs from {first}, with which it is one weight")
+        elif one is None and two is not None:
+            state[name] = two
+        elif two is None and one is not None:
+            state[first] = one
+    wrong += [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    extra = [name for name in state if name not in own]
+    return _Reading(place, prefix, added, state, len(tensors) - len(inside), missing, extra, wrong)
+
+
+def _readings(network: nn.Module, state: Mapping[str, Any]) -> Iterator[_Reading]:
+    """Every way to read a file: each mapping in it, as it is, under each beginning of its names, or as part of the network."""
+    first, *others = dict.fromkeys(name.partition(".")[0] for name in network.state_dict())
+    for place, found in _wrapped(state):
+        tensors = {name.replace("_orig_mod.", ""): values for name, values in found.items()}  # torch.compile's
+        parts = [name.split(".")[:-1] for name in tensors]
+        prefixes = dict.fromkeys(".".join(own[:n]) + "." for n in range(1, 4) for own in parts if len(own) >= n)
+        for prefix in ("", *prefixes):
+            yield _read_as(network, place, tensors, prefix)
+        if not others:
+            yield _read_as(network, place, tensors, added=f"{first}.")
+
+
+def load_state(network: nn.Module, state: Mapping[str, Any], file: Path) -> None:
+    """Load tensors into a network; every name must fit.
+
+    Tensors may be wrapped ("state_dict", "ema"), or their names may have a prefix ("module.", "model."), if only one reading
+    fits; it is said.
+
+    Args:
+        network: its weights are replaced.
+        state: what `read_weights` returned.
+        file: where it comes from, for messages.
 
     Raises:
-        UserError: keys are missing, left over or of another shape; they are listed.
+        UserError: names are missing, left over or of another shape, and are listed; or several readings fit.
     """
-    rename = getattr(network, "public_names", dict)
-    state = rename(state)
-    own = network.state_dict()
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    extra = [key for key in state if key not in own]
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
+    plain = _read_as(network, "", {name: values for name, values in state.items() if isinstance(values, torch.Tensor)})
+    readings = [plain] if plain.fits else list(_readings(network, state))
+    fitting = [reading for reading in readings if reading.fits]
+    if not fitting:
+        raise UserError(f"{file}: {_no_reading(network, readings)}")
+    chosen = fitting[0]
+    others = [r for r in fitting if not all(torch.equal(v, r.state[name]) for name, v in chosen.state.items())]
+    if others:
+        which = "; ".join(reading.words() for reading in (chosen, *others))
+        raise UserError(f"{file}: several states in it fit {type(network).__name__}: {which}; save the one that is meant alone")
+    if not chosen.plain:
+        beside = f"; {chosen.beside} tensors beside them are not the network's" if chosen.beside else ""
+        Console(stderr=True, highlight=False).print(
+            f"           {file}: read {chosen.words()}{beside}", soft_wrap=True, markup=False
+        )
+    network.load_state_dict(chosen.state, strict=False)
+
+
+def _no_reading(network: nn.Module, readings: Sequence[_Reading]) -> str:
+    """What does not fit, in the reading that fits best."""
+    best = min(readings, key=lambda reading: (len(reading.missing) + len(reading.wrong), len(reading.extra)))
+    parts = [
+        f"{len(names)} {what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+        for what, names in (("missing", best.missing), ("left over", best.extra), ("of another shape", best.wrong))
+        if names
     ]
-    if missing or extra or shapes:
-        parts = [
-            f"{len(keys)} {what}: {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}"
-            for what, keys in (("missing", missing), ("left over", extra), ("of another shape", shapes))
-            if keys
-        ]
-        raise UserError(f"{file}: a checkpoint of another network than {type(network).__name__}: {'; '.join(parts)}")
-    network.load_state_dict(state, strict=False)
+    own = network.state_dict()
+    alike = [name for name in best.extra if best.missing and best.state[name].shape == own[best.missing[0]].shape]
+    close = difflib.get_close_matches(best.missing[0], alike, n=1, cutoff=0.5) if alike else []
+    hint = f"; nearest to {best.missing[0]} there is {close[0]}" if close else ""
+    read = "" if best.plain else f" (read as {best.words()})"
+    return f"a checkpoint of another network than {type(network).__name__}{read}: {'; '.join(parts)}{hint}"

@@ -3,7 +3,6 @@
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,9 +15,10 @@ from torch import nn
 from evaluation.types import NetworkSpec, Resolution
 from pipeline import export
 from pipeline.errors import UserError
+from pipeline.models.contract import duplicate
 from pipeline.pruning.criteria import importance
-from pipeline.pruning.graph import Costs, groups, remove
-from pipeline.pruning.pruner import Curves, Plan, Pruner, Target, UnreachableError
+from pipeline.pruning.graph import Costs, apart, mask, remove, survey
+from pipeline.pruning.pruner import Curves, Plan, Pruner, Target, UnreachableError, nothing_to_prune
 from pipeline.quantization.probe import Candidate, Probe
 
 DIVISORS = (1, 4, 8, 16, 32)
@@ -27,6 +27,8 @@ _TRIES = 6  # engines built to find a latency
 _CLOSE = 0.015  # of the target, from where on a latency is found
 _NEAR = 0.05  # of the target, up to where the nearest latency is taken on either side; else the greatest below it
 _SECONDS = 6.0  # of timing a comparison, at most
+_MOST_APART = 1e-3  # of the greatest value, between a pruned network and the masked one
+_WRONG = "pruner: the pruned network {}; leave out what it cannot be pruned of with pruner.excluded_layers, of {}"
 
 
 def exported(
@@ -46,7 +48,7 @@ def exported(
         scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         file = Path(folder) / "model.onnx"
-        export.export(deepcopy(network).cpu().eval(), image, _OPSET, file, any_shape)
+        export.export(duplicate(network).cpu().eval(), image, _OPSET, file, any_shape)
         export.stamp(file, spec)
         return Candidate.of_file(file, checkpoint)
 
@@ -86,15 +88,24 @@ class Cycle:
 
     def __post_init__(self) -> None:
         """Take the dense network's sizes."""
-        found = groups(self.network)
+        surveyed = survey(self.network)
+        found, self.left_out = list(surveyed.groups), surveyed.reasons()
+        if self.left_out:
+            _say(f"left out of pruning: {surveyed.words()}")
         self.whole = {group.name: group.size for group in found}
+        if not found:
+            raise UserError(nothing_to_prune(surveyed))
         norms = importance(self.network, found, "group_l1", None, "union")
+        self.norms = {
+            g.name: [round(float(x), 5) for x in values] for g, values in zip(found, norms, strict=True) if values is not None
+        }
         self.near_dead = sum(int((values < 0.01 * values.max()).sum()) for values in norms if values is not None)
         if self.near_dead:  # which flatters any pruner
             _say(f"{self.near_dead} of {sum(self.whole.values())} channels are near dead: a hundredth of their group's best")
         self.dense = Costs(self.network, found, self.size)([group.size for group in found])
         self.reference = self._candidate(self.network) if self.probe is not None else None
         self.round_to: int | None = None
+        self.apart = 0.0
         self.known: dict[str, Any] = {}
         if self.memory is not None and self.memory.exists():
             try:
@@ -128,11 +139,31 @@ class Cycle:
                 left, whole = sum(self.last.kept), sum(self.whole.values())
                 cut = sum(kept < self.whole[group.name] for group, kept in zip(self.last.groups, self.last.kept, strict=True))
                 _say(f"{whole - left} of {whole} channels go, from {cut} of {len(self.whole)} groups")
-            self.history += remove(self.network, dropped)
+            self.history += self._removed(dropped)
             self._measure(f"{step}" if steps > 1 else "pruned", anew=step == steps)
             if step < steps and self.retrain is not None:
                 self.retrain(self.network, step)
                 self._measure(f"{step}, trained")
+
+    def _removed(self, dropped: Mapping[str, Sequence[int]]) -> list[Any]:
+        """Remove channels, and compare the network with itself while nothing read them.
+
+        Raises:
+            UserError: it is another network now.
+        """
+        masked = duplicate(self.network).cpu().eval()
+        for group in survey(self.network).groups:
+            mask(masked, group, dropped.get(group.name, ()))
+        try:
+            history = remove(self.network, dropped)
+            found = apart(self.network, masked, self.size)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise UserError(_WRONG.format(f"fails ({str(error).splitlines()[0]})", ", ".join(list(dropped)[:8]))) from error
+        if found > _MOST_APART:
+            what = f"differs from the masked one by {found:.2g} of its greatest value"
+            raise UserError(_WRONG.format(what, ", ".join(list(dropped)[:8])))
+        self.apart = max(self.apart, found)
+        return history
 
     def _goal(self) -> dict[str, Any]:
         """What the last step is to reach, and what finding that out measured."""
@@ -159,7 +190,13 @@ class Cycle:
     def summary(self) -> dict[str, Any]:
         """What a manifest says of the pruning."""
         divisor = self.round_to or self.pruner.divisor
-        return {"near_dead_channels": self.near_dead, "channels": sum(self.whole.values()), "round_to": divisor}
+        return {
+            "near_dead_channels": self.near_dead,
+            "channels": sum(self.whole.values()),
+            "round_to": divisor,
+            "pruned_against_masked": float(f"{self.apart:.2g}"),
+            "left_out": self.left_out,
+        }
 
     def save(self, out: Path) -> None:
         """Write steps.json, the table, and groups.json: what every channel was worth in the last step, and what was kept."""
@@ -181,21 +218,23 @@ class Cycle:
             "backend": backend,
             "resolution": str(self.size),
             "near_dead": self.near_dead,
+            "left_out": self.left_out,
             "channels": sum(self.whole.values()),
         }
         (out / "steps.json").write_text(json.dumps(steps, indent=1))
+        (out / "norms.json").write_text(json.dumps({"after": self.norms}))
 
     def _plan(self, reach: Mapping[str, float] | None, part: float = 1.0, round_to: int | None = None) -> Plan:
         gates = self.gates(self.network) if self.gates is not None and self.pruner.criterion == "taylor" else None
         return self.pruner.plan(self.network, self.size, gates, self.curves, reach, round_to or self.round_to, self.whole, part)
 
     def _pruned(self, plan: Plan) -> tuple[nn.Module, Candidate]:
-        network = deepcopy(self.network)
+        network = duplicate(self.network)
         history = remove(network, plan.dropped)
         return network, self._candidate(network, history)
 
     def _candidate(self, network: nn.Module, removed: Sequence[Any] = ()) -> Candidate:
-        keep = self.keep and partial(self.keep, deepcopy(network).cpu(), [*self.history, *removed])
+        keep = self.keep and partial(self.keep, duplicate(network).cpu(), [*self.history, *removed])
         assert self.probe is not None
         scratch = None if self.memory is None else self.memory.parent
         return exported(network, self.size, keep, not self.probe.framing.one_size, scratch)

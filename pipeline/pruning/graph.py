@@ -1,9 +1,12 @@
 """The channel groups of a network: which channels go together, what they cost, and removing them; by torch-pruning."""
 
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch_pruning as tp
@@ -11,11 +14,20 @@ from torch import Tensor, nn
 
 from evaluation.types import NetworkSpec, Resolution
 from pipeline.errors import UserError
+from pipeline.models.contract import duplicate, fold, tied
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 History = Sequence[
     Sequence[Any]
 ]  # [name of a layer, whether its outputs, channels] of every removal, as architecture.json has it
+
+_TOLERANCE = 1e-4  # of the greatest value, between a pruned and a masked network in single precision; channels that are
+# followed wrongly make a hundredth or more
+_PLAIN = {
+    "Add", "Sub", "Mul", "Div", "Concat", "Output", "Relu", "LeakyRelu", "Hardtanh", "Hardswish", "Hardsigmoid", "Sigmoid",
+    "Silu", "Tanh", "Gelu", "Elu", "Mish", "MaxPool2DWithIndices", "AvgPool2D", "UpsampleNearest2D", "UpsampleBilinear2D",
+    "Clone", "T", "Addmm", "Mm", "Bmm", "Unsqueeze", "Squeeze", "Contiguous",
+}  # fmt: skip
 
 
 def example(network: nn.Module, resolution: Resolution | None = None) -> Tensor:
@@ -60,7 +72,7 @@ def normalised(network: nn.Module) -> dict[nn.Module, nn.BatchNorm2d]:
 
     def remember(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if isinstance(module, nn.BatchNorm2d):
-            if id(inputs[0]) in made:
+            if id(inputs[0]) in made and module.affine and module.running_var is not None:
                 pairs[made[id(inputs[0])]] = module
         else:
             kept.append(output)
@@ -112,11 +124,15 @@ class Group:
         name: of the layer that pruning begins at.
         size: how many channels.
         parts: of all layers that have them.
+        through: other modules and parameters that they go through, by name; without such, operators that are no plain ones.
+        others: parameters that a channel has in these modules.
     """
 
     name: str
     size: int
     parts: Sequence[Part]
+    through: tuple[str, ...] = ()
+    others: float = 0.0
 
     @property
     def producers(self) -> list[Part]:
@@ -138,45 +154,307 @@ class Group:
         )
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """Channels that are not pruned, though no head gives them.
+
+    Attributes:
+        layers: names of the layers that compute them.
+        reason: why, to be read.
+    """
+
+    layers: Sequence[str]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What of a network may be pruned, and what may not.
+
+    Attributes:
+        groups: in the order of the network's layers.
+        left_out: the others, without those of the heads.
+    """
+
+    groups: Sequence[Group]
+    left_out: Sequence[LeftOut]
+
+    def reasons(self) -> dict[str, list[str]]:
+        """The layers that are left out of pruning, by the reason."""
+        layers: dict[str, list[str]] = {}
+        for own in self.left_out:
+            layers.setdefault(own.reason, []).extend(own.layers)
+        return layers
+
+    def words(self) -> str:
+        """The layers that are left out of pruning, as a part of a sentence; nothing where there are none."""
+        return "; ".join(f"{_few(names)} ({reason})" for reason, names in self.reasons().items())
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+@contextmanager
+def _learning(network: nn.Module) -> Iterator[None]:
+    """Let every weight have gradients for a while, for torch-pruning follows them; what was frozen is frozen after it."""
+    frozen = [name for name, weight in network.named_parameters() if not weight.requires_grad and weight.is_floating_point()]
+    for name, weight in network.named_parameters():
+        if name in frozen:
+            weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        weights = dict(network.named_parameters())  # pruning makes new ones
+        for name in frozen:
+            weights[name].requires_grad_(False)
+
+
 def _graph(network: nn.Module) -> tp.DependencyGraph:
-    with _evaluating(network):  # which torch-pruning leaves it in
-        return tp.DependencyGraph().build_dependency(network, example(network))
+    with _evaluating(network), torch.enable_grad():  # torch-pruning leaves it in evaluation mode
+        return tp.DependencyGraph().build_dependency(network, example(network), verbose=False)
+
+
+def heads(network: nn.Module) -> list[nn.Module]:
+    """The layers whose outputs must stay: `ignored_layers` and what is in them."""
+    return [layer for head in network.ignored_layers for layer in head.modules()]  # type: ignore[union-attr]
+
+
+_VERDICTS: WeakKeyDictionary[nn.Module, tuple[Any, Sequence[LeftOut]]] = WeakKeyDictionary()
+
+
+def survey(network: nn.Module) -> Survey:
+    """The groups that may be pruned, and what is left out.
+
+    Torch-pruning follows channels through the operators that it knows, and takes all others for element-wise ones. So its
+    groups are tried: the pruned network must give what the dense one gives whose consumers do not read those channels.
+    """
+    try:
+        found, left_out = _candidates(network)
+        structure = [(name, type(module)) for name, module in network.named_modules()]
+        known = _VERDICTS.get(network)
+        if known is None or known[0] != structure:  # of a structure, with any weights and any number of channels
+            known = _VERDICTS[network] = structure, _Trial(network).broken(found)
+    except Exception as error:  # noqa: BLE001 torch-pruning and a network's own code raise anything
+        layers = [name for name, module in network.named_modules() if isinstance(module, LAYERS)]
+        return Survey([], [LeftOut(layers, f"the network cannot be followed: {_told(error)}")])
+    broken = {name for own in known[1] for name in own.layers}
+    kept = [group for group in found if broken.isdisjoint(part.name for part in group.producers)]
+    return Survey(kept, [*left_out, *known[1]])
 
 
 def groups(network: nn.Module) -> list[Group]:
-    """The groups that may be pruned, in the order of the network's layers.
+    """The groups that may be pruned, in the order of the network's layers; `survey` says what is left out."""
+    return list(survey(network).groups)
 
-    Left out are those of the heads, and those with a grouped convolution that is not depthwise.
+
+def _candidates(network: nn.Module) -> tuple[list[Group], list[LeftOut]]:
+    """The groups as torch-pruning follows them, and those that can be seen to be none."""
+    copy = duplicate(network)
+    fold(copy)
+    real, names = dict(network.named_modules()), {module: name for name, module in copy.named_modules()}
+    order = {name: n for n, name in enumerate(real)}
+    shared = {name.rpartition(".")[0]: other for one, two in tied(copy).items() for name, other in ((one, two), (two, one))}
+    found, left_out = [], []
+    with _learning(copy):
+        graph = _graph(copy)
+        for members in _members(graph, heads(copy)):
+            parts = []
+            for item in members:
+                layer = item.dep.target.module
+                if isinstance(layer, (*LAYERS, nn.BatchNorm2d)):
+                    outputs = item.dep.handler.__name__ == "prune_out_channels"
+                    name = names[layer]
+                    parts.append(Part(name, real[name], outputs, torch.tensor(item.idxs), torch.tensor(item.root_idxs)))
+            size = len(members[0].idxs)
+            through, others = _others(graph, members, size)
+            group = Group(names[members[0].dep.target.module], size, parts, through, others)
+            if (reason := _at_sight(parts, shared)) is None:
+                found.append(group)
+            else:
+                left_out.append(LeftOut([part.name for part in group.producers], reason))
+    return sorted(found, key=lambda group: order[group.name]), left_out
+
+
+def _members(graph: tp.DependencyGraph, ignored: Sequence[nn.Module]) -> Iterator[Any]:
+    """What goes with the outputs of each layer, but where a head's outputs are among it; a layer is in one of them."""
+    yield from graph.get_all_groups(ignored_layers=list(ignored), root_module_types=list(LAYERS))
+
+
+def _others(graph: tp.DependencyGraph, members: Any, size: int) -> tuple[tuple[str, ...], float]:
+    """What of a group is neither a layer nor a plain operator, and how many parameters a channel has in that."""
+    operators, own, params = set(), set(), {}
+    for item in members:
+        node = item.dep.target
+        module = node.module
+        if isinstance(module, nn.Parameter):
+            own.add(graph._param_to_name[module])  # noqa: SLF001
+            params[module] = module.numel() / module.shape[node.pruning_dim] * len(item.idxs) / size
+        elif isinstance(module, tp.ops._ElementWiseOp):  # noqa: SLF001
+            operators.add(re.sub(r"Backward\d*$", "", str(module._grad_fn)))  # noqa: SLF001
+        elif type(module).__module__ == tp.ops.__name__:
+            operators.add(type(module).__name__.strip("_").removesuffix("Op"))
+        elif not isinstance(module, (*LAYERS, nn.BatchNorm2d)):
+            own.add(type(module).__name__)
+            if channels := graph.get_out_channels(node):
+                params[module] = sum(p.numel() for p in module.parameters()) / channels * len(item.idxs) / size
+    return tuple(sorted(own or operators - _PLAIN)), sum(params.values())
+
+
+def _at_sight(parts: Sequence[Part], shared: Mapping[str, str]) -> str | None:
+    """Why channels are not pruned, where the layers themselves say it."""
+    for part in parts:
+        layer: Any = part.layer
+        if getattr(layer, "groups", 1) not in (1, getattr(layer, "in_channels", 1)):
+            return f"{part.name} is a grouped convolution that is not depthwise"
+        if getattr(layer, "groups", 1) > 1 and layer.in_channels != layer.out_channels:
+            return f"{part.name} is a depthwise convolution with {layer.out_channels // layer.in_channels} outputs a channel"
+        if part.name in shared:
+            return f"{part.name} shares a weight with {shared[part.name]}"
+    return None
+
+
+class _Trial:
+    """Prunes a copy of a network with random weights, to see which groups torch-pruning followed rightly.
+
+    The weights are random so that the verdict does not depend on training: a network may begin with zeros, or end with dead
+    channels, behind which nothing would be seen.
+
+    Args:
+        network: stays as it is.
     """
-    names = {module: name for name, module in network.named_modules()}
-    order = {name: n for n, name in enumerate(names.values())}
-    found = []
-    heads = list(network.ignored_layers)  # type: ignore[arg-type]
-    for group in _graph(network).get_all_groups(ignored_layers=heads, root_module_types=list(LAYERS)):
-        parts = []
-        for item in group:
-            layer = item.dep.target.module
-            if isinstance(layer, (*LAYERS, nn.BatchNorm2d)):
-                outputs = item.dep.handler.__name__ == "prune_out_channels"
-                parts.append(Part(names[layer], layer, outputs, torch.tensor(item.idxs), torch.tensor(item.root_idxs)))
-        if all(getattr(p.layer, "groups", 1) in (1, getattr(p.layer, "in_channels", 1)) for p in parts):
-            found.append(Group(names[group[0].dep.target.module], len(group[0].idxs), parts))
-    return sorted(found, key=lambda g: order[g.name])
+
+    def __init__(self, network: nn.Module) -> None:
+        self.random = torch.Generator().manual_seed(0)
+        self.network = duplicate(network).cpu().eval()
+        fold(self.network)
+        self.image = torch.rand(example(self.network).shape, generator=self.random)
+        given = {name: value.clone() for name, value in self.network.state_dict().items()}
+        self._enliven()
+        if not all(bool(values.isfinite().all()) for values in self._outputs(self.network).values()):
+            self.network.load_state_dict(given)  # which computes something
+
+    @torch.no_grad()
+    def _enliven(self) -> None:
+        weights = {name for name, _ in self.network.named_parameters(remove_duplicate=False)}
+        for name, values in self.network.state_dict().items():
+            if name.endswith("running_var"):
+                values.uniform_(0.5, 2, generator=self.random)
+            elif name.endswith(("running_mean", "bias")):
+                values.uniform_(-0.2, 0.2, generator=self.random)
+            elif name in weights and values.is_floating_point():
+                if values.numel() == max(values.shape, default=1):  # scales
+                    values.uniform_(0.5, 1.5, generator=self.random)
+                else:
+                    values.normal_(0, (2 * len(values) / values.numel()) ** 0.5, generator=self.random)
+
+    @torch.no_grad()
+    def _outputs(self, network: nn.Module) -> Mapping[str, Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            outputs: Mapping[str, Tensor] = network(self.image)
+        return outputs
+
+    def broken(self, found: Sequence[Group]) -> list[LeftOut]:
+        """The groups that were not followed rightly: all are tried at once, and halves only where that fails."""
+        if self._fault(found) is None:
+            return []
+        kinds: dict[tuple[str, ...], list[Group]] = {}
+        for group in found:
+            kinds.setdefault(group.through, []).append(group)
+        wrong = {group.name: why for alike in kinds.values() for group, why in self._faults(alike)}
+        right = [group for group in found if group.name not in wrong]
+        if self._fault(right) is not None:  # each alone is right, but not all together
+            kept: list[Group] = []
+            for group in right:
+                if (why := self._fault([*kept, group])) is None:
+                    kept.append(group)
+                else:
+                    wrong[group.name] = why
+        made = []
+        for group in found:
+            if group.name in wrong:
+                where = f"{', '.join(group.through)}: " if group.through else ""
+                made.append(LeftOut([part.name for part in group.producers], where + wrong[group.name]))
+        return made
+
+    def _faults(self, alike: Sequence[Group]) -> Iterator[tuple[Group, str]]:
+        why = self._fault(alike)
+        if why is not None and len(alike) == 1:
+            yield alike[0], why
+        elif why is not None:
+            yield from self._faults(alike[: len(alike) // 2])
+            yield from self._faults(alike[len(alike) // 2 :])
+
+    def _fault(self, chosen: Sequence[Group]) -> str | None:
+        """What is wrong with a network that lacks half the channels of some groups; None where nothing is."""
+        dropped = {}
+        for group in chosen:
+            kept = group.size // 2 | 1  # odd: whatever reshapes them shows
+            dropped[group.name] = torch.randperm(group.size, generator=self.random)[kept:].tolist()
+        dropped = {name: channels for name, channels in dropped.items() if channels}
+        whole, pruned = duplicate(self.network), duplicate(self.network)
+        try:
+            for group in chosen:
+                mask(whole, group, dropped.get(group.name, ()))
+            expected = self._outputs(whole)
+            remove(pruned, dropped)
+            found = self._outputs(pruned)
+            shapes = {name: values.shape for name, values in expected.items()}
+            if {name: values.shape for name, values in found.items()} != shapes:
+                return "they reach an output; is a head missing in ignored_layers?"
+            apart = max(_apart(found[name], values) for name, values in expected.items())
+        except Exception as error:  # noqa: BLE001 likewise
+            return f"without some channels the network fails, {_told(error)}"
+        return None if apart <= _TOLERANCE else f"pruned differs from masked by {apart:.2g} of the greatest value"
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """The greatest difference, as a part of the greatest value; infinite where that is no number."""
+    part = float((one - other).abs().max() / other.abs().max().clamp(min=1e-30))
+    return part if math.isfinite(part) else math.inf
+
+
+@torch.no_grad()
+def apart(network: nn.Module, masked: nn.Module, resolution: Resolution) -> float:
+    """The greatest difference of two networks on an image, as a part of each field's greatest value.
+
+    Args:
+        network: pruned.
+        masked: on the processor, in evaluation mode; where its own values are not finite, nothing can be compared.
+        resolution: of the image.
+    """
+    copy = duplicate(network).cpu().eval()
+    image = torch.rand(example(copy, resolution).shape, generator=torch.Generator().manual_seed(0))
+    expected, found = masked(image), copy(image)
+    if not all(bool(values.isfinite().all()) for values in expected.values()):
+        return 0.0
+    return max(_apart(found[name], values) for name, values in expected.items())
+
+
+def _told(error: Exception) -> str:
+    text = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {text[:120]}{'...' if len(text) > 120 else ''}"
 
 
 def remove(network: nn.Module, dropped: Mapping[str, Sequence[int]]) -> list[Any]:
     """Remove channels of groups, in place; returns the history for `replay`.
 
+    Weights that are computed (weight_norm) become plain ones.
+
     Args:
         network: with `spec` and `ignored_layers`.
         dropped: channels by the name of the group they are of.
     """
-    graph = _graph(network)
+    if not dropped:
+        return []
+    fold(network)
     layers = dict(network.named_modules())
-    for name, channels in dropped.items():
-        layer = layers[name]
-        pruning = graph.get_pruner_of_module(layer).prune_out_channels
-        graph.get_pruning_group(layer, pruning, sorted(channels)).prune()
+    with _learning(network):
+        graph = _graph(network)
+        for name, channels in dropped.items():
+            layer = layers[name]
+            pruning = graph.get_pruner_of_module(layer).prune_out_channels
+            graph.get_pruning_group(layer, pruning, sorted(channels)).prune()
     return [[name, bool(out), [int(i) for i in ids]] for name, out, ids in graph.pruning_history()]
 
 
@@ -188,6 +466,7 @@ def replay(network: nn.Module, history: History) -> None:
     """
     if not history:
         return
+    fold(network)
     layers = dict(network.named_modules())
     for name, _, ids in history:
         layer: Any = layers.get(name)
@@ -202,7 +481,8 @@ def replay(network: nn.Module, history: History) -> None:
                 f"architecture.json removes channel {max(ids)} of {name}, which has {outputs} in "
                 f"{type(network).__name__}; it is of another network or version"
             )
-    _graph(network).load_pruning_history([(name, bool(out), list(ids)) for name, out, ids in history])
+    with _learning(network):
+        _graph(network).load_pruning_history([(name, bool(out), list(ids)) for name, out, ids in history])
 
 
 def mask(network: nn.Module, group: Group, dropped: Iterable[int]) -> None:
@@ -214,11 +494,6 @@ def mask(network: nn.Module, group: Group, dropped: Iterable[int]) -> None:
         layer: Any = own[part.name]
         with torch.no_grad():
             layer.weight.index_fill_(1 - output_axis(layer), channels.to(layer.weight.device), 0)
-
-
-def head_parameters(network: nn.Module) -> set[int]:
-    """Identities of the weights that are never pruned."""
-    return {id(layer.weight) for layer in network.ignored_layers}  # type: ignore[union-attr]
 
 
 class Costs:
@@ -251,9 +526,10 @@ class Costs:
             self.kernel[n] = layer.weight[0, 0].numel()
         self.norms = torch.zeros(len(of), dtype=torch.float64)
         for g, group in enumerate(of):
+            self.norms[g] = group.others
             for part in group.parts:
                 if isinstance(part.layer, nn.BatchNorm2d):
-                    self.norms[g] += 2 * len(part.channels) / group.size
+                    self.norms[g] += 2 * part.layer.affine * len(part.channels) / group.size
                 elif part.layer in at:
                     shares = self.of_out if part.outputs else self.of_in
                     shares[at[part.layer], g] += len(part.channels) / group.size

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from evaluation.types import Resolution
 from pipeline.errors import UserError, nearest
 from pipeline.pruning.criteria import CRITERIA, EQUALIZATIONS, NORMALIZERS, importance
-from pipeline.pruning.graph import Costs, Group, groups
+from pipeline.pruning.graph import Costs, Group, Survey, survey
 
 TARGETS = ("params", "macs", "latency")
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
@@ -205,18 +205,21 @@ class Pruner:
         """Channels kept are a multiple of this where no measurement chose another."""
         return self.round_to or self.unmeasured
 
+    @staticmethod
+    def _match(found: Sequence[Group], pattern: str) -> list[int]:
+        return [n for n, g in enumerate(found) if fnmatch.filter([p.name for p in g.parts if p.outputs], pattern)]
+
     def _matched(self, found: Sequence[Group], patterns: Sequence[str], option: str) -> dict[str, list[int]]:
         """The groups that hold a layer of each pattern.
 
         Raises:
             UserError: a pattern matches nothing.
         """
-        names = [[p.name for p in g.parts if p.outputs] for g in found]
         matched = {}
         for pattern in patterns:
-            matched[pattern] = [n for n, own in enumerate(names) if fnmatch.filter(own, pattern)]
+            matched[pattern] = self._match(found, pattern)
             if not matched[pattern]:
-                everything = sorted({name for own in names for name in own})
+                everything = sorted({p.name for g in found for p in g.parts if p.outputs})
                 raise UserError(
                     f"pruner.{option}={pattern}: matches no layer that can be pruned{nearest(pattern, everything)}; "
                     f"there are {', '.join(everything[:6])}, ... (patterns like {everything[0].split('.')[0]}.* are allowed)"
@@ -251,10 +254,13 @@ class Pruner:
             UserError: nothing can be removed, or everything would be.
             UnreachableError: what is to be reached cannot be.
         """
-        found = groups(network)
+        surveyed = survey(network)
+        found = surveyed.groups
         if not found:
-            raise UserError("pruner: this network has no channels that can be removed; choose pruner=none")
-        excluded = {n for own in self._matched(found, self.excluded_layers, "excluded_layers").values() for n in own}
+            raise UserError(nothing_to_prune(surveyed))
+        others = [name for own in surveyed.left_out for name in own.layers]  # which stay whole as it is
+        patterns = [p for p in self.excluded_layers if not fnmatch.filter(others, p) or self._match(found, p)]
+        excluded = {n for own in self._matched(found, patterns, "excluded_layers").values() for n in own}
         ratios = self.pruning_ratio_dict or {}
         own_ratio = {
             n: ratios[pattern] * part
@@ -386,6 +392,12 @@ class Pruner:
             f"min_num_filters={self.min_num_filters} and {len(self.excluded_layers)} excluded_layers; raise the ratio or lower "
             "the others"
         )
+
+
+def nothing_to_prune(surveyed: Survey) -> str:
+    """What to say of a network without a group that may be pruned."""
+    why = f": left out are {surveyed.words()}" if surveyed.left_out else ""
+    return f"pruner: this network has no channels that can be removed{why}; choose pruner=none"
 
 
 def _bisect(measure: Callable[[float], float], value: float, low: float, high: float) -> float:

@@ -12,7 +12,8 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from pipeline.errors import UserError, nearest
-from pipeline.pruning.graph import History, folded, normalised
+from pipeline.models.contract import fold
+from pipeline.pruning.graph import History, folded, heads, normalised
 
 KIND = "2:4"  # stands in a pruning history where a channel pruning says which side of the layer it is of
 
@@ -36,11 +37,12 @@ class Sparse24:
         Raises:
             UserError: a pattern matches no layer, or no layer can be made sparse.
         """
-        heads = {id(layer) for layer in network.ignored_layers}  # type: ignore[union-attr]
+        fold(network)
+        kept = set(heads(network))
         layers: dict[str, Any] = {
             name: module
             for name, module in network.named_modules()
-            if isinstance(module, nn.Conv2d) and module.groups == 1 and module.in_channels % 4 == 0 and id(module) not in heads
+            if isinstance(module, nn.Conv2d) and module.groups == 1 and module.in_channels % 4 == 0 and module not in kept
         }
         if not layers:
             raise UserError("pruner=sparse24: no convolution of this network has a multiple of 4 input channels")
@@ -77,6 +79,7 @@ def apply(network: nn.Module, history: History) -> None:
     names = [str(name) for name, kind, _ in history if kind == KIND]
     if not names:
         return
+    fold(network)
     layers: dict[str, Any] = dict(network.named_modules())
     for name in names:
         if not isinstance(layers.get(name), nn.Conv2d):

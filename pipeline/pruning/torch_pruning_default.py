@@ -8,7 +8,8 @@ from annotated_types import Interval
 from torch import nn
 
 from pipeline.errors import UserError
-from pipeline.pruning.graph import example
+from pipeline.models.contract import fold
+from pipeline.pruning.graph import example, heads
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,27 @@ class TorchPruningDefault:
             raise UserError(f"pruner.pruning_ratio={self.pruning_ratio}: no ratio; choose above 0 to below 1")
 
     def prune(self, network: nn.Module) -> list[Any]:
-        """Prune in place; returns the history for `pipeline.pruning.graph.replay`."""
-        pruner = tp.pruner.BasePruner(
-            network,
-            example(network),
-            importance=tp.importance.GroupMagnitudeImportance(),
-            pruning_ratio=self.pruning_ratio,
-            ignored_layers=list(network.ignored_layers),  # type: ignore[arg-type]
-        )
-        pruner.step()
+        """Prune in place; returns the history for `pipeline.pruning.graph.replay`.
+
+        Raises:
+            UserError: Torch-Pruning fails, or the network does after it.
+        """
+        fold(network)
+        image = example(network)
+        try:
+            pruner = tp.pruner.BasePruner(
+                network,
+                image,
+                importance=tp.importance.GroupMagnitudeImportance(),
+                pruning_ratio=self.pruning_ratio,
+                ignored_layers=heads(network),
+            )
+            pruner.step()
+            network(image)
+        except Exception as error:
+            what = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"pruner=torch_pruning: Torch-Pruning as it comes cannot prune this network ({what}); choose pruner=l1, which "
+                "leaves out what it cannot follow"
+            ) from error
         return [[name, bool(out), [int(i) for i in ids]] for name, out, ids in pruner.DG.pruning_history()]

@@ -14,7 +14,8 @@ from pipeline.artifacts import Job
 from pipeline.errors import UserError
 from pipeline.models import store
 from pipeline.pruning.criteria import importance, taylor_gates
-from pipeline.pruning.graph import groups
+from pipeline.pruning.graph import survey
+from pipeline.pruning.pruner import nothing_to_prune
 from pipeline.pruning.sensitivity import curves
 from pipeline.specs import Objective, Splits
 from pipeline.training.augment import NONE, Augmentation
@@ -56,7 +57,9 @@ def run(
     if objective is None or "tune" not in data:
         raise UserError("stage=sensitivity: needs a family that is trained here, and tune images (data.splits)")
     network, _, _ = store.load(job.inputs["network"])
-    size, found = Resolution.parse(resolution), groups(network)
+    size, surveyed = Resolution.parse(resolution), survey(network)
+    if not (found := surveyed.groups):
+        raise UserError(nothing_to_prune(surveyed))
     gates = None
     if criterion == "taylor":
         seen = Views.of(data, ["train"], objective, network, size, augment, 0, job.cache)
@@ -89,6 +92,7 @@ def run(
     worst = max(made["error"], key=lambda name: made["error"][name]["0.5"])
     return {
         "groups": len(made["error"]),
+        "left_out": surveyed.reasons(),
         "images": count,
         "most_sensitive": worst,
         "its_error_at_half": made["error"][worst]["0.5"],

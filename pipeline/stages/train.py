@@ -15,6 +15,7 @@ from evaluation.types import Resolution
 from pipeline.artifacts import Job, read_manifest
 from pipeline.errors import UserError
 from pipeline.models import store
+from pipeline.models.contract import check, created
 from pipeline.pruning.criteria import importance
 from pipeline.pruning.graph import groups, macs
 from pipeline.specs import Objective, Splits
@@ -68,10 +69,7 @@ def run(
             model = store.build(make, history)
     else:
         make, history = network, []
-        try:
-            model = make()
-        except (TypeError, ValueError) as error:
-            raise UserError(str(error)) from error
+        model = created(make)
         if weights is not None:
             store.load_state(model, store.read_weights(Path(weights)), Path(weights))
         elif training.steps == 0:
@@ -85,7 +83,8 @@ def run(
                 "this family's networks are not trained here: give model=onnx model.onnx=FILE, or "
                 "stages.train.training.steps=0 and weights=FILE"
             )
-        norms = {"before": _norms(model)}
+        check(model, size, objective)
+        norms = {"before": _norms(model)} if training.regularization_type else None
         teacher = store.load(job.inputs["teacher"])[0] if distillation is not None else None
         views = Views.of(data, splits(data, distillation), objective, model, size, augment, seed, job.cache)
         tune = None
@@ -93,7 +92,10 @@ def run(
             tune = Views.of(data, ["tune"], objective, model, size, NONE, seed, job.cache)
         found = train(model, views, training, job.scratch / "state.ckpt", teacher, distillation, tune)
         (job.out / "curve.json").write_text(json.dumps(found.pop("curve")))
-        (job.out / "norms.json").write_text(json.dumps({**norms, "after": _norms(model)}))
+        if norms is not None:
+            (job.out / "norms.json").write_text(json.dumps({**norms, "after": _norms(model)}))
+    else:
+        check(model, size)
     store.save(model, job.out, make, history)
     params = sum(p.numel() for p in model.parameters())
     return {**found, "params": params, "macs": macs(model, size)}

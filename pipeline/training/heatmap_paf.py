@@ -76,8 +76,11 @@ class HeatmapPafObjective:
         Returns:
             "heatmaps" [B, K + 1, h, w] with the background last, "pafs" [B, 2 L, h, w], and "mask" [B, 1, h, w]: 0 on crowds,
             people without labels and images without any, else 1.
+
+        Raises:
+            UserError: the network has other fields, or another skeleton than can be made of COCO's.
         """
-        heat, paf = spec.field("heatmaps"), spec.field("pafs")
+        heat, paf = _fields(spec)
         points, seen = _named(labels, spec.skeleton)
         cells = Resolution(size.height // heat.stride, size.width // heat.stride)
         source = (labels["unlabelled"].shape[1] * _MASK_STRIDE, labels["unlabelled"].shape[2] * _MASK_STRIDE)
@@ -148,6 +151,28 @@ class HeatmapPafObjective:
             error = ((field.float() - target).square() * weight).sum(dim=1).mean()
             losses[kind] = losses[kind] + error if kind in losses else error
         return losses
+
+
+def _fields(spec: NetworkSpec) -> tuple[FieldSpec, FieldSpec]:
+    """The fields of heatmaps and PAFs, once they are those of the skeleton."""
+    named, skeleton = {field.name: field for field in spec.fields}, spec.skeleton
+    wanted = {
+        "heatmaps": (len(skeleton.names) + 1, f"one a keypoint ({len(skeleton.names)}) and the background"),
+        "pafs": (2 * len(skeleton.limbs), f"two a limb ({len(skeleton.limbs)})"),
+    }
+    for name, (channels, why) in wanted.items():
+        if name not in named:
+            raise UserError(f"spec has no field '{name}', which training needs; it has {', '.join(named)}")
+        if named[name].channels != channels:
+            raise UserError(f"spec says {named[name].channels} channels of '{name}'; its labels make {channels}: {why}")
+    if len({named[name].stride for name in wanted}) > 1:
+        raise UserError("spec says other strides for 'heatmaps' and 'pafs'; training needs one")
+    unknown = [name for name in skeleton.names if name not in (*COCO_17.names, "neck")]
+    if unknown:
+        raise UserError(
+            f"spec's labels name the keypoint '{unknown[0]}'; training knows neck and COCO's: {', '.join(COCO_17.names)}"
+        )
+    return named["heatmaps"], named["pafs"]
 
 
 def _labelled(truth: People) -> NDArray[np.bool_]:

@@ -8,7 +8,6 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from annotated_types import Ge, Gt, Interval
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.models.contract import duplicate
 from pipeline.progress import TrainingProgress
 from pipeline.pruning.graph import example, macs
 from pipeline.pruning.sparse24 import zeros
@@ -227,7 +227,7 @@ def _fit(given: tuple[Any, ...], fabric: Any) -> None:
     network, *others = given
     try:
         try:
-            _Run(fabric, deepcopy(network), *others).fit()  # other processes of this machine have the same memory
+            _Run(fabric, duplicate(network), *others).fit()  # other processes of this machine have the same memory
         except torch.OutOfMemoryError as error:
             training: Training = given[2]
             devices = training.devices * training.num_nodes

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.pruning.criteria import filters, group_norms
-from pipeline.pruning.graph import Group, groups, normalised
+from pipeline.pruning.graph import Group, normalised, survey
 
 TYPES = ("l1", "l2", "group_lasso")
 
@@ -32,12 +32,14 @@ class Penalty:
     def __init__(self, network: nn.Module, kind: str, factor: float) -> None:
         self.kind, self.factor, self.pairs = kind, factor, normalised(network)
         device = next(network.parameters()).device
+        surveyed = survey(network)
         self.groups: list[Group] = [
             replace(g, parts=[replace(p, channels=p.channels.to(device), roots=p.roots.to(device)) for p in g.parts])
-            for g in groups(network)
+            for g in surveyed.groups
         ]
         if not self.groups:
-            raise UserError(f"training.regularization_type={kind}: no channels of this network can be pruned; choose null")
+            why = f" ({surveyed.words()})" if surveyed.left_out else ""
+            raise UserError(f"training.regularization_type={kind}: no channels of this network can be pruned{why}; choose null")
         with torch.no_grad():
             self.counts = [
                 sum(filters(p, self.pairs).numel() for p in g.parts if not isinstance(p.layer, nn.BatchNorm2d)) / g.size

@@ -1,0 +1,244 @@
+"""What is expected of a torch network: how it is made, what it says of itself, and what its forward pass returns."""
+
+import inspect
+import traceback
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from evaluation.types import FieldSpec, NetworkSpec, Resolution
+from pipeline.errors import UserError, nearest
+from pipeline.specs import Objective
+
+_SEE = "see README, Networks"
+_IMAGES = 2  # of a forward pass: batch norms that train need more than one
+
+
+def title(kind: Any) -> str:
+    """The full name of a class or function."""
+    return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', kind)}"
+
+
+def created(make: "partial[nn.Module]") -> nn.Module:
+    """The network of a class with options, once it has what every network must have: `spec` and `ignored_layers`.
+
+    Raises:
+        UserError: the class is no network, does not take the options, or fails; or the network lacks something.
+    """
+    kind: Any = make.func
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise UserError(f"model: {title(kind)} is no torch.nn.Module; give a network's class as model._target_ ({_SEE})")
+    _check_options(kind, make.keywords)
+    try:
+        network = make()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"model: {title(kind)} cannot be made: {_told(error)}") from error
+    _check_description(network, kind)
+    return network
+
+
+def _check_options(kind: type, options: Mapping[str, Any]) -> None:
+    signature = inspect.signature(kind)
+    taken = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+        taken += [name for name in options if name not in taken]
+    for name, value in options.items():
+        if name not in taken:
+            raise UserError(
+                f"model.{name}={value}: {title(kind)} has no option '{name}'{nearest(name, taken)} "
+                f"(it has {', '.join(taken) or 'none'}); where an experiment sets it, add ~model.{name}"
+            )
+    missing = [name for name in taken if name not in options and signature.parameters[name].default is inspect.Parameter.empty]
+    if missing:
+        raise UserError(f"model: {title(kind)} needs the option '{missing[0]}'; give model.{missing[0]}=VALUE, or a default")
+
+
+def _check_description(network: nn.Module, kind: type) -> None:
+    spec = getattr(network, "spec", None)
+    if not isinstance(spec, NetworkSpec):
+        has = "has no `spec`" if spec is None else f"has a {type(spec).__name__} as `spec`"
+        raise UserError(f"model: {title(kind)} {has}; describe input, fields and labels in a NetworkSpec ({_SEE})")
+    if not spec.fields:
+        raise UserError(f"model: {title(kind)}.spec names no fields; give a FieldSpec for each output ({_SEE})")
+    heads = getattr(network, "ignored_layers", None)
+    if heads is None or inspect.ismethod(heads) or not isinstance(heads, Iterable):
+        has = "has no `ignored_layers`" if heads is None else "has `ignored_layers` that are no list (is @property missing?)"
+        raise UserError(f"model: {title(kind)} {has}; list the layers that compute the outputs ({_SEE})")
+    own = set(network.modules())
+    for head in heads:
+        if not isinstance(head, nn.Module) or head not in own:
+            raise UserError(f"model: {title(kind)}.ignored_layers holds {_short(head)}, which is no layer of the network")
+
+
+def check(network: nn.Module, resolution: Resolution, objective: Objective[Any] | None = None) -> None:
+    """Compare what a network returns with what its `spec` says, in evaluation and in training, before any data are read.
+
+    Args:
+        network: stays as it is.
+        resolution: of the images.
+        objective: what it will learn; its loss is computed for images without labels.
+
+    Raises:
+        UserError: the forward pass fails, a field is missing or of another shape (both are said), or cannot be learnt.
+    """
+    spec: NetworkSpec = network.spec  # type: ignore[assignment]
+    name = title(type(network))
+    if not spec.input.fits(resolution):
+        raise UserError(
+            f"training_resolution={resolution}: {name} takes multiples of {spec.input.multiple}"
+            f"{f' plus {spec.input.offset}' if spec.input.offset else ''} (its spec.input); choose "
+            f"{spec.input.fit(resolution.height)}x{spec.input.fit(resolution.width)}"
+        )
+    images = torch.zeros(_IMAGES, len(spec.input.mean), resolution.height, resolution.width)
+    copy, wrong, fields = duplicate(network).cpu(), [], {}
+    for training in (False, True):
+        fields = _outputs(copy.train(training), images)
+        if not isinstance(fields, Mapping):
+            raise UserError(
+                f"model: {name}.forward returns {_short(fields)}; return a dict with "
+                f"{', '.join(repr(field.name) for field in spec.fields)}, the names in its spec"
+            )
+        wrong += _differences(fields, spec, resolution, training)
+    if wrong:
+        raise UserError(f"model: {name}.forward does not fit its spec: {'; '.join(dict.fromkeys(wrong))}")
+    if objective is not None:
+        _rehearse(name, spec, objective, resolution, fields)
+
+
+def _rehearse(name: str, spec: NetworkSpec, objective: Objective[Any], size: Resolution, fields: Mapping[str, Tensor]) -> None:
+    kept = {key: np.stack([value] * _IMAGES) for key, value in objective.labels(None, size, size, size, 1).items()}
+    labels = {key: torch.from_numpy(value) for key, value in kept.items()}
+    labels |= {"matrix": torch.eye(2, 3).repeat(_IMAGES, 1, 1)}
+    labels |= {key: torch.zeros(_IMAGES, dtype=torch.bool) for key in ("flipped", "labelled")}
+    try:
+        objective.loss(fields, objective.targets(labels, size, spec))
+    except UserError as error:
+        raise UserError(f"model: {name} cannot be trained here: {error}") from error
+    except Exception as error:
+        raise UserError(
+            f"model: {name} cannot be trained here: {type(objective).__name__} does not fit its spec ({_told(error)})"
+        ) from error
+
+
+def _outputs(network: nn.Module, images: Tensor) -> Any:
+    mode = "training" if network.training else "evaluation"
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            return network(images)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"model: {title(type(network))}.forward fails on images {[*images.shape]} in {mode}: {_told(error)}"
+        ) from error
+
+
+def _differences(fields: Mapping[Any, Any], spec: NetworkSpec, size: Resolution, training: bool) -> list[str]:
+    """What is missing, left over, or has another shape than the spec says; in training earlier stages may be there too."""
+    own = {field.name: field for field in spec.fields}
+    missing = [name for name in own if name not in fields]
+    extra = [name for name in fields if name not in own and not (training and str(name).partition(".")[0] in own)]
+    wrong = []
+    if missing or extra:
+        wrong.append(f"expected {', '.join(map(repr, own))}, found {', '.join(map(repr, fields)) or 'nothing'}")
+        if not missing:
+            hint = f"{next(iter(own))}.0"
+            wrong[-1] += f" (another output may be returned in training alone, named as '{hint}', a field of an earlier stage)"
+    for name, found in fields.items():
+        field = own.get(str(name).partition(".")[0])
+        if field is not None and name not in extra and (text := _difference(name, field, found, size)):
+            wrong.append(text)
+    return wrong
+
+
+def _difference(name: str, field: FieldSpec, found: Any, size: Resolution) -> str | None:
+    expected = [_IMAGES, field.channels, size.height // field.stride, size.width // field.stride]
+    if isinstance(found, Tensor) and [*found.shape] == expected and found.is_floating_point():
+        return None
+    text = f"{name}: expected {expected} ({field.channels} channels, stride {field.stride}), found {_short(found)}"
+    if isinstance(found, Tensor) and found.dim() == 4 and found.shape[2] and size.height % found.shape[2] == 0:
+        stride = size.height // found.shape[2]
+        if found.shape[3] == size.width // stride:
+            text += f", which is {found.shape[1]} channels, stride {stride}"
+    return text
+
+
+def duplicate(network: nn.Module) -> nn.Module:
+    """A deep copy, also of a network with weights that a hook computes (the older weight_norm), which torch does not copy."""
+    for module in network.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                vars(module)[name] = value.detach()  # computed anew by the next forward pass
+    copy = deepcopy(network)
+    for module in copy.modules():
+        if parametrize.is_parametrized(module):  # its class has the tensor as a property, and `fold` takes it away
+            kind = type(module)
+            members = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+            module.__class__ = type(kind.__name__, kind.__bases__, members)
+    return copy
+
+
+def fold(network: nn.Module) -> list[str]:
+    """Make plain weights of those that are computed (weight_norm, spectral_norm, masks, parametrizations), in place.
+
+    Returns:
+        The names of the layers that had such weights.
+    """
+    folded = []
+    for name, module in network.named_modules():
+        hooks = [*module._forward_pre_hooks.values()]  # noqa: SLF001
+        before = len(hooks)
+        for hook in hooks:
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(module, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(module, hook.name)
+            elif isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)  # type: ignore[no-untyped-call]  # noqa: SLF001
+        computed = parametrize.is_parametrized(module)
+        if computed:
+            for tensor in list(module.parametrizations):
+                parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
+        if computed or len(module._forward_pre_hooks) < before:  # noqa: SLF001
+            folded.append(name)
+    return folded
+
+
+def tied(network: nn.Module) -> dict[str, str]:
+    """Names of parameters and buffers that are another one, each with the name that the tensor has first."""
+    first: dict[int, str] = {}
+    found = {}
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        if name != first.setdefault(id(tensor), name):
+            found[name] = first[id(tensor)]
+    return found
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        kind = "" if value.is_floating_point() else f" of {str(value.dtype).removeprefix('torch.')}"
+        return f"a tensor {[*value.shape]}{kind}"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _told(error: Exception) -> str:
+    """An error's first line, and where in the network's own code it was raised."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if not isinstance(error, (ValueError, UserError)):
+        text = f"{type(error).__name__}: {text}"
+    libraries = ("site-packages", "dist-packages", str(Path(__file__)))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(part in f.filename for part in libraries)]
+    return f"{text} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else text
