@@ -172,7 +172,7 @@ def _is_safetensors(file: Path) -> bool:
 def _no_state(file: Path, complaint: str) -> str:
     """Why a file that cannot be read is no state file, and what to do."""
     first = complaint.splitlines()[0]
-    if (kind := re.search(r"(?:GLOBAL|global:?) ([\w.]+)", complaint)) is not None:
+    if (kind := re.search(r"GLOBAL ([\w.]+)", complaint)) is not None:
         return (
             f"a pickle of more than tensors ({kind[1]}), which would run code when it is read; where it was made, save "
             "network.state_dict() alone"

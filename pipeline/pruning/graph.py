@@ -538,7 +538,9 @@ class Costs:
         self.biased = torch.tensor([layer.bias is not None for layer in layers], dtype=torch.float64)
         self.positions = torch.tensor([positions[layer] for layer in layers], dtype=torch.float64)
         self.rest = 0.0
-        self.rest = sum(p.numel() for p in network.parameters()) - self(self.sizes.tolist())["params"]
+        plain = duplicate(network)
+        fold(plain)  # as pruning does
+        self.rest = sum(p.numel() for p in plain.parameters()) - self(self.sizes.tolist())["params"]
 
     def __call__(self, kept: Sequence[float]) -> dict[str, float]:
         """Return "params" and "macs" (of one image) with so many channels kept of each group."""

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import torch
 from annotated_types import Ge, Gt, Interval
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from pipeline.errors import UserError
 from pipeline.models.contract import duplicate
@@ -180,6 +181,11 @@ def train(
         raise UserError(
             f"distillation: features alone leave the heads without gradients, which devices={training.devices} x num_nodes="
             f"{training.num_nodes} cannot share; give distillation.fields or labels too, or one device"
+        )
+    if several and any(parametrize.is_parametrized(module) for module in network.modules()):
+        raise UserError(
+            f"training.devices={training.devices} x num_nodes={training.num_nodes}: networks with computed weights "
+            "(weight_norm) are trained on one device; choose that"
         )
     if accelerator == "cuda" and training.devices > torch.cuda.device_count():
         raise UserError(f"devices={training.devices}: this machine has {torch.cuda.device_count()} GPUs; choose that or fewer")
