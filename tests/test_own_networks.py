@@ -555,7 +555,6 @@ MISTAKES = {
     "a function": (lambda: None, r"is no torch\.nn\.Module"),
     "no spec": (changed(spec=None), "has no `spec`; describe"),
     "a dict": (changed(spec={"input": {}}), "has a dict as `spec`"),
-    "no fields": (specified(()), "spec names no fields"),
     "no heads": (changed(ignored_layers=None), "has no `ignored_layers`"),
     "a method": (changed(ignored_layers=lambda self: []), r"no list \(is @property missing\?\)"),
     "names": (changed(ignored_layers=["heads.0"]), "ignored_layers holds a str, which is no layer"),

@@ -69,8 +69,6 @@ def _check_description(network: nn.Module, kind: type) -> None:
     if not isinstance(spec, NetworkSpec):
         has = "has no `spec`" if spec is None else f"has a {type(spec).__name__} as `spec`"
         raise UserError(f"model: {title(kind)} {has}; describe input, fields and labels in a NetworkSpec ({_SEE})")
-    if not spec.fields:
-        raise UserError(f"model: {title(kind)}.spec names no fields; give a FieldSpec for each output ({_SEE})")
     heads = getattr(network, "ignored_layers", None)
     if heads is None or inspect.ismethod(heads) or not isinstance(heads, Iterable):
         has = "has no `ignored_layers`" if heads is None else "has `ignored_layers` that are no list (is @property missing?)"
