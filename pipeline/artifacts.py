@@ -193,7 +193,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except ValueError:
         return None
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); its owner must allow it, or choose outputs=DIR") from error
+        raise UserError(f"{file}: cannot be read ({error.strerror}); its owner must allow it") from error
 
 
 def made_here(manifest: Mapping[str, Any] | None) -> bool:
@@ -208,11 +208,18 @@ def absent(reader: str, folder: Path, command: str) -> UserError:
 
 
 def sha256(file: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """SHA-256 of a file's bytes, in hex.
+
+    Raises:
+        UserError: the file may not be read.
+    """
     digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
+    try:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    except PermissionError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); its owner must allow it") from error
     return digest.hexdigest()
 
 

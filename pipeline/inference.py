@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
@@ -324,6 +324,9 @@ def load_results(file: Path) -> dict[str, Any]:
                 if name:
                     value = stored[key]
                     values[int(number)][name] = value if value.ndim else value.item()
-        return {i: getattr(types, kinds[0])(**found) for i, found in zip(ids, values, strict=True)}
+        kind: Any = getattr(types, kinds[0]) if ids else None
+        if ids and not is_dataclass(kind):
+            raise ValueError(f"it holds {kinds[0]}, which is no kind of result")
+        return {i: kind(**found) for i, found in zip(ids, values, strict=True)}
     except DAMAGED as error:
         raise UserError(f"{file}: damaged ({error}); delete it, or make it again with force=true") from error

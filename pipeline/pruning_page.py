@@ -106,7 +106,7 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> Any:
             },
             mode="markers+lines" if name == "dense and retrained" else "markers",
             marker={"color": next(colours), "size": 9},
-            text=[f"{row['network']} {row['pruning']}" for row in points],
+            text=[html.escape(f"{row['network']} {row['pruning']}") for row in points],
             name=name,
             visible="legendonly" if "not retrained" in name else True,
         )

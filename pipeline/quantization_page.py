@@ -190,8 +190,8 @@ def study_html(rows: Sequence[Mapping[str, Any]]) -> str:
                 y=[row[shown] for row in line],
                 error_y={"array": [row[f"{shown}_sd"] for row in line], "thickness": 1},
                 mode="lines+markers",
-                name=f"{kind}, {method}",
-                hovertext=where,
+                name=html.escape(f"{kind}, {method}"),
+                hovertext=html.escape(where),
             )
         )
     figure.update_layout(

@@ -340,3 +340,20 @@ def test_two_names_share_no_scratch_folder(tmp_path):
     stage = Stage("train", "a", {"_target_": "x.y"})
     folders = {Results(tmp_path, name, "run").scratch(stage, "0" * 64) for name in ("x", "y")}
     assert len(folders) == 2
+
+
+def test_a_result_that_may_not_be_read_says_so(results, monkeypatch):
+    stage = Stage("train", "a", {"_target_": "x.y"})
+    fingerprint = make(results, stage)
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        with pytest.raises(UserError, match="a/file: cannot be read .Permission denied.; its owner must allow it"):
+            results.fresh(stage, fingerprint)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse)
+        with pytest.raises(UserError, match=r"a/manifest\.json: cannot be read .Permission denied.; its owner must allow it"):
+            results.fresh(stage, fingerprint)
