@@ -380,7 +380,6 @@ class CocoKeypoints:
 
         truth = joined([t.keypoints for t in truths], K, 3)
         crowd = joined([t.crowd for t in truths]).astype(bool)
-        ignored = joined([np.zeros(len(t.crowd), bool) if t.ignored is None else t.ignored for t in truths]).astype(bool)
         return Everybody(
             images=tuple(ids),
             found=np.ascontiguousarray(joined([k[..., :2] for _, k, _ in rows], K, 2)),
@@ -391,7 +390,7 @@ class CocoKeypoints:
             boxes=joined([t.boxes for t in truths], 4),
             areas=joined([t.areas for t in truths]),
             crowd=crowd,
-            never=crowd | ignored | ~(truth[..., 2] > 0).any(axis=1),
+            never=joined([t.never for t in truths]).astype(bool),
             sigmas=np.array(self.labels.sigmas),
         )
 

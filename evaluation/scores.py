@@ -16,9 +16,8 @@ def placed(metric: CocoKeypoints, truth: People, found: Poses) -> NDArray[np.flo
     """The greatest OKS of each found person, [N]; NaN for one that belongs to a person whom COCO ignores."""
     points = metric.keypoints(found)[..., :2].astype(np.float64)
     similarity = oks(points, truth.keypoints, truth.boxes, truth.areas, np.array(metric.labels.sigmas))
-    never = truth.crowd | ~(truth.keypoints[..., 2] > 0).any(axis=1)
-    best: NDArray[np.float64] = similarity[:, ~never].max(axis=1, initial=0)
-    ignored = similarity[:, never].max(axis=1, initial=0)
+    best: NDArray[np.float64] = similarity[:, ~truth.never].max(axis=1, initial=0)
+    ignored = similarity[:, truth.never].max(axis=1, initial=0)
     return np.where((ignored > best) & (ignored > 0.5), np.nan, best)
 
 

@@ -519,7 +519,8 @@ class People:
         areas: float64 [N], pixels of the person's mask.
         crowd: bool [N]; a crowd region has no keypoints.
         masks: one a person: COCO's polygons or run lengths; None where the file has none.
-        ignored: bool [N], people whom nobody has to find and nobody is blamed for finding; None is nobody.
+        ignored: bool [N], people that need not be found, and whose detections are no false alarms; None is those without
+            labelled keypoints.
     """
 
     keypoints: NDArray[np.float64]
@@ -528,6 +529,12 @@ class People:
     crowd: NDArray[np.bool_]
     masks: tuple[Any, ...] = ()
     ignored: NDArray[np.bool_] | None = None
+
+    @property
+    def never(self) -> NDArray[np.bool_]:
+        """Crowds and ignored people, bool [N]."""
+        without = ~(self.keypoints[..., 2] > 0).any(axis=1) if self.ignored is None else self.ignored
+        return np.asarray(self.crowd | without, bool)
 
 
 @dataclass(frozen=True)

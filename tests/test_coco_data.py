@@ -81,7 +81,10 @@ def test_a_truncated_jpeg_is_not_taken_for_whole(tmp_path):
 def test_an_image_of_another_size_than_its_record_is_refused(folder):
     edit(folder / "annotations/validation.json", lambda c: c["images"][0].update(height=99))
     with pytest.raises(UserError, match="120x160 pixels, but its annotations say 99x160"):
-        splits(folder).open("validation")[0].read()
+        splits(folder).open("validation")
+    loose = Coco(folder / "images/validation", folder / "annotations/validation.json")
+    with pytest.raises(UserError, match="120x160 pixels, but its annotations say 99x160"):
+        loose[0].read()
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,7 @@ def test_an_image_of_another_size_than_its_record_is_refused(folder):
         ('{"images": [{"id": 1}], "annotations": []}', r"images\[0\] has no 'file_name'"),
         ('{"images": [], "annotations": [{"id": 1}]}', r"annotations\[0\] has no 'image_id'"),
         (
-            '{"images": [{"id": 1, "file_name": "a", "height": 1, "width": 1}], "annotations": [{"image_id": 7, "bbox": []}]}',
+            '{"images": [{"id": 1, "file_name": "a", "height": 1, "width": 1}], "annotations": [{"image_id": 7, "bbox": [0, 0, 2, 2]}]}',
             "name 1 unknown images",
         ),
     ],
@@ -141,7 +144,7 @@ def test_splits_that_share_content_are_refused(folder):
 
 
 def test_bad_splits_files_are_refused(folder, tmp_path):
-    with pytest.raises(UserError, match="cannot read the splits"):
+    with pytest.raises(UserError, match="cannot read it.*check data.splits"):
         splits(folder, splits=str(tmp_path / "none.json")).open("train")
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):
@@ -273,7 +276,9 @@ def test_a_skeleton_of_its_own_needs_sigmas(folder):
         content["categories"] = [{"id": 1, "name": "face", "keypoints": names, "skeleton": [[1, 2]], **more}]
 
     edit(folder / "annotations/validation.json", five)
-    data = splits(folder).open("validation")
+    with pytest.raises(UserError, match=r"validation\.json: 5 keypoints but 0 sigmas.*to the category face"):
+        splits(folder).open("validation")
+    data = Coco(folder / "images/validation", folder / "annotations/validation.json")
     assert data.labels.names == tuple(names)
     assert data.labels.flip == (0, 2, 1, 4, 3)
     assert data[0].truth.keypoints.shape[1] == 5
@@ -331,11 +336,13 @@ def test_large_annotation_files_are_read_in_pieces_and_alike(layout, tmp_path, m
     }
     (tmp_path / "a.json").write_text(json.dumps(raw, **layout))
     monkeypatch.setattr(annotations, "_PIECE", 500)
-    read = annotations._in_pieces((tmp_path / "a.json").read_bytes())
-    assert [len(read[key]) for key in ("annotations", "images")] == [40, 7]
+    taken = annotations._in_pieces((tmp_path / "a.json").read_bytes(), lambda raw: annotations._Kept(None, None, tmp_path))
+    assert taken is not None
+    assert len(taken[0]["images"]) == 7
+    assert len(taken[1].columns) > 3
     found = load_annotations(tmp_path / "a.json")
-    assert [a["id"] for a in found["annotations"]] == list(range(40))
-    masks = annotations.people(found["annotations"]).masks
+    assert [a["id"] for a in found.people] == list(range(40))
+    masks = annotations.people(found.people).masks
     assert masks[0] == polygon
     assert masks[1] == runs
 
@@ -344,7 +351,7 @@ def test_another_list_of_that_name_is_no_trap(tmp_path):
     raw = {"info": {"annotations": [{"a": 1}]}, "images": [{"id": 1, "file_name": "1", "height": 1, "width": 1}]}
     raw["annotations"] = [{"id": 5, "image_id": 1, "bbox": [0, 0, 1, 1]}]
     (tmp_path / "a.json").write_text(json.dumps(raw))
-    assert load_annotations(tmp_path / "a.json")["annotations"] == raw["annotations"]
+    assert load_annotations(tmp_path / "a.json").people == raw["annotations"]
 
 
 def test_an_image_id_that_is_there_twice_is_refused_and_words_are_ids_too(tmp_path):

@@ -1,22 +1,37 @@
-"""COCO annotation files: read, checked, and turned into ground truth."""
+"""COCO annotation files: read, checked, and turned into ground truth.
+
+Annotations of one category are kept. They are checked some hundreds at a time as arrays; only where something is unusual are
+they looked at one by one (`pipeline.datasets.records`), which names what is wrong.
+"""
 
 import gc
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from evaluation.skeletons import COCO_17
-from evaluation.types import People, Skeleton
+from evaluation.types import People
+from pipeline import MOST_PIXELS
+from pipeline.datasets import records
+from pipeline.datasets.images import read_bytes
+from pipeline.datasets.records import FAR, Category
 from pipeline.errors import UserError
 
+MOST_BYTES = 4 << 30  # of a file of annotations or results; COCO's largest has a tenth
 _POLYGONS = re.compile(rb'"segmentation" ?: ?(\[\[[-+0-9.,eE \[\]]*\]\])')
 _LIST, _BETWEEN, _END = (re.compile(p) for p in (rb'"annotations"\s*:\s*\[', rb"\}\s*,\s*\{", rb"\}\s*\]"))
+_ODD = (b"true", b"false")  # numbers beside these are looked at one by one: Python's arrays take true for 1
 _PIECE = 1 << 20  # bytes read into Python's numbers at once
+_RECORDS = 1000  # checked at once where the file is not read in pieces
 
 
 @contextmanager
@@ -32,15 +47,18 @@ def unwatched() -> Iterator[None]:
 
 
 def read_file(file: Path, fix: str) -> bytes:
-    """The content of a file.
+    """The content of a file of JSON, without the mark that some editors begin UTF-8 with.
 
     Raises:
-        UserError: it cannot be read, for which `fix` is the advice.
+        UserError: it cannot be read, for which `fix` is the advice, or is no UTF-8.
     """
     try:
-        return file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file}: cannot read it ({error.strerror}); {fix}") from error
+        content = read_bytes(file, MOST_BYTES)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot read it ({getattr(error, 'strerror', None) or error}); {fix}") from error
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{file}: it is written in UTF-16; save it as UTF-8")
+    return content.removeprefix(b"\xef\xbb\xbf")
 
 
 def read_json(content: bytes, file: Path) -> Any:
@@ -56,7 +74,161 @@ def read_json(content: bytes, file: Path) -> Any:
         raise UserError(f"{file}: not JSON ({error}); it may be truncated, or hold NaN: download or export it again") from error
 
 
-def _in_pieces(content: bytes) -> Any:
+@dataclass(frozen=True)
+class Annotations:
+    """A checked annotation file: its images, and the annotations of one category, N people with K keypoints.
+
+    Attributes:
+        category: of the people.
+        images: COCO's records.
+        people: COCO's records.
+        visibility: uint8 [N, K], 0 not labelled, 1 hidden, 2 visible.
+        areas: float64 [N], pixels.
+        labelled: int64 [N], labelled keypoints as the file counts them.
+        crowd: bool [N].
+        left_out: annotations of other categories.
+        boxed: people whose box was absent or empty and is made of their points.
+    """
+
+    category: Category
+    images: list[dict[str, Any]]
+    people: list[dict[str, Any]]
+    visibility: NDArray[np.uint8]
+    areas: NDArray[np.float64]
+    labelled: NDArray[np.int64]
+    crowd: NDArray[np.bool_]
+    left_out: int = 0
+    boxed: int = 0
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What is kept of checked annotations as arrays."""
+
+    visibility: NDArray[np.uint8]
+    areas: NDArray[np.float64]
+    labelled: NDArray[np.int64]
+    crowd: NDArray[np.bool_]
+
+
+class _Kept:
+    """The annotations of one category, taken and checked piece by piece."""
+
+    def __init__(self, categories: Any, wanted: int | str | None, file: Path) -> None:
+        """None yet.
+
+        Args:
+            categories: the file's list.
+            wanted: the category's name or id; None is the one that follows from the list.
+            file: for messages.
+
+        Raises:
+            UserError: it follows from nothing.
+        """
+        self.category = records.choose_category(categories, wanted, str(file))
+        self.declared = frozenset(record["id"] for record in categories or ())
+        self.asked, self.file = wanted is not None, str(file)
+        self.people: list[dict[str, Any]] = []
+        self.columns: list[_Columns] = []
+        self.seen = self.left_out = self.boxed = 0
+
+    def take(self, piece: list[Any], odd: bool = True) -> None:
+        """Check some annotations; `odd` says that true or false may be among their numbers.
+
+        Raises:
+            UserError: one of them is not what COCO's format says.
+        """
+        chosen = self._of_category(piece)
+        people = piece if len(chosen) == len(piece) else [piece[n] for n in chosen]
+        K = len(self.category.labels.names)
+        found = None if odd else _columns(people, K)
+        if found is None:
+            check = records.PersonCheck(self.file, K)
+            mended = [check(person, self.seen + n) for n, person in zip(chosen, people, strict=True)]
+            self.boxed += sum(new["bbox"] != old.get("bbox") for new, old in zip(mended, people, strict=True))
+            people, found = mended, _columns(mended, K, flat=True)
+            assert found is not None, self.file
+        self.columns.append(found)
+        self.people += people
+        self.seen += len(piece)
+        self.left_out += len(piece) - len(people)
+
+    def _of_category(self, piece: list[Any]) -> Sequence[int]:
+        """The places of the annotations that belong to the category."""
+        try:
+            ids = [record["category_id"] for record in piece]
+        except (KeyError, TypeError, IndexError):
+            ids = []
+        own = self.category.id
+        if own is not None and ids.count(own) == len(piece) and set(map(type, ids)) <= {type(own)}:
+            return range(len(piece))
+        return [n for n, record in enumerate(piece) if self._belongs(record, self.seen + n)]
+
+    def _belongs(self, record: Any, position: int) -> bool:
+        number = record.get("category_id") if isinstance(record, dict) else None
+        named = isinstance(record, dict) and records.is_id(record.get("id"))
+        where = f"{self.file}: " + (f"annotation {record['id']}" if named else f"annotations[{position}]")
+        if number is None:
+            if len(self.declared) > 1:
+                raise UserError(f"{where} has no 'category_id', and there are {len(self.declared)} categories; give it one")
+            return True
+        if not records.is_id(number) or (self.declared and number not in self.declared):
+            raise UserError(f"{where}: category_id is {records.shown(number)}, none of the file's categories; mend it")
+        if not self.declared and not self.asked:
+            if self.category.id is None:
+                self.category = Category(number, "", self.category.labels)
+            elif number != self.category.id:
+                raise UserError(
+                    f"{where}: category_id is {number}, others have {self.category.id}, and there is no list 'categories'; add "
+                    f"it, or choose with data.category={self.category.id}"
+                )
+        return bool(number == self.category.id)
+
+
+def _columns(people: Sequence[dict[str, Any]], K: int, flat: bool = False) -> _Columns | None:
+    """Annotations as arrays; None where one of them is unusual and must be looked at, unless `flat` boxes are all that is."""
+    if not people:
+        return _Columns(np.zeros((0, K), np.uint8), np.zeros(0), np.zeros(0, np.int64), np.zeros(0, bool))
+    nothing = [0] * (3 * K)
+    try:
+        lists = [a.get("keypoints") or nothing for a in people]
+        points = _numbers(lists, 3 * K)
+        boxes = _numbers([a["bbox"] for a in people], 4)
+        areas = np.array(array("d", [a["area"] if "area" in a else a["bbox"][2] * a["bbox"][3] for a in people]))
+        crowd = np.array(array("b", [a.get("iscrowd", 0) for a in people]))
+        counts = np.array(array("h", [a.get("num_keypoints", -1) for a in people]))
+        kinds = {type(a["image_id"]) for a in people} | {type(a.get("id", 0)) for a in people}
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError):
+        return None
+    seen = points[:, 2::3]
+    if not flat and not (
+        kinds <= {int}
+        and all(np.abs(values).max() <= FAR for values in (points, boxes))
+        and boxes[:, 2:].min() > 0
+        and 0 <= areas.min() <= areas.max() <= FAR * FAR
+        and 0 <= crowd.min() <= crowd.max() <= 1
+        and -1 <= counts.min() <= counts.max() <= 10_000
+        and ((seen == 0) | (seen == 1) | (seen == 2)).all()
+    ):
+        return None
+    visibility = seen.astype(np.uint8)
+    labelled = np.where(counts < 0, np.count_nonzero(visibility, axis=1), counts)
+    return _Columns(visibility, areas, labelled.astype(np.int64), crowd.astype(bool))
+
+
+def _numbers(lists: Sequence[Sequence[Any]], length: int) -> NDArray[np.float64]:
+    """Lists of numbers as an array [len(lists), length]; unlike numpy, Python's arrays take no text for a number.
+
+    Raises:
+        ValueError: one has another length.
+        TypeError: one holds something else.
+    """
+    if set(map(len, lists)) != {length}:
+        raise ValueError
+    return np.frombuffer(array("d", list(chain.from_iterable(lists)))).reshape(-1, length)
+
+
+def _in_pieces(content: bytes, start_taking: Callable[[Any], _Kept]) -> tuple[Any, _Kept] | None:
     """What an annotation file holds, its long list read some records at a time; None where it is not written as COCO's.
 
     The memory of a piece's numbers is used again. Polygons are most of the file and are read of few people: they stay text.
@@ -71,96 +243,148 @@ def _in_pieces(content: bytes) -> Any:
             raw = orjson.loads(content[: start.end()] + content[end.end() - 1 :])
             if raw["annotations"] != []:
                 return None  # it was another list of this name
+            kept = start_taking(raw)
             at = start.end()
             while at < end.end() - 1:
                 cut = _BETWEEN.search(content, at + _PIECE, end.end())
                 stop = cut.start() + 1 if cut else end.end() - 1
-                raw["annotations"] += orjson.loads(b"[" + _POLYGONS.sub(rb'"segmentation":"\1"', content[at:stop]) + b"]")
+                piece = _POLYGONS.sub(rb'"segmentation":"\1"', content[at:stop])
+                kept.take(orjson.loads(b"[" + piece + b"]"), any(word in piece for word in _ODD))
                 at = cut.end() - 1 if cut else stop
     except (ValueError, TypeError, KeyError):
         return None  # the whole is read once more, and complained about
-    return raw
+    return raw, kept
 
 
-def load_annotations(file: Path) -> dict[str, Any]:
+def load_annotations(file: Path, category: int | str | None = None) -> Annotations:
     """Read and check a COCO keypoint annotation file.
 
+    Args:
+        file: of the annotations.
+        category: whose annotations are read, by name or id; None as `records.choose_category` says.
+
     Raises:
-        UserError: the file is missing, is not JSON, lacks COCO's lists, or its annotations name unknown images.
+        UserError: the file is missing, is not JSON, lacks COCO's lists, does not say which category is meant, or a record is
+            not what COCO's format says.
     """
     content = read_file(file, "check data.*.annotations")
-    raw = _in_pieces(content)
-    if raw is None:
+
+    def start_taking(raw: Any) -> _Kept:
+        for key in ("images", "annotations"):
+            if not isinstance(raw, dict) or not isinstance(raw.get(key), list):
+                raise UserError(f"{file}: no list '{key}', so not COCO's format; expected images, annotations, categories")
+        return _Kept(raw.get("categories"), category, file)
+
+    read = _in_pieces(content, start_taking)
+    if read is None:
         raw = read_json(content, file)
+        kept = start_taking(raw)
+        for at in range(0, len(raw["annotations"]), _RECORDS):
+            kept.take(raw["annotations"][at : at + _RECORDS])
+    else:
+        raw, kept = read
     del content
-    missing = [key for key in ("images", "annotations") if not isinstance(raw, dict) or not isinstance(raw.get(key), list)]
-    if missing:
-        raise UserError(f"{file}: no list '{missing[0]}', so not COCO's format; expected images, annotations, categories")
-    for kind, needed in (("images", ("id", "file_name", "height", "width")), ("annotations", ("image_id", "bbox"))):
-        for position, record in enumerate(raw[kind]):
-            absent = [key for key in needed if not isinstance(record, dict) or key not in record]
-            if absent:
-                raise UserError(f"{file}: {kind}[{position}] has no '{absent[0]}', so not COCO's format")
-    known = {image["id"] for image in raw["images"]}
-    if len({str(i) for i in known}) < len(raw["images"]):
-        seen: set[str] = set()
-        twice = next(str(i["id"]) for i in raw["images"] if str(i["id"]) in seen or seen.add(str(i["id"])))  # type: ignore[func-returns-value]
-        raise UserError(f"{file}: the image id {twice} is there twice; give every image an id of its own")
-    numbers = [a["id"] for a in raw["annotations"] if "id" in a]
-    if len(set(numbers)) < len(numbers):
-        again: set[Any] = set()
-        double = next(n for n in numbers if n in again or again.add(n))  # type: ignore[func-returns-value]
-        raise UserError(f"{file}: the annotation id {double} is there twice; give every person one, or drop what is doubled")
-    unknown = sorted({str(a["image_id"]) for a in raw["annotations"] if a["image_id"] not in known})
-    if unknown:
-        raise UserError(
-            f"{file}: annotations name {len(unknown)} unknown images ({', '.join(unknown[:5])}, ...); "
-            "add them to 'images' or drop their annotations"
-        )
-    return dict(raw)
+    images = _images(raw["images"], str(file))
+    _check_ids(images, kept.people, str(file))
+
+    kept.take([])  # so that there are arrays even of nobody
+
+    def joined(name: str) -> NDArray[Any]:
+        return np.concatenate([getattr(columns, name) for columns in kept.columns])
+
+    return Annotations(
+        category=kept.category,
+        images=images,
+        people=kept.people,
+        visibility=joined("visibility"),
+        areas=joined("areas"),
+        labelled=joined("labelled"),
+        crowd=joined("crowd"),
+        left_out=kept.left_out,
+        boxed=kept.boxed,
+    )
 
 
-def skeleton_of(raw: Mapping[str, Any]) -> Skeleton:
-    """The keypoints that an annotation file's category names, with its "sigmas" where it has them; COCO's if it names none.
+def _images(listed: list[Any], file: str) -> list[dict[str, Any]]:
+    """Checked image records; the usual ones are looked at together."""
+    try:
+        names = [record["file_name"] for record in listed]
+        kinds = {type(value) for record in listed for value in (record["id"], record["height"], record["width"])}
+        text = {type(record.get("flickr_url", "")) for record in listed}
+        if kinds <= {int} and text <= {str}:
+            sides = [side for record in listed for side in (record["height"], record["width"])]
+            if min(sides, default=1) >= 1 and max(sides, default=1) <= MOST_PIXELS and records.all_inside(names):
+                return listed
+    except (KeyError, TypeError, AttributeError):
+        pass
+    return [records.image(record, f"images[{position}]", file) for position, record in enumerate(listed)]
+
+
+def _check_ids(images: Sequence[Mapping[str, Any]], people: Sequence[Mapping[str, Any]], file: str) -> None:
+    """Compare the ids of images and annotations.
 
     Raises:
-        UserError: a name is there twice, a pair joins what is no keypoint, or sigmas are of another number.
+        UserError: an id is there twice, or an annotation is of no image.
     """
-    for category in raw.get("categories") or []:
-        names = tuple(category.get("keypoints") or ())
-        if names and names != COCO_17.names:
-            try:
-                limbs = tuple((a - 1, b - 1) for a, b in category.get("skeleton") or [])
-                return Skeleton(names, limbs, tuple(category.get("sigmas") or ()))
-            except (TypeError, ValueError) as error:
-                raise UserError(
-                    f"category '{category.get('name')}': its keypoints, skeleton (pairs counted from 1) or sigmas are wrong "
-                    f"({error}); mend the annotation file"
-                ) from error
-    return COCO_17
+    known = {image["id"] for image in images}
+    if len({str(i) for i in known}) < len(images):
+        raise UserError(
+            f"{file}: the image id {_twice(str(i['id']) for i in images)} is there twice; give every image an id of its own"
+        )
+    numbers = [a["id"] for a in people if "id" in a]
+    if len(set(numbers)) < len(numbers):
+        raise UserError(
+            f"{file}: the annotation id {_twice(numbers)} is there twice; give every person one, or drop what is doubled"
+        )
+    unknown = {a["image_id"] for a in people} - known
+    if not unknown:
+        return
+    other = next((i for i in unknown if str(i) in {str(i) for i in known}), None)
+    if other is not None:
+        kinds = ("text", "numbers") if isinstance(other, str) else ("a number", "text")
+        raise UserError(
+            f"{file}: image_id {other!r} of annotations is {kinds[0]} where images have {kinds[1]}; write both alike"
+        )
+    raise UserError(
+        f"{file}: annotations name {len(unknown)} unknown images ({', '.join(sorted(map(str, unknown))[:5])}, ...); "
+        "add them to 'images' or drop their annotations"
+    )
+
+
+def _twice(ids: Any) -> Any:
+    """The first id that came before."""
+    seen: set[Any] = set()
+    for number in ids:
+        if number in seen:
+            return number
+        seen.add(number)
+    return None
 
 
 def people(annotations: Sequence[Mapping[str, Any]], K: int = len(COCO_17.names)) -> People:
-    """The ground truth of an image from its COCO records."""
+    """The ground truth of an image from its checked COCO records.
+
+    Raises:
+        UserError: a segmentation is not what COCO's format says.
+    """
     keypoints = np.zeros((len(annotations), K, 3))
     for row, record in enumerate(annotations):
-        flat = record.get("keypoints") or [0] * (3 * K)
-        if len(flat) != 3 * K:
-            raise UserError(
-                f"annotation {record.get('id')}: {len(flat)} keypoint numbers, not {3 * K} ({K} keypoints, as the file's "
-                "category names them, or COCO's)"
-            )
-        keypoints[row] = np.asarray(flat, np.float64).reshape(K, 3)
+        if record.get("keypoints"):
+            keypoints[row] = np.asarray(record["keypoints"], np.float64).reshape(K, 3)
+    crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations], bool)
+    labelled = np.array([labelled_keypoints(a) for a in annotations], np.int64)
     return People(
         keypoints=keypoints,
         boxes=np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4),
         areas=np.array([a.get("area", a["bbox"][2] * a["bbox"][3]) for a in annotations], np.float64),
-        crowd=np.array([bool(a.get("iscrowd", 0)) for a in annotations], bool),
-        masks=tuple(orjson.loads(m) if isinstance(m := a.get("segmentation"), str) else m for a in annotations),
+        crowd=crowd,
+        masks=tuple(records.mask(a.get("segmentation"), f"annotation {a.get('id')}") for a in annotations),
+        ignored=crowd | (labelled == 0),
     )
 
 
 def labelled_keypoints(annotation: Mapping[str, Any]) -> int:
-    """How many keypoints of a person are labelled."""
-    flat = annotation.get("keypoints") or []
-    return int(annotation.get("num_keypoints", sum(v > 0 for v in flat[2::3])))
+    """How many keypoints of a person are labelled, as the file counts them."""
+    if "num_keypoints" in annotation:
+        return int(annotation["num_keypoints"])
+    return sum(v > 0 for v in (annotation.get("keypoints") or [])[2::3])

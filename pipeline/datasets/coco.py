@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypedDict
@@ -13,8 +13,18 @@ from numpy.typing import NDArray
 
 from evaluation.skeletons import COCO_17
 from evaluation.types import People, Resolution, Sample, Skeleton
-from pipeline.datasets.annotations import labelled_keypoints, load_annotations, people, skeleton_of
-from pipeline.datasets.images import IMAGE_TYPES, inspect_files, read_image, read_sized
+from pipeline.datasets.annotations import Annotations, load_annotations, people, read_file, read_json, unwatched
+from pipeline.datasets.images import (
+    IMAGE_TYPES,
+    Inspection,
+    inspect_files,
+    mismatch,
+    read_image,
+    read_sized,
+    shown_size,
+    turned,
+)
+from pipeline.datasets.records import file_name
 from pipeline.errors import UserError, nearest
 
 SPLITS = ("train", "unlabelled", "tune", "agreement", "validation")
@@ -29,12 +39,16 @@ class Coco:
         annotations: the annotation file; None for unlabelled images.
         names: only these files, in this order; None is all of them.
         remedy: what to do about images that are missing or not whole.
+        category: whose annotations are read, by name or id; None is the one that carries keypoints, or person.
+        upright: whether the annotations are of the images as EXIF's orientation shows them; None follows from their size.
     """
 
     images: Path
     annotations: Path | None = None
     names: tuple[str, ...] | None = None
     remedy: str = "restore them, or pass strict=false to skip and count them"
+    category: int | str | None = None
+    upright: bool | None = None
 
     @classmethod
     def folder(cls, images: str) -> "Coco":
@@ -49,45 +63,66 @@ class Coco:
             raise UserError(f"image_dir={images}: {what}; give one that holds images ({', '.join(IMAGE_TYPES)})")
         return made
 
+    def only(self, names: Sequence[str]) -> "Coco":
+        """Some of the images; the annotation file is not read again."""
+        part = replace(self, names=tuple(names))
+        if self.annotations is not None:
+            part.__dict__["truth"] = self.truth
+        return part
+
     @property
     def labels(self) -> Skeleton:
         """The skeleton of the keypoints, COCO's unless the file's category names others."""
-        return self._content[1]
+        return COCO_17 if self.truth is None else self.truth.category.labels
+
+    @cached_property
+    def truth(self) -> Annotations | None:
+        """The whole annotation file; None where there is none."""
+        return None if self.annotations is None else load_annotations(self.annotations, self.category)
 
     @property
     def records(self) -> list[dict[str, Any]]:
         """COCO's image records, each with its `annotations` (None where unlabelled), in the order of their ids."""
-        return self._content[0]
+        return self._rows[0]
 
     @cached_property
-    def _content(self) -> tuple[list[dict[str, Any]], Skeleton]:
-        if self.annotations is None:
-            return self._unlabelled(), COCO_17
-        raw = load_annotations(self.annotations)
-        by_image: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in raw["images"]}
-        for record in raw["annotations"]:
-            by_image[record["image_id"]].append(record)
+    def _rows(self) -> tuple[list[dict[str, Any]], list[list[int]]]:
+        """The records, and the places of their annotations in the file."""
+        if self.truth is None:
+            records = self._unlabelled()
+            return records, [[] for _ in records]
+        with unwatched():
+            return self._labelled(self.truth)
+
+    def _labelled(self, truth: Annotations) -> tuple[list[dict[str, Any]], list[list[int]]]:
+        by_image: dict[Any, list[int]] = {image["id"]: [] for image in truth.images}
+        for row, record in enumerate(truth.people):
+            by_image[record["image_id"]].append(row)
         wanted = None if self.names is None else set(self.names)
-        records = [
-            {**image, "annotations": by_image[image["id"]]}
-            for image in sorted(raw["images"], key=lambda image: (len(str(image["id"])), str(image["id"])))
+        images = [
+            image
+            for image in sorted(truth.images, key=lambda image: (len(str(image["id"])), str(image["id"])))
             if wanted is None or image["file_name"] in wanted
         ]
-        if wanted and len(records) < len(wanted):
-            absent = sorted(wanted - {r["file_name"] for r in records})
-            raise UserError(
-                f"{self.annotations}: the splits name {len(absent)} images it does not hold: {', '.join(absent[:5])}"
-            )
-        return records, skeleton_of(raw)
+        if wanted and len(images) < len(wanted):
+            absent = sorted(wanted - {image["file_name"] for image in images})
+            if absent:
+                raise UserError(
+                    f"{self.annotations}: the splits name {len(absent)} images it does not hold: {', '.join(absent[:5])}"
+                )
+        rows = [by_image[image["id"]] for image in images]
+        every = truth.people
+        return [{**image, "annotations": [every[n] for n in own]} for image, own in zip(images, rows, strict=True)], rows
 
     def _unlabelled(self) -> list[dict[str, Any]]:
-        if self.names is not None:
-            return [{"id": Path(name).stem.lstrip("0") or "0", "file_name": name, "annotations": None} for name in self.names]
-        return [
-            {"id": file.stem.lstrip("0") or "0", "file_name": file.name, "annotations": None}
-            for file in sorted(self.images.iterdir())
-            if file.suffix.lower() in IMAGE_TYPES
-        ]
+        names = self.names
+        if names is None:
+            names = tuple(file.name for file in sorted(self.images.iterdir()) if file.suffix.lower() in IMAGE_TYPES)
+        names = tuple(dict.fromkeys(names))
+        ids = [Path(name).stem.lstrip("0") or "0" for name in names]
+        if len(set(ids)) < len(ids):
+            ids = list(names)  # 1.jpg beside 01.jpg, or the same name in two folders
+        return [{"id": i, "file_name": name, "annotations": None} for i, name in zip(ids, names, strict=True)]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -98,10 +133,9 @@ class Coco:
         truth = None if record["annotations"] is None else self._people(record["annotations"])
         if "height" in record:
             size = Resolution(record["height"], record["width"])
-            read: Callable[[], NDArray[np.uint8]] = partial(read_sized, file, size)
+            read: Callable[[], NDArray[np.uint8]] = partial(read_sized, file, size, self.upright)
         else:
-            image = read_image(file, upright=True)  # once: nothing else knows its size
-            size, read = Resolution(*image.shape[:2]), lambda: image
+            size, read = shown_size(file), partial(read_image, file, upright=True)
         return Sample(str(record["id"]), size, read, truth, None if truth is None else truth.boxes[~truth.crowd])
 
     def _people(self, records: Sequence[Mapping[str, Any]]) -> People:
@@ -116,29 +150,27 @@ class Coco:
         Those are: people with keypoints (-1 in an image that nobody labelled); the median of their areas in pixels; the mean
         count of their visible keypoints; the part, 0 to 1, of keypoint types of which one is visible in the image.
         """
-        K = len(self.labels.names)
-        every = [record["annotations"] for record in self.records]
-        labelled = [
-            [a for a in some or () if not a.get("iscrowd") and a.get("keypoints") and labelled_keypoints(a)] for some in every
-        ]
-        flat = [a for some in labelled for a in some]
-        image = np.repeat(np.arange(len(every)), [len(some) for some in labelled])
-        for record in flat:
-            if len(record["keypoints"]) != 3 * K:
-                self._people([record])  # whose complaint it is
-        numbers = np.array([a["keypoints"][2::3] for a in flat]).reshape(len(flat), K)
-        areas = np.array([a.get("area", a["bbox"][2] * a["bbox"][3]) for a in flat], np.float64)
-        visible = numbers == 2
-        persons = np.bincount(image, minlength=len(every))
-        seen = np.zeros((len(every), K), bool)
-        np.logical_or.at(seen, image, visible)
+        records, rows = self._rows
+        count, K = len(records), len(self.labels.names)
+        flat = np.array([row for own in rows for row in own], np.intp)
+        image = np.repeat(np.arange(count), [len(own) for own in rows])
+        seen = np.zeros((0, K), np.uint8)
+        areas = np.zeros(0)
+        if self.truth is not None:
+            counted = ~self.truth.crowd & (self.truth.labelled > 0)
+            image, flat = image[counted[flat]], flat[counted[flat]]
+            seen, areas = self.truth.visibility[flat], self.truth.areas[flat]
+        visible = seen == 2
+        persons = np.bincount(image, minlength=count)
+        types = np.zeros((count, K), bool)
+        np.logical_or.at(types, image, visible)
         columns: dict[str, Any] = {
-            "id": [str(record["id"]) for record in self.records],
-            "file_name": [record["file_name"] for record in self.records],
-            "persons": np.where([some is None for some in every], -1, persons),
-            "area": _medians(areas, image, len(every)),
-            "keypoints": np.bincount(image, visible.sum(axis=1), len(every)) / np.maximum(persons, 1),
-            "coverage": seen.mean(axis=1),
+            "id": [str(record["id"]) for record in records],
+            "file_name": [record["file_name"] for record in records],
+            "persons": persons if self.truth is not None else np.full(count, -1),
+            "area": _medians(areas, image, count),
+            "keypoints": np.bincount(image, visible.sum(axis=1), count) / np.maximum(persons, 1),
+            "coverage": types.mean(axis=1),
         }
         return {name: np.array(values) for name, values in columns.items()}
 
@@ -151,12 +183,56 @@ class Coco:
         Raises:
             UserError: files are missing or not whole; up to ten are listed.
         """
-        digests, wrong = inspect_files(self.images, [record["file_name"] for record in self.records], cache)
-        if wrong:
-            listed = ", ".join(f"{name} ({what})" for name, what in list(wrong.items())[:10])
-            more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-            raise UserError(f"{self.images}: {len(wrong)} images are missing or not whole: {listed}{more}; {self.remedy}")
-        return digests
+        found = self.inspection(cache)
+        if found.wrong:
+            listed = ", ".join(f"{name} ({what})" for name, what in list(found.wrong.items())[:10])
+            more = f" and {len(found.wrong) - 10} more" if len(found.wrong) > 10 else ""
+            raise UserError(f"{self.images}: {len(found.wrong)} images are missing or not whole: {listed}{more}; {self.remedy}")
+        for record in self.records if self.truth is not None else ():
+            header, size = found.headers.get(record["file_name"]), Resolution(record["height"], record["width"])
+            if header is not None and (header.shown if turned(header, size, self.upright) else header.size) != size:
+                raise UserError(f"{self.images / record['file_name']}: {mismatch(header.size, size)}")
+        return found.digests
+
+    def inspection(self, cache: Path, decode: bool = False) -> Inspection:
+        """What is known of the image files without decoding them; with `decode` each was tried once."""
+        return inspect_files(self.images, [record["file_name"] for record in self.records], cache, decode)
+
+    def doubts(self, cache: Path) -> list[str]:
+        """What in the annotations and images may make figures other than expected, each with its cause and what to do.
+
+        Args:
+            cache: folder where digests are kept.
+        """
+        if self.truth is None:
+            return []
+        found, category = [], self.truth.category
+        if self.truth.left_out:
+            found.append(
+                f"{self.truth.left_out} annotations of other categories than {category} are left out; data.category chooses"
+            )
+        if self.truth.boxed:
+            found.append(
+                f"{self.truth.boxed} people have no box, or an empty one: it is made of their labelled keypoints, which is "
+                "smaller than a person; give bbox for top-down networks"
+            )
+        people = [a for record in self.records for a in record["annotations"]]
+        unsaid = sum(a.get("num_keypoints") == 0 and any(a.get("keypoints", ())[2::3]) for a in people if not a.get("iscrowd"))
+        if unsaid:
+            found.append(
+                f"num_keypoints is 0 for {unsaid} people with labelled keypoints: COCO's rules ignore them; mend or drop it"
+            )
+        headers = self.inspection(cache).headers
+        hidden = 0  # images whose size is the same however they are turned
+        for record in self.records:
+            header = headers.get(record["file_name"])
+            hidden += header is not None and header.orientation != 1 and header.shown == header.size
+        if hidden and self.upright is None:
+            found.append(
+                f"EXIF turns or mirrors {hidden} images in a way that their size does not tell; they are read as "
+                "stored; pass data.upright=true if they were annotated as they are shown, else data.upright=false"
+            )
+        return found
 
 
 def _medians(values: NDArray[np.float64], group: NDArray[np.intp], count: int) -> NDArray[np.float64]:
@@ -194,7 +270,11 @@ class CocoSplits:
             it calls train become the split "unlabelled". None: of the train images, the twentieth part whose file names
             hash lowest is for tuning; of the unlabelled, half is for agreement.
         cache: where digests are kept.
-        strict: False drops images that are missing, and counts them, instead of refusing.
+        strict: False drops images that are missing or cannot be read, and counts them, instead of refusing.
+        category: whose annotations are read, by name or id; None is the one that carries keypoints, of several the one named
+            person; where none names keypoints, the only one, or person.
+        upright: True where the annotations are of the images as EXIF's orientation shows them, False where they are of the
+            pixels as stored; None follows from the sizes in the annotations.
     """
 
     train: Labelled
@@ -203,41 +283,58 @@ class CocoSplits:
     splits: str | None = None
     cache: str = "outputs/cache"
     strict: bool = True
+    category: int | str | None = None
+    upright: bool | None = None
     dropped: dict[str, list[str]] = field(default_factory=dict, compare=False, init=False)
     _kept: dict[str, Coco] = field(default_factory=dict, compare=False, repr=False, init=False)
 
-    def _named(self) -> dict[str, dict[str, Any]] | None:
-        if self.splits is None:
-            return None
-        try:
-            raw = json.loads(Path(self.splits).read_bytes())
-        except OSError as error:
-            raise UserError(f"{self.splits}: cannot read the splits ({error.strerror}); check data.splits") from error
-        except ValueError as error:
-            raise UserError(f"{self.splits}: not JSON ({error}); check data.splits") from error
+    def _named(self, file: str) -> dict[str, dict[str, Any]]:
+        """The splits file: {split: {any name: [file names] or "all"}}; keys that are no splits are left alone."""
+        raw = read_json(read_file(Path(file), "check data.splits"), Path(file))
         if not isinstance(raw, dict):
-            raise UserError(f"{self.splits}: not a splits file but a {type(raw).__name__}; see data/README.md")
-        return {split: groups for split, groups in raw.items() if isinstance(groups, dict)}
+            raise UserError(f"{file}: not a splits file but a {type(raw).__name__}; see data/README.md")
+        named = {split: groups for split, groups in raw.items() if split in SPLITS}
+        for split, groups in named.items():
+            if not isinstance(groups, dict):
+                raise UserError(
+                    f'{file}: {split} is no object; write "{split}": {{"any name": [file names]}}, or "all" for a list'
+                )
+            for group, names in groups.items():
+                if names != "all" and not isinstance(names, list):
+                    raise UserError(f'{file}: {split}.{group} is no list; give file names, or "all"')
+                for name in names if names != "all" else ():
+                    file_name(name, f"{file}: {split}.{group}")
+        return named
 
     @cached_property
     def parts(self) -> dict[str, Coco]:
-        """The images of every split."""
-        train, val = _source(self.train, "train"), _source(self.val, "val")
-        loose = _source(self.unlabelled, "unlabelled") if self.unlabelled and self.unlabelled.get("images") else None
-        named = self._named()
-        if named is None:
-            names = sorted(r["file_name"] for r in train.records)
-            tune = sorted(names, key=_name_hash)[: max(len(names) // 20, 1)]
-            parts = {
-                "train": Coco(train.images, train.annotations, tuple(sorted(set(names) - set(tune)))),
-                "tune": Coco(train.images, train.annotations, tuple(sorted(tune))),
-                "validation": val,
-            }
-            if loose is not None:
-                free = sorted((r["file_name"] for r in loose.records), key=_name_hash)
-                parts["unlabelled"] = Coco(loose.images, None, tuple(sorted(free[len(free) // 2 :])))
-                parts["agreement"] = Coco(loose.images, None, tuple(sorted(free[: len(free) // 2])))
-            return parts
+        """The images of every split.
+
+        Raises:
+            UserError: a folder or file is missing or bad, or the keypoints have no sigmas.
+        """
+        train, val = (self._source(paths, role) for paths, role in ((self.train, "train"), (self.val, "val")))
+        loose = None
+        if self.unlabelled and self.unlabelled.get("images"):
+            loose = self._source(self.unlabelled, "unlabelled")
+        for part in (train, val):
+            if part.truth is not None and not part.labels.sigmas:
+                raise UserError(
+                    f"{part.annotations}: {len(part.labels.names)} keypoints but 0 sigmas: OKS needs one for each; add "
+                    f'"sigmas": [...] to the category {part.truth.category}'
+                )
+        if self.splits is not None:
+            return self._by_name(train, val, loose, self._named(self.splits))
+        names = sorted(r["file_name"] for r in train.records)
+        tune = sorted(names, key=_name_hash)[: max(len(names) // 20, 1)]
+        parts = {"train": train.only(sorted(set(names) - set(tune))), "tune": train.only(sorted(tune)), "validation": val}
+        if loose is not None:
+            free = sorted((r["file_name"] for r in loose.records), key=_name_hash)
+            parts["unlabelled"] = loose.only(sorted(free[len(free) // 2 :]))
+            parts["agreement"] = loose.only(sorted(free[: len(free) // 2]))
+        return parts
+
+    def _by_name(self, train: Coco, val: Coco, loose: Coco | None, named: Mapping[str, Mapping[str, Any]]) -> dict[str, Coco]:
         labelled = {r["file_name"] for r in train.records}
         whole = {"train": train, "tune": train, "validation": val, "agreement": loose or train}
         every = {
@@ -253,14 +350,21 @@ class CocoSplits:
             if not every.get(split):
                 raise UserError(f"{self.splits}: no images for '{split}'; a splits file names train, tune and validation")
         parts = {
-            "train": Coco(train.images, train.annotations, tuple(n for n in every["train"] if n in labelled)),
-            "tune": Coco(train.images, train.annotations, tuple(every["tune"])),
-            "validation": Coco(val.images, val.annotations, tuple(every["validation"])),
+            "train": train.only([n for n in every["train"] if n in labelled]),
+            "tune": train.only(every["tune"]),
+            "validation": val.only(every["validation"]),
         }
         if loose is not None:
-            parts["unlabelled"] = Coco(loose.images, None, tuple(n for n in every["train"] if n not in labelled))
-            parts["agreement"] = Coco(loose.images, None, tuple(every.get("agreement", ())))
+            parts["unlabelled"] = loose.only([n for n in every["train"] if n not in labelled])
+            parts["agreement"] = loose.only(every.get("agreement", ()))
         return parts
+
+    def _source(self, paths: Mapping[str, Any], role: str) -> Coco:
+        images = Path(str(paths["images"]))
+        if not images.is_dir():
+            raise UserError(f"data.{role}.images={images}: no such folder; give the folder that holds the images")
+        file = None if paths.get("annotations") is None else Path(str(paths["annotations"]))
+        return Coco(images, file, category=self.category, upright=self.upright)
 
     def open(self, split: str) -> Coco:
         """The images of a split, after checking that no other split has one of them.
@@ -275,7 +379,12 @@ class CocoSplits:
         if len(part) == 0:
             raise UserError(f"{part.annotations or part.images}: no images for the split '{split}'")
         if part.annotations is not None and not part.table()["persons"].any():
-            raise UserError(f"{part.annotations}: no person with keypoints in the split '{split}'; label some, or give others")
+            others, truth = "", part.truth
+            if truth is not None and truth.left_out:
+                others = f" ({truth.left_out} annotations of other categories than {truth.category}: see data.category)"
+            raise UserError(
+                f"{part.annotations}: no person with keypoints in the split '{split}'{others}; label some, or give others"
+            )
         self._check_disjoint()
         return part
 
@@ -284,10 +393,9 @@ class CocoSplits:
             return part
         if split in self._kept:
             return self._kept[split]
-        digests, wrong = inspect_files(part.images, [record["file_name"] for record in part.records], Path(self.cache))
-        self.dropped[split] = sorted(wrong)
-        kept = [record["file_name"] for record in part.records if record["file_name"] in digests]
-        self._kept[split] = Coco(part.images, part.annotations, tuple(kept))
+        found = part.inspection(Path(self.cache), decode=True)
+        self.dropped[split] = sorted(found.wrong)
+        self._kept[split] = part.only([r["file_name"] for r in part.records if r["file_name"] in found.digests])
         return self._kept[split]
 
     def _check_disjoint(self) -> None:
@@ -320,14 +428,9 @@ class CocoSplits:
             present = self._present(split, part)
             total.update(json.dumps([split, sorted(present.contents(Path(self.cache)).items())]).encode())
             total.update(json.dumps(part.records, sort_keys=True).encode())
+            if part.labels != COCO_17 or self.upright is not None:
+                total.update(repr((part.labels, self.upright)).encode())
         return total.hexdigest()
-
-
-def _source(paths: Mapping[str, Any], role: str) -> Coco:
-    images = Path(str(paths["images"]))
-    if not images.is_dir():
-        raise UserError(f"data.{role}.images={images}: no such folder; give the folder that holds the images")
-    return Coco(images, None if paths.get("annotations") is None else Path(str(paths["annotations"])))
 
 
 def _name_hash(name: str) -> str:

@@ -1,11 +1,17 @@
-"""Image files: read, and looked at before they are read."""
+"""Image files: looked at before they are read, and read."""
 
 import hashlib
 import json
 import os
+import stat
+import struct
+import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,6 +22,42 @@ from pipeline import MOST_PIXELS
 from pipeline.errors import UserError
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+MOST_BYTES = 8 * MOST_PIXELS  # of a file: an image of 16-bit pixels, not compressed, with room to spare
+_LARGE = MOST_PIXELS // 8  # pixels above which images are decoded one at a time, so that all readers together stay small
+_decoding = Lock()
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the first bytes of an image file say.
+
+    Attributes:
+        size: of the stored pixels.
+        orientation: EXIF's, 1 to 8; 1 is as stored, 3 upside down, 2 and 4 mirrored, 5 to 8 a quarter turned.
+    """
+
+    size: Resolution
+    orientation: int = 1
+
+    @property
+    def shown(self) -> Resolution:
+        """The size of the image turned as its orientation says."""
+        return Resolution(self.size.width, self.size.height) if self.orientation > 4 else self.size
+
+
+def read_bytes(file: Path, most: int) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        OSError: the file cannot be read, or is a folder, a device, a pipe or a socket, or larger than `most` bytes.
+    """
+    with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:  # a pipe would wait for a writer
+        found = os.fstat(stream.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(0, "not a regular file", str(file))
+        if found.st_size > most:
+            raise OSError(0, f"larger than {most >> 20} MiB", str(file))
+        return stream.read()
 
 
 def read_image(file: Path, upright: bool = False) -> NDArray[np.uint8]:
@@ -28,103 +70,316 @@ def read_image(file: Path, upright: bool = False) -> NDArray[np.uint8]:
     Raises:
         UserError: the file is missing, larger than `MOST_PIXELS`, or no image can be read from it.
     """
-    import cv2
-
-    try:
-        data = np.fromfile(file, np.uint8)
-    except OSError as error:
-        raise UserError(f"{file}: cannot read the image ({error.strerror}); restore the file or pass strict=false") from error
-    flags = cv2.IMREAD_COLOR_RGB | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
-    try:
-        image = cv2.imdecode(data, flags) if _whole(file, data.data) else None
-    except cv2.error as error:
-        if "pixels" in str(error).lower():
-            raise UserError(
-                f"{file}: more than {MOST_PIXELS // 10**6} megapixels; scale it down or pass strict=false to skip it"
-            ) from error
-        image = None
-    if image is None:
-        raise UserError(f"{file}: not a whole image ({data.size} bytes); restore the file or pass strict=false to skip it")
-    return np.asarray(image, np.uint8)
+    return _decoded(file, _content(file), upright)
 
 
-def read_sized(file: Path, size: Resolution) -> NDArray[np.uint8]:
-    """Read an image that annotations say the size of, turned upright if that is how they mean it.
+def read_sized(file: Path, size: Resolution, upright: bool | None = None) -> NDArray[np.uint8]:
+    """Read an image that annotations say the size of.
+
+    Args:
+        file: of the image.
+        size: that the annotations say.
+        upright: whether the annotations are of the image as its EXIF orientation shows it; None follows from the size.
 
     Raises:
         UserError: it has another size, or cannot be read.
     """
-    image = read_image(file)
-    if image.shape[:2] == (size.width, size.height) != (size.height, size.width):
-        image = read_image(file, upright=True)  # annotated as it is shown
+    data = _content(file)
+    header = read_header(data)
+    if header is not None:
+        turn = turned(header, size, upright)
+        if (header.shown if turn else header.size) != size:
+            raise UserError(f"{file}: {mismatch(header.size, size)}")
+        upright = turn
+    image = _decoded(file, data, bool(upright))
     if image.shape[:2] != (size.height, size.width):
-        raise UserError(
-            f"{file}: {image.shape[0]}x{image.shape[1]} pixels, but its annotations say {size}; they do not belong together"
-        )
+        raise UserError(f"{file}: {mismatch(Resolution(*image.shape[:2]), size)}")
     return image
 
 
-def inspect_files(folder: Path, names: Iterable[str], cache: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """SHA-256 of image files, and what is wrong with those that are missing or cut short.
+def turned(header: Header, size: Resolution, upright: bool | None = None) -> bool:
+    """Whether annotations of this size are of the image as its EXIF orientation shows it."""
+    return size != header.size and size == header.shown if upright is None else upright
+
+
+def mismatch(stored: Resolution, said: Resolution) -> str:
+    """A complaint about an image of another size than its annotations say."""
+    return f"{stored} pixels, but its annotations say {said}; they do not belong together"
+
+
+def shown_size(file: Path) -> Resolution:
+    """The size of an image turned as its EXIF orientation says; decoded only where its header does not tell.
+
+    Raises:
+        UserError: the image cannot be read.
+    """
+    data = _content(file)
+    header = read_header(data)
+    if header is not None and header.orientation == 1:
+        return header.size
+    return Resolution(*_decoded(file, data, upright=True).shape[:2])
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return read_bytes(file, MOST_BYTES)
+    except (OSError, ValueError) as error:
+        what = getattr(error, "strerror", None) or error
+        raise UserError(f"{file}: cannot read the image ({what}); restore the file or pass strict=false") from error
+
+
+def _decoded(file: Path, data: bytes, upright: bool) -> NDArray[np.uint8]:
+    import cv2
+
+    flags = cv2.IMREAD_COLOR_RGB | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
+    header = read_header(data)
+    pixels = 0 if header is None else header.size.height * header.size.width
+    vast = f"{file}: more than {MOST_PIXELS // 10**6} megapixels; scale it down or pass strict=false to skip it"
+    if pixels > MOST_PIXELS:
+        raise UserError(vast)
+    image = None
+    try:
+        if _whole(file, data):
+            with _decoding if pixels > _LARGE else nullcontext():
+                image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:
+        if "pixels" in str(error).lower():
+            raise UserError(vast) from error
+    if image is None:
+        raise UserError(
+            f"{file}: not a whole image ({len(data)} bytes); restore the file (JPEG, PNG, BMP and WebP are read) or pass "
+            "strict=false to skip it"
+        )
+    return np.asarray(image, np.uint8)
+
+
+def read_header(data: bytes | memoryview) -> Header | None:
+    """What a JPEG, PNG, BMP or WebP file says of itself; None where it is another or broken."""
+    content = memoryview(data)
+    start = bytes(content[:30])
+    try:
+        if start[:4] == b"\x89PNG":
+            return _png_header(content)
+        if start[:2] == b"\xff\xd8":
+            return _jpeg_header(content)
+        if start[:2] == b"BM":
+            wide = struct.unpack_from("<I", content, 14)[0] > 12
+            width, height = struct.unpack_from("<ii" if wide else "<HH", content, 18)
+            return _header(abs(height), width)
+        if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+            return _webp_header(content)
+    except (struct.error, IndexError):
+        pass
+    return None
+
+
+def _header(height: int, width: int, orientation: int = 1) -> Header | None:
+    if height < 1 or width < 1:
+        return None
+    return Header(Resolution(height, width), orientation if 1 <= orientation <= 8 else 1)
+
+
+def _png_header(content: memoryview) -> Header | None:
+    width, height = struct.unpack_from(">II", content, 16)
+    at, orientation = 8, 1
+    while at + 8 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, at)
+        if kind == b"eXIf":
+            orientation = _orientation(content[at + 8 : at + 8 + length])
+        if kind in (b"IDAT", b"IEND"):
+            break
+        at += 12 + length
+    return _header(height, width, orientation)
+
+
+def _jpeg_header(content: memoryview) -> Header | None:
+    at, orientation = 2, 1
+    while content[at] == 0xFF:
+        marker = content[at + 1]
+        if marker in (0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # fill and markers without content
+            at += 1 if marker == 0xFF else 2
+            continue
+        length = struct.unpack_from(">H", content, at + 2)[0]
+        if marker == 0xE1 and bytes(content[at + 4 : at + 10]) == b"Exif\0\0" and orientation == 1:
+            orientation = _orientation(content[at + 10 : at + 2 + length])
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack_from(">HH", content, at + 5)
+            return _header(height, width, orientation)
+        at += 2 + length
+    return None
+
+
+def _webp_header(content: memoryview) -> Header | None:
+    kind = bytes(content[12:16])
+    if kind == b"VP8 ":
+        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", content, 26))
+        return _header(height, width)
+    if kind == b"VP8L":
+        bits = struct.unpack_from("<I", content, 21)[0]
+        return _header((bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1)
+    if kind != b"VP8X":
+        return None
+    width, height = (int.from_bytes(content[at : at + 3], "little") + 1 for at in (24, 27))
+    at, orientation = 12, 1
+    while at + 8 <= len(content):
+        name, length = struct.unpack_from("<4sI", content, at)
+        if name == b"EXIF":
+            exif = content[at + 8 : at + 8 + length]
+            orientation = _orientation(exif[6:] if bytes(exif[:6]) == b"Exif\0\0" else exif)
+        at += 8 + length + length % 2
+    return _header(height, width, orientation)
+
+
+def _orientation(exif: memoryview) -> int:
+    """The orientation of an EXIF block that begins with its TIFF header; 1 where it has none."""
+    order = {b"II": "<", b"MM": ">"}.get(bytes(exif[:2]))
+    if order is None:
+        return 1
+    try:
+        start = struct.unpack_from(f"{order}I", exif, 4)[0]
+        for entry in range(struct.unpack_from(f"{order}H", exif, start)[0]):
+            tag, _, _, value = struct.unpack_from(f"{order}HHIH", exif, start + 2 + 12 * entry)
+            if tag == 0x0112:
+                return int(value) if 1 <= value <= 8 else 1
+    except struct.error:
+        pass
+    return 1
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known of image files without decoding them.
+
+    Attributes:
+        digests: SHA-256 of each whole file, by name.
+        headers: by name, of files whose header can be read.
+        wrong: complaints about the others, by name.
+    """
+
+    digests: dict[str, str]
+    headers: dict[str, Header]
+    wrong: dict[str, str]
+
+
+def inspect_files(folder: Path, names: Iterable[str], cache: Path, decode: bool = False) -> Inspection:
+    """Look at image files: which are missing or cut short, and the digests of the others.
 
     Args:
         folder: of the files.
         names: of the files.
         cache: files whose size and time did not change since a list there was written are not read again.
-
-    Returns:
-        Digests by name, and complaints by name.
+        decode: also try to decode each, once.
     """
     index = cache / "digests" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.json"
-    try:
-        known: dict[str, list[Any]] = json.loads(index.read_text())
-    except (OSError, ValueError):
-        known = {}
-    digests: dict[str, str] = {}
-    wrong: dict[str, str] = {}
+    known = _known(index)
+    found = Inspection({}, {}, {})
     stale: list[tuple[str, list[int]]] = []
     for name in names:
         try:
-            stat = os.stat(folder / name)  # noqa: PTH116 - a hundred thousand times
-        except OSError:
-            wrong[name] = "missing"
+            status = os.stat(folder / name)  # noqa: PTH116 - a hundred thousand times
+        except (OSError, ValueError):
+            found.wrong[name] = "missing"
             continue
-        stamp = [stat.st_size, stat.st_mtime_ns]
-        if name in known and known[name][:2] == stamp:
-            digests[name] = known[name][2]
+        if not stat.S_ISREG(status.st_mode):
+            found.wrong[name] = "not a regular file"
+            continue
+        stamp = [status.st_size, status.st_mtime_ns]
+        if name in known and known[name][:2] == stamp and known[name][6] >= decode:
+            _take(found, name, known[name])
         else:
             stale.append((name, stamp))
     if stale:
         with ThreadPoolExecutor() as pool:
-            found = pool.map(lambda entry: _inspect(folder / entry[0]), stale)
-            for (name, stamp), (digest, whole) in zip(stale, found, strict=True):
-                if whole:
-                    digests[name] = digest
-                    known[name] = [*stamp, digest]
+            every = pool.map(lambda entry: _inspect(folder / entry[0], decode), stale)
+            for (name, stamp), looked in zip(stale, every, strict=True):
+                if isinstance(looked, str):
+                    found.wrong[name] = looked
                 else:
-                    wrong[name] = "not a whole image"
+                    known[name] = [*stamp, *looked]
+                    _take(found, name, known[name])
         index.parent.mkdir(parents=True, exist_ok=True)
         unfinished = index.with_suffix(f".{os.getpid()}.tmp")
         unfinished.write_text(json.dumps(known))
         unfinished.replace(index)
-    return digests, wrong
+    return found
 
 
-def _inspect(file: Path) -> tuple[str, bool]:
-    data = file.read_bytes()
-    return hashlib.sha256(data).hexdigest(), _whole(file, data)
+def _known(index: Path) -> dict[str, list[Any]]:
+    """The list of an earlier inspection: by name size, time, digest, height, width, orientation, and whether it was decoded."""
+    try:
+        listed = json.loads(index.read_text())
+    except (OSError, ValueError):
+        return {}
+    return {name: entry for name, entry in listed.items() if isinstance(entry, list) and len(entry) == 7}
+
+
+def _take(found: Inspection, name: str, entry: list[Any]) -> None:
+    found.digests[name] = entry[2]
+    if entry[3] is not None:
+        found.headers[name] = Header(Resolution(entry[3], entry[4]), entry[5])
+
+
+def _inspect(file: Path, decode: bool) -> list[Any] | str:
+    """Digest, height, width, orientation and whether it was decoded; or a complaint."""
+    try:
+        data = read_bytes(file, MOST_BYTES)
+    except OSError as error:
+        return str(error.strerror or error)
+    header = read_header(data)
+    if not _whole(file, data):
+        return "not a whole image"
+    if header is not None and header.size.height * header.size.width > MOST_PIXELS:
+        return f"more than {MOST_PIXELS // 10**6} megapixels"
+    if decode:
+        try:
+            _decoded(file, data, upright=False)
+        except UserError:
+            return "not a whole image"
+    form = [None, None, 1] if header is None else [header.size.height, header.size.width, header.orientation]
+    return [hashlib.sha256(data).hexdigest(), *form, decode]
 
 
 def _whole(file: Path, data: bytes | memoryview) -> bool:
-    """Whether an image file has its end."""
-    content = bytes(data)
-    if content[:4] == b"\x89PNG":
-        return b"IEND" in content
-    if content[:2] != b"\xff\xd8":
-        return len(content) > 0 and file.suffix.lower() not in (".jpg", ".jpeg", ".png")
-    # JPEG: past the headers, one of which may hold a whole thumbnail, to the first scan; in it no byte pair looks like the end.
+    """Whether an image file has its end, and what its parts say of themselves is true."""
+    content = memoryview(data)
+    start = bytes(content[:30])
+    if start[:4] == b"\x89PNG":
+        return _whole_png(content)
+    if start[:2] == b"\xff\xd8":
+        return _whole_jpeg(bytes(content))
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return 8 + int.from_bytes(start[4:8], "little") <= len(content)
+    if start[:2] == b"BM":
+        return _whole_bmp(content)
+    return len(content) > 0 and file.suffix.lower() not in IMAGE_TYPES
+
+
+def _whole_png(content: memoryview) -> bool:
+    at = 8
+    while at + 12 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, at)
+        end = at + 8 + length
+        if end + 4 > len(content) or zlib.crc32(content[at + 4 : end]) != struct.unpack_from(">I", content, end)[0]:
+            return False
+        if kind == b"IEND":
+            return True
+        at = end + 4
+    return False
+
+
+def _whole_jpeg(content: bytes) -> bool:
+    # Past the headers, one of which may hold a whole thumbnail, to the first scan; in it no byte pair looks like the end.
     # Phones append more after the end.
     at = 2
     while content[at : at + 1] == b"\xff" and content[at + 1 : at + 2] != b"\xda":
         at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
     return content.find(b"\xff\xd9", at) > 0
+
+
+def _whole_bmp(content: memoryview) -> bool:
+    header = read_header(content)
+    if header is None or len(content) < 34 or struct.unpack_from("<I", content, 14)[0] < 40:
+        return header is not None
+    start, (bits, compression) = struct.unpack_from("<I", content, 10)[0], struct.unpack_from("<HI", content, 28)
+    row = -(-header.size.width * bits // 32) * 4
+    return compression not in (0, 3) or start + row * header.size.height <= len(content)

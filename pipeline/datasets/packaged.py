@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import parse_json, sha256
-from pipeline.datasets.annotations import skeleton_of
+from pipeline.datasets import records
 from pipeline.datasets.coco import Coco
 from pipeline.errors import UserError
 from pipeline.specs import Splits
@@ -40,25 +40,25 @@ def pack(data: Splits, out: Path) -> dict[str, int]:
             digests[f"{split}/annotations.json"] = sha256(out / split / "annotations.json")
         counts[split] = len(part)
     whole = {" ".join(group): data.digest(group) for group in _GROUPS}
-    (out / LISTED).write_text(json.dumps({"splits": counts, "digests": whole, "files": digests}, indent=1))
+    listed = {"splits": counts, "digests": whole, "files": digests, "upright": getattr(data, "upright", None)}
+    (out / LISTED).write_text(json.dumps(listed, indent=1))
     return counts
 
 
-def _content(part: Any) -> dict[str, Any]:
+def _content(part: Coco) -> dict[str, Any]:
     """A COCO annotation file of one split."""
-    skeleton = part.labels
-    category = {
-        "id": 1,
-        "name": "person",
+    assert part.truth is not None
+    skeleton, category = part.labels, part.truth.category
+    described = {
+        "id": 1 if category.id is None else category.id,
+        "name": str(category),
         "keypoints": list(skeleton.names),
         "skeleton": [[a + 1, b + 1] for a, b in skeleton.limbs],
         "sigmas": list(skeleton.sigmas),
     }
     images = [{key: value for key, value in record.items() if key != "annotations"} for record in part.records]
-    people = [annotation for record in part.records for annotation in record["annotations"] or []]
-    made = {"images": images, "annotations": people, "categories": [category]}
-    assert skeleton_of(made) == skeleton
-    return made
+    people = [{**annotation, "category_id": described["id"]} for record in part.records for annotation in record["annotations"]]
+    return {"images": images, "annotations": people, "categories": [described]}
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ class Packaged:
         file = Path(self.folder) / LISTED
         try:
             listed: Mapping[str, Any] = parse_json(file.read_bytes())
-            changed = [name for name, digest in listed["files"].items() if sha256(Path(self.folder) / name) != digest]
+            plain = all(isinstance(listed[key], dict) for key in ("splits", "digests", "files"))
+            files = listed["files"].items() if plain else {"its list": ""}.items()
+            changed = [n for n, digest in files if not records.inside(n) or sha256(Path(self.folder) / n) != digest]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file}: not the images of a package ({error}); copy the package again") from error
         if changed:
@@ -94,7 +96,8 @@ class Packaged:
         annotations = Path(self.folder) / split / "annotations.json"
         images, inside = annotations.parent / "images", f"{split}/images/"
         names = tuple(sorted(name.removeprefix(inside) for name in self._listed["files"] if name.startswith(inside)))
-        return Coco(images, annotations if annotations.exists() else None, names, remedy="copy the package again")
+        file, upright = annotations if annotations.exists() else None, self._listed.get("upright")
+        return Coco(images, file, names, remedy="copy the package again", upright=upright)
 
     def __contains__(self, split: str) -> bool:
         """Whether there are images for this."""
