@@ -76,6 +76,10 @@ class PoseAgreement:
         """Everything found, in COCO's result format."""
         return self._inner.results()
 
+    def doubts(self) -> list[str]:
+        """None: the reference is a network."""
+        return []
+
     def details(self) -> Mapping[str, Mapping[str, float]]:
         """None: the keypoints' strata are those of labelled images."""
         return {}

@@ -5,6 +5,7 @@ ties; tests compare the figures with pycocotools to 1e-9. Images only wait when 
 compiled call, whose outcome serves the figures, their intervals and paired comparisons.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +27,7 @@ AREAS = {"all": (0.0, 1e10), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e
 FIGURES = ("ap", "ap50", "ap75", "ap_medium", "ap_large", "ar", "ar50", "ar75", "ar_medium", "ar_large")
 MOST_FOUND = 20  # people an image that count, as in COCO
 HIT, MISS = 1, 2
+_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,18}")  # an id that is a whole number; 007 is text
 
 
 @compiled
@@ -366,7 +368,7 @@ class CocoKeypoints:
     @property
     def images(self) -> list[str]:
         """The ids, in the order in which COCO's own evaluation takes them."""
-        return sorted(self._rows, key=int) if all(key.isdigit() for key in self._rows) else sorted(self._rows)
+        return sorted(self._rows, key=int) if all(_NUMBER.fullmatch(key) for key in self._rows) else sorted(self._rows)
 
     def people(self) -> Everybody:
         """Everybody, found and true."""
@@ -404,7 +406,7 @@ class CocoKeypoints:
             _, keypoints, scores = self._rows[id]
             for points, score in zip(keypoints.astype(np.float64).round(3), scores.tolist(), strict=True):
                 yield {
-                    "image_id": int(id) if id.isdigit() else id,
+                    "image_id": int(id) if _NUMBER.fullmatch(id) else id,
                     "category_id": 1,
                     "keypoints": points.ravel().tolist(),
                     "score": score,
@@ -419,6 +421,12 @@ class CocoKeypoints:
     def counts(self) -> dict[str, int]:
         """What went wrong: peaks that had no room, and images in which the network returned NaN or infinity."""
         return {"dropped_peaks": self._dropped, "images_not_finite": self._not_finite}
+
+    def doubts(self) -> list[str]:
+        """What may have made the figures other than expected, each with what to look at."""
+        from evaluation.plausibility import doubts
+
+        return doubts(self.people(), self.labels, self.found_labels)
 
     def details(self) -> dict[str, dict[str, float]]:
         """AP of each keypoint and stratum, and the kinds of error."""

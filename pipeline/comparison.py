@@ -70,7 +70,7 @@ def scored(file: Path, data: Splits, metric: Callable[..., Any], resamples: int)
         UserError: the results or the labels are bad.
     """
     images: Any = data.open("validation")
-    found = load_results(file, images.labels, {str(record["id"]) for record in images.records})
+    found = load_results(file, images.labels, {str(record["id"]) for record in images.records}, images.truth.category)
     try:
         measure = metric(labels=images.labels, found_labels=images.labels)
     except ValueError as error:

@@ -17,7 +17,8 @@ from pipeline.artifacts import current
 COLUMNS = (
     "data", "network", "pruning", "params", "macs", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "ran",
     "backend", "device",
-    "threads", "batch", "rebuild", "images", "ap", "ap_lo", "ap_hi", "ap50", "ap75", "ap_medium", "ap_large", "as_found_ap",
+    "threads", "batch", "rebuild", "images", "category",
+    "ap", "ap_lo", "ap_hi", "ap50", "ap75", "ap_medium", "ap_large", "as_found_ap",
     "as_found_ap_lo", "as_found_ap_hi", "agreement_ap", "agreement_ap_lo", "agreement_ap_hi", "agreement_people",
     "agreement_with_dense",
     "dropped_peaks", "images_not_finite", "ap_vs_fp32",

@@ -295,6 +295,10 @@ class Metric(Protocol[Truth_contra, Found_contra]):
         """Everything found, as plain data."""
         ...
 
+    def doubts(self) -> Sequence[str]:
+        """What may have made the figures other than expected, each with what to look at; to be shown."""
+        ...
+
     def details(self) -> Mapping[str, Mapping[str, float]]:
         """What the figures are made of, in named tables."""
         ...

@@ -96,7 +96,8 @@ def test_an_image_of_another_size_than_its_record_is_refused(folder):
         ('{"images": [{"id": 1}], "annotations": []}', r"images\[0\] has no 'file_name'"),
         ('{"images": [], "annotations": [{"id": 1}]}', r"annotations\[0\] has no 'image_id'"),
         (
-            '{"images": [{"id": 1, "file_name": "a", "height": 1, "width": 1}], "annotations": [{"image_id": 7, "bbox": [0, 0, 2, 2]}]}',
+            '{"images": [{"id": 1, "file_name": "a", "height": 1, "width": 1}],'
+            '"annotations": [{"image_id": 7, "bbox": [0, 0, 2, 2]}]}',
             "name 1 unknown images",
         ),
     ],

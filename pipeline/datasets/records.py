@@ -54,6 +54,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def flattened(points: Any) -> Any:
+    """Triples of numbers as one list; anything else as it is."""
+    if isinstance(points, list) and points and all(isinstance(triple, list) and len(triple) == 3 for triple in points):
+        return [value for triple in points for value in triple]
+    return points
+
+
 def is_id(value: Any) -> bool:
     """Whether a value can identify a record: a whole number, or printable text of moderate length."""
     if isinstance(value, str):
@@ -146,7 +153,9 @@ def _skeleton(category: Mapping[str, Any], where: str) -> Skeleton:
     try:
         return Skeleton(tuple(names), tuple((a - 1, b - 1) for a, b in limbs), tuple(float(s) for s in sigmas))
     except ValueError as error:
-        raise UserError(f"{who}: its keypoints, skeleton (pairs counted from 1) or sigmas are wrong ({error}); mend it") from error
+        raise UserError(
+            f"{who}: its keypoints, skeleton (pairs counted from 1) or sigmas are wrong ({error}); mend it"
+        ) from error
 
 
 def inside(name: str) -> bool:
@@ -257,8 +266,7 @@ class PersonCheck:
         points = found.get("keypoints", [])
         if not isinstance(points, list):
             self._wrong(who, "keypoints", points, f"give {3 * self.keypoints} numbers: x, y and visibility of each keypoint")
-        if points and all(isinstance(triple, list) and len(triple) == 3 for triple in points):
-            points = [value for triple in points for value in triple]
+        points = flattened(points)
         if not points:
             found.pop("keypoints", None)
             return

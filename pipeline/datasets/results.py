@@ -1,7 +1,11 @@
 """Results in COCO's format: https://cocodataset.org/#format-results."""
 
+from array import array
+from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ from numpy.typing import NDArray
 
 from evaluation.types import Poses, Skeleton
 from pipeline.datasets.annotations import read_file, read_json, unwatched
+from pipeline.datasets.records import Category, flattened, is_id, is_number, shown
 from pipeline.errors import UserError
 
 _PIECE = 1 << 20  # bytes read into Python's numbers at once
@@ -35,67 +40,138 @@ def _pieces(content: bytes) -> Iterator[list[Any]]:
             raise ValueError
 
 
-def _arrays(pieces: Iterator[Any], file: Path, K: int) -> tuple[list[Any], NDArray[Any], NDArray[Any]]:
-    """Image ids, keypoints [N, K, 3] and scores [N] of checked records."""
-    ids: list[Any] = []
-    keypoints, scores = [np.zeros((0, K, 3), np.float64)], [np.zeros(0, np.float64)]
-    for piece in pieces:
+@dataclass
+class _Reader:
+    """Takes checked records of one category.
+
+    Attributes:
+        file: for messages.
+        K: keypoints of a person.
+        category: whose records are taken; None is all.
+        ids: of the images.
+        where: places of the records in the file.
+        keypoints: each [N, K, 3].
+        scores: each [N].
+        seen: records so far, of all categories.
+        left_out: records so far of other categories.
+    """
+
+    file: Path
+    K: int
+    category: Category | None
+    ids: list[Any] = field(default_factory=list)
+    where: list[int] = field(default_factory=list)
+    keypoints: list[NDArray[np.float64]] = field(default_factory=list)
+    scores: list[NDArray[np.float64]] = field(default_factory=list)
+    seen: int = 0
+    left_out: Counter[Any] = field(default_factory=Counter)
+
+    def take(self, piece: Any, odd: bool) -> None:
+        """Check some records; `odd` says that true or false may be among their numbers.
+
+        Raises:
+            UserError: one is no result, or of another number of keypoints.
+        """
         if not isinstance(piece, list) or not all(isinstance(record, dict) for record in piece):
-            raise UserError(f"{file}: not a list of results; see https://cocodataset.org/#format-results")
+            raise UserError(f"{self.file}: not a list of results; see https://cocodataset.org/#format-results")
+        own = [n for n, record in enumerate(piece) if self._belongs(record, self.seen + n)]
+        kept = piece if len(own) == len(piece) else [piece[n] for n in own]
+        where = [self.seen + n for n in own]
+        self.seen += len(piece)
         for key in ("image_id", "keypoints", "score"):
-            absent = next((n for n, record in enumerate(piece) if key not in record), None)
+            absent = next((n for n, record in enumerate(kept) if key not in record), None)
             if absent is not None:
-                raise UserError(f"{file}: result {len(ids) + absent} has no '{key}'; each needs image_id, keypoints and score")
-        lists = [record["keypoints"] for record in piece]
+                raise UserError(f"{self.file}: result {where[absent]} has no '{key}'; each needs image_id, keypoints and score")
+        points, values = self._numbers(kept, where, odd)
+        bad = np.flatnonzero(~np.isfinite(values) | ~np.isfinite(points).all(axis=(1, 2)) | (values < 0))
+        if len(bad):
+            at, score = where[bad[0]], kept[bad[0]]["score"]
+            raise UserError(
+                f"{self.file}: result {at} (score {score}) has a negative score, or a score or point that is not finite"
+            )
+        self.where += where
+        self.ids += [record["image_id"] for record in kept]
+        self.keypoints.append(points)
+        self.scores.append(values)
+
+    def _belongs(self, record: dict[str, Any], place: int) -> bool:
+        given, own = record.get("category_id"), None if self.category is None else self.category.id
+        if given is None or own is None or (given == own and not isinstance(given, bool)):
+            return True
+        if not is_id(given):
+            raise UserError(f"{self.file}: result {place}: category_id is {shown(given)}; give a category's id")
+        self.left_out[given] += 1
+        return False
+
+    def _numbers(
+        self, kept: list[dict[str, Any]], where: list[int], odd: bool
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        K, lists = self.K, [record["keypoints"] for record in kept]
+        if any(isinstance(flat, list) and flat and isinstance(flat[0], list) for flat in lists):
+            lists = [flattened(flat) for flat in lists]
         wrong = next((n for n, flat in enumerate(lists) if not isinstance(flat, list) or len(flat) != 3 * K), None)
         if wrong is not None:
             many = len(lists[wrong]) if isinstance(lists[wrong], list) else "no list of"
-            raise UserError(f"{file}: result {len(ids) + wrong} has {many} keypoint numbers, not {3 * K} ({K} keypoints)")
+            raise UserError(
+                f"{self.file}: result {where[wrong]} has {many} keypoint numbers, not {3 * K} ({K} keypoints); "
+                "mend it, or choose another data.category"
+            )
+        scores = [record["score"] for record in kept]
+        strange = next((n for n in range(len(kept)) if not all(map(is_number, (scores[n], *lists[n])))), None) if odd else None
         try:
-            points, values = np.array(lists), np.array([record["score"] for record in piece])
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{file}: keypoints and scores must be numbers ({error})") from error
-        if points.size and (points.ndim != 2 or values.ndim != 1 or any(a.dtype.kind not in "if" for a in (points, values))):
-            raise UserError(f"{file}: keypoints and scores must be numbers, not words, lists or null")
-        points, values = points.reshape(-1, K, 3).astype(np.float64), values.astype(np.float64)
-        bad = np.flatnonzero(~np.isfinite(values) | ~np.isfinite(points).all(axis=(1, 2)) | (values < 0))
-        if len(bad):
-            at, score = len(ids) + bad[0], piece[bad[0]]["score"]
-            raise UserError(f"{file}: result {at} (score {score}) has a negative score, or a score or point that is not finite")
-        ids += [record["image_id"] for record in piece]
-        keypoints.append(points)
-        scores.append(values)
-    return ids, np.concatenate(keypoints), np.concatenate(scores)
+            points, values = array("d", list(chain.from_iterable(lists))), array("d", scores)
+        except (TypeError, OverflowError):
+            strange = next((n for n in range(len(kept)) if not all(map(is_number, (scores[n], *lists[n])))), 0)
+        if strange is not None:
+            raise UserError(
+                f"{self.file}: result {where[strange]}: keypoints and scores must be numbers, not words, lists or null"
+            )
+        return np.array(points).reshape(-1, K, 3), np.array(values)
 
 
-def load_results(file: Path, labels: Skeleton, images: AbstractSet[str]) -> dict[str, Poses]:
+def load_results(file: Path, labels: Skeleton, images: AbstractSet[str], category: Category | None = None) -> dict[str, Poses]:
     """Read and check found people.
 
     Args:
         file: a JSON list of {"image_id", "category_id", "keypoints": [x, y, score, ...], "score"}.
         labels: the skeleton of the keypoints.
         images: the ids of the images that were to be looked at.
+        category: whose results count; others are left out, and so is none where it is None.
 
     Returns:
         Poses of every image, of some nobody.
 
     Raises:
         UserError: the file is missing or no such list; an image is unknown, keypoints are missing or too many, a number is
-            not finite, a score is negative, or a person is there twice.
+            not finite, a score is negative, a person is there twice, or all results are of other categories.
     """
     content, K = read_file(file, "check the path of the results"), len(labels.names)
+    odd = b"true" in content or b"false" in content
+    read = _Reader(file, K, category)
     try:
         with unwatched():
-            ids, keypoints, scores = _arrays(_pieces(content), file, K)
+            for piece in _pieces(content):
+                read.take(piece, odd)
     except ValueError:
-        ids, keypoints, scores = _arrays(iter([read_json(content, file)]), file, K)
+        read = _Reader(file, K, category)
+        read.take(read_json(content, file), odd=True)
+    if read.seen and not read.ids and category is not None:
+        (other, count), *_ = read.left_out.most_common(1)
+        raise UserError(
+            f"{file}: no result has the category_id {category.id} ({category}), but {count} have {other}; mend category_id, or "
+            "choose another data.category"
+        )
+    keypoints = np.concatenate([np.zeros((0, K, 3)), *read.keypoints])
+    scores = np.concatenate([np.zeros(0), *read.scores])
     places: dict[str, list[int]] = {image: [] for image in images}
     unknown = set()
-    for n, image in enumerate(map(str, ids)):
-        if image in places:
-            places[image].append(n)
+    for n, image in enumerate(read.ids):
+        if not is_id(image):
+            raise UserError(f"{file}: an image_id is {shown(image)}; give the id of one of the images")
+        if str(image) in places:
+            places[str(image)].append(n)
         else:
-            unknown.add(image)
+            unknown.add(str(image))
     if unknown:
         listed = ", ".join(sorted(unknown)[:5])
         raise UserError(f"{file}: {len(unknown)} image ids are not of the validation images: {listed}")
@@ -104,5 +180,6 @@ def load_results(file: Path, labels: Skeleton, images: AbstractSet[str]) -> dict
         for n in rows:
             other = seen.setdefault(keypoints[n].tobytes() + scores[n].tobytes(), n)
             if other != n:
-                raise UserError(f"{file}: results {other} and {n} are the same person of image {image}; drop one of them")
+                first, second = read.where[other], read.where[n]
+                raise UserError(f"{file}: results {first} and {second} are the same person of image {image}; drop one of them")
     return {image: Poses(keypoints[rows], scores[rows]) for image, rows in places.items()}

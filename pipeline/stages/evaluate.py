@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import cv2
 from annotated_types import Ge, Interval
+from rich.console import Console
 
 from evaluation.averaging import AveragedFields
 from evaluation.statistics import bootstrap
@@ -85,34 +86,45 @@ def run(
             if place in shown_at:
                 picture = read.draw(sample.read(), found)
                 jpeg = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
-                (job.out / "pictures" / f"{sample.id}.jpg").write_bytes(jpeg.tobytes())
-                captions[f"{sample.id}.jpg"] = images.records[place].get("flickr_url", "")
+                name, source = f"{place + 1:06d}.jpg", str(images.records[place].get("flickr_url", ""))
+                (job.out / "pictures" / name).write_bytes(jpeg.tobytes())
+                captions[name] = source if source.startswith(("http://", "https://")) else ""
         if agreement is not None and tuned is not None and (tuned / "reference.npz").exists():
             measures["agreement"] = agreement(labels=runner.spec.labels)
             reference = load_results(tuned / "reference.npz")
             for _, sample, found in results("agreement"):
                 measures["agreement"].process(sample.id, reference[sample.id], found)
     (job.out / "pictures" / "captions.json").write_text(json.dumps(captions))
-    summary = _figures(job, measures, resamples)
+    summary = _figures(job, measures, resamples, images)
     (job.out / "details.json").write_text(json.dumps(measures[""].details(), indent=1))
     summary |= {
         "primary": measures[""].primary,
         "images": len(images),
+        "category": str(images.truth.category),
         "backend": backend.name,
         "data_digest": data.digest(["validation"]),
     }
+    console = Console(stderr=True, highlight=False, markup=False)
+    for doubt in (*images.doubts(job.cache), *measures[""].doubts()):
+        console.print(f"           {doubt}", style="yellow", soft_wrap=True)
     shutil.rmtree(job.scratch, ignore_errors=True)
     (job.out / "metrics.json").write_text(json.dumps({**summary, "axes": dict(axes)}, indent=1))
     return summary
 
 
-def _figures(job: Job, measures: Mapping[str, Metric[Any, Any]], resamples: int) -> dict[str, Any]:
+def _figures(job: Job, measures: Mapping[str, Metric[Any, Any]], resamples: int, images: Any) -> dict[str, Any]:
     """The figures of every measure, with the primary one's interval; draws and predictions are written."""
+    ids, category = {str(record["id"]): record["id"] for record in images.records}, images.truth.category.id
     summary: dict[str, Any] = {}
     for name, measure in measures.items():
         draws = bootstrap(measure.matches(), resamples)
         draws.save(job.out / f"draws{name and '.'}{name}.npz")
-        (job.out / f"predictions{name and '.'}{name}.json").write_text(_array(measure.results()))
+        (job.out / f"predictions{name and '.'}{name}.json").write_text(
+            _array(
+                {**r, "image_id": ids.get(str(r["image_id"]), r["image_id"]), "category_id": category or 1}
+                for r in measure.results()
+            )
+        )
         figures = {
             **measure.evaluate(),
             f"{measure.primary}_lo": draws.interval.low,
