@@ -428,6 +428,12 @@ def _sources(spec: NetworkSpec, chosen: Mapping[str, str], returned: Outputs, wh
         fitting = {left[0].name: others}
     found = [names[0] for names in fitting.values() if len(names) == 1]
     if len(found) < len(left) or len(set(found)) < len(found):
+        lost = next((field for field in left if not fitting[field.name]), None)
+        if lost is not None:
+            raise UserError(
+                f"{where}: no output is {lost.name}, [n, {lost.channels}, h, w]; its outputs are {_listed(returned)}: mend "
+                f"model.spec.fields, or say which it is with 'model.outputs={{{lost.name}: NAME}}'"
+            )
         example = ", ".join(f"{field.name}: {name}" for field, name in zip(left, [*others, "NAME", "NAME"], strict=False))
         raise UserError(
             f"{where}: no output is called {' or '.join(field.name for field in left)}; its outputs are {_listed(returned)}: "

@@ -233,6 +233,11 @@ MASK = head(
             r"32x48 at stride 8 are maps of 4x6, the file gives 8x12; set its stride: 4",
         ),
         (network(), changed(("fields", 1, "stride"), 3), r"32x48 at stride 3 are maps of 10.6667x16, the file gives 8x12"),
+        (
+            network(),
+            changed(("fields", 1), {"name": "tags", "stride": 4, "channels": 9}),
+            r"no output is pafs, \[n, 9, h, w\]; its",
+        ),
         (network((4, 3, 32, 48)), RAW, "its batch is fixed at 4; export it with a free batch"),
         (network((1, 3, 36, 48)), RAW, "takes 36x48, which are no multiples of 8 plus 0; set model.spec.input.multiple"),
         (network((1, 3, 32, 48)), {**RAW, "dynamic": ["batch"]}, r"dynamic holds 'batch', but its input is \[1, 3, 32, 48\]"),
