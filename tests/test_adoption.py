@@ -234,8 +234,8 @@ MASK = head(
         ),
         (network(), changed(("fields", 1, "stride"), 3), r"32x48 at stride 3 are maps of 10.6667x16, the file gives 8x12"),
         (
-            network(),
-            changed(("fields", 1), {"name": "tags", "stride": 4, "channels": 9}),
+            network(outputs=("h", "p")),
+            changed(("fields", 1, "channels"), 9),
             r"no output is pafs, \[n, 9, h, w\]; its",
         ),
         (network((4, 3, 32, 48)), RAW, "its batch is fixed at 4; export it with a free batch"),
