@@ -1,5 +1,6 @@
 import contextlib
 import io
+import json
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from evaluation.skeletons import COCO_17, OPENPOSE_18
 from evaluation.statistics import Draws, bootstrap, paired
 from evaluation.types import Poses
 from pipeline.datasets.annotations import people
+from pipeline.datasets.coco import Coco
+from pipeline.datasets.results import load_results
 
 
 def world(seed, images=40, ties=True):
@@ -164,3 +167,95 @@ def test_resamples_without_people_do_not_count():
     assert (nobody.value, nobody.interval.low, nobody.interval.high) == (-1, -1, -1)
     difference = paired(nobody, nobody)
     assert (difference.value, difference.low, difference.high) == (0, 0, 0)
+
+
+# --- whole files: other categories, and all that a record may lack ---------------------------------------------------------
+
+DOG = {"id": 18, "name": "dog"}
+
+
+def mixed(seed):
+    """An annotation file and results with other categories, crowds, areas of 0, absent areas and counts, and empty images."""
+    draw = np.random.default_rng(seed)
+    truth, found = world(100 + seed, images=25, ties=bool(seed % 2))
+    annotations, results = [], []
+    for image, records in truth.items():
+        for record in records:
+            number = len(annotations) + 1
+            new = {**record, "id": number, "image_id": image}
+            if draw.random() < 0.3:
+                new["category_id"] = 18
+                if draw.random() < 0.5:
+                    new = {key: value for key, value in new.items() if key not in ("keypoints", "num_keypoints")}
+            elif draw.random() < 0.1:
+                new["area"] = 0
+            elif draw.random() < 0.1:
+                del new["area"]
+            elif draw.random() < 0.1:
+                new["num_keypoints"] = int(draw.integers(0, 2)) * 17  # whatever the points say
+            elif draw.random() < 0.1:
+                del new["num_keypoints"]
+            elif draw.random() < 0.1:
+                new["iscrowd"] = 1  # with labelled points
+            elif draw.random() < 0.1:
+                new |= {"bbox": [0, 0, 0, 0]}
+            annotations.append(new)
+        for points, score in zip(found[image].keypoints.astype(np.float64), found[image].scores.tolist(), strict=True):
+            category = 18 if draw.random() < 0.3 else 1
+            results.append({"image_id": image, "category_id": category, "keypoints": points.ravel().tolist(), "score": score})
+    images = [{"id": i, "file_name": f"{i}.jpg", "height": 400, "width": 400} for i in [*truth, 900]]
+    person = {"id": 1, "name": "person", "keypoints": list(COCO_17.names), "skeleton": []}
+    return {"info": {}, "images": images, "annotations": annotations, "categories": [DOG, person]}, results
+
+
+def reference(raw, results):
+    """pycocotools' ten figures of people, once what it needs is there: an absent area is the box's, a count the points."""
+    filled = []
+    for record in raw["annotations"]:
+        points = record.get("keypoints") or [0] * 51
+        count = record.get("num_keypoints", sum(v > 0 for v in points[2::3]))
+        box = record["bbox"]
+        if not any(box) and any(points[2::3]):
+            seen = np.reshape(points, (17, 3))
+            seen = seen[seen[:, 2] > 0, :2]
+            box = [*seen.min(0), *np.ptp(seen, axis=0)]
+        area = record.get("area", box[2] * box[3])
+        filled.append({**record, "keypoints": points, "num_keypoints": count, "area": area})
+    coco = COCO()
+    coco.dataset = {**raw, "annotations": filled}
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes([dict(record) for record in results]), "keypoints")
+        evaluation.params.catIds = [1]
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_files_with_other_categories_give_the_figures_of_pycocotools(tmp_path, seed):
+    raw, results = mixed(seed)
+    (tmp_path / "truth.json").write_text(json.dumps(raw))
+    (tmp_path / "found.json").write_text(json.dumps(results))
+    data = Coco(tmp_path, tmp_path / "truth.json")
+    loaded = load_results(tmp_path / "found.json", data.labels, {str(r["id"]) for r in data.records}, data.truth.category)
+    metric = CocoKeypoints(data.labels, data.labels)
+    for n in range(len(data)):
+        metric.process(data[n].id, data[n].truth, loaded[data[n].id])
+    ours, theirs = metric.evaluate(), reference(raw, results)
+    assert np.allclose([ours[name] for name in FIGURES], theirs, atol=1e-9, rtol=0)
+    assert 0.002 < ours["ap"] < 0.98
+    assert data.truth.left_out == sum(a["category_id"] == 18 for a in raw["annotations"]) > 0
+
+
+@pytest.mark.parametrize("ids", [["-3", "-12", "5"], ["007", "7", "70"], ["²", "1", "3"], ["a", "B", "10"]])
+def test_any_id_is_ordered_and_written_as_it_is(ids):
+    truth, found = world(1, images=3)
+    metric = CocoKeypoints(COCO_17, COCO_17)
+    for name, image in zip(ids, truth, strict=True):
+        metric.process(name, people(truth[image]), found[image])
+    metric.evaluate()
+    assert {str(record["image_id"]) for record in metric.results()} <= set(ids)
+    if "-3" in ids:
+        assert metric.images == ["-12", "-3", "5"]

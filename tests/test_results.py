@@ -10,6 +10,7 @@ from evaluation.coco import FIGURES, CocoKeypoints
 from evaluation.skeletons import COCO_17
 from evaluation.types import Poses
 from pipeline.datasets.annotations import people
+from pipeline.datasets.records import Category
 from pipeline.datasets.results import load_results
 from pipeline.errors import UserError
 
@@ -68,6 +69,35 @@ def test_bad_results_are_refused(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as caught:
         load_results(file, COCO_17, IMAGES)
     assert str(file) in str(caught.value)
+
+
+PERSON = Category(1, "person", COCO_17)
+
+
+def test_results_of_another_category_are_left_out(tmp_path):
+    dog = {"image_id": 9, "category_id": 18, "keypoints": [1, 2], "score": "none"}
+    (tmp_path / "r.json").write_text(json.dumps([dog, result(), result(score=0.2, category_id=None), dog]))
+    found = load_results(tmp_path / "r.json", COCO_17, IMAGES, PERSON)
+    assert found["7"].scores.tolist() == [0.7, 0.2]
+    (tmp_path / "r.json").write_text(json.dumps([dog, result(), dog, result()]))
+    with pytest.raises(UserError, match="results 1 and 3 are the same person of image 7"):
+        load_results(tmp_path / "r.json", COCO_17, IMAGES, PERSON)
+    (tmp_path / "r.json").write_text(json.dumps([dog, dog, {**dog, "category_id": 3}]))
+    with pytest.raises(UserError, match=r"no result has the category_id 1 \(person\), but 2 have 18; .* data\.category"):
+        load_results(tmp_path / "r.json", COCO_17, IMAGES, PERSON)
+    (tmp_path / "r.json").write_text(json.dumps([result(), result(category_id=[1])]))
+    with pytest.raises(UserError, match=r"result 1: category_id is a list of 1"):
+        load_results(tmp_path / "r.json", COCO_17, IMAGES, PERSON)
+
+
+def test_a_mark_nested_points_and_odd_ids_are_read_or_named(tmp_path):
+    nested = result(keypoints=[[1.5, 2.5, 0.5]] * 17)
+    (tmp_path / "r.json").write_bytes(b"\xef\xbb\xbf" + json.dumps([nested]).encode())
+    assert load_results(tmp_path / "r.json", COCO_17, IMAGES)["7"].keypoints[0, 3].tolist() == [1.5, 2.5, 0.5]
+    for wrong, words in (([7], "a list of 1"), (7.0, "7.0"), (None, "null")):
+        (tmp_path / "r.json").write_text(json.dumps([result(image_id=wrong)]))
+        with pytest.raises(UserError, match=f"an image_id is {words}"):
+            load_results(tmp_path / "r.json", COCO_17, IMAGES)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -207,7 +207,8 @@ def _columns(people: Sequence[dict[str, Any]], K: int, flat: bool = False) -> _C
         and boxes[:, 2:].min() > 0
         and 0 <= areas.min() <= areas.max() <= FAR * FAR
         and 0 <= crowd.min() <= crowd.max() <= 1
-        and -1 <= counts.min() <= counts.max() <= 10_000
+        and counts.max() <= 10_000
+        and np.count_nonzero(counts >= 0) == sum("num_keypoints" in a for a in people)
         and ((seen == 0) | (seen == 1) | (seen == 2)).all()
     ):
         return None

@@ -15,6 +15,8 @@ from pipeline.errors import UserError
 from pipeline.inference import FITTED, Watch, candidates, predict, save_results, shown
 from pipeline.specs import Backend, Decoder, Framing, Splits
 
+_FEW = 4  # tune images below which chosen thresholds are in doubt
+
 
 def run(
     job: Job,
@@ -80,7 +82,14 @@ def run(
     table = [{**options, "figure": figure} for options, figure in zip(tried, figures, strict=True)]
     (job.out / "decoder.json").write_text(json.dumps({"options": chosen, "tried": table}, indent=1))
     words = ", ".join(f"{name} {value:.4g}" for name, value in summary.items())
-    Console(stderr=True, highlight=False).print(f"[bold]tune[/]       {words}", soft_wrap=True)
+    console = Console(stderr=True, highlight=False)
+    console.print(f"[bold]tune[/]       {words}", soft_wrap=True)
+    if (count := len(results[best])) < _FEW:
+        console.print(
+            f"[yellow]           thresholds chosen on {count} tune image{'s'[: count - 1]}: they may fit nothing else; name "
+            "more in data.splits, or give more train images[/]",
+            soft_wrap=True,
+        )
     return summary
 
 

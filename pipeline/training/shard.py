@@ -16,7 +16,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from evaluation import skeletons
-from evaluation.types import Resolution
+from evaluation.types import Resolution, Skeleton
 from pipeline import datasets
 from pipeline.errors import UserError
 from pipeline.specs import Dataset, Objective, Splits
@@ -101,12 +101,31 @@ def shard(
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
             try:
-                _write([data.open(split) for split in splits], objective, resolution, zoom, pad, unfinished)
+                parts = [data.open(split) for split in splits]
+                _refuse_others(parts)
+                _write(parts, objective, resolution, zoom, pad, unfinished)
             except BaseException:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 raise
             unfinished.rename(folder)
     return Shard.open(folder)
+
+
+def _refuse_others(parts: Sequence[Any]) -> None:
+    """Refuse to train on other keypoints than COCO's.
+
+    Raises:
+        UserError: the labels of some images are of others.
+    """
+    for part in parts:
+        labels = getattr(part, "labels", None)
+        if isinstance(labels, Skeleton) and labels.names != skeletons.COCO_17.names:
+            few = ", ".join(labels.names[:4]) + (", ..." if len(labels.names) > 4 else "")
+            raise UserError(
+                f"{getattr(part, 'annotations', 'data')}: training knows COCO's 17 keypoints alone, and this category has "
+                f"{len(labels.names)} others ({few}); give labels of COCO's keypoints, or train elsewhere and adopt the "
+                "network with model=onnx"
+            )
 
 
 def _write(
