@@ -1,13 +1,8 @@
-"""dvc.yaml says what the code says, and `dvc repro` does nothing that is not needed."""
+"""dvc.yaml says what the code says."""
 
 import itertools
-import json
-import os
 import re
 import shlex
-import shutil
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -73,56 +68,3 @@ def test_every_command_makes_its_outputs_from_its_dependencies(command, deps, ou
     assert extra <= {f"{root}/sample/{VARS['calibration']}"}  # of the precisions that need no calibration
     for file in [*params, *(d for d in deps if not d.startswith("outputs/"))]:
         assert (ROOT / file).exists(), file
-
-
-@pytest.fixture
-def project(tmp_path):
-    """A clone of the working tree whose DVC chain is the smoke experiment's, with one network and one resolution."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for name in listed.stdout.split():
-        if not name.startswith(("tests/", "benchmarks/")):
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, tmp_path / name)
-    content = yaml.safe_load((tmp_path / "dvc.yaml").read_text())
-    dense = "lwop-s2-w0.125"
-    content["vars"] = [
-        {"experiment": "smoke"}, {"dense": dense}, {"pruned": f"{dense}_l1-0.45-r16"}, {"calibration": "stratified-8-s0"},
-        {"resolutions": ["64x80"]},
-        {"networks": [{"pruner": "none", "label": f"{dense}_dense", "weights": f"train/{dense}"}]},
-        {"precisions": [{"name": "int8", "label": "int8-auto-stratified-8-s0"}]},
-    ]  # fmt: skip
-    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    return tmp_path
-
-
-def repro(project, *words):
-    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
-    env = {**os.environ, "PYTHONPATH": str(project), "PATH": path, "DVC_NO_ANALYTICS": "1"}
-    env.pop("POSEPRESS_RUN", None)
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "repro", *words], cwd=project, env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return re.findall(r"Running stage '([^']+)'", done.stdout)
-
-
-def test_repro_runs_what_changed_and_nothing_else(project):
-    first = repro(project)
-    assert len(first) == len(set(first)) == 10
-    assert first[-1] == "report"
-    table = project / "outputs/smoke/report/results.csv"
-    assert len(table.read_text().splitlines()) == 2
-    assert repro(project) == [], "a second one does nothing"
-    content = yaml.safe_load((project / "dvc.yaml").read_text())
-    next(v for v in content["vars"] if "resolutions" in v)["resolutions"] = ["64x80", "72x88"]
-    (project / "dvc.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    added = repro(project)
-    assert {name.partition("@")[0] for name in added} == {"quantize", "build", "tune", "measure", "report"}
-    assert len(added) == 5
-    assert all("72x88" in name for name in added if name != "report")
-    assert len(table.read_text().splitlines()) == 3
-    manifest = json.loads((project / "outputs/smoke/report/manifest.json").read_text())
-    assert manifest["summary"]["engines"] == 2

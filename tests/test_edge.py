@@ -8,7 +8,7 @@ import sys
 import zipfile
 
 import pytest
-from conftest import FAKES, ROOT, SMOKE, command, pipeline, refused
+from conftest import FAKES, ROOT, SMOKE, command, compiled_before, pipeline, refused
 
 from pipeline import edge, results_zip
 from pipeline.artifacts import Results, write_manifest
@@ -22,7 +22,9 @@ def packaged(sweep, target, *more):
     """A package of the smoke network's INT8, taken away from where it was made."""
     pipeline(*WORDS, f"backend={target}", f"target={target}", "stage=package", *more, cwd=sweep, double=True, check=0)
     (folder,) = (sweep / "outputs/smoke/package").glob(f"*_{target}")
-    return shutil.copytree(folder, sweep / "device" / target)
+    device = shutil.copytree(folder, sweep / "device" / target)
+    compiled_before(device)
+    return device
 
 
 def on_device(folder, python=sys.executable, double=False, check=0):
@@ -36,33 +38,22 @@ def on_device(folder, python=sys.executable, double=False, check=0):
     return done
 
 
-def test_a_device_without_torch_builds_evaluates_and_brings_results_home(smoke):
-    """The whole way, in a virtual environment that holds the edge lock alone; TensorRT is its double."""
-    folder = packaged(smoke, "tensorrt", "backend.mem_pool_size_mb=256")
-    assert "backend.mem_pool_size_mb=256" in json.loads((folder / "package.json").read_text())["options"]
-    assert (folder / "README.txt").read_text().count("\n    ") <= 3, "at most three commands"
-    install = folder / "install.sh"
-    install.write_text(install.read_text().replace("--system-site-packages ", ""))  # what lies on this machine must not help
-    subprocess.run(["sh", "install.sh"], cwd=folder, check=True, env={**os.environ, "PYTHON": sys.executable})
-    python = folder / ".venv/bin/python"
-    listed = subprocess.run([str(python), "-m", "pip", "list", "--format=json"], capture_output=True, text=True, check=True)
-    names = {entry["name"].lower() for entry in json.loads(listed.stdout)}
-    assert not names & {"torch", "mlflow", "dvc", "scipy", "posepress"}
-    assert "take it home" in on_device(folder, python, double=True).stdout
-    home = command(*SMOKE[:1], "stage=import", f"results={folder / 'results.zip'}", cwd=smoke, check=0)
-    assert "double.of.a.gpu" in home.stderr
-    (imported,) = (smoke / "outputs/smoke/evaluate").glob("*_tensorrt-double.of.a.gpu-b1/metrics.json")
-    assert json.loads(imported.read_text())["backend"] == "tensorrt-double"
-    report = pipeline(*SMOKE, "stage=report", cwd=smoke, check=0)
-    assert "left out: 1 evaluated with the TensorRT test double" in report.stdout.replace("\n", " ")
+@pytest.fixture(scope="module")
+def package(finished, tmp_path_factory):
+    """A package of the smoke network's INT8 for ONNX Runtime, and beside it what a device made of it: results.zip."""
+    sweep = tmp_path_factory.mktemp("packaged")
+    shutil.copytree(finished / "outputs", sweep / "outputs")
+    folder = packaged(sweep, "onnxruntime")
+    away = shutil.copytree(folder, sweep / "away")
+    on_device(away)
+    shutil.move(away / "results.zip", folder.parent / "results.zip")
+    return folder
 
 
 @pytest.fixture
-def home(smoke):
+def home(smoke, package):
     """A finished sweep, and the results of a package of it that ran with ONNX Runtime."""
-    folder = packaged(smoke, "onnxruntime")
-    on_device(folder)
-    return smoke, folder / "results.zip"
+    return smoke, package.parent / "results.zip"
 
 
 def rewritten(source, target, change):
@@ -157,8 +148,8 @@ def test_imported_figures_are_in_report_and_mlflow(home):
     assert brought[0].data.metrics["latency_p50_ms"] > 0
 
 
-def test_a_package_that_was_changed_is_refused_on_the_device(smoke):
-    folder = packaged(smoke, "onnxruntime")
+def test_a_package_that_was_changed_is_refused_on_the_device(smoke, package, tmp_path):
+    folder = shutil.copytree(package, tmp_path / "device")
     image = next((folder / "data/validation/images").iterdir())
     image.write_bytes(b"another")
     assert "not the file that was packaged; copy the package again" in on_device(folder, check=2).stderr
@@ -170,9 +161,8 @@ def test_a_package_that_was_changed_is_refused_on_the_device(smoke):
     )
 
 
-def test_packaged_images_are_those_that_engines_are_measured_on(smoke):
-    folder = packaged(smoke, "onnxruntime")
-    data = Packaged(str(folder / "data"))
+def test_packaged_images_are_those_that_engines_are_measured_on(package):
+    data = Packaged(str(package / "data"))
     assert "validation" in data
     assert "train" not in data
     assert len(data.open("validation")) == 12

@@ -2,40 +2,16 @@
 
 import errno
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMOKE, pipeline, refused
+from conftest import SMOKE, pipeline, refused, snapshot
 
 from pipeline.__main__ import _message
 
 CELL = [*SMOKE, "precision=int8"]
-
-
-def snapshot(folder):
-    files = sorted(f for f in (folder / "outputs/smoke").rglob("*") if f.is_file())
-    return {str(f.relative_to(folder)): (f.stat().st_mtime_ns, f.stat().st_size) for f in files}
-
-
-def test_help_helps_and_loads_nothing_heavy(tmp_path):
-    code = (
-        "import sys, runpy; sys.argv = ['pipeline', '--help'];\n"
-        "try: runpy.run_module('pipeline', run_name='__main__')\n"
-        "except SystemExit: pass\n"
-        "print('LOADED', [m for m in ('torch', 'onnx', 'onnxruntime', 'mlflow', 'cv2', 'numba') if m in sys.modules])"
-    )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.rstrip().endswith("LOADED []")
-    for word in ("train", "quantize", "benchmark", "pruner: l1", "--multirun", "resolution="):
-        assert word in done.stdout
-    assert not list(tmp_path.iterdir())
 
 
 # Wrong options are in wrong_options.yaml; these go all the way to the exit status.
@@ -153,75 +129,15 @@ def test_strict_false_skips_and_counts(images, tmp_path):
     assert manifest["summary"]["images_skipped"] == 1
 
 
-def started(words, cwd):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    env.pop("POSEPRESS_RUN", None)
-
-    def listen():
-        """A shell that runs the tests in the background ignores Ctrl-C for them, and its children inherit that."""
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    command = [sys.executable, "-m", "pipeline", *words]
-    return subprocess.Popen(command, cwd=cwd, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=listen)  # noqa: PLW1509
-
-
-LONG = ["stages.train.training.steps=120", "stages.train.training.checkpoint_every=2", "force=true"]
-
-
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_training_goes_on(smoke, how):
-    shutil.rmtree(smoke / "outputs/cache/smoke/train", ignore_errors=True)
-    before = snapshot(smoke)
-    process = started([*SMOKE, "stage=train", *LONG], smoke)
-    until = time.monotonic() + 90
-    while not list((smoke / "outputs/cache/smoke").glob("train/*/state.ckpt")):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
-    if how == signal.SIGINT:
-        assert process.returncode == 2
-        assert "interrupted; run the same command to go on" in errors
-        assert "Traceback" not in errors
-    assert snapshot(smoke).items() >= before.items(), "the earlier result is still there"
-    words = [w for w in LONG if w != "force=true"]
-    done = pipeline(*SMOKE, "stage=train", *words, cwd=smoke, check=0)
-    assert "done" in done.stderr
-    (manifest,) = (smoke / "outputs/smoke/train").glob("*/manifest.json")
-    assert json.loads(manifest.read_text())["summary"]["steps"] == 120
-    assert not list((smoke / "outputs/smoke/train").glob(".*"))
-
-
-def test_two_processes_on_one_address(smoke):
-    process = started([*SMOKE, "stage=train", *LONG], smoke)
-    try:
-        until = time.monotonic() + 60
-        while not list((smoke / "outputs/runs/locks/smoke").glob("train@*.holder")):
-            assert time.monotonic() < until
-            time.sleep(0.05)
-        text = refused(pipeline(*SMOKE, "stage=train", *LONG, cwd=smoke))
-        assert f"is being made by process {process.pid} on" in text
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def test_a_full_disk_leaves_the_earlier_result(smoke):
+def test_a_full_disk_leaves_the_earlier_result(smoke, monkeypatch):
     """/dev/full is a disk that is always full: the report's table is written there."""
-    before = snapshot(smoke)
-    site = smoke / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(
-        "import pathlib\n"
-        "real = pathlib.Path.open\n"
-        "def full(self, *a, **k):\n"
-        "    return open('/dev/full', 'w') if self.name == 'results.csv' and 'w' in a else real(self, *a, **k)\n"
-        "pathlib.Path.open = full\n"
-    )
-    env = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}"}
-    words = [sys.executable, "-m", "pipeline", *SMOKE, "stage=report", "force=true"]
-    done = subprocess.run(words, cwd=smoke, env=env, capture_output=True, text=True, check=False)
+    before, real = snapshot(smoke), Path.open
+
+    def full(file, *how, **options):
+        return real(Path("/dev/full"), "w") if file.name == "results.csv" and "w" in how else real(file, *how, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    done = pipeline(*SMOKE, "stage=report", "force=true", cwd=smoke)
     assert "No space left on device; free some space" in refused(done)
     assert snapshot(smoke) == before
 

@@ -1,19 +1,14 @@
 import itertools
 import math
 import pickle
-import shutil
-import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMOKE, command, refused
-from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from evaluation.pixels import frame, normalise
@@ -586,31 +581,6 @@ def test_two_devices_share_a_batch_and_learn_the_same(images, tmp_path):
     assert [step for step, _ in found[0]] == [step for step, _ in found[1]] == [1, 2, 4, 6]
     for (_, one), (_, two) in zip(*found, strict=True):
         assert two == pytest.approx(one, rel=1e-3)
-
-
-def test_two_machines_train_one_network(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def machine(rank):
-        words = [*SMOKE, f"outputs={tmp_path / str(rank)}", "stage=train", "stages.train.training.num_nodes=2"]
-        words += ["stages.train.training.accelerator=cpu", "stages.train.training.precision=32-true"]
-        words += ["stages.train.training.patience=3", "stages.train.training.check_every=1"]
-        told = {"NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        return command(*words, cwd=tmp_path, env=told)
-
-    with ThreadPoolExecutor() as pool:
-        assert [done.returncode for done in pool.map(machine, (0, 1))] == [0, 0]
-    one, other = (load_file(next((tmp_path / str(rank)).glob("smoke/train/*/model.safetensors"))) for rank in (0, 1))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    scratch = next((tmp_path / "1").glob("cache/train/*/state.ckpt"))
-    shutil.rmtree(tmp_path / "1" / "smoke")
-    shutil.rmtree(tmp_path / "0" / "smoke")
-    scratch.unlink()
-    with ThreadPoolExecutor() as pool:
-        for done in pool.map(machine, (0, 1)):
-            assert "the machines have checkpoints of different steps, or one has none" in refused(done)
 
 
 def test_what_one_of_several_devices_refuses_is_an_error_without_traceback(images, tmp_path):
