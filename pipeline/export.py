@@ -1,16 +1,22 @@
 """Torch to ONNX: exported, simplified, described and compared with what it came from."""
 
+import inspect
 import logging
+import re
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
+import onnxscript
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -19,6 +25,7 @@ from evaluation.types import NetworkSpec
 from pipeline.errors import UserError
 from pipeline.specs import SPEC_KEY
 
+_SAME = 1e-3  # of a field's range, between torch and a graph that was kept from a network of the same structure
 _AXES = {0: "batch", 2: "height", 3: "width"}
 
 Reference = Callable[[NDArray[np.float32]], Mapping[str, NDArray[np.float32]]]
@@ -36,7 +43,14 @@ class _Ordered(nn.Module):
         return tuple(fields[name] for name in self.names)
 
 
-def export(network: nn.Module, example: NDArray[np.float32], opset: int, out: Path, any_shape: bool = True) -> None:
+def export(
+    network: nn.Module,
+    example: NDArray[np.float32],
+    opset: int,
+    out: Path,
+    any_shape: bool = True,
+    graphs: Path | None = None,
+) -> None:
     """Write a network as ONNX with torch's dynamo exporter.
 
     Args:
@@ -45,25 +59,102 @@ def export(network: nn.Module, example: NDArray[np.float32], opset: int, out: Pa
         opset: of the file.
         out: the file.
         any_shape: leave free what the description calls dynamic; a network of one shape is exported in less than half the time.
+        graphs: a folder that keeps graphs without weights. A network of the same structure takes its graph from there,
+            and what comes of it is compared with torch. None exports anew.
     """
     spec: NetworkSpec = network.spec  # type: ignore[assignment]
     names = [field.name for field in spec.fields]
     free = {axis: name for axis, name in _AXES.items() if any_shape and name in spec.dynamic}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision's operators, which nobody asked for
+    ordered = _Ordered(network, names).eval()
+    key = None if graphs is None else _structure(ordered, [example.shape, opset, free, spec.to_json()])
+    kept = graphs / f"{key}.onnx" if graphs is not None and key is not None else None
+    if kept is not None and kept.exists() and _exported(kept, ordered, example, out):
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            _Ordered(network, names).eval(),
+        program = torch.onnx.export(
+            ordered,
             (torch.from_numpy(example),),
-            out,
             dynamo=True,
             opset_version=opset,
             input_names=[spec.input.name],
             output_names=names,
             dynamic_shapes=(free,),
-            external_data=False,
             verbose=False,
+            optimize=False,
         )
+    assert program is not None
+    if kept is not None:
+        _keep(program.model_proto, ordered, kept)
+    _optimized(program.model_proto).save(out, external_data=False)
+
+
+def _exported(kept: Path, ordered: _Ordered, example: NDArray[np.float32], out: Path) -> bool:
+    """Export by a kept graph; False where that gives another network than torch's, for instance of a damaged file."""
+    network = ordered.network
+    try:
+        _optimized(_filled(onnx.load(kept), ordered)).save(out, external_data=False)
+        compare(out, network.spec, torch_reference(network), [example], _SAME)  # type: ignore[arg-type]
+    except Exception:  # noqa: BLE001 - of protobuf, ONNX Runtime and ours; the graph is made anew, whatever it was
+        return False
+    return True
+
+
+def _optimized(model: onnx.ModelProto) -> Any:
+    """A program of torch of a graph of a graph with its weights, on which the folding of batch norms depends."""
+    program = torch.onnx.ONNXProgram(onnx_ir.from_proto(model), None)
+    program.optimize()
+    return program
+
+
+def _tensors(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+
+def _keep(model: onnx.ModelProto, network: nn.Module, file: Path) -> None:
+    """Write a graph without the network's weights, whole or not at all."""
+    weights = _tensors(network)
+    for initializer in model.graph.initializer:
+        if initializer.name in weights:
+            initializer.ClearField("raw_data")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as part:
+        part.write(model.SerializeToString())
+    Path(part.name).replace(file)
+
+
+def _filled(model: onnx.ModelProto, network: nn.Module) -> onnx.ModelProto:
+    """A kept graph with a network's weights."""
+    weights = _tensors(network)
+    for initializer in model.graph.initializer:
+        if initializer.name in weights:
+            tensor = onnx.numpy_helper.from_array(weights[initializer.name].detach().cpu().numpy(), initializer.name)
+            if (tensor.dims, tensor.data_type) != (initializer.dims, initializer.data_type):
+                raise ValueError(f"{initializer.name} is {initializer.dims}, not {tensor.dims}")
+            initializer.CopyFrom(tensor)
+    return model
+
+
+def _structure(network: nn.Module, more: Sequence[Any]) -> str | None:
+    """A digest of all that a network's graph follows from, its weights' values left out; None where hooks may change it."""
+    about: list[Any] = [torch.__version__, onnxscript.__version__, onnx_ir.__version__, *more]
+    about += [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in _tensors(network).items()]
+    files = set()
+    for name, module in network.named_modules():
+        if any(vars(module)[hooks] for hooks in ("_forward_hooks", "_forward_pre_hooks")):
+            return None
+        own = {key: value for key, value in vars(module).items() if not key.startswith("_")}
+        if any(isinstance(value, torch.Tensor) for value in own.values()):
+            return None
+        kind = type(module)
+        about.append((name, kind.__module__, kind.__qualname__, repr(module), sorted(own.items())))
+        if kind.__module__.partition(".")[0] != "torch":
+            files.add(inspect.getsourcefile(kind) or "")
+    digest = sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(about)).encode())
+    for file in sorted(files):
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
 
 
 def simplify(file: Path, seconds: float) -> str:

@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections import defaultdict
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -89,6 +89,34 @@ def pytest_terminal_summary(terminalreporter):
 # --- the command -----------------------------------------------------------------------------------------------------------
 
 _launches = count()
+_shared: list[Path] = []  # the folder of this run that all workers share
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared(tmp_path_factory):
+    """The folder of this run that all workers share."""
+    base = tmp_path_factory.getbasetemp()
+    _shared[:] = [base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base]
+    (_shared[0] / "exports").mkdir(exist_ok=True)
+    return _shared[0]
+
+
+@contextmanager
+def shared_exports(cwd, *words):
+    """While the command runs in a folder, what it keeps of exports is shared by all tests; nothing of that is left there."""
+    outputs = next((word.partition("=")[2] for word in words if word.startswith("outputs=")), "outputs")
+    link = Path(cwd) / outputs / "cache" / "exports"
+    made = [folder for folder in (link.parent, link.parent.parent) if not folder.exists()]
+    with suppress(OSError):
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(_shared[0] / "exports")
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            link.unlink()
+            for folder in made:
+                folder.rmdir()
 
 
 def pipeline(*words, cwd, double=False, check=None, env=None):
@@ -117,7 +145,7 @@ def pipeline(*words, cwd, double=False, check=None, env=None):
     os.environ |= {"COLUMNS": "200", program.RUN_VARIABLE: run, **(env or {})}
     os.chdir(cwd)
     try:
-        with redirect_stdout(out), redirect_stderr(err):
+        with redirect_stdout(out), redirect_stderr(err), shared_exports(cwd, *words):
             status = _status(program.main)
     finally:
         os.chdir(before)
@@ -153,9 +181,10 @@ def command(*words, cwd, double=False, check=None, timeout=300, env=None):
     paths = [str(ROOT), *([str(FAKES)] if double else [])]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200", **(env or {})}
     variables.pop("POSEPRESS_RUN", None)
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline", *words], cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout
-    )
+    with shared_exports(cwd, *words):
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline", *words], cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout
+        )
     return _checked(done, check)
 
 
@@ -202,10 +231,8 @@ SMOKE = ["experiment=smoke", "tracking=none"]
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
+def finished(shared):
     """A finished sweep of four smoke cells; shared by all workers, so nobody writes into it."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
     folder = shared / "finished"
     with FileLock(shared / "finished.lock"):
         if not (folder / "done").exists():

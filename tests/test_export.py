@@ -91,6 +91,63 @@ def test_both_simplifiers_failing_is_an_error(file, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [copy]
 
 
+class Small(nn.Module):
+    """Quick to export, with a batch norm to fold and an option that only its code knows."""
+
+    spec = NetworkSpec(InputSpec("image"), (FieldSpec("heatmaps", 4, 1), FieldSpec("pafs", 4, 1)), OPENPOSE_18)
+
+    def __init__(self, factor=2.0):
+        super().__init__()
+        self.conv, self.norm, self.factor = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), factor
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, images):
+        fields = self.norm(self.conv(images))
+        return {"heatmaps": fields.relu(), "pafs": fields * self.factor}
+
+
+@pytest.fixture
+def exports(monkeypatch):
+    """Counts what torch exports."""
+    calls, real_export = [], torch.onnx.export
+    monkeypatch.setattr(torch.onnx, "export", lambda *given, **options: calls.append(given) or real_export(*given, **options))
+    return calls
+
+
+def test_a_network_of_the_same_structure_takes_its_graph_from_the_cache(tmp_path, exports):
+    first, other = Small().eval(), Small().eval()
+    for name, network, graphs in (("a", first, "kept"), ("b", other, "kept"), ("c", other, None)):
+        export.export(network, inputs()[0], 20, tmp_path / name, graphs=graphs and tmp_path / graphs)
+    assert len(exports) == 2
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes() != (tmp_path / "a").read_bytes()
+    export.compare(tmp_path / "b", other.spec, export.torch_reference(other), inputs(), 1e-5)
+    (kept,) = (tmp_path / "kept").iterdir()
+    assert not any(i.raw_data for i in onnx.load(kept).graph.initializer if i.name == "network.conv.weight")
+
+
+def test_another_structure_has_another_key_and_hooks_have_none():
+    plain, hooked = Small(), Small()
+    hooked.conv.register_forward_hook(lambda module, given, found: found + 1)
+    assert export._structure(plain, [1]) == export._structure(Small(), [1])
+    others = (export._structure(Small(3.0), [1]), export._structure(plain, [2]), export._structure(nn.Sequential(plain), [1]))
+    assert len({export._structure(plain, [1]), *others}) == 4
+    assert export._structure(hooked, [1]) is None
+
+
+def test_a_kept_graph_that_is_damaged_or_of_another_network_is_exported_anew(tmp_path, exports, monkeypatch):
+    def exported(network):
+        export.export(network.eval(), inputs()[0], 20, tmp_path / "model", graphs=tmp_path / "kept")
+        export.compare(tmp_path / "model", network.spec, export.torch_reference(network), inputs()[:1], 1e-5)
+        return len(exports)
+
+    assert exported(Small()) == 1
+    (file,) = (tmp_path / "kept").iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    assert exported(Small()) == 2
+    monkeypatch.setattr(export, "_structure", lambda *_: file.stem)  # a key that is too coarse
+    assert exported(Small(5.0)) == 3
+
+
 class Frozen(nn.Module):
     """Its result depends on the parity of the input's height: an exporter freezes the branch."""
 

@@ -295,7 +295,7 @@ def latency_of(monkeypatch, value, times, round_to=4):
     """The latency that a pruning to a target lands at."""
     network = trained(MAKERS[0])
     whole = macs(network, SIZE)
-    monkeypatch.setattr("pipeline.pruning.cycle.exported", lambda net, size, keep, any_shape: macs(net, size) / whole)
+    monkeypatch.setattr("pipeline.pruning.cycle.exported", lambda net, size, *_: macs(net, size) / whole)
     monkeypatch.setattr("pipeline.pruning.cycle.Candidate", float)
     pruner = Pruner(target="latency", value=value, round_to=round_to, min_num_filters=4, criterion="l1", max_pruning_ratio=0.8)
     cycle = Cycle(network, pruner, SIZE, SteppedProbe(times))

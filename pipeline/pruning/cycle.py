@@ -37,10 +37,11 @@ def exported(
     checkpoint: Callable[[Path], None] | None = None,
     any_shape: bool = False,
     scratch: Path | None = None,
+    graphs: Path | None = None,
 ) -> Candidate:
     """A network as an engine can be built of it, of one image, of this size alone or any; the runtime folds its batch norms.
 
-    Files on the way lie in the folder `scratch`; None is the system's.
+    Files on the way lie in the folder `scratch`; None is the system's. The folder `graphs` is that of `export.export`.
     """
     spec: NetworkSpec = network.spec  # type: ignore[assignment]
     image = torch.zeros(1, 3, size.height, size.width).numpy()
@@ -48,7 +49,7 @@ def exported(
         scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         file = Path(folder) / "model.onnx"
-        export.export(duplicate(network).cpu().eval(), image, _OPSET, file, any_shape)
+        export.export(duplicate(network).cpu().eval(), image, _OPSET, file, any_shape, graphs)
         export.stamp(file, spec)
         return Candidate.of_file(file, checkpoint)
 
@@ -71,6 +72,7 @@ class Cycle:
         keep: writes a network that lost the channels of a history into a folder, so that torch runs it as it is.
         memory: a file in which a cycle in several steps keeps what it has measured and removed; one that was killed goes on.
         near_dead: channels whose norm is a hundredth of their group's greatest, or less.
+        graphs: a folder that keeps the graphs of exported networks, without weights.
     """
 
     network: nn.Module
@@ -85,6 +87,7 @@ class Cycle:
     divisors: list[dict[str, float]] = field(default_factory=list)
     keep: Callable[[nn.Module, Sequence[Any], Path], None] | None = None
     memory: Path | None = None
+    graphs: Path | None = None
 
     def __post_init__(self) -> None:
         """Take the dense network's sizes."""
@@ -237,7 +240,7 @@ class Cycle:
         keep = self.keep and partial(self.keep, duplicate(network).cpu(), [*self.history, *removed])
         assert self.probe is not None
         scratch = None if self.memory is None else self.memory.parent
-        return exported(network, self.size, keep, not self.probe.framing.one_size, scratch)
+        return exported(network, self.size, keep, not self.probe.framing.one_size, scratch, self.graphs)
 
     def _size(self, target: Target) -> tuple[str, float]:
         goal = target.of(self.dense[target.kind])

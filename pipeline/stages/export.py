@@ -61,7 +61,7 @@ def run(
         network.eval()
         described: NetworkSpec = network.spec  # type: ignore[assignment]
         inputs = _inputs(data, framing, described, size)
-        onnx_export.export(network, inputs[0], opset, file)
+        onnx_export.export(network, inputs[0], opset, file, graphs=job.cache / "exports")
         reference = onnx_export.torch_reference(network)
         counted = {"params": sum(p.numel() for p in network.parameters()), "macs": macs(network, size)}
         sparse = list(getattr(network, "sparse24", []))

@@ -100,6 +100,7 @@ def run(
             else None,
             keep=lambda net, gone, folder: store.save(net, folder, make, [*history, *gone]),
             memory=job.scratch / "cycle.json",
+            graphs=job.cache / "exports",
         )
         cycle.run()
         cycle.save(job.out)
@@ -135,7 +136,7 @@ def _probe(
     assert judged_by is not None
     reference = job.scratch / "dense.onnx"
     reference.parent.mkdir(parents=True, exist_ok=True)
-    exported(network, size, any_shape=not framing.one_size, scratch=job.scratch).save(reference)
+    exported(network, size, None, not framing.one_size, job.scratch, job.cache / "exports").save(reference)
     decoder = judged_by["decoder"]
     decode = decoder(network.spec, **decoder_options(None, decoder))
     judges = (judged_by["metric"], judged_by["agreement"], reference, judged_by["threads"])
