@@ -8,7 +8,6 @@ from numba.core import caching
 
 from evaluation.compiled import compiled
 from pipeline import __main__ as program
-from pipeline.artifacts import Results
 
 
 def doubled(n):
@@ -34,7 +33,7 @@ def unwritable(monkeypatch, tmp_path):
     """A machine where neither the code's folder nor the user's cache can be written."""
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home" / "cache"))
-    refused = (Path(program.__file__).parent.parent, tmp_path / "home", tmp_path)
+    refused = (Path(program.__file__).parent.parent, tmp_path / "home")
     (tmp_path / "home").mkdir()
     monkeypatch.setattr(os, "access", lambda file, _: not any(Path(file).is_relative_to(folder) for folder in refused))
     yield
@@ -43,27 +42,26 @@ def unwritable(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("unwritable")
 def test_what_is_compiled_is_kept_below_outputs(tmp_path):
-    program._keep_compiled(Results(tmp_path / "outputs", "x", "run"))
+    program._keep_compiled(tmp_path / "outputs")
     assert os.environ["NUMBA_CACHE_DIR"] == str(tmp_path / "outputs" / "cache" / "numba")
 
 
 @pytest.mark.usefixtures("unwritable")
 def test_what_can_be_kept_nowhere_is_said(tmp_path, monkeypatch, capsys):
-    results = Results(tmp_path / "outputs", "x", "run")
-    monkeypatch.setattr(Results, "writable", False)
-    program._keep_compiled(results)
-    assert "give NUMBA_CACHE_DIR a folder that can be written" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    program._keep_compiled(tmp_path / "outputs")
+    assert "a folder that can be written by NUMBA_CACHE_DIR" in capsys.readouterr().err
     assert "NUMBA_CACHE_DIR" not in os.environ
 
 
 @pytest.mark.usefixtures("unwritable")
 def test_a_folder_that_is_given_stays(tmp_path, monkeypatch):
     monkeypatch.setenv("NUMBA_CACHE_DIR", "/given")
-    program._keep_compiled(Results(tmp_path / "outputs", "x", "run"))
+    program._keep_compiled(tmp_path / "outputs")
     assert os.environ["NUMBA_CACHE_DIR"] == "/given"
 
 
 def test_where_the_code_lies_writable_nothing_changes(tmp_path, monkeypatch):
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
-    program._keep_compiled(Results(tmp_path / "outputs", "x", "run"))
+    program._keep_compiled(tmp_path / "outputs")
     assert "NUMBA_CACHE_DIR" not in os.environ
