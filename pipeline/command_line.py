@@ -19,6 +19,7 @@ _WITH_VALUE = (
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
     *("--info", "-i", "--shell-completion", "-sc", "--experimental-rerun"),
 )
+_MOST_YAML = 100_000  # bytes of a file, and values that it stands for
 _SAFE = re.compile(r"[\w./:=+~@%,-]*")  # of what a shell leaves as it is
 
 
@@ -84,7 +85,41 @@ def read(words: Sequence[str]) -> Words:
         else:
             raise UserError(f"{word}: no such flag{nearest(flag, (*_ALONE, *_WITH_VALUE))}; options are OPTION=VALUE")
     read_words = Words(flags, [])
+    if read_words.config_dir is not None:
+        check_choices(Path(read_words.config_dir))
     return Words(flags, [_readable(word, read_words.sweep) for word in options])
+
+
+def check_choices(folder: Path) -> None:
+    """Check, before any of it is read into memory, that the choices of a folder are of bounded size, aliases followed.
+
+    Raises:
+        UserError: a file is too large, nested too deeply, or grows too large by its aliases.
+    """
+    import yaml
+
+    for file in sorted(folder.rglob("*.yaml")):
+        try:
+            small = file.is_file() and file.stat().st_size <= _MOST_YAML
+            size = _nodes(yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader), {}) if small else _MOST_YAML
+        except RecursionError:
+            size = _MOST_YAML
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{file}: no YAML ({' '.join(str(error).split())}); mend it, or take it out of --config-dir"
+            ) from error
+        if size >= _MOST_YAML:
+            raise UserError(f"{file}: too large, too deep, or too large by its aliases (*name); take it out of --config-dir")
+
+
+def _nodes(node: Any, known: dict[int, int]) -> int:
+    """How many values a YAML node stands for, every alias followed; a circle counts as too many."""
+    if id(node) not in known:
+        known[id(node)] = _MOST_YAML  # of a node that is inside itself
+        entries = [] if node is None or isinstance(node.value, str) else node.value
+        inner = [part for entry in entries for part in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1 + sum(_nodes(part, known) for part in inner)
+    return known[id(node)]
 
 
 def _readable(word: str, sweep: bool) -> str:
@@ -97,6 +132,8 @@ def _readable(word: str, sweep: bool) -> str:
     parser = OverridesParser.create()
     try:
         override = parser.parse_override(word)
+    except RecursionError as error:
+        raise UserError(f"{option}={value[:40]}...: nested too deeply; give a simpler value") from error
     except HydraException as error:
         text = quoted(option, value)
         if not equals:

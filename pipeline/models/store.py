@@ -70,6 +70,10 @@ def load(folder: Path) -> tuple[nn.Module, "partial[nn.Module]", list[Any]]:
     make = partial(network_class(architecture["target"], file), **architecture["options"])
     history = architecture["pruning"]
     try:
+        state = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS}: damaged or missing ({error}); make it again") from error
+    try:
         _check_size(make, folder / WEIGHTS)
         network = build(make, history)
     except UserError as error:
@@ -77,10 +81,6 @@ def load(folder: Path) -> tuple[nn.Module, "partial[nn.Module]", list[Any]]:
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:
         what = f"{architecture['target']} with its options and pruning"
         raise UserError(f"{file}: cannot make {what} ({type(error).__name__}: {error}); it is of another version") from error
-    try:
-        state = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS}: damaged or missing ({error}); make it again") from error
     load_state(network, state, folder / WEIGHTS)
     sparse24.check(network)
     return network, make, history
@@ -121,7 +121,7 @@ def _check_size(make: "partial[nn.Module]", weights: Path) -> None:
             many = sum(p.numel() for p in make().parameters())
     except (RuntimeError, NotImplementedError):  # it looks at its weights while it is made
         return
-    if weights.is_file() and many > _MOST_TIMES * weights.stat().st_size:
+    if many > _MOST_TIMES * weights.stat().st_size:
         raise UserError(f"a network of {many:.3g} parameters, far more than {weights.name} holds; its options are damaged")
 
 
