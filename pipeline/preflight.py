@@ -127,7 +127,7 @@ def check_given(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[
     from pipeline.specs import Shapes, described, named
 
     raw = model["spec"]
-    if raw is None and config.model.get("_target_") is not None:
+    if config.model.get("_target_") is not None:
         raise UserError(f"model.onnx={model['onnx']}: choose model=onnx, whose model.spec describes the file")
     spec, _ = named(described(raw))
     for doubt in spec.input.doubts:

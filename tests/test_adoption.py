@@ -551,6 +551,16 @@ def test_free_axes_are_an_option(tmp_path, monkeypatch, given):
     assert "batch=2: " in refused(tmp_path, monkeypatch, given, "batch=2", raw={k: v for k, v in RAW.items() if k != "dynamic"})
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [("model.spec=null", "^model.spec=null: give"), ("model.spec.input=5", r"^model.spec(.input=5|\.input=5: give it as)")],
+)
+def test_what_is_no_description_is_refused_before_any_work(tmp_path, monkeypatch, word, message):
+    onnx.save(network(), tmp_path / "given.onnx")
+    with pytest.raises(UserError, match=message):
+        cell(tmp_path, monkeypatch, *ASKED, f"model.onnx={tmp_path}/given.onnx", word).preflight()
+
+
 def test_a_plan_is_described_before_any_work(tmp_path, monkeypatch):
     (tmp_path / "given.plan").write_bytes(b"plan")
     words = ["stage=[build]", "backend=tensorrt", f"model.plan={tmp_path}/given.plan"]
