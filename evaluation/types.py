@@ -9,9 +9,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Generic, Literal, TypeVar, cast
+from typing import Annotated, Any, Generic, Literal, TypeVar, cast
 
 import numpy as np
+from annotated_types import Interval
 from numpy.typing import NDArray
 
 Array = Any  # numpy, or a torch tensor left on the device where the network ran
@@ -110,8 +111,8 @@ def _part(kind: type[T], path: str, raw: object, lists: Iterable[str] = ()) -> T
 class Resolution:
     """A size in pixels."""
 
-    height: int
-    width: int
+    height: Annotated[int, Interval(ge=1, lt=10**6)]
+    width: Annotated[int, Interval(ge=1, lt=10**6)]
 
     @classmethod
     def parse(cls, text: str) -> "Resolution":

@@ -192,6 +192,8 @@ def explained(error: Exception, words: Words) -> str:
             inside = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
             hint = nearest(key, inside) or nearest(key, known)
             return f"{key}: no such option{hint}; `python -m pipeline --cfg job` lists them"
+    if found := re.match(r"Error merging override (.*)", str(error)):
+        return f"{found[1]}: not what this option takes; `python -m pipeline --cfg job` shows its value"
     return str(error).split("\n\nSet the environment", maxsplit=1)[0].strip()
 
 

@@ -35,7 +35,7 @@ Seed = Annotated[int, Interval(ge=0, lt=2**32)]
 
 
 class Command(TypedDict):
-    """The options of conf/config.yaml; those of type Any are components, or made of other options."""
+    """The options of conf/config.yaml; those of type Any are components, values of type object are made of other options."""
 
     name: Word
     stage: str | Sequence[str] | None
@@ -62,9 +62,9 @@ class Command(TypedDict):
     force: bool
     strict: bool
     debug: bool
-    addresses: Mapping[str, Any]
-    axes: Mapping[str, Any]
-    stages: Any
+    addresses: Mapping[str, object]
+    axes: Mapping[str, object]
+    stages: Mapping[str, object]
     data: Any
     model: Any
     pruner: Any
@@ -84,6 +84,30 @@ class Tracking(TypedDict):
 
     enabled: bool
     uri: str | None
+
+
+class About(TypedDict, total=False):
+    """What a component's file says beside the arguments of its `_target_`; other words of it are references."""
+
+    label: str
+    name: str
+    recipe: str
+    weights_from: str | None
+    calibration: str | None
+    checkpoint: str | None
+    network: str | None
+    tuned_by: str | None
+    only_on: str | None
+    requires: Sequence[str]
+    multiple: Annotated[int, Interval(ge=1, le=4096)]
+    offset: Annotated[int, Interval(ge=0, le=4096)]
+    last_tensorrt: Annotated[int, Ge(1)]
+    images: Annotated[Sequence[Literal["train", "unlabelled"]], MinLen(1)]
+    image_dir: str | None
+    measures_here: bool
+    sensitivity: Literal["sensitivity"] | None
+    pruning_granularity: Annotated[int, Interval(ge=1, le=65536)]
+    retrain_lr: Annotated[float, Interval(ge=0, le=100)]
 
 
 class _Parameter(NamedTuple):
@@ -107,17 +131,23 @@ def check_command(config: DictConfig) -> None:
             raise UserError(f"{key}: is not there; this configuration takes it out, and it is needed")
         if hint is not Any:
             check.option(config, key, hint)
+    about = get_type_hints(About, include_extras=True)
+    for node in (config[key] for key, hint in known.items() if hint is Any and isinstance(config[key], DictConfig)):
+        for key in (key for key in about if key in node and not OmegaConf.is_interpolation(node, key)):
+            check.option(node, key, about[key])
 
 
-def check_stage(config: DictConfig, name: str) -> None:
-    """Check the options of a stage and of the components in them.
+def check_stages(config: DictConfig, names: Sequence[str]) -> None:
+    """Check the options of stages and of the components in them.
 
     Raises:
         UserError: one is unknown, missing or wrong.
     """
-    if not OmegaConf.is_dict(config.stages.get(name)) or "_target_" not in config.stages[name]:
-        raise UserError(f"stages.{name}: no such stage{nearest(name, config.stages)}")
-    _Check().stage(config.stages[name], name)
+    check = _Check()
+    for name in names:
+        if not OmegaConf.is_dict(config.stages.get(name)) or "_target_" not in config.stages[name]:
+            raise UserError(f"stages.{name}: no such stage{nearest(name, config.stages)}")
+        check.stage(config.stages[name], name)
 
 
 def check_component(config: DictConfig, group: str) -> None:
@@ -182,7 +212,10 @@ def _target_at(config: DictConfig, parts: Sequence[str]) -> str | None:
 
 
 class _Check:
-    """One walk over options, each read by itself: what is wrong elsewhere does not hide it."""
+    """A walk over options, each read by itself: what is wrong elsewhere does not hide it. A component is looked at once."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
 
     def stage(self, node: DictConfig, name: str) -> None:
         """A stage's wiring, and its options against the signature of its function."""
@@ -194,6 +227,10 @@ class _Check:
 
     def component(self, node: DictConfig, stage: str = "") -> None:
         """A component's options against the signature of its `_target_`."""
+        place = str(node._get_full_key(None))  # noqa: SLF001 - OmegaConf has no other way to a node's place
+        if place in self.seen:
+            return
+        self.seen.add(place)
         if not isinstance(node.get("_partial_", False), bool):
             raise UserError(f"{_name(node, '_partial_')}={_shown(node['_partial_'])}: choose true or false")
         target = _target(node)
@@ -246,7 +283,8 @@ class _Check:
             _refuse_unless(_fits(hint, OmegaConf.to_container(value, resolve=True)), name, value, hint)
         else:
             plain = OmegaConf.to_container(value, resolve=True) if isinstance(value, ListConfig) else value
-            if type(plain) in (int, float) and not _fits(hint, plain) and _fits(hint, str(plain)):
+            text = type(plain) in (int, float) and all(_bare(kind) not in (int, float) for kind in _alternatives(hint))
+            if text and not _fits(hint, plain) and _fits(hint, str(plain)):
                 _write(node, key, str(plain))
             else:
                 _refuse_unless(_fits(hint, plain), name, plain, hint)
@@ -269,6 +307,8 @@ class _Check:
                 raise UserError(f"{name}.{min(lost)}: is not there, and is needed")
             return
         keys, values = get_args(kind) or (Any, Any)
+        if values is object:
+            return
         for key in map(str, value):
             if not _fits(keys, key):
                 raise UserError(f"{name}.{key}: no such option; choose {described(keys)}")
@@ -318,7 +358,7 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 def _name(node: DictConfig, key: str) -> str:
     """What an option is called on the command line: where the value stands that it refers to."""
     full = str(node._get_full_key(key))  # noqa: SLF001 - OmegaConf has no other way to a node's place
-    raw = node._get_node(key)  # noqa: SLF001
+    raw: Any = node._get_node(key, validate_access=False)  # noqa: SLF001
     text = raw._value() if raw is not None else None  # noqa: SLF001
     found = _REFERENCE.fullmatch(text) if isinstance(text, str) else None
     if found is None:
@@ -332,7 +372,8 @@ def _name(node: DictConfig, key: str) -> str:
         parent = OmegaConf.select(place if found[1] else root, holder) if holder else place if found[1] else root
     except OmegaConfBaseException:
         return full
-    return _name(parent, last) if isinstance(parent, DictConfig) and last in parent else full
+    there = isinstance(parent, DictConfig) and parent._get_node(last, validate_access=False) is not None  # noqa: SLF001
+    return _name(parent, last) if there else full
 
 
 def _write(node: DictConfig, key: str, value: str) -> None:
@@ -388,18 +429,19 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
+def _bare(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
 def _container(hint: Any) -> Any:
     """The class of a container's annotation, without what it holds."""
-    hint = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    origin = get_origin(hint) or hint
+    origin = get_origin(_bare(hint)) or _bare(hint)
     return origin if origin in _CONTAINERS else None
 
 
 def _is_plain(hint: Any) -> bool:
     """Whether values of an annotation can be written in YAML."""
     if hint in (bool, int, float, str, Path, None, NoneType, Any, object, Ellipsis) or get_origin(hint) is Literal:
-        return True
-    if is_typeddict(hint):
         return True
     if get_origin(hint) is Annotated:
         return _is_plain(get_args(hint)[0])

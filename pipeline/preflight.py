@@ -48,13 +48,11 @@ def check_options(config: DictConfig, plan: Sequence[str], words: Sequence[str],
             raise UserError(f"{lost[0]}: there is no pruner; add pruner=l1")
         words = [word for word in words if word not in lost]  # of another cell
     options.check_added(config, words)
-    for name in plan:
-        options.check_stage(config, name)
     keys = [word.lstrip("+~").partition("=")[0].split(".") for word in words]
+    named = [key[1] for key in keys if key[0] == "stages" and len(key) > 1]
+    options.check_stages(config, list(dict.fromkeys([*plan, *named])))
     for key in keys:
-        if key[0] == "stages" and len(key) > 1 and key[1] not in plan:
-            options.check_stage(config, key[1])
-        elif len(key) > 1:
+        if key[0] != "stages" and len(key) > 1:
             options.check_component(config, key[0])
 
 

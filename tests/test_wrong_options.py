@@ -1,5 +1,6 @@
 """Wrong options: each is refused with its name, its value and what is allowed, before any work, and nothing is written."""
 
+import pickle
 import re
 from copy import deepcopy
 from functools import cache
@@ -24,6 +25,8 @@ from pipeline.errors import UserError
 CASES = yaml.safe_load((ROOT / "tests/wrong_options.yaml").read_text())
 GROUPS = {folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir()}
 
+FOLDERS = command_line._folders(None)
+
 
 @cache
 def base(*choices):
@@ -33,7 +36,7 @@ def base(*choices):
 
 def changed(config, words):
     """A configuration with further words of the command, which choose no group."""
-    config = deepcopy(config)
+    config = pickle.loads(pickle.dumps(config))  # three times as fast as deepcopy
     ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(list(words)), config)
     return config
 
@@ -43,7 +46,9 @@ def refusal(words):
     read = None
     try:
         read = command_line.read([*SMOKE, *words])
-        choices = [word for word in read.options if command_line._is_choice(word, command_line._folders(None))]
+        if any(word.partition("=")[0] in GROUPS and not command_line._is_choice(word, FOLDERS) for word in read.options):
+            command_line.compose(read.options, None)
+        choices = [word for word in read.options if command_line._is_choice(word, FOLDERS)]
         config = changed(base(*choices), [word for word in read.options if word not in choices])
         main.Cell(config, read.options, read.sweep).preflight()
     except UserError as error:
@@ -151,7 +156,7 @@ def refused(config, name):
         if not rest:
             options.check_command(config)
         elif group == "stages":
-            options.check_stage(config, rest.partition(".")[0])
+            options.check_stages(config, [rest.partition(".")[0]])
         else:
             options.check_component(config, group)
     except UserError as error:
@@ -167,10 +172,10 @@ def test_every_option_is_checked_against_its_annotation(words):
     for name, hint in annotated(config):
         parent, _, key = name.rpartition(".")
         node = OmegaConf.select(config, parent) if parent else config
-        before = node._get_node(key)
+        before = deepcopy(node._get_node(key))
         for value in wrong_values(name, hint):
             node[key] = value
             assert refused(config, name), (name, value, hint)
             tried += 1
-        node._set_item_impl(key, before)
+        node._content[key] = before
     assert tried > 300

@@ -76,6 +76,17 @@ class Preset:
     turned: Annotated[float, Interval(ge=0, le=1)]
     cut: Annotated[float, Interval(ge=0, le=1)]
 
+    def __post_init__(self) -> None:
+        """Check the order of least and most.
+
+        Raises:
+            UserError: the least is more than the most.
+        """
+        for option in ("people", "heights"):
+            least, most = getattr(self, option)
+            if not least <= most:
+                raise UserError(f"data.preset.{option}=[{least},{most}]: give the least first, then the most")
+
 
 def _rotation(axis: int, angle: float) -> F64:
     c, s = np.cos(angle), np.sin(angle)
