@@ -5,9 +5,10 @@ loads as it is.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -83,7 +84,7 @@ class MobileNetV2Paf(nn.Module):
         labels=OPENPOSE_18,
     )
 
-    def __init__(self, width: float = 1.4) -> None:
+    def __init__(self, width: Annotated[float, Interval(ge=0.1, le=4)] = 1.4) -> None:
         super().__init__()
 
         def scaled(channels: int) -> int:

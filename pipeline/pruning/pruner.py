@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge, Interval
+from annotated_types import Ge, Gt, Interval
 from torch import Tensor, nn
 
 from evaluation.types import Resolution
@@ -137,7 +137,7 @@ class Pruner:
     pruning_ratio: Annotated[float, Interval(ge=0, lt=1)] | None = None
     pruning_threshold: Annotated[float, Ge(0)] | None = None
     target: Literal["params", "macs", "latency"] | None = None
-    value: str | float | None = None
+    value: Annotated[float, Gt(0)] | str | None = None
     iterative_steps: Annotated[int, Interval(ge=1, le=1000)] = 1
     pruning_ratio_dict: Mapping[str, Annotated[float, Interval(ge=0, lt=1)]] | None = None
     max_pruning_ratio: Annotated[float, Interval(ge=0, lt=1)] = 0.9
