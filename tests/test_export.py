@@ -61,11 +61,11 @@ def fail_with(monkeypatch, behaviour):
     real_run = subprocess.run
 
     def run(command, **options):
-        tool = command[2]
+        tool = command[3]
         if behaviour.get(tool) == "crash":
             return subprocess.CompletedProcess(command, -11, "", "Segmentation fault")
         if behaviour.get(tool) == "hang":
-            Path(command[4]).write_bytes(b"half")
+            Path(command[5]).write_bytes(b"half")
             raise subprocess.TimeoutExpired(command, options["timeout"])
         return real_run(command, **options)
 
