@@ -60,7 +60,7 @@ def zeros(file: Path, size: Resolution) -> Table:
     made = Int8("percentile").calibrate(file, CalibrationFeed(lambda most: noise[:most], lambda _: (), "noise", "noise"))
     given = [load(file), made.model]
     floats, bases = ([model, alignment.align(model)[0]] for model in given)
-    integers = [writers.insert(base, made.placement, made.scales, "onnxruntime") for base in bases]
+    integers = [writers.insert(base, made.placement, made.scales["onnxruntime"], "onnxruntime") for base in bases]
     runners = [session(network) for network in (*floats, *integers)]
     name = runners[0].get_inputs()[0].name
     times = latency.in_turns([[partial(lambda run, _: run(None, {name: noise[0]}), runner.run)] for runner in runners], 30)

@@ -9,12 +9,14 @@ import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_equalization import stages  # noqa: F401
+from test_equalization import conv, model_of, stages  # noqa: F401
+from test_equalization import run as ran
+from test_half import with_spec
 from test_quantization import branches, described, fed, feed  # noqa: F401
 
 from pipeline.errors import UserError
 from pipeline.quantization import caches, calibration, graph
-from pipeline.quantization.quantizers import Int8
+from pipeline.quantization.quantizers import External, Int8
 
 
 def filled(values):
@@ -152,13 +154,22 @@ def test_files_that_are_no_caches_are_refused(tmp_path):
         caches.read_scales(tmp_path / "scales.json", {}, [])
 
 
+def both(threshold):
+    return dict.fromkeys(("tensorrt", "onnxruntime"), threshold)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"least": 0, "most": 1}, "no least, most and threshold of 'a'"),
-        ({"least": 0, "most": 1, "threshold": "x"}, "no least, most and threshold of 'a'"),
-        ({"least": 0, "most": 1, "threshold": -1}, r"the numbers of 'a' are \[0.0, 1.0, -1.0\]"),
-        ({"least": 0, "most": float("nan"), "threshold": 1}, "the numbers of 'a' are"),
+        ({"least": 0, "most": 1, "threshold": 1.0}, "no least, most and threshold of 'a'"),
+        ({"least": 0, "most": 1, "threshold": both("x")}, "no least, most and threshold of 'a'"),
+        (
+            {"least": 0, "most": 1, "threshold": both(-1)},
+            r"the thresholds of 'a' are \[-1.0, -1.0\], of values from 0.0 to 1.0",
+        ),
+        ({"least": 0, "most": 1, "threshold": {"tensorrt": 1, "onnxruntime": 0}}, r"the thresholds of 'a' are \[1.0, 0.0\]"),
+        ({"least": 0, "most": float("nan"), "threshold": both(1)}, "the thresholds of 'a' are"),
         (None, "no least, most and threshold of 'a'"),
     ],
 )
@@ -229,7 +240,8 @@ def test_tensorrts_scales_are_imported(described, tmp_path):
     (tmp_path / "two").mkdir()
     Int8("minmax", tensorrt_cache=str(cache), **off).quantize(described, fed(feed()), None, tmp_path / "two")
     ours, theirs = (json.loads((tmp_path / n / "scales.json").read_text())["tensors"] for n in ("two", "one"))
-    assert {n: r["scale"] for n, r in ours.items()} == pytest.approx({n: r["scale"] for n, r in theirs.items()}, rel=1e-6)
+    ours, theirs = ({n: r["scale"]["tensorrt"] for n, r in rows.items()} for rows in (ours, theirs))
+    assert ours == pytest.approx(theirs, rel=1e-6)
     with pytest.raises(ValueError, match="its scales are of the network without equalization"):
         Int8(tensorrt_cache=str(cache))
     with pytest.raises(UserError, match="cannot read the calibration cache"):
@@ -239,7 +251,10 @@ def test_tensorrts_scales_are_imported(described, tmp_path):
     with pytest.raises(UserError, match="scales are of another network, perhaps of this one equalized"):
         Int8(tensorrt_cache=f"{tmp_path}/equal/calibration.cache", **off).quantize(described, fed(feed()), None, tmp_path)
     caches.write_tensorrt(cache, {name: 50 * scale for name, scale in caches.read_tensorrt(cache).items()})
-    with pytest.raises(UserError, match=r"the fields' error on calibration images is \d\.\d\d of their size, with .* \d\.\d\d"):
+    with pytest.raises(
+        UserError,
+        match=r"the fields' error on calibration images is \d\.\d\d of their size in TensorRT's file, with .* \d\.\d\d",
+    ):
         Int8(tensorrt_cache=str(cache), **off).quantize(described, fed(feed()), None, tmp_path)
     caches.write_tensorrt(cache, {"image": 1.0})
     with pytest.raises(UserError, match="no scale for"):
@@ -257,13 +272,85 @@ def test_the_names_of_tools_do_not_change_a_networks_digest(branches):
 
 def test_auto_takes_the_method_of_least_error_and_says_what_it_tried(described, tmp_path):
     report = Int8().quantize(described, fed(feed()), None, tmp_path)
-    tried = report["tried"]
-    assert set(tried) == {"percentile 99.999", "percentile 99.99", "percentile 99.9", "minmax", "mse", "entropy"}
-    assert tried[report["calibration_method"]] == min(tried.values())
-    name, _, percentile = report["calibration_method"].partition(" ")
-    off = {"percentile": float(percentile)} if percentile else {}
-    (tmp_path / "named").mkdir()
-    Int8(name, **off).quantize(described, fed(feed()), None, tmp_path / "named")
-    ours, named = (json.loads((f / "scales.json").read_text())["tensors"] for f in (tmp_path, tmp_path / "named"))
-    assert ours == named
-    assert "tried" not in Int8("mse").quantize(described, fed(feed()), None, tmp_path / "named")
+    for flavour, tried in report["tried"].items():
+        assert set(tried) == {"percentile 99.999", "percentile 99.99", "percentile 99.9", "minmax", "mse", "entropy"}
+        assert tried[report["calibration_method"][flavour]] == min(tried.values())
+        name, _, percentile = report["calibration_method"][flavour].partition(" ")
+        off = {"percentile": float(percentile)} if percentile else {}
+        (tmp_path / flavour).mkdir()
+        Int8(name, **off).quantize(described, fed(feed()), None, tmp_path / flavour)
+        file = f"model.{flavour}.onnx"
+        assert (tmp_path / file).read_bytes() == (tmp_path / flavour / file).read_bytes()
+    (tmp_path / "mse").mkdir()
+    assert "tried" not in Int8("mse").quantize(described, fed(feed()), None, tmp_path / "mse")
+
+
+@pytest.fixture
+def clipped(tmp_path):
+    """A network whose flavours err differently: a ConvTranspose is INT8 for TensorRT alone, whose integers end at 127."""
+    nodes = [
+        conv("image", "a", 1),
+        onnx.helper.make_node("Relu", ["a"], ["ra"], name="ra"),
+        onnx.helper.make_node("ConvTranspose", ["ra", "t_w", "t_b"], ["t"], name="t", kernel_shape=[2, 2], strides=[2, 2]),
+        onnx.helper.make_node("Relu", ["t"], ["rt"], name="rt"),
+        conv("rt", "b", 1),
+        onnx.helper.make_node("Relu", ["b"], ["rb"], name="rb"),
+        conv("rb", "out", 1),
+    ]
+    draw = np.random.default_rng(2)
+    constants = {}
+    for name, *shape in (("a", 8, 3, 1, 1), ("t", 8, 8, 2, 2), ("b", 4, 8, 1, 1), ("out", 4, 4, 1, 1)):
+        constants |= {f"{name}_w": draw.normal(0, 0.4, shape).astype(np.float32)}
+        constants |= {f"{name}_b": draw.normal(0, 0.1, shape[1] if name == "t" else shape[0]).astype(np.float32)}
+    onnx.save(with_spec(model_of(nodes, constants, ["out"]), 4), tmp_path / "clipped.onnx")
+    return tmp_path / "clipped.onnx"
+
+
+def test_auto_judges_each_file_by_itself(clipped, tmp_path):
+    given = feed(6)
+    expected = [ran(onnx.load(clipped), one) for one in given]
+
+    def errors(method):
+        out = tmp_path / method
+        out.mkdir()
+        report = Int8(method).quantize(clipped, fed(given), None, out)
+        found = {}
+        for flavour in ("tensorrt", "onnxruntime"):
+            model = onnx.load(out / f"model.{flavour}.onnx")
+            made = [ran(model, one, optimise=flavour == "onnxruntime") for one in given]
+            found[flavour] = np.linalg.norm(np.array(made) - expected) / np.linalg.norm(expected)
+        return report, found
+
+    report, auto = errors("auto")
+    assert report["calibration_method"]["tensorrt"] != report["calibration_method"]["onnxruntime"]
+    for method in ("minmax", "mse", "entropy"):
+        for flavour, error in errors(method)[1].items():
+            assert auto[flavour] <= 1.05 * error, (method, flavour)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-6, 1e9])
+def test_a_scale_that_is_far_from_what_a_tensor_holds_is_refused_and_named(factor, clipped, tmp_path):
+    off = {"equalize_concatenations": False, "equalize_layers": False}
+    (tmp_path / "one").mkdir()
+    Int8("minmax", **off).quantize(clipped, fed(feed()), None, tmp_path / "one")
+    cache = tmp_path / "one" / "calibration.cache"
+    scales = caches.read_tensorrt(cache)
+    caches.write_tensorrt(cache, {**scales, "ra": factor * scales["ra"]})
+    with pytest.raises(
+        UserError, match=r"calibration.cache: the scale of 'ra' is .*, whose integers end at .* its values reach"
+    ):
+        Int8(tensorrt_cache=str(cache), **off).quantize(clipped, fed(feed()), None, tmp_path)
+
+
+@pytest.mark.parametrize("step", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_file_quantized_elsewhere_with_impossible_scales_is_refused(step, described, tmp_path):
+    (tmp_path / "one").mkdir()
+    Int8("minmax").quantize(described, fed(feed()), None, tmp_path / "one")
+    file = tmp_path / "one" / "model.tensorrt.onnx"
+    model = onnx.load(file)
+    for tensor in model.graph.initializer:
+        if tensor.name == "ra_scale":
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.float32(step), tensor.name))
+    onnx.save(model, file)
+    with pytest.raises(UserError, match="model.tensorrt.onnx: a scale of 'ra' is"):
+        External(str(file)).quantize(described, None, None, tmp_path)

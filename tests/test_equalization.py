@@ -150,7 +150,7 @@ def test_bias_correction_removes_the_mean_error():
     feed = [np.abs(draw.normal(0, 1, (1, 3, 32, 32))).astype(np.float32) for _ in range(3)]
     placement = graph.place(model)
     scales = writers.Scales.of(dict.fromkeys(placement.tensors, 3.0), dict.fromkeys(placement.tensors, 0.0), placement)
-    shifts = equalization.mean_shifts(model, placement, scales, feed)
+    shifts = equalization.mean_shifts(model, placement, dict.fromkeys(("tensorrt", "onnxruntime"), scales), feed)
     assert set(shifts["tensorrt"]) == set(shifts["onnxruntime"]) == {"a", "b"}
     corrected = equalization.corrected(model, shifts["tensorrt"])
     expected = dict.fromkeys(("a", "b"), 0.0)

@@ -131,13 +131,14 @@ class TorchRunner:
 
         from pipeline.backends.torch_fusion import fused
         from pipeline.models import store
-        from pipeline.models.onnx_graph import OnnxNetwork
+        from pipeline.models.onnx_graph import OnnxNetwork, RoundedToHalf
 
         typed = (folder / _TYPED).exists()
-        network: Any = OnnxNetwork.read(folder / _TYPED) if typed else store.load(folder)[0]
-        self.spec: NetworkSpec = network.spec
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         on_gpu = self.device.type == "cuda"
+        kind = OnnxNetwork if on_gpu else RoundedToHalf  # a processor's half convolutions take several times as long
+        network: Any = kind.read(folder / _TYPED) if typed else store.load(folder)[0]
+        self.spec: NetworkSpec = network.spec
         self.workers = 2 if on_gpu else 1
         halves = {"fp16": torch.float16, "bf16": torch.bfloat16}
         self.dtype = torch.float32 if typed else halves.get(options["precision"], torch.float32)

@@ -45,9 +45,11 @@ class OnnxNetwork(nn.Module):
         self.spec = NetworkSpec.from_json(metadata[SPEC_KEY])
         self.nodes = list(model.graph.node)
         self.input = model.graph.input[0].name
-        unknown = sorted({node.op_type for node in self.nodes if node.op_type not in _OPERATORS})
-        if unknown:
-            raise UserError(f"the operator {unknown[0]} of the ONNX file is not known to the torch pass; use the torch network")
+        if unknown := unknown_operators(model):
+            raise UserError(
+                f"the operator {unknown[0]} of the ONNX file is not known to the torch pass; choose backend=onnxruntime or "
+                "tensorrt, and precision=int8 or mixed instead of int8_qat"
+            )
         self.names: dict[str, str] = {}
         self.shapes: dict[str, Tensor] = {}
         trained = {name for node in self.nodes if node.op_type in _TRAINED for name in node.input[1:]}
@@ -101,6 +103,31 @@ class OnnxNetwork(nn.Module):
         return {field.name: known[field.name] for field in self.spec.fields}
 
 
+class RoundedToHalf(OnnxNetwork):
+    """The same, where what is half in the file is computed in float32 and rounded after every node.
+
+    Torch's half convolutions add up in float32 and round at the end as well: the same overflows, and the rest differs in the
+    last bit. On a processor without half-precision arithmetic they take several times as long.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        super().__init__(model)
+        graph = onnx.shape_inference.infer_shapes(model).graph
+        values = (*graph.value_info, *graph.output, *graph.input)
+        self.halves = {v.name for v in values if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16}
+        self.float()
+
+    def seen(self, name: str, value: Tensor) -> Tensor:
+        """A computed tensor, rounded if it is half in the file."""
+        return value.half().float() if name in self.halves else value
+
+
+def unknown_operators(model: onnx.ModelProto) -> list[str]:
+    """Types of the operators in a file that have no counterpart here, by name."""
+    return sorted({node.op_type for node in model.graph.node if node.op_type not in _OPERATORS or node.domain not in _DOMAINS})
+
+
+_DOMAINS = ("", "ai.onnx")
 _TRAINED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
@@ -221,7 +248,9 @@ def _slice(i: list[Any], a: Mapping[str, Any]) -> Tensor:  # noqa: ARG001
     where = [slice(None)] * x.dim()
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         if step < 0:
-            raise UserError("a Slice that steps backwards is not known to the torch pass; use the torch network")
+            raise UserError(
+                "a Slice that steps backwards is not known to the torch pass; choose backend=onnxruntime or tensorrt"
+            )
         where[axis] = slice(start, end, step)
     made: Tensor = x[tuple(where)]
     return made

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from pipeline.quantization.graph import Graph, load
+from pipeline.quantization.graph import Graph, load, with_opset
 from pipeline.quantization.probe import Candidate, Probe
 from pipeline.specs import CalibrationFeed
 
@@ -30,7 +30,7 @@ class Bf16:
 
     def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:  # noqa: ARG002
         """Write both flavours."""
-        model = load(onnx_file)
+        model = with_opset(load(onnx_file), 13, "BF16")
         candidate = Candidate({"tensorrt": convert(model), "onnxruntime": simulated(model)})
         candidate.write(out)
         kept = {"kept_fp32": names} if (names := sorted(node.name for node in _kept(Graph(model)))) else {}

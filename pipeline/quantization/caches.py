@@ -16,6 +16,7 @@ from pipeline.artifacts import parse_json
 from pipeline.errors import UserError
 from pipeline.quantization import calibration
 from pipeline.quantization.calibration import Histogram
+from pipeline.specs import FLAVOURS
 
 # What calibration follows from, as an error names it.
 PARTS = {
@@ -98,7 +99,9 @@ def writable(file: Path, option: str) -> None:
 
 
 def read_scales(file: Path, key: Mapping[str, Any], tensors: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Rows of a scales.json, {tensor: {"threshold", "least", "most", ...}}, of some tensors and made of the same things.
+    """Rows of a scales.json, of some tensors and made of the same things.
+
+    A row is {"threshold": {flavour: number}, "least": number, "most": number, ...}.
 
     Raises:
         UserError: the file is no such cache, or was made of other things.
@@ -112,12 +115,22 @@ def read_scales(file: Path, key: Mapping[str, Any], tensors: Sequence[str]) -> d
     check(file, stored, key)
     for name in tensors:
         try:
-            numbers = [float(rows[name][column]) for column in ("least", "most", "threshold")]
+            row = rows[name]
+            least, most, *ends = (float(v) for v in (row["least"], row["most"], *(row["threshold"][f] for f in FLAVOURS)))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}: no least, most and threshold of '{name}'; delete the file or name another") from error
-        if not np.isfinite(numbers).all() or numbers[2] < 0:
-            raise UserError(f"{file}: the numbers of '{name}' are {numbers}; delete the file or name another")
+        reached = max(-least, most)
+        if not np.isfinite([least, most, *ends]).all() or min(ends) < 0 or (min(ends) == 0 and reached > 0):
+            raise UserError(
+                f"{file}: the thresholds of '{name}' are {ends}, of values from {least} to {most}; delete the file or name "
+                "another"
+            )
     return {name: rows[name] for name in tensors}
+
+
+def thresholds(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """By flavour, the thresholds of the rows of a scales.json."""
+    return {flavour: {name: float(row["threshold"][flavour]) for name, row in rows.items()} for flavour in FLAVOURS}
 
 
 def write_scales(

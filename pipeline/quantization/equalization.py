@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from evaluation.compiled import compiled
-from pipeline.quantization.graph import Graph, Placement, attribute, computed_over
+from pipeline.quantization.graph import Graph, Placement, attribute, channels_of, computed_over
 from pipeline.quantization.weights import quantized
 from pipeline.quantization.writers import Scales
 
@@ -42,7 +42,7 @@ class _Channels:
 
     graph: Graph
     parent: list[int] = field(default_factory=list)
-    fixed: list[bool] = field(default_factory=list)
+    fixed: list[str] = field(default_factory=list)  # why a factor must be 1; empty where it need not
     of: dict[str, NDArray[np.intp]] = field(default_factory=dict)
 
     def root(self, number: int) -> int:
@@ -54,7 +54,7 @@ class _Channels:
     def roots(self, tensor: str) -> NDArray[np.intp]:
         return np.array([self.root(number) for number in self.of[tensor]])
 
-    def new(self, tensor: str, fixed: bool) -> None:
+    def new(self, tensor: str, fixed: str = "") -> None:
         count = self.graph.channels.get(tensor, 0)
         if count:
             first = len(self.parent)
@@ -68,10 +68,11 @@ class _Channels:
             self.parent[b] = a
             self.fixed[a] = self.fixed[a] or self.fixed[b]
 
-    def hold(self, tensor: str) -> None:
-        """Let nobody scale a tensor."""
+    def hold(self, tensor: str, why: str) -> None:
+        """Keep a tensor as it is."""
         for number in self.of.get(tensor, ()):
-            self.fixed[self.root(number)] = True
+            root = self.root(number)
+            self.fixed[root] = self.fixed[root] or why
 
 
 def _channels(graph: Graph) -> _Channels:
@@ -82,13 +83,13 @@ def _channels(graph: Graph) -> _Channels:
         for name in node.input:
             uses[name] = uses.get(name, 0) + 1
     for value in graph.model.graph.input:
-        made.new(value.name, fixed=True)
+        made.new(value.name, "the image")
     for node in graph.nodes:
         given = [name for name in graph.activations(node) if name in made.of]
         out = node.output[0]
         own = graph.weights(node) is not None and all(name in graph.constants and uses[name] == 1 for name in node.input[1:])
         if own and node.op_type == "Conv" and given:
-            made.new(out, fixed=False)
+            made.new(out)
         elif _passes(graph, node) and given and graph.channels.get(out) == len(made.of[given[0]]):
             made.of[out] = made.of[given[0]]
         elif node.op_type == "Concat" and attribute(node, "axis") in (1, -3) and len(given) == len(node.input):
@@ -99,11 +100,11 @@ def _channels(graph: Graph) -> _Channels:
             made.of[out] = made.of[given[0]]
         else:
             for name in given:
-                made.hold(name)
+                made.hold(name, f"read by {node.op_type} '{node.name}'")
             for name in node.output:
-                made.new(name, fixed=True)
+                made.new(name, f"made by {node.op_type} '{node.name}'")
     for name in graph.outputs:
-        made.hold(name)
+        made.hold(name, f"the output '{name}'")
     return made
 
 
@@ -153,7 +154,7 @@ def equalize(
             roots, peak = channels.roots(name), peaks[name].astype(np.float64)
             np.minimum.at(factor, roots, np.where(peak > 0, widest / np.maximum(peak, widest / _GREATEST), np.inf))
             joint[roots] |= len(group) > 1
-    held = np.array([channels.fixed[channels.root(number)] for number in range(count)], bool)
+    held = np.array([channels.fixed[channels.root(number)] != "" for number in range(count)], bool)
     chosen = np.where(joint, concatenations, layers) & np.isfinite(factor) & ~held
     scale = np.where(chosen, factor, 1.0)
     made = onnx.ModelProto()
@@ -172,6 +173,23 @@ def equalize(
             constants[node.input[2]].CopyFrom(numpy_helper.from_array(bias, node.input[2]))
     rescaled = {name: int((scale[channels.roots(name)] != 1).sum()) for name in placement.tensors if name in channels.of}
     return made, {"channels": sum(rescaled.values()), "tensors": sum(n > 0 for n in rescaled.values())}
+
+
+def left_out(model: onnx.ModelProto, placement: Placement) -> dict[str, str]:
+    """Why outputs of quantized convolutions cannot be rescaled: how many channels and what holds them, by name of the layer.
+
+    Args:
+        model: as `equalize` takes it.
+        placement: what will be quantized.
+    """
+    channels = _channels(Graph(model))
+    found: dict[str, str] = {}
+    for node in placement.quantized(model):
+        roots = channels.roots(node.output[0]) if node.output[0] in channels.of else ()
+        reasons = [channels.fixed[root] for root in roots if channels.fixed[root]]
+        if reasons:
+            found[node.name] = f"{len(reasons)} of {len(roots)} channels, {reasons[0]}"
+    return found
 
 
 def _rescaled(
@@ -201,14 +219,14 @@ def corrected(model: onnx.ModelProto, shifts: Mapping[str, NDArray[np.float64]])
 
 
 def mean_shifts(
-    model: onnx.ModelProto, placement: Placement, scales: Scales, feed: Iterable[NDArray[np.float32]]
+    model: onnx.ModelProto, placement: Placement, scales: Mapping[str, Scales], feed: Iterable[NDArray[np.float32]]
 ) -> dict[str, dict[str, NDArray[np.float64]]]:
     """The mean error that rounding a convolution's input and weights gives each of its outputs.
 
     Args:
         model: the float network.
         placement: what is quantized.
-        scales: it will be written with.
+        scales: by flavour, it will be written with.
         feed: images, batches [B, 3, H, W].
 
     Returns:
@@ -219,15 +237,16 @@ def mean_shifts(
     graph = Graph(model)
     nodes = [node for node in placement.quantized(model) if node.op_type == "Conv"]
     tensors = sorted({node.input[0] for node in nodes})
-    means = {name: np.zeros((3, graph.channels[name])) for name in tensors}
+    means = {n.input[0]: np.zeros((3, channels_of(n, graph.constants[n.input[1]].dims)[0])) for n in nodes}
     seen = 0
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
 
         def add(item: tuple[str, NDArray[np.float32]]) -> None:
             name, values = item
             planes = np.ascontiguousarray(values, np.float32).reshape(*values.shape[:2], -1)
-            low, high = (-128, 127) if scales.lows[name] < 0 else (0, 255)
-            means[name] = means[name] + _rounded_means(planes, scales.activations[name], low, high)
+            own, other = scales["onnxruntime"], scales["tensorrt"].activations[name]
+            low, high = (-128, 127) if own.lows[name] < 0 else (0, 255)
+            means[name] = means[name] + _rounded_means(planes, other, own.activations[name], low, high)
 
         for made in computed_over(model, tensors, feed):
             seen += 1
@@ -236,34 +255,38 @@ def mean_shifts(
     for node in nodes:
         weights = graph.weights(node)
         assert weights is not None
-        integers, steps = quantized(weights, 0, scales.weight_scale, scales.most_weight, scales.least)
-        rounded = integers.sum(axis=(2, 3)) * steps[:, None].astype(np.float64)
+        how = scales["tensorrt"]  # weights have one scale in both
+        integers, steps = quantized(weights, 0, how.weight_scale, how.most_weight, how.least)
+        area = tuple(range(2, weights.ndim))
+        rounded = integers.sum(axis=area) * steps[:, None].astype(np.float64)
         groups = int(attribute(node, "group", 1))
         plain, *after = (
             np.repeat(mean.reshape(groups, -1), len(weights) // groups, axis=0) for mean in means[node.input[0]] / max(seen, 1)
         )
-        exact = (weights.sum(axis=(2, 3), dtype=np.float64) * plain).sum(axis=1)
+        exact = (weights.sum(axis=area, dtype=np.float64) * plain).sum(axis=1)
         for flavour, mean in zip(shifts, after, strict=True):
             shifts[flavour][node.name] = (rounded * mean).sum(axis=1) - exact
     return shifts
 
 
 @compiled
-def _rounded_means(planes: NDArray[np.float32], scale: float, low: int, high: int) -> NDArray[np.float64]:
-    """Mean values of the channels of planes [B, C, n]: as they are, in steps of -128..127, in steps of low..high; [3, C]."""
+def _rounded_means(planes: NDArray[np.float32], other: float, scale: float, low: int, high: int) -> NDArray[np.float64]:
+    """Mean values of the channels of planes [B, C, n], [3, C].
+
+    As they are, in steps `other` of -128..127, in steps `scale` of low..high.
+    """
     B, C, n = planes.shape
     means = np.zeros((3, C))
-    inverse = np.float32(1) / np.float32(scale)
+    inverse, inverse_other = np.float32(1) / np.float32(scale), np.float32(1) / np.float32(other)
     least, most = np.float32(low), np.float32(high)
     for b in range(B):
         for c in range(C):
             plain, signed, own = 0.0, 0.0, 0.0
             for i in range(n):
-                step = np.rint(planes[b, c, i] * inverse)
                 plain += planes[b, c, i]
-                signed += min(max(step, np.float32(-128)), np.float32(127))
-                own += min(max(step, least), most)
+                signed += min(max(np.rint(planes[b, c, i] * inverse_other), np.float32(-128)), np.float32(127))
+                own += min(max(np.rint(planes[b, c, i] * inverse), least), most)
             means[0, c] += plain / n / B
-            means[1, c] += signed * scale / n / B
+            means[1, c] += signed * other / n / B
             means[2, c] += own * scale / n / B
     return means

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.errors import UserError
 from pipeline.quantization import calibration, half, writers
-from pipeline.quantization.graph import Graph, attribute, load, matching, place
+from pipeline.quantization.graph import Graph, attribute, load, matching, place, with_opset
 from pipeline.quantization.probe import Candidate, Probe
 from pipeline.quantization.weights import LEAST_SCALE
 from pipeline.specs import CalibrationFeed
@@ -49,7 +49,7 @@ class Fp8:
             UserError: a pattern matches no node, or no convolution fits FP8's kernels.
         """
         assert feed is not None
-        model = load(onnx_file)
+        model = with_opset(load(onnx_file), 19, "FP8")
         asked = matching(model, self.nodes_to_exclude, "precision.nodes_to_exclude")
         unfit = _unfit(model)
         placement = place(model, asked | unfit)

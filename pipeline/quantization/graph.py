@@ -1,6 +1,7 @@
 """What an ONNX graph says about quantization: who makes and reads a tensor, what is quantized, what shares a scale."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -19,7 +20,8 @@ Flavour = Literal["tensorrt", "onnxruntime"]
 WEIGHTED = ("Conv", "ConvTranspose")
 # Operators that return values they were given, or means of them: what goes in and what comes out share a scale.
 CARRIERS = ("MaxPool",)
-_LEAST_OPSET = 13  # scales for each channel begin there
+_JOINING = ("Add", "Concat")
+_LEAST_OPSET = 13  # with scales for each channel
 _FEW_CHANNELS = 4  # ONNX Runtime's integer convolution over an image is slower than its float one (benchmarks/README.md)
 
 
@@ -34,6 +36,11 @@ class Graph:
         infos = (*model.graph.value_info, *model.graph.output, *model.graph.input)
         self.floats = {i.name for i in infos if i.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
         self.channels = {i.name: d[1].dim_value for i in infos if len(d := i.type.tensor_type.shape.dim) == 4}
+        for node in self.nodes:  # shapes that the graph computes are not inferred; weights know their channels
+            if node.op_type in WEIGHTED and node.input[1] in self.constants:
+                sides = (*node.input[:1], *node.output[:1])
+                known = zip(sides, channels_of(node, self.constants[node.input[1]].dims), strict=True)
+                self.channels |= {name: count for name, count in known if not self.channels.get(name)}
         self.producer = {o: n for n in self.nodes for o in n.output}
         self.consumers: dict[str, list[onnx.NodeProto]] = {}
         for node in self.nodes:
@@ -80,6 +87,62 @@ class Graph:
 def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
     """An attribute of a node."""
     return next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
+
+
+def channels_of(node: onnx.NodeProto, dims: Sequence[int]) -> tuple[int, int]:
+    """Channels that a convolution with weights of these dimensions takes and returns."""
+    groups = int(attribute(node, "group", 1))
+    return (dims[1] * groups, dims[0]) if node.op_type == "Conv" else (dims[0], dims[1] * groups)
+
+
+def unshared(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which every convolution has weights and a bias of its own, so that each can be rescaled alone.
+
+    Simplifiers merge equal constants, biases of zeros among them.
+    """
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    constants = {i.name: i for i in made.graph.initializer}
+    readers = Counter(name for node in made.graph.node for name in node.input)
+    taken: set[str] = set()
+    for node in made.graph.node:
+        for n, name in enumerate(node.input):
+            if n == 0 or node.op_type not in WEIGHTED or name not in constants or readers[name] == 1:
+                continue
+            if name in taken:
+                copy = made.graph.initializer.add()
+                copy.CopyFrom(constants[name])
+                copy.name = node.input[n] = f"{name}_of_{node.output[0]}"
+            taken.add(name)
+    return made
+
+
+def with_opset(model: onnx.ModelProto, least: int, what: str) -> onnx.ModelProto:
+    """A network whose opset knows what a precision writes: itself, or raised from 13 or later.
+
+    Args:
+        model: a float network.
+        least: the opset.
+        what: needs it, for the message.
+
+    Raises:
+        UserError: the opset is below 13, or cannot be raised.
+    """
+    given = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=1)
+    if given >= least:
+        return model
+    try:
+        if given < _LEAST_OPSET:
+            raise UserError(f"its Q/DQ nodes and casts are of opset {_LEAST_OPSET} and later")  # noqa: TRY301
+        made = onnx.version_converter.convert_version(model, least)
+        onnx.checker.check_model(made)
+        return onnx.shape_inference.infer_shapes(made)
+    except Exception as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"the network is of opset {given}, and {what} needs opset {least}, to which it cannot be raised here ({why}); "
+            f"export it with opset {least} or later, or choose precision=fp32"
+        ) from error
 
 
 def load(file: Path) -> onnx.ModelProto:
@@ -169,8 +232,8 @@ class Placement:
 def place(model: onnx.ModelProto, exclude: Iterable[str] = ()) -> Placement:
     """Decide what is quantized.
 
-    Convolutions whose outputs are the network's stay in float: they are a small part of the work, and nothing after them
-    averages their rounding (a tenth of the whole error on a MobileNetV2 PAF network).
+    On every path to an output of the network, the last convolution and all after it stay in float: they are a small part of
+    the work, and nothing after them averages their rounding (a tenth of the whole error on a MobileNetV2 PAF network).
 
     Args:
         model: a float network with inferred shapes.
@@ -186,12 +249,12 @@ def place(model: onnx.ModelProto, exclude: Iterable[str] = ()) -> Placement:
             f"opset_version={_LEAST_OPSET} or above"
         )
     graph = Graph(model)
-    skip = frozenset(exclude)
+    heads = _tail(graph)
+    skip = frozenset(exclude) | heads
     inputs: dict[str, None] = {}
     ends: dict[str, None] = {}
     skips: dict[str, str] = {}
     slow: set[str] = set()
-    heads: set[str] = set()
     groups: list[set[str]] = []
     integer: set[str] = set()  # outputs of convolutions that compute in integers
     for node in graph.nodes:
@@ -199,8 +262,7 @@ def place(model: onnx.ModelProto, exclude: Iterable[str] = ()) -> Placement:
         if node.op_type not in WEIGHTED or node.name in skip:
             continue
         weights, made = graph.weights(node), graph.activated(node.output[0])
-        if weights is None or made in graph.outputs:
-            heads |= {node.name} if made in graph.outputs else set()
+        if weights is None:
             continue
         inputs[computed[0]] = None
         integer.add(made)
@@ -235,7 +297,25 @@ def place(model: onnx.ModelProto, exclude: Iterable[str] = ()) -> Placement:
             for name in (computed[0], node.output[0]):
                 inputs[name] = ends[name] = None
             groups.append({computed[0], node.output[0]})
-    return Placement(tuple(inputs), tuple(ends), skips, tuple(joined(groups)), skip | heads, frozenset(slow))
+    return Placement(tuple(inputs), tuple(ends), skips, tuple(joined(groups)), skip, frozenset(slow))
+
+
+def _tail(graph: Graph) -> set[str]:
+    """Names of the nodes that could be quantized between an output of the network and the last weights before it."""
+    found: set[str] = set()
+    waiting, seen = list(graph.outputs), set(graph.outputs)
+    while waiting:
+        node = graph.producer.get(waiting.pop())
+        if node is None:
+            continue
+        if node.op_type in (*WEIGHTED, *_JOINING, *CARRIERS):
+            found.add(node.name)
+        if node.op_type in (*WEIGHTED, "Gemm", "MatMul") and any(name in graph.constants for name in node.input[:2]):
+            continue
+        new = graph.floats.intersection(graph.activations(node)) - seen  # not through arithmetic on shapes
+        seen |= new
+        waiting += new
+    return found
 
 
 def joined(groups: Iterable[set[str]]) -> list[frozenset[str]]:

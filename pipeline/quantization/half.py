@@ -1,7 +1,8 @@
 """Half precision by casts, with what would overflow kept in float."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.errors import UserError
-from pipeline.models.onnx_graph import OnnxNetwork
+from pipeline.models.onnx_graph import RoundedToHalf, unknown_operators
 from pipeline.quantization import calibration
 from pipeline.quantization.calibration import Histogram
 from pipeline.quantization.graph import Graph
@@ -18,6 +19,15 @@ from pipeline.quantization.graph import Graph
 GREATEST = 65504.0  # of half precision
 LEAST_NORMAL = 2.0**-14
 _ROOM = 4.0  # other images may have larger values than those calibrated on
+_HALF_IMAGES = 4  # calibration images on which the network is computed in half precision; a second each on a processor
+_SQUARING = (  # operators that square their input on the way
+    "GroupNormalization",
+    "InstanceNormalization",
+    "LayerNormalization",
+    "LpNormalization",
+    "MeanVarianceNormalization",
+    "RMSNormalization",
+)
 
 
 def convert(model: onnx.ModelProto, keep: Iterable[str] = ()) -> onnx.ModelProto:
@@ -64,7 +74,9 @@ def _sort(model: onnx.ModelProto) -> None:
 
 
 def out_of_range(model: onnx.ModelProto, found: Mapping[str, Histogram]) -> dict[str, float]:
-    """Nodes whose inputs or outputs came within a factor of 4 of half precision's greatest number, with what they reached.
+    """Nodes that came within a factor of 4 of half precision's greatest number, with what they reached.
+
+    Inputs and outputs count, and the squares of what a normalisation takes.
 
     Args:
         model: a float network.
@@ -75,6 +87,8 @@ def out_of_range(model: onnx.ModelProto, found: Mapping[str, Histogram]) -> dict
     for node in graph.nodes:
         near = [name for name in (*node.input, *node.output) if name in found]
         reached = max((found[name].peak for name in near), default=0.0)
+        if node.op_type in _SQUARING and node.input[0] in found:
+            reached = max(reached, found[node.input[0]].peak ** 2)
         constants = [np.abs(graph.value(name)).max(initial=0) for name in node.input if name in graph.constants]
         reached = max([reached, *(float(value) for value in constants if np.isfinite(value))])
         if reached > GREATEST / _ROOM and near:
@@ -82,34 +96,81 @@ def out_of_range(model: onnx.ModelProto, found: Mapping[str, Histogram]) -> dict
     return far
 
 
-def kept_in_fp32(
-    model: onnx.ModelProto, asked: Iterable[str], feed: Callable[[], Iterable[NDArray[np.float32]]]
-) -> tuple[dict[str, float], list[str]]:
-    """Nodes that half precision has no room for.
+@dataclass(frozen=True)
+class Kept:
+    """What half precision has no room for.
+
+    Attributes:
+        near: nodes that came near half precision's greatest number in float32, with what they reached.
+        broken: nodes that passed it, or returned NaN, when the rest was computed in half precision.
+        images: how many were computed in half precision.
+        left_out: why none was; empty where some were.
+    """
+
+    near: Mapping[str, float]
+    broken: Sequence[str] = ()
+    images: int = 0
+    left_out: str = ""
+
+    @property
+    def nodes(self) -> frozenset[str]:
+        """All that stays in float32."""
+        return frozenset({*self.near, *self.broken})
+
+    def report(self) -> dict[str, Any]:
+        """What stayed in float32 and why, for a manifest."""
+        return {
+            "kept_fp32": sorted(self.nodes),
+            "near_overflow": {name: round(value, 1) for name, value in sorted(self.near.items())},
+            "overflowed": sorted(self.broken),
+            "half_pass_images": self.images,
+            **({"half_pass_left_out": self.left_out} if self.left_out else {}),
+        }
+
+
+def kept_in_fp32(model: onnx.ModelProto, asked: Iterable[str], feed: Callable[[], Iterable[NDArray[np.float32]]]) -> Kept:
+    """Nodes that half precision has no room for: by the ranges of all images, and by computing some in half precision.
+
+    The latter is left out where the network holds what torch does not run; ranges bound what it finds.
 
     Args:
         model: a float network.
         asked: names of nodes that stay in float32 anyway.
         feed: gives images, batches [B, 3, H, W], each time it is asked.
 
-    Returns:
-        Those that came near half precision's greatest number in float32, with what they reached; those that passed it when the
-        rest was computed in half precision.
-
     Raises:
         UserError: a node overflows though it is kept, or the network is broken before.
     """
     names = [model.graph.input[0].name, *activations(model)]
-    near = out_of_range(model, calibration.observe(model, names, feed(), histograms=False))
+    count = 0
+
+    def counted() -> Iterator[NDArray[np.float32]]:
+        nonlocal count
+        for given in feed():
+            count += 1
+            yield given
+
+    near = out_of_range(model, calibration.observe(model, names, counted(), histograms=False))
+    if unknown := unknown_operators(model):
+        return Kept(near, left_out=f"torch does not run {', '.join(unknown)} here")
+    some = {round(k) for k in np.linspace(0, count - 1, _HALF_IMAGES)}
+    images = [given for n, given in enumerate(feed()) if n in some]
     broken: list[str] = []
-    while found := overflowing(model, convert(model, {*asked, *near, *broken}), feed()):
-        if set(found) <= set(broken):
-            raise UserError(
-                f"'{found[0]}' overflows in half precision though it is kept in FP32; name its neighbours in "
-                "precision.nodes_to_exclude"
-            )
-        broken += [name for name in found if name not in broken]
-    return near, broken
+    try:
+        while found := overflowing(model, convert(model, {*asked, *near, *broken}), images):
+            if set(found) <= set(broken):
+                raise UserError(
+                    f"'{found[0]}' overflows in half precision though it is kept in FP32; name its neighbours in "
+                    "precision.nodes_to_exclude"
+                )
+            broken += [name for name in found if name not in broken]
+    except _NotRunError as error:
+        return Kept(near, broken, left_out=f"torch does not run this network here ({error})")
+    return Kept(near, broken, len(images))
+
+
+class _NotRunError(Exception):
+    """Torch lacks something that a network needs."""
 
 
 def overflowing(model: onnx.ModelProto, made: onnx.ModelProto, feed: Iterable[NDArray[np.float32]]) -> list[str]:
@@ -122,6 +183,9 @@ def overflowing(model: onnx.ModelProto, made: onnx.ModelProto, feed: Iterable[ND
         made: what `convert` made of it.
         feed: images, batches [B, 3, H, W].
 
+    Raises:
+        _NotRunError: torch does not run the network.
+
     Returns:
         Names of nodes of `model`, the first of each image's only: what follows it is not finite because of it. For a cast that
         was put in, those that read what it reads and returns.
@@ -129,10 +193,16 @@ def overflowing(model: onnx.ModelProto, made: onnx.ModelProto, feed: Iterable[ND
     own = {node.name for node in model.graph.node}
     graph = Graph(made)
     broken: dict[str, None] = {}
-    network = _FirstBroken(made).eval()
+    try:
+        network = _FirstBroken(made).eval()
+    except (UserError, KeyError, TypeError) as error:
+        raise _NotRunError(str(error)) from error
     with torch.inference_mode():
         for images in feed:
-            network(torch.from_numpy(images))
+            try:
+                network(torch.from_numpy(images))
+            except Exception as error:  # an attribute or a shape that the pass has not
+                raise _NotRunError(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
             if network.first is not None:
                 node = graph.producer[network.first]
                 around = [graph.producer.get(node.input[0]), *graph.consumers.get(node.output[0], [])]
@@ -142,12 +212,13 @@ def overflowing(model: onnx.ModelProto, made: onnx.ModelProto, feed: Iterable[ND
     return list(broken)
 
 
-class _FirstBroken(OnnxNetwork):
+class _FirstBroken(RoundedToHalf):
     """Remembers the first tensor that is not finite."""
 
     first: str | None = None
 
     def seen(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        value = super().seen(name, value)
         if self.first is None and value.is_floating_point() and not torch.isfinite(value).all():
             self.first = name
         return value
@@ -157,13 +228,3 @@ def activations(model: onnx.ModelProto) -> list[str]:
     """Names of the floating-point tensors that a network computes."""
     graph = Graph(model)
     return [name for node in graph.nodes for name in node.output if name in graph.floats]
-
-
-def report(kept: Mapping[str, float], broken: Iterable[str], model: onnx.ModelProto) -> dict[str, Any]:
-    """What stayed in float32 and why, for a manifest."""
-    return {
-        "kept_fp32": sorted({*kept, *broken}),
-        "near_overflow": {name: round(value, 1) for name, value in sorted(kept.items())},
-        "overflowed": sorted(broken),
-        "nodes": len(model.graph.node),
-    }

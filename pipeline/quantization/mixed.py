@@ -142,6 +142,7 @@ class Mixed:
             "float_units": rows[chosen]["float_units"],
             "units": len(units),
             "float_convolutions": len(kept),
+            "missed": self._missed(rows[chosen]),
             **{f"tune_{key}": value for key, value in rows[chosen].items() if key != "float_units"},
         }
 
@@ -195,6 +196,18 @@ class Mixed:
                 f"{best.get('expected_agreement', 1.0):.3f}: allow that, or give more tune images"
             )
         return min(good, key=lambda n: rows[n]["ms" if timed else "float_units"])
+
+    def _missed(self, row: Mapping[str, Any]) -> list[str]:
+        """What the choice does not keep to: where a latency is given, it goes before all else."""
+        said = []
+        if row["drop"] > self.max_drop:
+            ends = f", {row['drop_lo']:.4f} to {row['drop_hi']:.4f}" if "drop_hi" in row else ""
+            word = "not kept" if row["drop_lo"] > self.max_drop else "not shown to be kept"
+            said.append(f"max_drop={self.max_drop:g} is {word}: the tune images lose {row['drop']:.4f}{ends}")
+        if (agreed := row.get("expected_agreement", 1.0)) < self.min_agreement:
+            said.append(f"min_agreement={self.min_agreement:g} is not kept: the choice agrees to {agreed:.3f} with FP32")
+        hint = f" within max_latency={self.max_latency}" if self.max_latency is not None else ""
+        return [f"precision.{words}{hint}" for words in said]
 
 
 def _smooth(rows: list[dict[str, Any]]) -> None:

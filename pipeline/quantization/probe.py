@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from evaluation import latency
 from evaluation.averaging import AveragedFields
+from evaluation.pixels import normalise
 from evaluation.statistics import Draws, bootstrap, paired
 from evaluation.types import Resolution
 from pipeline.inference import batches, predict
+from pipeline.quantization.graph import computed_over
 from pipeline.specs import FLAVOURS, Backend, Decoder, Framing, Metric, ModelFiles, Runner, Shapes, Splits, read_spec
 
 
@@ -148,6 +150,12 @@ class Probe:
         """The relative root mean square error of each field to FP32's."""
         with self.engine(candidate) as runner:
             return field_errors(self._fields(runner), self._expected)
+
+    def errors_in_tensorrt(self, candidate: Candidate) -> dict[str, float]:
+        """Likewise, of TensorRT's file as it is written, which this processor computes where the backend is another."""
+        names = [field.name for field in self.spec.fields]
+        inputs = (normalise(frame, self.spec.input) for frame in self.frames)
+        return field_errors(computed_over(candidate.models["tensorrt"], names, inputs, optimise=False), self._expected)
 
     @cached_property
     def people(self) -> dict[str, Any]:

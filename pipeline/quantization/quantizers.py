@@ -1,7 +1,8 @@
 """The precisions a network can be written in: fp32, fp16, int8, and what somebody else quantized."""
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from pipeline.errors import UserError
+from pipeline.progress import track
 from pipeline.quantization import alignment, caches, calibration, equalization, half, placement, writers
 from pipeline.quantization.calibration import Histogram
-from pipeline.quantization.graph import Graph, Placement, computed_over, load, matching, place
+from pipeline.quantization.graph import Graph, Placement, computed_over, load, matching, place, unshared, with_opset
 from pipeline.quantization.probe import Candidate, Probe, field_errors, of_all_fields
 from pipeline.quantization.weights import LEAST_SCALE, WEIGHT_SCALES, WeightScale
 from pipeline.specs import FLAVOURS, SPEC_KEY, CalibrationFeed, read_spec
@@ -26,6 +28,8 @@ SCALES, STEPS, FLOAT, TENSORRT_CACHE = "scales.json", "steps.json", "float.onnx"
 _STEP_IMAGES = 32  # calibration images for the table of steps
 _USELESS, _FAR = 0.5, 3.0  # scales with which fields are this wrong, and so much more than with plain ranges, do not fit
 _MARK, _MARKED = "posepress.network.", 16  # a line of our TensorRT caches that is no tensor's: digits of the network's digest
+_CLIPPED, _COARSE = 1e3, 127.0  # scales that clip all but a thousandth of a range, or round all of it to 0, do not fit
+_RUNTIMES = {"tensorrt": "TensorRT", "onnxruntime": "ONNX Runtime"}
 _TRIAL_IMAGES = 16  # calibration images on which methods are compared
 _TRIED: tuple[tuple[calibration.Method, float], ...] = (
     ("percentile", 99.999), ("percentile", 99.99), ("percentile", 99.9), ("minmax", 100.0), ("mse", 0.0), ("entropy", 0.0),
@@ -47,7 +51,8 @@ class Fp16:
     """Half-precision weights and activations by casts; inputs and outputs stay float32.
 
     Nodes that came near half precision's greatest number on the calibration images, or passed it when the network was computed
-    in half precision, stay in float32. ONNX Runtime's processor kernels compute such a file in float32 altogether.
+    in half precision for four of them, stay in float32. ONNX Runtime's processor kernels compute such a file in float32
+    altogether. Where the network holds what torch does not run, the ranges alone decide, and the error is not measured.
 
     Attributes:
         nodes_to_exclude: patterns of names of nodes that stay in float32.
@@ -62,13 +67,13 @@ class Fp16:
             UserError: a pattern matches no node, or the network is broken before it is quantized.
         """
         assert feed is not None
-        model = load(onnx_file)
+        model = with_opset(load(onnx_file), 13, "FP16")
         asked = matching(model, self.nodes_to_exclude, "precision.nodes_to_exclude")
-        near, broken = half.kept_in_fp32(model, asked, lambda: feed.read(None))
-        made = half.convert(model, {*asked, *near, *broken})
-        candidate = Candidate(dict.fromkeys(FLAVOURS, made))
+        kept = half.kept_in_fp32(model, asked, lambda: feed.read(None))
+        candidate = Candidate(dict.fromkeys(FLAVOURS, half.convert(model, {*asked, *kept.nodes})))
         candidate.write(out)
-        return {"precision": "fp16", **half.report(near, broken, model), **Probe.summary(probe, candidate)}
+        measured = {} if kept.left_out else Probe.summary(probe, candidate)  # by torch, which shows what FP16 loses
+        return {"precision": "fp16", **kept.report(), "nodes": len(model.graph.node), **measured}
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,11 @@ class Int8:
         calibrated.save(out)
         steps = [] if probe is None else list(self._steps(onnx_file, feed, probe, candidate))
         (out / STEPS).write_text(json.dumps(steps, indent=1))
-        return {"precision": "int8", **calibrated.summary(), **tried, **(_last(steps) if steps else {})}
+        report = {"precision": "int8", **calibrated.summary(), **tried, **(_last(steps) if steps else {})}
+        if probe is not None and not probe.backend.name.startswith("tensorrt"):
+            in_tensorrt = probe.errors_in_tensorrt(candidate)
+            report |= {f"tensorrt_error_{name}": value for name, value in in_tensorrt.items()}
+        return report
 
     def calibrate(self, onnx_file: Path, feed: CalibrationFeed, most: int | None = None) -> "Calibrated":
         """Equalize, find ranges and correct biases.
@@ -169,18 +178,24 @@ class Int8:
         key = {"network": caches.network_digest(model), "images": feed.images, "preprocessing": feed.preprocessing}
         key["program"] = caches.program_digest()
         excluded = matching(model, self.nodes_to_exclude, "precision.nodes_to_exclude")
+        in_half = self.high_precision_dtype == "fp16"
+        model = unshared(with_opset(model, 19, "high_precision_dtype=fp16") if in_half else with_opset(model, 13, "INT8"))
         placement = place(model, excluded)
         if not placement.quantized(model):
             raise UserError(
                 f"{onnx_file.name}: no convolution is left to quantize with "
                 f"precision.nodes_to_exclude={list(self.nodes_to_exclude)}; shorten it"
+                if self.nodes_to_exclude
+                else f"{onnx_file.name}: INT8 takes convolutions with constant weights, but for the last before each output, "
+                "and this network has none; choose precision=fp16 or fp32"
             )
-        rescaled = {"channels": 0, "tensors": 0}
+        rescaled, left_out = {"channels": 0, "tensors": 0}, {}
         imported = _content(Path(self.tensorrt_cache)) if self.tensorrt_cache else None
         ranged = [self.equalize_concatenations, self.equalize_layers, sorted(excluded), imported]
         if self.equalize_concatenations or self.equalize_layers:
             extremes = calibration.observe(model, placement.tensors, feed.read(most), histograms=False)
             peaks = {name: one.peaks for name, one in extremes.items()}
+            left_out = equalization.left_out(model, placement)
             model, rescaled = equalization.equalize(model, placement, peaks, self.equalize_concatenations, self.equalize_layers)
 
         def observe() -> dict[str, Histogram]:
@@ -188,29 +203,26 @@ class Int8:
 
         data = Path(self.cal_data_file) if self.cal_data_file and most is None else None
         kept = Path(self.cal_cache_file) if self.cal_cache_file and most is None else None
-        tried: dict[str, float] = {}
+        tried: dict[str, dict[str, float]] = {}
         ranges = {**key, "algorithm": _digest(ranged)}
         judged = [self.weight_scale, self.reduce_range] if self.calibration_method == "auto" else []  # the trials round weights
         key["algorithm"] = _digest([*ranged, self.calibration_method, self.percentile, self.high_precision_dtype, *judged])
         if kept is not None and kept.exists():
             rows = caches.read_scales(kept, key, placement.tensors)
             found = {name: Histogram(least=row["least"], most=row["most"]) for name, row in rows.items()}
-            thresholds, source = {name: float(row["threshold"]) for name, row in rows.items()}, str(kept)
+            thresholds, source = caches.thresholds(rows), str(kept)
         else:
             if kept is not None:
                 caches.writable(kept, "precision.cal_cache_file")
             source = self.tensorrt_cache or (str(data) if data is not None and data.exists() else "the calibration images")
             found = caches.tensor_data(data, ranges, placement.tensors, observe)
             thresholds, tried = self._thresholds(model, placement, found, feed)
-        scales = self._scales(thresholds, found, placement)
+        scales = {flavour: self._scales(some, found, placement) for flavour, some in thresholds.items()}
         shifts = equalization.mean_shifts(model, placement, scales, feed.read(most)) if self.bias_correction else {}
-        kept_fp32 = None
-        if self.high_precision_dtype == "fp16":
-            near, broken = half.kept_in_fp32(model, (), lambda: feed.read(most))
-            kept_fp32 = frozenset({*near, *broken})
-        made = Calibrated(model, placement, scales, shifts, thresholds, found, key, rescaled, kept_fp32, tried, source)
+        in_float = half.kept_in_fp32(model, (), lambda: feed.read(most)) if in_half else None
+        made = Calibrated(model, placement, scales, shifts, thresholds, found, key, rescaled, in_float, tried, source, left_out)
         if kept is not None and not kept.exists():
-            caches.write_scales(kept, key, made.rows(), sorted(placement.excluded), made.scales.most_weight)
+            caches.write_scales(kept, key, made.rows(), sorted(placement.excluded), made.most_weight)
         return made
 
     def _scales(self, thresholds: Mapping[str, float], found: Mapping[str, Histogram], placement: Placement) -> writers.Scales:
@@ -221,43 +233,63 @@ class Int8:
 
     def _thresholds(
         self, model: onnx.ModelProto, placement: Placement, found: Mapping[str, Histogram], feed: CalibrationFeed
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        """Thresholds of the method asked for, of the best, or of a TensorRT cache; the error of each that was tried.
+    ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+        """Thresholds of each flavour: of the method asked for, of the best, or of a TensorRT cache; what the tried ones gave.
+
+        Each file is judged by itself: integers end elsewhere in it, and other layers stay in float.
+
+        Returns:
+            By flavour, thresholds by tensor; by flavour, the error of each method that was tried.
 
         Raises:
             UserError: the cache is of another network.
         """
         if self.calibration_method != "auto" and not self.tensorrt_cache:
-            return {name: one.threshold(self.calibration_method, self.percentile) for name, one in found.items()}, {}
-        fields = [output.name for output in model.graph.output]
-
-        def computed(network: onnx.ModelProto) -> Iterator[Mapping[str, Any]]:
-            return computed_over(network, fields, feed.read(_TRIAL_IMAGES))
-
-        expected = [{name: np.array(field) for name, field in made.items()} for made in computed(model)]
-
-        def error(thresholds: Mapping[str, float]) -> float:
-            written = writers.insert(model, placement, self._scales(thresholds, found, placement), "onnxruntime")
-            return of_all_fields(field_errors(computed(written), expected))
-
+            chosen = {name: one.threshold(self.calibration_method, self.percentile) for name, one in found.items()}
+            return dict.fromkeys(FLAVOURS, chosen), {}
+        error = self._trial(model, placement, found, feed)
         if self.tensorrt_cache:
-            imported = _imported(Path(self.tensorrt_cache), placement, caches.network_digest(model))
-            wrong, ours = error(imported), error({name: one.threshold("minmax") for name, one in found.items()})
-            if not wrong < max(_USELESS, _FAR * ours):
-                raise UserError(
-                    f"precision.tensorrt_cache={self.tensorrt_cache}: its scales do not fit: with them the fields' error on "
-                    f"calibration images is {wrong:.2f} of their size, with the range of these images {ours:.2f}; it may be of "
-                    "another network with the same tensor names: calibrate this one"
-                )
-            return imported, {}
+            imported = _imported(Path(self.tensorrt_cache), placement, found, caches.network_digest(model))
+            plain = {name: one.threshold("minmax") for name, one in found.items()}
+            for flavour in FLAVOURS:
+                wrong, ours = error(imported, flavour), error(plain, flavour)
+                if not wrong < max(_USELESS, _FAR * ours):
+                    raise UserError(
+                        f"precision.tensorrt_cache={self.tensorrt_cache}: its scales do not fit: with them the fields' error "
+                        f"on calibration images is {wrong:.2f} of their size in {_RUNTIMES[flavour]}'s file, with the range of "
+                        f"these images {ours:.2f}; it may be of another network with the same tensor names: calibrate this one"
+                    )
+            return dict.fromkeys(FLAVOURS, imported), {}
         choices = {
             f"{method} {percentile}" if method == "percentile" else method: {
                 name: one.threshold(method, percentile) for name, one in found.items()
             }
             for method, percentile in _TRIED
         }
-        tried = {name: error(thresholds) for name, thresholds in choices.items()}
-        return choices[min(tried, key=lambda name: tried[name])], tried
+        trials = list(itertools.product(FLAVOURS, choices))
+        tried: dict[str, dict[str, float]] = {flavour: {} for flavour in FLAVOURS}
+        for flavour, name in track(trials, "comparing calibration methods", unit="files"):
+            tried[flavour][name] = error(choices[name], flavour)
+        return {flavour: choices[min(errors, key=errors.__getitem__)] for flavour, errors in tried.items()}, tried
+
+    def _trial(
+        self, model: onnx.ModelProto, placement: Placement, found: Mapping[str, Histogram], feed: CalibrationFeed
+    ) -> Callable[[Mapping[str, float], str], float]:
+        """A function of thresholds and a flavour: the error of that file's fields on the first calibration images."""
+        fields = [output.name for output in model.graph.output]
+
+        def computed(network: onnx.ModelProto, optimise: bool) -> Iterator[Mapping[str, Any]]:
+            return computed_over(network, fields, feed.read(_TRIAL_IMAGES), optimise)
+
+        expected = [{name: np.array(field) for name, field in made.items()} for made in computed(model, True)]
+
+        def error(thresholds: Mapping[str, float], flavour: str) -> float:
+            scales = self._scales(thresholds, found, placement)
+            written = writers.insert(model, placement, scales, flavour)  # type: ignore[arg-type]
+            # This processor's integer kernels are what ships in one file alone; the other is computed as it is written.
+            return of_all_fields(field_errors(computed(written, flavour == "onnxruntime"), expected))
+
+        return error
 
     def _steps(self, onnx_file: Path, feed: CalibrationFeed, probe: Probe, final: Candidate) -> Iterator[dict[str, Any]]:
         """The error of the fields after each step that is switched on, all others off; the last row is what was written.
@@ -274,27 +306,60 @@ class Int8:
         yield {"step": "as written, all images", **probe.errors(final)}
 
 
-def _imported(file: Path, placement: Placement, network: str) -> dict[str, float]:
+def _imported(file: Path, placement: Placement, found: Mapping[str, Histogram], network: str) -> dict[str, float]:
     """Thresholds of every placed tensor from a TensorRT calibration cache.
 
     Raises:
-        UserError: it lacks one, or we wrote it for another network.
+        UserError: it lacks one, we wrote it for another network, or a scale is far from what a tensor holds.
     """
+    where = f"precision.tensorrt_cache={file}"
     scales = caches.read_tensorrt(file)
     marks = [name.removeprefix(_MARK) for name in scales if name.startswith(_MARK)]
     if marks and marks[0] != network[:_MARKED]:
         raise UserError(
-            f"precision.tensorrt_cache={file}: its scales are of another network, perhaps of this one equalized (float.onnx "
+            f"{where}: its scales are of another network, perhaps of this one equalized (float.onnx "
             "beside the file); quantize that one, or calibrate with precision.equalize_concatenations=false "
             "precision.equalize_layers=false for a cache of this one"
         )
     missing = [name for name in placement.tensors if name not in scales]
     if missing:
         raise UserError(
-            f"precision.tensorrt_cache={file}: no scale for {len(missing)} of {len(placement.tensors)} tensors "
+            f"{where}: no scale for {len(missing)} of {len(placement.tensors)} tensors "
             f"({', '.join(missing[:3])}, ...); it is of another network: calibrate this one"
         )
-    return {name: 127 * scales[name] for name in placement.tensors}
+    thresholds = {name: 127 * scales[name] for name in placement.tensors}
+    for group in placement.groups:
+        most, reached = max(thresholds[name] for name in group), max(found[name].peak for name in group)
+        name = min(group, key=lambda one: (scales[one] > 0 or found[one].peak == 0, -found[one].peak))
+        far = reached > 0 and not reached / _CLIPPED <= most <= reached * _COARSE
+        if far or (scales[name] == 0 and found[name].peak > 0):
+            raise UserError(
+                f"{where}: the scale of '{name}' is {scales[name]:.3g}, whose integers end at {thresholds[name]:.3g}, and on "
+                f"the calibration images its values reach {found[name].peak:.3g}; calibrate again"
+            )
+    return thresholds
+
+
+def _check_steps(model: onnx.ModelProto, where: str) -> None:
+    """Make sure that constant scales of Q/DQ nodes are positive numbers.
+
+    Raises:
+        UserError: one is not; its tensor is named.
+    """
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    constants |= {
+        node.output[0]: option.t
+        for node in model.graph.node
+        if node.op_type == "Constant"
+        for option in node.attribute
+        if option.name == "value"
+    }
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[1] in constants:
+            steps = np.asarray(onnx.numpy_helper.to_array(constants[node.input[1]]), np.float64)
+            if not (np.isfinite(steps) & (steps > 0)).all():
+                wrong = steps.ravel()[~(np.isfinite(steps) & (steps > 0)).ravel()][0]
+                raise UserError(f"{where}: a scale of '{node.input[0]}' is {wrong:g}; quantize the network again")
 
 
 def _last(steps: list[dict[str, Any]]) -> dict[str, float]:
@@ -324,28 +389,42 @@ class Calibrated:
     Attributes:
         model: the network.
         placement: what is quantized.
-        scales: the steps between integers.
+        scales: by flavour, the steps between integers.
         shifts: by flavour, mean errors of convolutions' outputs [O], that their biases take back where they are quantized.
-        thresholds: magnitudes they come from, before tensors shared them.
+        thresholds: by flavour, magnitudes they come from, before tensors shared them.
         found: what is known of each tensor.
         key: what all this follows from.
         rescaled: how many channels and tensors were equalized.
-        kept_fp32: nodes that stay in FP32 where TensorRT's flavour computes the rest in half precision; None where it does not.
-        tried: the error of the fields by calibration method, where several were tried.
+        kept: what stays in FP32 where TensorRT's flavour computes the rest in half precision; None where it does not.
+        tried: by flavour, the error of the fields by calibration method, where several were tried.
         source: what the thresholds come from.
+        left_out: why layers were not equalized, by name.
     """
 
     model: onnx.ModelProto
     placement: Placement
-    scales: writers.Scales
+    scales: Mapping[str, writers.Scales]
     shifts: Mapping[str, Mapping[str, NDArray[np.float64]]]
-    thresholds: Mapping[str, float]
+    thresholds: Mapping[str, Mapping[str, float]]
     found: Mapping[str, Histogram]
     key: Mapping[str, str]
     rescaled: Mapping[str, int]
-    kept_fp32: frozenset[str] | None
-    tried: Mapping[str, float] = field(default_factory=dict)
+    kept: half.Kept | None
+    tried: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     source: str = "the calibration images"
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def most_weight(self) -> int:
+        """The greatest integer of a weight."""
+        return self.scales[FLAVOURS[0]].most_weight
+
+    def as_in(self, flavour: str) -> "Calibrated":
+        """The same with the scales of one flavour in both."""
+        scales, thresholds = self.scales[flavour], self.thresholds[flavour]
+        tried = {flavour: self.tried[flavour]} if self.tried else {}
+        both, ends = dict.fromkeys(FLAVOURS, scales), dict.fromkeys(FLAVOURS, thresholds)
+        return replace(self, scales=both, thresholds=ends, tried=tried)
 
     def written(self, placement: Placement | None = None) -> Candidate:
         """Both flavours; `placement` of fewer nodes where some stay in float."""
@@ -358,9 +437,9 @@ class Calibrated:
             model = equalization.corrected(self.model, {n: shift for n, shift in shifts.items() if n in rounded})
             if flavour == "onnxruntime":
                 model, _ = alignment.align(model)
-            made[flavour] = writers.insert(model, chosen, self.scales, flavour)  # type: ignore[arg-type]
-        if self.kept_fp32 is not None:
-            made["tensorrt"] = half.convert(made["tensorrt"], self.kept_fp32)
+            made[flavour] = writers.insert(model, chosen, self.scales[flavour], flavour)  # type: ignore[arg-type]
+        if self.kept is not None:
+            made["tensorrt"] = half.convert(made["tensorrt"], self.kept.nodes)
         return Candidate(made)
 
     def without(self, names: set[str]) -> Candidate:
@@ -369,17 +448,21 @@ class Calibrated:
 
     def rows(self) -> dict[str, dict[str, Any]]:
         """Scales and where they come from, by tensor."""
-        steps = self.scales.activations
         return {
-            name: {"scale": steps[name], "threshold": self.thresholds[name], "least": one.least, "most": one.most}
+            name: {
+                "scale": {flavour: scales.activations[name] for flavour, scales in self.scales.items()},
+                "threshold": {flavour: thresholds[name] for flavour, thresholds in self.thresholds.items()},
+                "least": one.least,
+                "most": one.most,
+            }
             for name, one in sorted(self.found.items())
         }
 
     def save(self, out: Path) -> None:
         """Write scales.json, TensorRT 10's calibration cache, and the float network that both are of."""
-        caches.write_scales(out / SCALES, self.key, self.rows(), sorted(self.placement.excluded), self.scales.most_weight)
+        caches.write_scales(out / SCALES, self.key, self.rows(), sorted(self.placement.excluded), self.most_weight)
         mark = {f"{_MARK}{caches.network_digest(self.model)[:_MARKED]}": 1.0}
-        caches.write_tensorrt(out / TENSORRT_CACHE, {**self.scales.activations, **mark})
+        caches.write_tensorrt(out / TENSORRT_CACHE, {**self.scales["tensorrt"].activations, **mark})
         onnx.save(equalization.corrected(self.model, self.shifts.get("tensorrt", {})), out / FLOAT)
 
     def summary(self) -> dict[str, Any]:
@@ -387,24 +470,31 @@ class Calibrated:
         graph = Graph(self.model)
         convolutions = self.placement.quantized(self.model)
         empty = sum(
-            int((np.abs(w).max(axis=(1, 2, 3)) == 0).sum()) for n in convolutions if (w := graph.weights(n)) is not None
+            int((np.abs(w).reshape(len(w), -1).max(axis=1) == 0).sum())
+            for n in convolutions
+            if (w := graph.weights(n)) is not None
         )
         return {
             "tensors": len(self.found),
             "scales_from": self.source,
             **(
-                {"calibration_method": min(self.tried, key=lambda n: self.tried[n]), "tried": dict(self.tried)}
+                {
+                    "calibration_method": {name: min(errors, key=errors.__getitem__) for name, errors in self.tried.items()},
+                    "tried": {name: dict(errors) for name, errors in self.tried.items()},
+                }
                 if self.tried
                 else {}
             ),
-            "constant": [name for name, threshold in self.thresholds.items() if threshold == 0],
-            "clamped_scales": len(self.scales.clamped),
+            "constant": [name for name, threshold in self.thresholds["tensorrt"].items() if threshold == 0],
+            "clamped_scales": len(self.scales["tensorrt"].clamped),
             "zero_weight_channels": empty,
             "equalized_channels": self.rescaled["channels"],
             "equalized_tensors": self.rescaled["tensors"],
+            "equalization_left_out": dict(self.left_out),
+            "int8_layers": len(convolutions),
             "float_layers": sorted(self.placement.excluded),
-            **({} if self.kept_fp32 is None else {"kept_fp32": sorted(self.kept_fp32)}),
-            "weight_bits": 8 if self.scales.most_weight == 127 else 7,
+            **({} if self.kept is None else self.kept.report()),
+            "weight_bits": 8 if self.most_weight == 127 else 7,
         }
 
 
@@ -425,15 +515,16 @@ class Retrained:
         model = load(onnx_file)
         in_half = self.high_precision_dtype == "fp16"
         placement = place(model, content["excluded"])
-        thresholds = {name: float(row["threshold"]) for name, row in rows.items()}
+        thresholds = caches.thresholds(rows)
         lows = {name: float(row["least"]) for name, row in rows.items()}
         found = {name: Histogram(least=row["least"], most=row["most"]) for name, row in rows.items()}
         least = half.LEAST_NORMAL if in_half else LEAST_SCALE
-        scales = writers.Scales.of(thresholds, lows, placement, most_weight=content["most_weight"], least=least)
-        kept_fp32 = frozenset(half.out_of_range(model, found)) if in_half else None
-        made = Calibrated(
-            model, placement, scales, {}, thresholds, found, content["key"], {"channels": 0, "tensors": 0}, kept_fp32
-        )
+        scales = {
+            flavour: writers.Scales.of(some, lows, placement, most_weight=content["most_weight"], least=least)
+            for flavour, some in thresholds.items()
+        }
+        kept = half.Kept(half.out_of_range(model, found)) if in_half else None
+        made = Calibrated(model, placement, scales, {}, thresholds, found, content["key"], {"channels": 0, "tensors": 0}, kept)
         candidate = made.written()
         candidate.write(out)
         made.save(out)
@@ -473,6 +564,7 @@ class External:
         pairs = sum(node.op_type == "DequantizeLinear" for node in model.graph.node)
         if not pairs:
             raise UserError(f"{where}: no DequantizeLinear node in it, so nothing is quantized; give a Q/DQ file")
+        _check_steps(model, where)
         onnx.helper.set_model_props(
             model, {**{e.key: e.value for e in model.metadata_props if e.key != SPEC_KEY}, SPEC_KEY: spec.to_json()}
         )

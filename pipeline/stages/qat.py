@@ -59,8 +59,8 @@ def run(
     spec = read_spec(exported)
     chosen = job.inputs["calibration"] / "calibration.json"
     feed = calibration_feed(chosen, data, image_dir, framing, spec.input, size, job.cache)
-    calibrated = quantizer.calibrate(exported, feed)
-    network = FakeQuantized(calibrated.model, calibrated.placement, calibrated.scales)
+    calibrated = quantizer.calibrate(exported, feed).as_in("tensorrt")  # whose rounding is that of the training
+    network = FakeQuantized(calibrated.model, calibrated.placement, calibrated.scales["tensorrt"])
     views = Views.of(data, ["train"], objective, network, size, augment, seed, job.cache)
     network.sparse24 = network.sparse_constants()  # type: ignore[assignment]
     losses = train(network, views, training, job.scratch / "state.ckpt")

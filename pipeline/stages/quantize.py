@@ -1,7 +1,9 @@
 """quantize: write a precision into the network, for both runtimes."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import onnx
@@ -74,9 +76,25 @@ def run(
         report = dict(quantizer.quantize(model, feed, probe, job.out))
     except ValueError as error:
         raise UserError(str(error)) from error
-    notes = [f"scales from {source}"] if (source := report.pop("scales_from", "")) else []  # a path, so not for the manifest
-    if "tune_error" in report and "tune_agreement" not in report:
-        notes.append("agreement did not judge: FP32 is sure of nobody in the tune images")
-    if notes:
-        Console(stderr=True, highlight=False).print(f"           {'; '.join(notes)}", soft_wrap=True, markup=False)
+    for note in _notes(report):
+        Console(stderr=True, highlight=False).print(f"           {note}", soft_wrap=True, markup=False)
+    report.pop("scales_from", None)  # a path, so not for the manifest
     return {**report, "macs": sum(macs(onnx.load(model), size).values())}
+
+
+def _notes(report: Mapping[str, Any]) -> Iterator[str]:
+    """What was left out, and what was asked for and not reached, a line each."""
+    if source := report.get("scales_from"):
+        yield f"scales from {source}"
+    if reason := report.get("half_pass_left_out"):
+        yield f"FP16 by the ranges of the calibration images alone, without the pass in torch: {reason}"
+    if left_out := report.get("equalization_left_out"):
+        causes = Counter(re.sub(r" '.*", "", words.partition(", ")[2]) for words in left_out.values())
+        listed = ", ".join(f"{count} {cause}" for cause, count in causes.most_common(3))
+        yield (
+            f"equalization leaves out {len(left_out)} of {report['int8_layers']} INT8 layers, in whole or in part: {listed} "
+            "(equalization_left_out in manifest.json)"
+        )
+    if "tune_error" in report and "tune_agreement" not in report:
+        yield "agreement did not judge: FP32 is sure of nobody in the tune images"
+    yield from report.get("missed", ())
