@@ -232,3 +232,66 @@ def test_what_others_read_is_not_filled():
     made, added = alignment.align(model)
     assert added == 0
     assert [i.raw_data for i in made.graph.initializer] == [i.raw_data for i in model.graph.initializer]
+
+
+def shared_biases():
+    """Three convolutions whose biases a simplifier made one."""
+    nodes = [
+        conv("image", "a", 1),
+        helper.make_node("Relu", ["a"], ["ra"], name="ra"),
+        conv("ra", "b", 1),
+        helper.make_node("Relu", ["b"], ["rb"], name="rb"),
+        conv("rb", "c", 1),
+        helper.make_node("Sigmoid", ["c"], ["s"], name="s"),
+        conv("s", "out", 1),
+    ]
+    draw = np.random.default_rng(4)
+    constants = {
+        f"{name}_w": (draw.normal(0, 0.4, (6, given, 1, 1)) * np.geomspace(1, spread, 6)[:, None, None, None]).astype(
+            np.float32
+        )
+        for name, given, spread in (("a", 3, 1), ("b", 6, 0.001), ("c", 6, 1), ("out", 6, 1))
+    }
+    for node in nodes:
+        if node.op_type == "Conv":
+            node.input[2] = "zeros"
+    return model_of(nodes, {**constants, "zeros": np.zeros(6, np.float32)}, ["out"])
+
+
+def test_constants_that_were_merged_do_not_keep_layers_from_equalization():
+    model = shared_biases()
+    placement = graph.place(model)
+    _, before = equalization.equalize(model, placement, peaks_of(model, placement))
+    assert before["channels"] == 0
+    own = graph.unshared(model)
+    onnx.checker.check_model(own)
+    readers = [name for node in own.graph.node for name in node.input]
+    assert max(readers.count(i.name) for i in own.graph.initializer) == 1
+    made, after = equalization.equalize(own, placement, peaks_of(own, placement))
+    assert after["channels"] >= 10
+    assert np.allclose(run(made, images()[0]), run(model, images()[0]), rtol=1e-4, atol=1e-5)
+    assert graph.unshared(own) == own
+
+
+def test_what_equalization_leaves_out_is_named_with_its_reason(stages):
+    model = graph.unshared(shared_biases())
+    assert equalization.left_out(model, graph.place(model)) == {"c": "6 of 6 channels, read by Sigmoid 's'"}
+    held = equalization.left_out(stages, graph.place(stages))
+    assert held["a"] == "8 of 8 channels, read by Clip 'features'"
+    assert "wide" not in held
+
+
+def test_equal_biases_cost_int8_nothing(tmp_path):
+    from test_half import with_spec
+    from test_quantization import fed
+
+    from pipeline.quantization.quantizers import Int8
+
+    model = shared_biases()
+    onnx.save(with_spec(model, 6), tmp_path / "m.onnx")
+    made = Int8("minmax").calibrate(tmp_path / "m.onnx", fed(images()))
+    assert made.summary()["equalized_channels"] >= 10
+    assert set(made.summary()["equalization_left_out"]) == {"c"}
+    wanted = [run(model, one) for one in images()]
+    found = [run(made.written().models["tensorrt"], one, optimise=False) for one in images()]
+    assert np.linalg.norm(np.array(found) - wanted) < 0.02 * np.linalg.norm(wanted)

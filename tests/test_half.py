@@ -11,10 +11,11 @@ from test_quantization import branches, described, fed, feed, files  # noqa: F40
 from evaluation.skeletons import COCO_17
 from evaluation.types import FieldSpec, InputSpec, NetworkSpec
 from pipeline.errors import UserError
-from pipeline.models.onnx_graph import OnnxNetwork
+from pipeline.models.onnx_graph import OnnxNetwork, RoundedToHalf
 from pipeline.quantization import calibration, half
 from pipeline.quantization.quantizers import Fp16
 from pipeline.specs import SPEC_KEY
+from pipeline.stages import quantize
 
 
 def with_spec(model, channels):
@@ -192,3 +193,100 @@ def test_ranges_of_every_activation_count(large):
     found = calibration.observe(model, half.activations(model), images(), histograms=False)
     assert set(found) == {"a", "r", "b", "c", "out"}
     assert set(half.out_of_range(model, found)) == {"b", "c"}
+
+
+def unknown(tmp_path, nodes, constants=None, opset=20):
+    """A file of nodes between two convolutions."""
+    draw = np.random.default_rng(0)
+    given = {"a_w": draw.normal(0, 0.4, (8, 3, 3, 3)).astype(np.float32), "o_w": draw.normal(0, 0.4, (2, 8, 1, 1))}
+    given = {name: value.astype(np.float32) for name, value in given.items()} | (constants or {})
+    last = nodes[-1].output[0]
+    every = [node("Conv", "image", "a_w", out="a", pads=[1] * 4), *nodes, node("Conv", last, "o_w", out="out")]
+    onnx.save(with_spec(model_of(every, given, ["out"]), 2), tmp_path / "unknown.onnx")
+    return tmp_path / "unknown.onnx"
+
+
+class Bare:
+    """A probe that must not be asked: torch would measure, which does not run the network."""
+
+    def errors(self, candidate):
+        raise AssertionError
+
+
+ONES, ZEROS = np.ones(8, np.float32), np.zeros(8, np.float32)
+UNKNOWN = {
+    "Erf": ([node("Erf", "a", out="e"), node("Add", "e", "a", out="x")], {}),
+    "DepthToSpace": (
+        [node("DepthToSpace", "a", out="d", blocksize=2), node("SpaceToDepth", "d", out="x", blocksize=2)],
+        {},
+    ),
+    "InstanceNormalization": ([node("InstanceNormalization", "a", "ones", "zeros", out="x")], {"ones": ONES, "zeros": ZEROS}),
+    "Einsum": ([node("Einsum", "a", "mix", out="x", equation="bchw,cd->bdhw")], {"mix": np.eye(8, dtype=np.float32)}),
+    "Mish": ([node("Mish", "a", out="x")], {}),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_operators_that_torch_does_not_run_are_half_by_ranges_alone(name, tmp_path):
+    nodes, constants = UNKNOWN[name]
+    file = unknown(tmp_path, nodes, constants)
+    report, made = files(Fp16(), file, tmp_path / "out", images(), Bare())
+    assert name in report["half_pass_left_out"]
+    assert report["half_pass_images"] == 0
+    assert not [key for key in report if key.startswith("error_")], "torch would measure it"
+    model = onnx.load(made["onnxruntime"])
+    onnx.checker.check_model(model, full_check=True)
+    expected = run(onnx.load(file), images()[0])
+    assert np.abs(run(model, images()[0]) - expected).max() < 0.02 * np.abs(expected).max()
+    (note,) = quantize._notes(report)
+    assert note.startswith("FP16 by the ranges of the calibration images alone, without the pass in torch: torch does not run")
+    assert "use the torch network" not in note
+
+
+def test_a_normalisation_whose_squares_would_overflow_stays_in_fp32(tmp_path):
+    constants = {"ones": ONES, "zeros": ZEROS}
+    file = unknown(tmp_path, [node("InstanceNormalization", "a", "ones", "zeros", out="x")], constants)
+    for scale, kept in ((1.0, []), (60.0, ["x"])):
+        out = tmp_path / str(scale)
+        report, _ = files(Fp16(), file, out, [scale * one for one in images()])
+        assert report["kept_fp32"] == kept, "its values are far from 65504, their squares are not"
+
+
+def test_what_torch_fails_at_is_no_failure(tmp_path):
+    backwards = {"one": np.array([-1], np.int64), "end": np.array([-99], np.int64), "two": np.array([2], np.int64)}
+    file = unknown(tmp_path, [node("Slice", "a", "one", "end", "two", "one", out="x")], backwards)
+    report, _ = files(Fp16(), file, tmp_path / "out", images())
+    assert "a Slice that steps backwards" in report["half_pass_left_out"]
+
+
+def test_half_precision_is_computed_for_four_images_at_most(large, monkeypatch):
+    model = onnx.shape_inference.infer_shapes(onnx.load(large))
+    seen = []
+    computed = half.overflowing
+
+    def counted(model, made, feed):
+        seen.append([float(one.ravel()[0]) for one in feed])
+        return computed(model, made, feed)
+
+    monkeypatch.setattr(half, "overflowing", counted)
+    given = images(19)
+    kept = half.kept_in_fp32(model, (), lambda: iter(given))
+    assert kept.images == 4
+    assert kept.nodes == {"b", "c"}
+    assert seen[0] == [float(given[n].ravel()[0]) for n in (0, 6, 12, 18)]
+    assert half.kept_in_fp32(model, (), lambda: iter(given[:2])).images == 2
+
+
+def test_numbers_rounded_to_half_after_each_node_are_those_of_half_kernels(large, stages):  # noqa: F811
+    for model in (
+        with_spec(half.convert(stages), 5),
+        half.convert(onnx.load(large)),
+        half.convert(onnx.load(large), ["b", "c"]),
+    ):
+        with torch.inference_mode():
+            given = torch.from_numpy(images()[0])
+            ours, theirs = (kind(model).eval()(given)["out"].numpy() for kind in (RoundedToHalf, OnnxNetwork))
+        finite = np.isfinite(theirs)
+        assert (np.isfinite(ours) == finite).all()
+        if finite.any():
+            assert np.abs(ours - theirs)[finite].max() <= 0.004 * np.abs(theirs[finite]).max()

@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.quantization import graph, quantizers, writers
 from pipeline.quantization.mixed import Mixed
 from pipeline.quantization.probe import Candidate, Probe
+from pipeline.stages import quantize
 from pipeline.training.fake_quantization import FakeQuantized
 
 QUICK = ["precision=mixed", "precision.seconds=0.5", "precision.units=4", "precision.finalists=3"]
@@ -227,3 +228,17 @@ def test_what_calibrates_once_calibrates_alike(branches, tmp_path):  # noqa: F81
         assert all(np.array_equal(shift, made[1].shifts[flavour][name]) for name, shift in made[0].shifts[flavour].items())
     with pytest.raises(UserError, match="no images"):
         quantizers.Int8().calibrate(tmp_path / "m.onnx", fed([]))
+
+
+def test_a_wish_that_a_latency_goes_before_is_said():
+    row = ROWS[0] | {"drop_hi": 0.03}
+    by_time = Mixed(max_latency=10.5)
+    assert by_time._missed(row) == [
+        "precision.max_drop=0.002 is not kept: the tune images lose 0.0200, 0.0100 to 0.0300 within max_latency=10.5",
+        "precision.min_agreement=0.95 is not kept: the choice agrees to 0.900 with FP32 within max_latency=10.5",
+    ]
+    assert Mixed()._missed(ROWS[2]) == []
+    noisy = ROWS[2] | {"drop": 0.004, "drop_lo": -0.001, "drop_hi": 0.009}
+    (said,) = Mixed()._missed(noisy)
+    assert said == "precision.max_drop=0.002 is not shown to be kept: the tune images lose 0.0040, -0.0010 to 0.0090"
+    assert list(quantize._notes({"missed": [said]})) == [said]

@@ -411,3 +411,109 @@ def test_seven_bit_weights_never_pass_63(described, branches, tmp_path):
         # the greatest sum of two products that such kernels keep in 16 bits
         assert 2 * 255 * 63 < 2**15
         assert relative_rms(run(model, images), run(branches, images)) < 0.08
+
+
+def small(channels=6, spread=0.4):
+    """Weights of a 1x1 convolution."""
+    draw = np.random.default_rng(channels)
+    return draw.normal(0, spread, (channels, channels, 1, 1)).astype(np.float32)
+
+
+def stem(channels=6):
+    draw = np.random.default_rng(9)
+    return [
+        ("a_w", draw.normal(0, 0.4, (channels, 3, 3, 3)).astype(np.float32)),
+        ("a_b", draw.normal(0, 0.1, channels).astype(np.float32)),
+    ]
+
+
+def saved(nodes, constants, tmp_path, outputs=("out",), opset=20, channels=6):
+    """A described file of nodes behind a convolution 'a' and its ReLU 'ra'."""
+    from test_half import with_spec
+
+    start = [conv("image", "a"), helper.make_node("Relu", ["a"], ["ra"], name="ra")]
+    made = network([*start, *nodes], outputs, [*stem(), *constants], ("batch", 3, "height", "width"))
+    made.opset_import[0].version = opset
+    file = tmp_path / "given.onnx"
+    onnx.save(with_spec(made, channels), file)
+    return file
+
+
+def test_a_channel_shuffle_whose_shape_is_computed_is_quantized(tmp_path):
+    nodes = [
+        helper.make_node("Shape", ["ra"], ["s"], name="s"),
+        helper.make_node("Gather", ["s", "hw"], ["d"], name="d", axis=0),
+        helper.make_node("Gather", ["s", "zero"], ["n"], name="n", axis=0),
+        helper.make_node("Concat", ["n", "groups", "d"], ["s1"], name="s1", axis=0),
+        helper.make_node("Concat", ["n", "six", "d"], ["s2"], name="s2", axis=0),
+        helper.make_node("Reshape", ["ra", "s1"], ["r1"], name="r1"),
+        helper.make_node("Transpose", ["r1"], ["r2"], name="r2", perm=[0, 2, 1, 3, 4]),
+        helper.make_node("Reshape", ["r2", "s2"], ["r3"], name="r3"),
+        helper.make_node("Conv", ["r3", "b_w"], ["b"], name="b"),
+        helper.make_node("Relu", ["b"], ["rb"], name="rb"),
+        helper.make_node("Conv", ["rb", "o_w"], ["out"], name="out"),
+    ]
+    integers = {"hw": [2, 3], "zero": [0], "groups": [2, 3], "six": [6]}
+    constants = [(name, np.array(value, np.int64)) for name, value in integers.items()]
+    file = saved(nodes, [*constants, ("b_w", small()), ("o_w", small())], tmp_path)
+    report, made = files(Int8(), file, tmp_path / "out")
+    assert report["int8_layers"] == 2
+    for flavour, written_file in made.items():
+        model = onnx.load(written_file)
+        error = relative_rms(run(model, feed(1)[0], simulate=True), run(onnx.load(file), feed(1)[0]))
+        assert error < 0.06, flavour
+
+
+@pytest.mark.parametrize("opset", [9, 12])
+@pytest.mark.parametrize("quantizer", [Int8(), Fp16()])
+def test_an_opset_that_is_too_low_is_named(opset, quantizer, tmp_path):
+    file = saved([helper.make_node("Conv", ["ra", "o_w"], ["out"], name="out")], [("o_w", small())], tmp_path, opset=opset)
+    with pytest.raises(UserError, match=rf"the network is of opset {opset}, and \w+ needs opset 13"):
+        files(quantizer, file, tmp_path / "out")
+
+
+def test_scales_in_half_precision_raise_the_opset(tmp_path, refusals):
+    nodes = [
+        helper.make_node("Conv", ["ra", "b_w"], ["b"], name="b"),
+        helper.make_node("Conv", ["b", "o_w"], ["out"], name="out"),
+    ]
+    file = saved(nodes, [("b_w", small()), ("o_w", small())], tmp_path, opset=17)
+    _, made = files(Int8(high_precision_dtype="fp16"), file, tmp_path / "out")
+    model = onnx.load(made["tensorrt"])
+    assert model.opset_import[0].version >= 19
+    assert refusals(model) == []
+    assert read_spec(made["tensorrt"]) == read_spec(file)
+    assert relative_rms(run(model, feed(1)[0]), run(onnx.load(file), feed(1)[0])) < 0.06
+
+
+def test_a_network_with_nothing_to_quantize_is_refused_in_one_line(tmp_path):
+    file = saved([helper.make_node("MatMul", ["ra", "m"], ["out"], name="out")], [("m", np.eye(8, dtype=np.float32))], tmp_path)
+    with pytest.raises(
+        UserError, match="INT8 takes convolutions .* this network has none; choose precision=fp16 or fp32"
+    ) as said:
+        files(Int8(), file, tmp_path / "out", feed(shape=(1, 3, 8, 8)))
+    assert "\n" not in str(said.value)
+
+
+def test_all_behind_the_last_convolutions_stays_in_float(tmp_path):
+    nodes = [
+        helper.make_node("Conv", ["ra", "b_w"], ["b"], name="b"),
+        helper.make_node("Conv", ["b", "c_w"], ["c"], name="c"),
+        helper.make_node("Conv", ["b", "d_w"], ["d"], name="d"),
+        helper.make_node("Sigmoid", ["d"], ["sd"], name="sd"),
+        helper.make_node("Concat", ["c", "sd"], ["joined"], name="joined", axis=1),
+        helper.make_node("Shape", ["a"], ["shape"], name="shape"),
+        helper.make_node("Slice", ["shape", "two", "four"], ["hw"], name="hw"),
+        helper.make_node("Concat", ["sizes", "hw"], ["size"], name="size", axis=0),
+        helper.make_node("Resize", ["joined", "", "", "size"], ["out"], name="out", mode="linear"),
+    ]
+    constants = [("b_w", small()), ("c_w", small()), ("d_w", small())]
+    integers = {"two": [2], "four": [4], "sizes": [1, 12]}
+    constants += [(name, np.array(value, np.int64)) for name, value in integers.items()]
+    file = saved(nodes, constants, tmp_path, channels=12)
+    report, made = files(Int8(), file, tmp_path / "out")
+    assert report["float_layers"] == ["c", "d", "joined"]
+    for written_file in made.values():
+        by_name = {n.name: n for n in onnx.load(written_file).graph.node}
+        assert by_name["b"].input[1] == "b_w_dequantized"
+        assert list(by_name["joined"].input) == ["c", "sd"]
