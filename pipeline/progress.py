@@ -56,7 +56,7 @@ class Progress:
     Args:
         what: the step does, "calibrating".
         total: how many things it does it to; None is not known.
-        unit: those things, "images"; "s" counts seconds, which have no rate.
+        unit: those things, "images"; "s" of one thing that takes seconds.
         shown: False says nothing.
         stays: whether its last line stays also if it was short.
         done: how many are done before.
@@ -157,14 +157,15 @@ class Progress:
     def line(self) -> str:
         """How far it is, in words: what, how many of how many, how fast."""
         of = "" if self._total is None else f" of {self._total}"
-        unit = " s" if self._unit == "s" else ""
-        return f"{self._what}: {self._done}{of}{unit}{self._tail(', ')}"
+        if self._unit == "s":
+            return f"{self._what}: {self._lines.clock() - self._started:.0f} s"
+        return f"{self._what}: {self._done}{of}{self._tail(', ')}"
 
     def _tail(self, start: str = "") -> str:
         seconds = self._lines.clock() - self._started
         done = self._done - self._from
         parts = []
-        if self._unit != "s" and done and seconds > 0:
+        if done and seconds > 0:
             parts.append(f"{rate(done / seconds)} {self._unit}/s" if self._unit else f"{rate(done / seconds)} a second")
         parts += [self._words] if self._words else []
         return start + ", ".join(parts) if parts else ""

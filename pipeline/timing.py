@@ -1,7 +1,6 @@
 """Time, energy and memory of an engine with all that stands around it, each in a process of its own."""
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import cycle
@@ -77,13 +76,8 @@ class Work:
 
 def apart(what: str, function: Any, *values: Any) -> dict[str, Any]:
     """Call in a fresh process, whose memory and threads nothing else has touched; `what` it does is shown meanwhile."""
-    with processes.pool(1) as pool, Progress(what, unit="s") as progress:
-        future = pool.submit(function, *values)
-        seconds = 0
-        while not wait([future], 1.0).done:
-            seconds += 1
-            progress.update(seconds)
-        result: dict[str, Any] = future.result()
+    with processes.pool(1) as pool, Progress(what, unit="s"):
+        result: dict[str, Any] = pool.submit(function, *values).result()
         return result
 
 

@@ -273,6 +273,17 @@ def test_constants_that_were_merged_do_not_keep_layers_from_equalization():
     assert graph.unshared(own) == own
 
 
+def test_weights_in_constant_nodes_are_weights(tmp_path):
+    model = shared_biases()
+    for tensor in list(model.graph.initializer):
+        model.graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], name=f"make {tensor.name}", value=tensor))
+        model.graph.initializer.remove(tensor)
+    onnx.save(model, tmp_path / "m.onnx")
+    held = graph.load(tmp_path / "m.onnx")
+    assert len(graph.place(held).quantized(held)) == 3
+    assert np.array_equal(run(held, images()[0]), run(shared_biases(), images()[0]))
+
+
 def test_what_equalization_leaves_out_is_named_with_its_reason(stages):
     model = graph.unshared(shared_biases())
     assert equalization.left_out(model, graph.place(model)) == {"c": "6 of 6 channels, read by Sigmoid 's'"}

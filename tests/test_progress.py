@@ -65,7 +65,7 @@ def test_a_thing_that_takes_long_is_no_silence(log):
         log.clock.now += 11
         bar.tick()
         bar.tick()
-    assert written(log) == ["           timing: 0 s"]
+    assert written(log) == ["           timing: 11 s"]
 
 
 def test_a_line_comes_by_itself_where_nothing_is_done_for_long(monkeypatch):

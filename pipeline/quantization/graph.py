@@ -133,7 +133,7 @@ def with_opset(model: onnx.ModelProto, least: int, what: str) -> onnx.ModelProto
         return model
     try:
         if given < _LEAST_OPSET:
-            raise UserError(f"its Q/DQ nodes and casts are of opset {_LEAST_OPSET} and later")  # noqa: TRY301
+            raise UserError(f"from {_LEAST_OPSET} it could")  # noqa: TRY301
         made = onnx.version_converter.convert_version(model, least)
         onnx.checker.check_model(made)
         return onnx.shape_inference.infer_shapes(made)
@@ -157,6 +157,7 @@ def load(file: Path) -> onnx.ModelProto:
         if not node.name or node.name in names:
             node.name = f"{node.op_type}_{n}"
         names.add(node.name)
+    _hold_constants(model)
     graph = Graph(model)
     left = [
         node.name
@@ -172,6 +173,16 @@ def load(file: Path) -> onnx.ModelProto:
             "export or simplify the network again (onnxsim folds them)"
         )
     return model
+
+
+def _hold_constants(model: onnx.ModelProto) -> None:
+    """Make initializers of Constant nodes: weights are looked for there."""
+    nodes = [node for node in model.graph.node if node.op_type == "Constant" and node.attribute[0].name == "value"]
+    for node in nodes:
+        tensor = model.graph.initializer.add()
+        tensor.CopyFrom(node.attribute[0].t)
+        tensor.name = node.output[0]
+        model.graph.node.remove(node)
 
 
 def matching(model: onnx.ModelProto, patterns: Iterable[str], option: str) -> set[str]:

@@ -67,7 +67,7 @@ class Fp16:
             UserError: a pattern matches no node, or the network is broken before it is quantized.
         """
         assert feed is not None
-        model = with_opset(load(onnx_file), 13, "FP16")
+        model = load(onnx_file)
         asked = matching(model, self.nodes_to_exclude, "precision.nodes_to_exclude")
         kept = half.kept_in_fp32(model, asked, lambda: feed.read(None))
         candidate = Candidate(dict.fromkeys(FLAVOURS, half.convert(model, {*asked, *kept.nodes})))
@@ -179,7 +179,7 @@ class Int8:
         key["program"] = caches.program_digest()
         excluded = matching(model, self.nodes_to_exclude, "precision.nodes_to_exclude")
         in_half = self.high_precision_dtype == "fp16"
-        model = unshared(with_opset(model, 19, "high_precision_dtype=fp16") if in_half else with_opset(model, 13, "INT8"))
+        model = unshared(with_opset(model, 19, "high_precision_dtype=fp16") if in_half else model)
         placement = place(model, excluded)
         if not placement.quantized(model):
             raise UserError(

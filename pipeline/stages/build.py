@@ -8,6 +8,7 @@ from annotated_types import Ge
 
 from evaluation.types import Resolution
 from pipeline.artifacts import Job
+from pipeline.progress import Progress
 from pipeline.specs import Backend, Framing, ModelFiles, Shapes, described, named, read_spec
 
 
@@ -50,6 +51,7 @@ def run(
         size = Resolution.parse(resolution)
         more = tuple(Shapes.parse(one) for one in profiles)
         shapes = Shapes.of(framing, size, read_spec(files.onnx["tensorrt"]).input, batch, more)
-        engine = backend.build(files, shapes, job.out)
+        with Progress("building", unit="s"):
+            engine = backend.build(files, shapes, job.out)
     bytes_ = sum(file.stat().st_size for file in job.out.iterdir())
     return {"backend": backend.name, "engine_mb": bytes_ / 2**20, "engine": engine.name}

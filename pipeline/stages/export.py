@@ -17,6 +17,7 @@ from pipeline.artifacts import Job
 from pipeline.errors import UserError
 from pipeline.inference import batches
 from pipeline.models import store
+from pipeline.progress import Progress
 from pipeline.pruning.graph import macs
 from pipeline.pruning.sparse24 import sparse_layers
 from pipeline.specs import Framing, Splits
@@ -61,7 +62,8 @@ def run(
         network.eval()
         described: NetworkSpec = network.spec  # type: ignore[assignment]
         inputs = _inputs(data, framing, described, size)
-        onnx_export.export(network, inputs[0], opset, file, graphs=job.cache / "exports")
+        with Progress("exporting", unit="s"):
+            onnx_export.export(network, inputs[0], opset, file, graphs=job.cache / "exports")
         reference = onnx_export.torch_reference(network)
         counted = {"params": sum(p.numel() for p in network.parameters()), "macs": macs(network, size)}
         sparse = list(getattr(network, "sparse24", []))
