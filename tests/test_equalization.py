@@ -268,7 +268,7 @@ def test_constants_that_were_merged_do_not_keep_layers_from_equalization():
     readers = [name for node in own.graph.node for name in node.input]
     assert max(readers.count(i.name) for i in own.graph.initializer) == 1
     made, after = equalization.equalize(own, placement, peaks_of(own, placement))
-    assert after["channels"] >= 10
+    assert after["channels"] >= 8
     assert np.allclose(run(made, images()[0]), run(model, images()[0]), rtol=1e-4, atol=1e-5)
     assert graph.unshared(own) == own
 
@@ -301,7 +301,7 @@ def test_equal_biases_cost_int8_nothing(tmp_path):
     model = shared_biases()
     onnx.save(with_spec(model, 6), tmp_path / "m.onnx")
     made = Int8("minmax").calibrate(tmp_path / "m.onnx", fed(images()))
-    assert made.summary()["equalized_channels"] >= 10
+    assert made.summary()["equalized_channels"] >= 8
     assert set(made.summary()["equalization_left_out"]) == {"c"}
     wanted = [run(model, one) for one in images()]
     found = [run(made.written().models["tensorrt"], one, optimise=False) for one in images()]

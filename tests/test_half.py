@@ -122,6 +122,14 @@ def test_the_torch_pass_computes_what_onnx_runtime_does(name, stages):  # noqa: 
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
+def test_the_torch_pass_splits_in_equal_parts():
+    split = node("Split", "image", out="first", axis=1)
+    split.output[:] = ["first", "second", "out"]
+    model = model_of([split], {}, ["out"])
+    model.opset_import[0].version = 13
+    assert np.array_equal(in_torch(with_spec(model, 1), images()[0]), run(model, images()[0]))
+
+
 def test_the_torch_pass_rounds_as_q_and_dq_say(branches):  # noqa: F811
     from test_quantization import written
 

@@ -1,6 +1,7 @@
 """Mixed precision, networks quantized elsewhere, retraining with rounding: through the command, and their parts."""
 
 import json
+import os
 
 import numpy as np
 import onnx
@@ -11,7 +12,7 @@ from conftest import SMOKE, pipeline, refused
 from test_half import with_spec
 from test_quantization import branches, fed, feed  # noqa: F401
 
-from evaluation.types import Resolution
+from evaluation.types import Resolution, Sample
 from evaluation.views import WholeImage
 from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.errors import UserError
@@ -242,3 +243,66 @@ def test_a_wish_that_a_latency_goes_before_is_said():
     (said,) = Mixed()._missed(noisy)
     assert said == "precision.max_drop=0.002 is not shown to be kept: the tune images lose 0.0040, -0.0010 to 0.0090"
     assert list(quantize._notes({"missed": [said]})) == [said]
+
+
+class Tune:
+    """Two images of noise."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        noise = np.random.default_rng(index).integers(0, 255, (8, 8, 3)).astype(np.uint8)
+        return Sample(str(index), Resolution(8, 8), lambda: noise, None)
+
+    def open(self, split):
+        return self
+
+
+def test_engines_lie_in_the_scratch_folder_and_what_a_killed_run_left_is_gone(branches, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    onnx.save(with_spec(branches, 4), tmp_path / "m.onnx")
+    scratch = tmp_path / "scratch"
+    (scratch / "engines" / "left").mkdir(parents=True)
+    size = Resolution(8, 8)
+    probe = Probe(Tune(), 2, WholeImage(None), size, OnnxRuntime(), None, None, None, tmp_path / "m.onnx", 1, scratch)
+    assert not list((scratch / "engines").iterdir())
+    candidate = quantizers.Int8("minmax").calibrate(tmp_path / "m.onnx", fed(feed())).written()
+    assert probe.errors(candidate)["out"] < 0.1
+    assert len(list((scratch / "engines").iterdir())) == 2, "FP32 and the candidate"
+    ours, theirs = probe.errors(candidate)["out"], probe.errors_in_tensorrt(candidate)["out"]
+    assert 0 < theirs < 0.1
+    assert ours != theirs, "another file"
+    del candidate
+    assert len(list((scratch / "engines").iterdir())) == 1
+
+
+def test_two_that_are_timed_wait_for_each_other(monkeypatch, tmp_path):
+    import fcntl
+
+    from pipeline.processes import alone
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def taken():
+        other = os.open(tmp_path, os.O_RDONLY)
+        try:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(other)
+        return False
+
+    with alone():
+        assert taken()
+    assert not taken()
+    assert not list(tmp_path.iterdir()), "no file is left behind"
+
+
+def test_an_audit_leaves_nothing_behind(branches, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    onnx.save(with_spec(branches, 4), tmp_path / "m.onnx")
+    (tmp_path / "scratch").mkdir()
+    assert OnnxRuntime().audit(tmp_path / "m.onnx", Resolution(8, 8), tmp_path / "scratch")
+    assert not list((tmp_path / "scratch").iterdir())

@@ -95,7 +95,10 @@ class OnnxNetwork(nn.Module):
         known: dict[str, Tensor] = {self.input: self.seen(self.input, images)}
         for node, done in zip(self.nodes, self._done, strict=True):
             inputs = [known[i] if i in known else self.constant(i) if i else None for i in node.input]
-            made = _OPERATORS[node.op_type](inputs, {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute})
+            options = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            if node.op_type == "Split":  # in as many parts as it has outputs, where nothing else says how many
+                options.setdefault("num_outputs", len(node.output))
+            made = _OPERATORS[node.op_type](inputs, options)
             outputs = made if isinstance(made, (tuple, list)) else (made,)
             known |= {name: self.seen(name, value) for name, value in zip(node.output, outputs, strict=False)}
             for name in done:

@@ -75,7 +75,7 @@ class Graph:
             return None
         if any(name not in self.constants for name in node.input[1:3]):
             return None
-        low, high = (float(self.value(name)) for name in node.input[1:3])
+        low, high = (float(self.value(name).item()) for name in node.input[1:3])
         return low, high
 
     def activations(self, node: onnx.NodeProto) -> list[str]:

@@ -202,7 +202,8 @@ def overflowing(model: onnx.ModelProto, made: onnx.ModelProto, feed: Iterable[ND
             try:
                 network(torch.from_numpy(images))
             except Exception as error:  # an attribute or a shape that the pass has not
-                raise _NotRunError(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+                words = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise _NotRunError(str(error) if isinstance(error, UserError) else words) from error
             if network.first is not None:
                 node = graph.producer[network.first]
                 around = [graph.producer.get(node.input[0]), *graph.consumers.get(node.output[0], [])]
