@@ -268,10 +268,10 @@ def test_engines_lie_in_the_scratch_folder_and_what_a_killed_run_left_is_gone(br
     probe = Probe(Tune(), 2, WholeImage(None), size, OnnxRuntime(), None, None, None, tmp_path / "m.onnx", 1, scratch)
     assert not list((scratch / "engines").iterdir())
     candidate = quantizers.Int8("minmax").calibrate(tmp_path / "m.onnx", fed(feed())).written()
-    assert probe.errors(candidate)["out"] < 0.1
+    assert probe.errors(candidate)["out"] < 0.2
     assert len(list((scratch / "engines").iterdir())) == 2, "FP32 and the candidate"
     ours, theirs = probe.errors(candidate)["out"], probe.errors_in_tensorrt(candidate)["out"]
-    assert 0 < theirs < 0.1
+    assert 0 < theirs < 0.2
     assert ours != theirs, "another file"
     del candidate
     assert len(list((scratch / "engines").iterdir())) == 1
