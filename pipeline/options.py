@@ -255,7 +255,10 @@ class _Check:
                 continue
             if key not in takes and "**" not in takes:
                 name = _name(node, key)
-                raise UserError(f"{name}: no such option{nearest(key, takes)}; `python -m pipeline --cfg job` lists them")
+                other = f"; where an experiment sets it for another network, add ~{name}" if name.startswith("model.") else ""
+                raise UserError(
+                    f"{name}: no such option{nearest(key, takes)}{other}; `python -m pipeline --cfg job` lists them"
+                )
             hint = takes[key].hint if key in takes else Any
             tuned = node._get_full_key(None) == TUNED  # noqa: SLF001 - OmegaConf has no other way to a node's place
             self.option(node, key, _candidates(hint) if tuned else hint, stage=stage)
@@ -324,12 +327,17 @@ def _target(node: DictConfig) -> str:
     target = node["_target_"]
     try:
         _parameters(target)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError) as error:
         if isinstance(error, ModuleNotFoundError) and error.name and not str(target).startswith(error.name):
             raise UserError(
                 f"{_name(node, '_target_')}={target}: needs the Python package '{error.name}', which is not installed here"
             ) from error
         raise UserError(f"{_name(node, '_target_')}={target}: no such class or function ({error})") from error
+    except Exception as error:  # a module's own code raises anything
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        if "." not in str(target):
+            raise UserError(f"{_name(node, '_target_')}={target}: no such class or function ({what})") from error
+        raise UserError(f"{_name(node, '_target_')}={target}: its module cannot be imported ({what})") from error
     return str(target)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from omegaconf import OmegaConf
 from test_networks import MAKERS
 from test_pruning import EVERY, UNetLike
 from torch import nn
@@ -24,6 +25,7 @@ from pipeline import export
 from pipeline.artifacts import Job
 from pipeline.errors import UserError
 from pipeline.models import contract, store
+from pipeline.options import check_component
 from pipeline.pruning import graph
 from pipeline.pruning.graph import LAYERS, Costs, apart, groups, mask, remove, replay, survey
 from pipeline.pruning.pruner import Pruner
@@ -634,6 +636,30 @@ def test_an_earlier_stages_field_is_learnt_from_and_a_wrong_one_refused(images, 
 def test_options_that_a_network_does_not_have_are_named(options, message):
     with pytest.raises(UserError, match=message):
         contract.created(partial(Own, **options))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("class Own(:", r"model\._target_=\S+: its module cannot be imported \(SyntaxError: "),
+        ("from evaluation.types import FieldSpec\nFieldSpec('pafs', 0, 38)", r"cannot be imported \(ValueError: stride=0"),
+        ("import nothing_here", "needs the Python package 'nothing_here', which is not installed"),
+        ("", "no such class or function"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_named(text, message, tmp_path, monkeypatch):
+    name = f"nets{len(text)}"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=message) as told:
+        check_component(OmegaConf.create({"model": {"_target_": f"{name}.Own", "_partial_": True}}), "model")
+    assert "\n" not in str(told.value)
+
+
+def test_an_option_that_an_experiment_sets_for_another_network_is_named():
+    model = {"_target_": f"{MODULE.__name__}.Own", "_partial_": True, "width": 0.125, "label": "own"}
+    with pytest.raises(UserError, match=r"model\.width: no such option; where an experiment sets it .*, add ~model\.width"):
+        check_component(OmegaConf.create({"model": model}), "model")
 
 
 def test_an_option_without_a_default_is_asked_for():
