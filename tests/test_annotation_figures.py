@@ -145,6 +145,9 @@ def test_the_category_is_a_figure_and_predictions_are_of_it(splits, evaluated, c
         ({"area": 0, "keypoints": [11, 12, 2] * 16 + [41, 52, 1]}, ["AP is 0.000, implausible", "area is 0 for 3 of 3 people"]),
         ({"bbox": None}, ["3 people have no box, or an empty one", "top-down"]),
         ({"num_keypoints": 0}, ["num_keypoints is 0 for 2 people"]),
+        ({"keypoints": [100, 120, 2] * 17}, ["100 % of the labelled keypoints lie outside their images"]),
+        ({"bbox": [50, 50, 85, 75]}, ["100 % of the boxes have their centre outside", "not two corners"]),
+        ({"keypoints": [0] * 51}, ["num_keypoints is above 0 for 3 people without labelled keypoints"]),
         ({"keypoints": [70, 70, 2] * 17, "area": 1.0}, ["AP is 0.000, implausible", "may be untrained"]),
     ],
 )

@@ -74,11 +74,12 @@ def test_bad_results_are_refused(tmp_path, content, message):
 PERSON = Category(1, "person", COCO_17)
 
 
-def test_results_of_another_category_are_left_out(tmp_path):
+def test_results_of_another_category_are_left_out(tmp_path, capsys):
     dog = {"image_id": 9, "category_id": 18, "keypoints": [1, 2], "score": "none"}
     (tmp_path / "r.json").write_text(json.dumps([dog, result(), result(score=0.2, category_id=None), dog]))
     found = load_results(tmp_path / "r.json", COCO_17, IMAGES, PERSON)
     assert found["7"].scores.tolist() == [0.7, 0.2]
+    assert "r.json: 2 results of other categories than person are left out; data.category" in capsys.readouterr().err
     (tmp_path / "r.json").write_text(json.dumps([dog, result(), dog, result()]))
     with pytest.raises(UserError, match="results 1 and 3 are the same person of image 7"):
         load_results(tmp_path / "r.json", COCO_17, IMAGES, PERSON)

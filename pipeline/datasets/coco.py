@@ -27,6 +27,7 @@ from pipeline.datasets.images import (
 from pipeline.datasets.records import file_name
 from pipeline.errors import UserError, nearest
 
+_LOOKED_AT, _MANY_OUTSIDE = 4000, 0.2  # people; part of their keypoints or boxes outside images that is said
 SPLITS = ("train", "unlabelled", "tune", "agreement", "validation")
 
 
@@ -198,6 +199,30 @@ class Coco:
         """What is known of the image files without decoding them; with `decode` each was tried once."""
         return inspect_files(self.images, [record["file_name"] for record in self.records], cache, decode)
 
+    def _outside(self) -> list[str]:
+        """What to look at where many labelled keypoints or boxes lie outside their images; some thousand people are looked at."""
+        people = [(r, a) for r in self.records for a in r["annotations"] if a.get("keypoints") and not a.get("iscrowd")]
+        people = people[:: max(len(people) // _LOOKED_AT, 1)]
+        if not people:
+            return []
+        size = np.array([(record["width"], record["height"]) for record, _ in people])[:, None]
+        points = np.array([a["keypoints"] for _, a in people], np.float64).reshape(len(people), -1, 3)
+        away = ((points[..., :2] < -1) | (points[..., :2] > size)).any(axis=2)[points[..., 2] > 0]
+        boxes = np.array([a["bbox"] for _, a in people], np.float64)
+        beyond = (boxes[:, :2] + boxes[:, 2:] / 2 > size[:, 0]).any(axis=1)
+        said = []
+        if away.size and away.mean() > _MANY_OUTSIDE:
+            said.append(
+                f"{100 * away.mean():.0f} % of the labelled keypoints lie outside their images: are the annotations of images of "
+                "this size, data.*.images those of data.*.annotations, and points x before y?"
+            )
+        if beyond.mean() > _MANY_OUTSIDE:
+            said.append(
+                f"{100 * beyond.mean():.0f} % of the boxes have their centre outside their images: bbox is x, y, width and height, "
+                "not two corners"
+            )
+        return said
+
     def doubts(self, cache: Path) -> list[str]:
         """What in the annotations and images may make figures other than expected, each with its cause and what to do.
 
@@ -216,12 +241,18 @@ class Coco:
                 f"{self.truth.boxed} people have no box, or an empty one: it is made of their labelled keypoints, which is "
                 "smaller than a person; give bbox for top-down networks"
             )
-        people = [a for record in self.records for a in record["annotations"]]
-        unsaid = sum(a.get("num_keypoints") == 0 and any(a.get("keypoints", ())[2::3]) for a in people if not a.get("iscrowd"))
-        if unsaid:
-            found.append(
-                f"num_keypoints is 0 for {unsaid} people with labelled keypoints: COCO's rules ignore them; mend or drop it"
-            )
+        rows = np.array([row for own in self._rows[1] for row in own], np.intp)
+        counted, points = self.truth.labelled[rows], self.truth.visibility[rows].any(axis=1)
+        for wrong, said in (
+            (points & (counted == 0), "num_keypoints is 0 for {} people with labelled keypoints: COCO's rules ignore them"),
+            (
+                ~points & (counted > 0),
+                "num_keypoints is above 0 for {} people without labelled keypoints: all of them are missed",
+            ),
+        ):
+            if number := int((wrong & ~self.truth.crowd[rows]).sum()):
+                found.append(f"{said.format(number)}; mend or drop it")
+        found += self._outside()
         headers = self.inspection(cache).headers
         hidden = 0  # images whose size is the same however they are turned
         for record in self.records:

@@ -161,6 +161,11 @@ def load_results(file: Path, labels: Skeleton, images: AbstractSet[str], categor
             f"{file}: no result has the category_id {category.id} ({category}), but {count} have {other}; mend category_id, or "
             "choose another data.category"
         )
+    if others := sum(read.left_out.values()):
+        from rich.console import Console
+
+        said = f"{file}: {others} results of other categories than {category} are left out; data.category chooses"
+        Console(stderr=True, highlight=False, markup=False).print(said, style="yellow", soft_wrap=True)
     keypoints = np.concatenate([np.zeros((0, K, 3)), *read.keypoints])
     scores = np.concatenate([np.zeros(0), *read.scores])
     places: dict[str, list[int]] = {image: [] for image in images}
