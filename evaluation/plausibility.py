@@ -10,6 +10,10 @@ from evaluation.types import Skeleton
 IMPLAUSIBLE = 0.05  # average precision below which a trained network is in doubt
 _FEW = 0.25  # found people, as a part of those to be found
 
+_UNKNOWN = (
+    "few of the people found lie where people are: the network may be untrained or of other data; look at the pictures in the "
+    "report, and compare order, range, mean, std, strides and labels in model.spec, and data.*.images with data.*.annotations"
+)
 _BETTER = 0.05  # average precision that mended points must gain
 
 
@@ -39,7 +43,11 @@ def doubts(people: Everybody, labels: Skeleton, found_labels: Skeleton) -> list[
     ap = people.matches().figures(None, ["ap"])["ap"]
     if not 0 <= ap < IMPLAUSIBLE:
         return said
-    return [f"AP is {ap:.3f}, implausible for a trained network; what it may come from:", *said, *_causes(people, labels, ap)]
+    return [
+        f"AP is {ap:.3f}, implausible for a trained network; what it may come from:",
+        *said,
+        *(_causes(people, labels, ap) or ([] if said else [_UNKNOWN])),
+    ]
 
 
 def _causes(people: Everybody, labels: Skeleton, ap: float) -> list[str]:
@@ -67,10 +75,4 @@ def _causes(people: Everybody, labels: Skeleton, ap: float) -> list[str]:
         mended = replace(people, found=np.ascontiguousarray(other)).matches().figures(None, ["ap"])["ap"]
         if mended > ap + _BETTER:
             said.append(f"AP is {mended:.3f} with {what}: {fix}")
-    missed = "few of the people found lie where people are" if found else "nobody is found"
-    if not said:
-        said.append(
-            f"{missed}: the network may be untrained or of other data; look at the pictures in the report, and compare "
-            "order, range, mean, std, strides and labels in model.spec, and data.*.images with data.*.annotations"
-        )
     return said

@@ -393,7 +393,7 @@ def test_an_orientation_that_no_size_tells_is_said_and_can_be_chosen(tmp_path, p
     exif = picture.getexif()
     exif[0x0112] = 3
     picture.save(tmp_path / "a.png", exif=exif)
-    file = written(tmp_path, content(person(), height=31, width=47))
+    file = written(tmp_path, content(person(keypoints=[10, 12, 2] * 17, bbox=[5, 6, 20, 20]), height=31, width=47))
     as_size = Coco(tmp_path, file)
     (said,) = as_size.doubts(tmp_path / "cache")
     assert said.startswith("EXIF turns or mirrors 1 images")

@@ -24,7 +24,7 @@ from pipeline.datasets.images import (
     shown_size,
     turned,
 )
-from pipeline.datasets.records import file_name
+from pipeline.datasets.records import file_name, plain
 from pipeline.errors import UserError, nearest
 
 _LOOKED_AT, _MANY_OUTSIDE = 4000, 0.2  # people; part of their keypoints or boxes outside images that is said
@@ -200,26 +200,27 @@ class Coco:
         return inspect_files(self.images, [record["file_name"] for record in self.records], cache, decode)
 
     def _outside(self) -> list[str]:
-        """What to look at where many labelled keypoints or boxes lie outside their images; some thousand people are looked at."""
+        """What to look at where many labelled keypoints or boxes lie outside their images; of few thousand people."""
         people = [(r, a) for r in self.records for a in r["annotations"] if a.get("keypoints") and not a.get("iscrowd")]
         people = people[:: max(len(people) // _LOOKED_AT, 1)]
         if not people:
             return []
         size = np.array([(record["width"], record["height"]) for record, _ in people])[:, None]
         points = np.array([a["keypoints"] for _, a in people], np.float64).reshape(len(people), -1, 3)
-        away = ((points[..., :2] < -1) | (points[..., :2] > size)).any(axis=2)[points[..., 2] > 0]
+        away = ((points[..., :2] < -1) | (points[..., :2] > size)).any(axis=-1)
+        away = np.asarray(away)[points[..., 2] > 0]
         boxes = np.array([a["bbox"] for _, a in people], np.float64)
         beyond = (boxes[:, :2] + boxes[:, 2:] / 2 > size[:, 0]).any(axis=1)
         said = []
         if away.size and away.mean() > _MANY_OUTSIDE:
             said.append(
-                f"{100 * away.mean():.0f} % of the labelled keypoints lie outside their images: are the annotations of images of "
-                "this size, data.*.images those of data.*.annotations, and points x before y?"
+                f"{100 * away.mean():.0f} % of the labelled keypoints lie outside their images: are the annotations of images "
+                "of this size, data.*.images those of data.*.annotations, and points x before y?"
             )
         if beyond.mean() > _MANY_OUTSIDE:
             said.append(
-                f"{100 * beyond.mean():.0f} % of the boxes have their centre outside their images: bbox is x, y, width and height, "
-                "not two corners"
+                f"{100 * beyond.mean():.0f} % of the boxes have their centre outside their images: bbox is x, y, width and "
+                "height, not two corners"
             )
         return said
 
@@ -332,9 +333,9 @@ class CocoSplits:
                 )
             for group, names in groups.items():
                 if names != "all" and not isinstance(names, list):
-                    raise UserError(f'{file}: {split}.{group} is no list; give file names, or "all"')
+                    raise UserError(f'{file}: {split}.{plain(group)} is no list; give file names, or "all"')
                 for name in names if names != "all" else ():
-                    file_name(name, f"{file}: {split}.{group}")
+                    file_name(name, f"{file}: {split}.{plain(group)}")
         return named
 
     @cached_property

@@ -38,10 +38,15 @@ class Category:
         return self.name or ("person" if self.id is None else f"category {self.id}")
 
 
+def plain(text: object) -> str:
+    """Text on one line that moves no cursor: what cannot be printed is a question mark."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:200])
+
+
 def shown(value: Any) -> str:
     """A wrong value as messages show it."""
     if isinstance(value, str):
-        return f"the text '{value[:40]}{'...' if len(value) > 40 else ''}'"
+        return f"the text '{plain(value[:40])}{'...' if len(value) > 40 else ''}'"
     if isinstance(value, list):
         return f"a list of {len(value)}"
     if isinstance(value, Mapping):
@@ -97,11 +102,11 @@ def choose_category(categories: Any, wanted: int | str | None, where: str) -> Ca
             return Category(None, "", COCO_17)
         return Category(int(wanted) if str(wanted).isdecimal() else wanted, "", COCO_17)
     chosen = _chosen(listed, wanted, where)
-    return Category(chosen["id"], str(chosen.get("name") or "")[:200], _skeleton(chosen, where))
+    return Category(chosen["id"], plain(chosen.get("name") or ""), _skeleton(chosen, where))
 
 
 def _chosen(listed: Sequence[Mapping[str, Any]], wanted: int | str | None, where: str) -> Mapping[str, Any]:
-    names = [f"{record.get('name') or record['id']}" for record in listed]
+    names = [plain(record.get("name") or record["id"]) for record in listed]
     if wanted is not None:
         exact = [record for record in listed if record["id"] == wanted or str(record["id"]) == str(wanted)]
         called = [record for record in listed if record.get("name") == str(wanted)] or exact
@@ -118,7 +123,7 @@ def _chosen(listed: Sequence[Mapping[str, Any]], wanted: int | str | None, where
     for some in (jointed, [r for r in jointed or listed if str(r.get("name") or "").lower() == "person"], listed[:2]):
         if len(some) == 1:
             return some[0]
-    have = [f"{r.get('name') or r['id']}" for r in jointed or listed]
+    have = [plain(r.get("name") or r["id"]) for r in jointed or listed]
     told = "name keypoints" if jointed else "could be meant, and none names keypoints"
     raise UserError(
         f"{where}: {len(have)} categories {told} ({', '.join(have[:5])}{', ...' if len(have) > 5 else ''}); "
@@ -128,7 +133,7 @@ def _chosen(listed: Sequence[Mapping[str, Any]], wanted: int | str | None, where
 
 def _skeleton(category: Mapping[str, Any], where: str) -> Skeleton:
     """The keypoints that a category names, with its "sigmas" where it has them; COCO's if it names none."""
-    who = f"{where}: category {category.get('name') or category['id']}"
+    who = f"{where}: category {plain(category.get('name') or category['id'])}"
     names = category.get("keypoints") or []
     if not isinstance(names, list) or not all(isinstance(n, str) and n.isprintable() and 0 < len(n) < 100 for n in names):
         raise UserError(f"{who}: keypoints is {shown(names)}; give a list of names, one a keypoint")
