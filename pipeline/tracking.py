@@ -54,7 +54,7 @@ def check(uri: str, experiment: str) -> None:
         )
     with _explained(uri):
         if scheme == "sqlite":
-            _check_database(_database(uri), uri)
+            _check_database(_database(uri), uri, experiment)
         elif scheme == "databricks":
             _client(uri).get_experiment_by_name(experiment)
         else:
@@ -109,8 +109,8 @@ def _database(uri: str) -> Path:
     return Path(path[1:])
 
 
-def _check_database(file: Path, uri: str) -> None:
-    """Check that a database can be written, and is MLflow's where it is there.
+def _check_database(file: Path, uri: str, experiment: str) -> None:
+    """Check that a database can be written, and is MLflow's where it is there, with an experiment that takes runs.
 
     Raises:
         UserError: it cannot, or is not.
@@ -130,6 +130,8 @@ def _check_database(file: Path, uri: str) -> None:
         try:
             with closing(sqlite3.connect(name, timeout=_SECONDS, uri=True)) as database:
                 database.execute("SELECT version_num FROM alembic_version").fetchone()
+                query = "SELECT lifecycle_stage FROM experiments WHERE name = ?"
+                stages = [stage for (stage,) in database.execute(query, (experiment,))]
                 database.execute("BEGIN IMMEDIATE")
                 database.rollback()
         except sqlite3.Error as error:
@@ -139,6 +141,11 @@ def _check_database(file: Path, uri: str) -> None:
                 f"tracking.uri={uri}: {file} is not MLflow's, or cannot be used ({error}); "
                 f"{fix}, choose another, or tracking=none"
             ) from error
+        if "deleted" in stages:
+            raise UserError(
+                f"tracking.uri={uri}: the experiment {experiment} was deleted there; restore it (mlflow experiments restore), "
+                "give another name=NAME, or choose tracking=none"
+            )
     elif file.exists() and not file.is_file():
         raise UserError(f"tracking.uri={uri}: {file} is no file; choose another, or tracking=none")
 
@@ -169,7 +176,10 @@ class Log:
         """Of the results of `name` under `outputs`, in the store `uri`."""
         known = _SQLITE.fullmatch(uri)
         self._file = Path(known[1].removeprefix("/")) if known else None
-        store = str(self._file.resolve()) if self._file else _shown(uri)
+        store = _shown(uri)
+        if self._file is not None:  # that lies in a folder which may be moved with it
+            here, file = outputs.resolve(), self._file.resolve()
+            store = str(file.relative_to(here) if file.is_relative_to(here) else file)
         self._folder = outputs / "runs" / "logged" / hashlib.sha256(store.encode()).hexdigest()[:16]
         self._name = name
 

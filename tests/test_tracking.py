@@ -1,5 +1,6 @@
 """MLflow: a sweep holds cells, a cell holds stages; several processes at once on a new database; stores that fail."""
 
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -96,6 +97,7 @@ def test_an_address_that_is_none_is_refused(tmp_path):
         ("sqlite:///{folder}", "is no file"),
         ("sqlite:///{folder}/text.db", "is not MLflow's.*move it away"),
         ("sqlite:///{folder}/half.db", "is not MLflow's.*no such table.*move it away"),
+        ("sqlite:///{folder}/deleted.db", "the experiment x was deleted there; restore it"),
         ("sqlite:////proc/x/mlflow.db", "/proc"),
         ("postgresql://me:secret@127.0.0.1:1/x", "Connection refused"),
         ("http://", "names no host"),
@@ -107,6 +109,10 @@ def test_a_store_that_cannot_take_figures_is_refused_before_any_work(uri, messag
     (tmp_path / "text.db").write_text("no database" * 1000)
     with closing(sqlite3.connect(tmp_path / "half.db")) as database:
         database.execute("CREATE TABLE experiments (x)")
+    with closing(sqlite3.connect(tmp_path / "deleted.db")) as database:
+        database.execute("CREATE TABLE alembic_version AS SELECT '1' AS version_num")
+        database.execute("CREATE TABLE experiments AS SELECT 'x' AS name, 'deleted' AS lifecycle_stage")
+        database.commit()
     with pytest.raises(UserError, match=rf"(?s)^tracking\.uri=.*{message}") as found:
         check(uri.format(folder=tmp_path), "x")
     assert "tracking=none" in str(found.value)
@@ -175,6 +181,16 @@ def test_what_a_store_did_not_take_is_known_and_logged_later(tmp_path, monkeypat
     assert not Log(tmp_path, "http://elsewhere", "x").has("train", "a", "f"), "another store"
     (tmp_path / "mlflow.db").unlink()
     assert not log.has("train", "a", "f"), "the store is gone"
+
+
+def test_a_store_that_is_moved_with_its_results_has_them_still(tmp_path):
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mlflow.db").touch()
+    Log(tmp_path / "one", f"sqlite:///{tmp_path}/one/mlflow.db", "x").note("train", "a", "f")
+    shutil.copytree(tmp_path / "one", tmp_path / "moved")
+    assert Log(tmp_path / "moved", f"sqlite:///{tmp_path}/moved/mlflow.db", "x").has("train", "a", "f")
+    assert not Log(tmp_path / "one", f"sqlite:///{tmp_path}/other/mlflow.db", "x").has("train", "a", "f")
 
 
 def test_a_new_store_has_nothing_of_the_one_that_lay_there_before(tmp_path):
