@@ -177,12 +177,17 @@ def load(file: Path) -> onnx.ModelProto:
 
 def _hold_constants(model: onnx.ModelProto) -> None:
     """Make initializers of Constant nodes: weights are looked for there."""
-    nodes = [node for node in model.graph.node if node.op_type == "Constant" and node.attribute[0].name == "value"]
-    for node in nodes:
-        tensor = model.graph.initializer.add()
-        tensor.CopyFrom(node.attribute[0].t)
-        tensor.name = node.output[0]
-        model.graph.node.remove(node)
+    kept = []
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            tensor = model.graph.initializer.add()
+            tensor.CopyFrom(node.attribute[0].t)
+            tensor.name = node.output[0]
+        else:
+            kept.append(onnx.NodeProto.FromString(node.SerializeToString()))
+    if len(kept) < len(model.graph.node):
+        del model.graph.node[:]
+        model.graph.node.extend(kept)
 
 
 def matching(model: onnx.ModelProto, patterns: Iterable[str], option: str) -> set[str]:
