@@ -490,7 +490,7 @@ class Calibrated:
             "zero_weight_channels": empty,
             "equalized_channels": self.rescaled["channels"],
             "equalized_tensors": self.rescaled["tensors"],
-            "equalization_left_out": dict(self.left_out),
+            "equalization_left_out": {n.name: self.left_out[n.name] for n in convolutions if n.name in self.left_out},
             "int8_layers": len(convolutions),
             "float_layers": sorted(self.placement.excluded),
             **({} if self.kept is None else self.kept.report()),
