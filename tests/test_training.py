@@ -397,12 +397,17 @@ def test_a_checkpoint_that_cannot_be_read_is_refused(images, tmp_path, content):
         _train(images, tmp_path / "a.ckpt")
 
 
+@pytest.fixture(scope="module")
+def plain(images, tmp_path_factory):
+    """A network that was trained for 30 steps without a penalty."""
+    return _train(images, tmp_path_factory.mktemp("plain") / "a.ckpt", steps=30)[0]
+
+
 @pytest.mark.parametrize(("kind", "factor"), [("l1", 0.3), ("l2", 30.0), ("group_lasso", 1.0)])
-def test_penalties_make_judged_weights_smaller(images, tmp_path, kind, factor):
+def test_penalties_make_judged_weights_smaller(images, plain, tmp_path, kind, factor):
     def size(network):
         return float(sum(importance(network, groups(network), "group_l1", None, "union")[0]))
 
-    plain, _ = _train(images, tmp_path / "a.ckpt", steps=30)
     sparse, _ = _train(
         images, tmp_path / "b.ckpt", steps=30, clip=1e9, regularization_type=kind, kernel_regularization_factor=factor
     )
