@@ -18,8 +18,9 @@ demo: install
 	@echo "The report: outputs/demo/report/report.html   The table: outputs/demo/report/results.csv"
 	@echo "Compare the runs: $(BIN)/mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db"
 
+# In the order of the files: tests/chains, which take longest, begin.
 test: install
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # Parsers of what users give, with 10,000 examples each; `make test` tries 200.
 fuzz: install
