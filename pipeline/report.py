@@ -30,7 +30,7 @@ COLUMNS = (
 )  # fmt: skip
 TEXTS = (
     "data", "network", "pruning", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "ran", "backend",
-    "device", "data_digest", "imported",
+    "device", "data_digest", "imported", "category",
 )  # fmt: skip
 
 

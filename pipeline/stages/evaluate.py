@@ -1,6 +1,7 @@
 """evaluate: what an engine finds on the validation images, and how far it agrees with FP32 on images without labels."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
@@ -88,7 +89,7 @@ def run(
                 jpeg = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
                 name, source = f"{place + 1:06d}.jpg", str(images.records[place].get("flickr_url", ""))
                 (job.out / "pictures" / name).write_bytes(jpeg.tobytes())
-                captions[name] = source if source.startswith(("http://", "https://")) else ""
+                captions[name] = source if re.fullmatch(r"https?://[^\s\"'<>\\]{1,2000}", source) else ""
         if agreement is not None and tuned is not None and (tuned / "reference.npz").exists():
             measures["agreement"] = agreement(labels=runner.spec.labels)
             reference = load_results(tuned / "reference.npz")
