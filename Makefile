@@ -26,7 +26,7 @@ test: install
 fuzz: install
 	POSEPRESS_FUZZ=1 $(BIN)/python -m pytest -n auto tests/test_fuzz_*.py
 
-# Ends a smoke chain at 300 random moments; `make test` at 3.
+# Ends a smoke chain at 300 random moments and compares its results; `make test` at 3. The same command goes on where it was stopped.
 kills: install
 	PYTHONPATH=. $(BIN)/python tests/chains/kills.py
 
