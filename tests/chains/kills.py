@@ -6,6 +6,7 @@ decide all of it but the time a stage takes.
 """
 
 import argparse
+import atexit
 import csv
 import hashlib
 import json
@@ -16,7 +17,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
@@ -50,6 +53,28 @@ def hear_signals():
     """Undo what nohup and a shell's background jobs do to signals."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def leave(function):
+    """Call a function in a forked process and end it as an interpreter would, but for libraries' threads, which are not there."""
+    status = 1
+    try:
+        try:
+            function()
+            status = 0
+        except SystemExit as error:
+            status = error.code or 0
+        threading._shutdown()
+        atexit._run_exitfuncs()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)
 
 
 class Run:
@@ -95,8 +120,7 @@ class Run:
         for number in (1, 2):
             os.dup2(log.fileno(), number)
         sys.argv = ["pipeline", *WORDS]
-        import_module("pipeline.__main__").main()
-        sys.exit(0)
+        leave(import_module("pipeline.__main__").main)
 
     def ended(self):
         """The exit status, negative for a signal; None while it runs."""
@@ -161,7 +185,7 @@ def content(folder):
 
 def leftovers(folder):
     """Files and folders that a finished run must not leave: temporary ones, and hidden or half-made ones outside the cache."""
-    found = [str(path.relative_to(folder)) for path in (folder / "tmp").rglob("*")]
+    found = [str(path.relative_to(folder)) for path in (folder / "tmp").iterdir() if not LIBRARIES.fullmatch(path.name)]
     for path in (folder / "outputs").rglob("*"):
         name = path.relative_to(folder / "outputs")
         if name.parts[0] != "cache" and (path.name.startswith(".") or path.suffix in (".tmp", ".new", ".old", ".holder")):
@@ -169,6 +193,8 @@ def leftovers(folder):
     return found + [path.name for path in folder.iterdir() if path.name not in OWN]
 
 
+# What every run leaves of onnxruntime (the number of a session) and of torch (its compiler's empty folder).
+LIBRARIES = re.compile(r"\.ses|torchinductor_\w+")
 OWN = {"outputs", "tmp", "log", "kills.csv", "faults"}
 
 
@@ -290,17 +316,11 @@ def summary(rows):
 def in_fork(function):
     """Call a function in a forked process of its own session; its exit status is 1 where the function raises."""
     pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
+    if pid == 0:
         hear_signals()
         os.setsid()
-        function()
-        status = 0
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
+        leave(function)
+    return pid
 
 
 def ended_well(pid):
@@ -342,7 +362,9 @@ def database(folder, kills):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("outputs/cache/kills"), help="may hold a finished smoke run")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=Path("outputs/cache/kills"), help="may hold a finished smoke run"
+    )
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--databases", type=int, default=24, help="how often the making of MLflow's database is killed")
     parser.add_argument("--seed", type=int, default=0)
