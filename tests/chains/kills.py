@@ -56,7 +56,7 @@ def hear_signals():
 
 
 def leave(function):
-    """Call a function in a forked process and end it as an interpreter would, but for libraries' threads, which are not there."""
+    """Call a function in a forked process, which ends as an interpreter does, without threads that are not there."""
     status = 1
     try:
         try:
