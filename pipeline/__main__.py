@@ -92,6 +92,7 @@ class Cell:
         Raises:
             UserError: options do not go together or do not fit the given file, a file, package or input is missing.
         """
+        preflight.check_data(self.config, self.stages, self.plan, self.overrides)
         preflight.check_given(self.config, self.stages, self.plan)
         preflight.check_choices(self.config, self.plan)
         for name in self.plan:

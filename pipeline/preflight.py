@@ -108,6 +108,22 @@ def check_choices(config: DictConfig, plan: Sequence[str]) -> None:
         raise UserError(f"stage={plan[0]}: model={config.model.label} is an engine; this is for networks that are built here")
 
 
+def check_data(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[str], words: Sequence[str]) -> None:
+    """Check that a given network is tried on images that the command names.
+
+    Raises:
+        UserError: the default data would be drawn for it, thousands of images.
+    """
+    named = any(word.lstrip("+").partition("=")[0] in ("data", "experiment") for word in words)
+    if named or config.model.weights_from is not None or not any(stages[name].splits for name in plan):
+        return
+    count = sum(config.data.get("counts", {}).values())
+    raise UserError(
+        "data: the network is given, so name the images that it is tried on; give data=coco data.val.images=FOLDER "
+        f"data.val.annotations=FILE, or data={config.data.label}, which draws {count:,} images"
+    )
+
+
 def check_given(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[str]) -> None:
     """Check the description of a given file, and what is asked of it; a file that is not adopted yet is run once.
 

@@ -1,0 +1,32 @@
+"""A given network is not tried on thousands of drawn images that the command did not name."""
+
+import pytest
+
+import pipeline.__main__ as main
+from pipeline import command_line
+from pipeline.errors import UserError
+
+
+def preflight(*words):
+    read = command_line.read(["tracking=none", "model=onnx", "model.onnx=there.onnx", *words])
+    main.Cell(command_line.compose(read.options, None), read.options, read.sweep).preflight()
+
+
+@pytest.mark.parametrize("stage", ["stage=all", "stage=export", "stage=[export,build,evaluate]"])
+def test_the_images_of_a_given_network_are_named(stage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"data: .* name the images .* or data=synthetic, which draws 9,700 images"):
+        preflight(stage)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["data=synthetic"], ["experiment=smoke"]])
+def test_images_that_are_named_are_taken(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"there\.onnx: no such file"):
+        preflight(*words)
+
+
+def test_a_report_needs_no_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    preflight("stage=report")
