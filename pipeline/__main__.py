@@ -351,6 +351,9 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command to go on from here", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # what reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
         if "debug=true" in sys.argv:
             raise
