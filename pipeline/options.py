@@ -30,7 +30,8 @@ TUNED, FITTED = "decoder", "tuned"  # whose options may be lists of candidates, 
 
 Size = Annotated[str, Predicate(re.compile(r"\d+x\d+").fullmatch), doc("HEIGHTxWIDTH, as 288x384")]
 Word = Annotated[str, Predicate(re.compile(r"[\w.+=-]*").fullmatch), doc("letters, digits and ._+=-")]
-Folder = Annotated[str, Predicate(re.compile(r"[^?#\n]+").fullmatch), doc("a folder, without ? and #")]
+# MLflow's address of a database in it ends at "?", and has "%20" for a blank.
+Folder = Annotated[str, Predicate(re.compile(r"(?!.*%[0-9A-Fa-f]{2})[^?\n]+").fullmatch), doc("a folder without ? and %20")]
 Seed = Annotated[int, Interval(ge=0, lt=2**32)]
 
 
