@@ -16,6 +16,7 @@ from evaluation.skeletons import COCO_17
 from evaluation.types import FieldSpec, InputSpec, NetworkSpec, Poses, Resolution
 from evaluation.views import WholeImage
 from pipeline.artifacts import Job
+from pipeline.datasets import synthetic
 from pipeline.datasets.coco import Coco, CocoSplits
 from pipeline.datasets.packaged import Packaged, pack
 from pipeline.errors import UserError
@@ -229,3 +230,15 @@ def test_many_unlabelled_images_are_not_kept(tmp_path):
     held = [cell.cell_contents for cell in getattr(sample.read, "__closure__", None) or ()]
     assert not any(isinstance(value, np.ndarray) for value in held)
     assert sample.read().shape == (300, 400, 3)
+
+
+def test_drawing_a_data_set_is_said_before_it_begins(tmp_path, monkeypatch, capsys):
+    def stop(workers):
+        raise InterruptedError
+
+    monkeypatch.setattr(synthetic.processes, "pool", stop)
+    preset = synthetic.Preset(Resolution(96, 120), (1, 1), (0.5, 0.9), 0, 0, 0.0, 0.0, 0.0)
+    data = synthetic.Synthetic(preset, dict.fromkeys(synthetic.SPLITS, 2000), 0, str(tmp_path))
+    with pytest.raises(InterruptedError):
+        data.open("train")
+    assert "drawing 10,000 images of 96x120 once, into" in capsys.readouterr().err
