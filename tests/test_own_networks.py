@@ -493,6 +493,21 @@ def test_a_pruning_names_what_it_leaves_out(images, tmp_path, capsys):
     assert len(norm_plot(json.loads((tmp_path / "prune" / "norms.json").read_text()), None).data) == 1
 
 
+@pytest.mark.parametrize("kind", ["weight_norm", "old_weight_norm"])
+@pytest.mark.parametrize("criterion", ["group_l1", "taylor"])
+def test_computed_weights_become_plain_ones_where_they_are_pruned(kind, criterion, images, tmp_path):
+    trained(tmp_path, images, partial(Own, kind=kind))
+    dense, *_ = store.load(tmp_path / "train")
+    gone = groups(dense)[0]
+    made = curves(dense, [gone], [torch.arange(gone.size)], lambda net: {"sum": float(outputs(net).sum())})
+    assert made["sum"][gone.name]["0.1"] != made["sum"][gone.name]["0.9"]
+    found = pruning(tmp_path, images, Pruner(**SMALL, criterion=criterion))
+    assert found["pruned_against_masked"] < 1e-5
+    assert found["macs_ratio"] < 0.5
+    loaded, *_ = store.load(tmp_path / "prune")
+    assert loaded.block.inner.weight.is_leaf
+
+
 def test_a_pruning_that_changes_the_network_is_refused(images, tmp_path, monkeypatch):
     trained(tmp_path, images, partial(Own, kind="group_norm"))
     monkeypatch.setattr(graph._Trial, "broken", lambda *_: [])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.models.contract import duplicate, fold
 from pipeline.pruning.graph import LAYERS, Group, Part, folded, normalised, output_axis
 
 CRITERIA = ("l1", "l2", "bn_scale", "taylor", "group_l1")
@@ -107,15 +108,16 @@ def taylor_gates(network: nn.Module, views: Any) -> dict[nn.Module, Tensor]:
         network: is in evaluation mode after.
         views: `pipeline.training.views.Views` of train images, of which the first few are taken.
     """
-    before = next(network.parameters()).device
-    device = torch.device("cuda") if torch.cuda.is_available() else before
-    pairs = normalised(network.eval().to(device))
+    device = torch.device("cuda") if torch.cuda.is_available() else next(network.parameters()).device
+    copy = duplicate(network.eval()).to(device)
+    fold(copy)  # computed weights (weight_norm) have no gradients of their own
+    pairs = normalised(copy)
     gates: dict[nn.Module, Tensor] = {}
-    layers: list[Any] = [m for m in network.modules() if isinstance(m, LAYERS)]
+    layers: list[Any] = [m for m in copy.modules() if isinstance(m, LAYERS)]
     parts = iter([range(n, n + _GATE_BATCH) for n in range(0, _GATE_IMAGES, _GATE_BATCH)])
     for images, targets in views.batches(parts, device):
-        network.zero_grad()
-        torch.stack([*views.objective.loss(network(images), targets).values()]).sum().backward()  # type: ignore[no-untyped-call]
+        copy.zero_grad()
+        torch.stack([*views.objective.loss(copy(images), targets).values()]).sum().backward()  # type: ignore[no-untyped-call]
         for layer in layers:
             norm = pairs.get(layer)
             if norm is not None:
@@ -128,5 +130,5 @@ def taylor_gates(network: nn.Module, views: Any) -> dict[nn.Module, Tensor]:
                 continue
             seen: Any = change
             gates[layer] = gates.get(layer, 0) + seen.detach().double() ** 2
-    network.to(before).zero_grad()
-    return {layer: values.cpu() for layer, values in gates.items()}
+    real, names = dict(network.named_modules()), {module: name for name, module in copy.named_modules()}
+    return {real[names[layer]]: values.cpu() for layer, values in gates.items()}

@@ -15,7 +15,7 @@ from torch import nn
 from evaluation.types import NetworkSpec, Resolution
 from pipeline import export
 from pipeline.errors import UserError
-from pipeline.models.contract import duplicate
+from pipeline.models.contract import duplicate, fold
 from pipeline.pruning.criteria import importance
 from pipeline.pruning.graph import Costs, apart, mask, remove, survey
 from pipeline.pruning.pruner import Curves, Plan, Pruner, Target, UnreachableError, nothing_to_prune
@@ -155,6 +155,7 @@ class Cycle:
             UserError: it is another network now.
         """
         masked = duplicate(self.network).cpu().eval()
+        fold(masked)
         for group in survey(self.network).groups:
             mask(masked, group, dropped.get(group.name, ()))
         try:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.contract import fold
 from pipeline.progress import track
 from pipeline.pruning.graph import LAYERS, Group, mask
 
@@ -20,7 +21,7 @@ def curves(
     """What a network is worth with a part of each group's least worthy channels masked, the others whole.
 
     Args:
-        network: as it is after.
+        network: as it is after; weights that are computed (weight_norm) become plain ones.
         found: its groups.
         ranked: importance of their channels; groups without one are left out.
         measure: figures of a network, on tune images.
@@ -28,6 +29,7 @@ def curves(
     Returns:
         What `measure` says, by its name of the figure, the name of the group and the ratio ("0.25").
     """
+    fold(network)
     made: dict[str, dict[str, dict[str, float]]] = {}
     for group, values in track(list(zip(found, ranked, strict=True)), "measuring sensitivity", unit="groups"):
         if values is None:
