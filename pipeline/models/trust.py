@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from pipeline.errors import UserError
 
@@ -52,14 +52,16 @@ def network_class(target: object, file: Path) -> Callable[..., Any]:
     modules, own = json.loads(os.environ.get(_VARIABLE, "[[], null]"))
     known = [_OWN, *modules]
     module = text.rpartition(".")[0]
-    if not _below(module, known):
-        if own is not None and (made := _imported(own)) is not None and _name_of(made) == text:
-            return cast("Callable[..., Any]", made)
-        raise UserError(
-            f"{file}: its network is {text}, from a module that this command does not name. If you trust its code, "
-            f"add trusted_modules=[{module or text}]"
-        )
-    found = _imported(text)
+    if _below(module, known):
+        found = _imported(text)
+    else:
+        found = None if own is None else _imported(own)
+        if found is None or _name_of(found) != text:
+            raise UserError(
+                f"{file}: its network is {text}, from a module that this command does not name. If you trust its code, "
+                f"add trusted_modules=[{module or text}]"
+            )
+        known.append(found.__module__)
     if found is None:
         raise UserError(f"{file}: cannot import {text}; put its module on PYTHONPATH, or make the file again")
     from torch import nn
