@@ -151,6 +151,18 @@ def check_stages(config: DictConfig, names: Sequence[str]) -> None:
         check.stage(config.stages[name], name)
 
 
+def installed(node: Any) -> bool:
+    """Whether the packages are here that a component needs; a device has no torch, and its options were checked before."""
+    target = str(node.get("_target_", "")) if isinstance(node, DictConfig) else ""
+    try:
+        _parameters(target)
+    except ModuleNotFoundError as error:
+        return error.name is None or target.startswith(error.name)
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return True  # wrong, which the check says
+    return True
+
+
 def check_component(config: DictConfig, group: str) -> None:
     """Check the options of a component that the command names, though no planned stage takes it.
 

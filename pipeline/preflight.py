@@ -50,9 +50,10 @@ def check_options(config: DictConfig, plan: Sequence[str], words: Sequence[str],
     options.check_added(config, words)
     keys = [word.lstrip("+~").partition("=")[0].split(".") for word in words]
     named = [key[1] for key in keys if key[0] == "stages" and len(key) > 1]
+    named = [name for name in named if options.installed(config.stages.get(name))]
     options.check_stages(config, list(dict.fromkeys([*plan, *named])))
     for key in keys:
-        if key[0] != "stages" and len(key) > 1:
+        if key[0] != "stages" and len(key) > 1 and options.installed(config.get(key[0])):
             options.check_component(config, key[0])
 
 

@@ -8,8 +8,9 @@ import sys
 import pytest
 from conftest import ROOT, SMOKE, pipeline, refused
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
-from pipeline import __version__, command_line, preflight
+from pipeline import __version__, command_line, options, preflight
 from pipeline.errors import UserError
 
 
@@ -106,6 +107,17 @@ def test_the_nearest_choice_may_be_ones_own(tmp_path):
     (tmp_path / "model/my_network.yaml").write_text("label: mine\n")
     done = pipeline("--config-dir", str(tmp_path), "model=my_netwrok", "tracking=none", cwd=tmp_path)
     assert "model=my_netwrok: no such choice; did you mean 'my_network'?" in refused(done)
+
+
+def test_what_another_machine_needs_is_not_looked_for_here(tmp_path, monkeypatch):
+    (tmp_path / "needs_a_gpu.py").write_text("import no_such_package_here\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    node = OmegaConf.create({"_target_": "needs_a_gpu.Network"})
+    assert not options.installed(node)
+    assert options.installed(OmegaConf.create({"_target_": "pipeline.nowhere.Network"}))
+    assert options.installed(OmegaConf.create({"label": "none"}))
+    with pytest.raises(UserError, match="needs the Python package 'no_such_package_here', which is not installed here"):
+        options.check_component(OmegaConf.create({"model": node}), "model")
 
 
 def test_experiments_change_no_other_network():
