@@ -691,10 +691,10 @@ def test_the_control_trains_as_long_as_all_of_it_took(tmp_path):
     assert "a retraining with patience=2 ends when it will; give it and the control stages.retrain" in refused(patient)
     weights = next((tmp_path / "smoke" / "train").glob("*/model.safetensors"))
     text = refused(pipeline(*words, f"weights={weights}", cwd=tmp_path))
-    assert "control=scratch: the dense network came trained (weights=), so nobody knows what its training took" in text
+    assert "control=scratch: the dense network came trained (weights=), so what its training took is not known" in text
     assert not (tmp_path / "given").exists(), "before anything is trained"
     text = refused(pipeline(*SMOKE, f"outputs={tmp_path}", "pruner=l1", "control=scrap", "stage=retrain", cwd=tmp_path))
-    assert "control=scrap: choose null, pruned, scratch" in text
+    assert "control=scrap: choose pruned, scratch or null" in text
     text = refused(pipeline(*SMOKE, f"outputs={tmp_path}", "control=scratch", cwd=tmp_path))
     assert "control=scratch: there is no pruner; add pruner=l1" in text
 
