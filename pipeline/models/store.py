@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -149,7 +150,9 @@ def read_weights(file: Path) -> dict[str, Any]:
     if (option := _GIVEN_AS.get(file.suffix.lower())) is not None:
         raise UserError(f"weights={file}: not a state file; give {option}={file} instead of weights=")
     try:
-        raw: Any = load_file(file) if _is_safetensors(file) else torch.load(file, "cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an archive that is refused below
+            raw: Any = load_file(file) if _is_safetensors(file) else torch.load(file, "cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"weights={file}: cannot read the file ({error.strerror or error})") from error
     except Exception as error:
