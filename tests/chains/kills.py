@@ -210,6 +210,7 @@ class Kills:
     def __init__(self, folder, seed):
         self.folder, self.seed = folder, seed
         self.table, self.durations, self.start = folder / "kills.csv", {}, 1.0
+        self.results = {}  # where each stage's result lies; a sweep may have left others beside them
         (folder / "tmp").mkdir(parents=True, exist_ok=True)
         self.finish("before the first kill")
         self.expected = content(folder)
@@ -247,7 +248,7 @@ class Kills:
         draw = random.Random(f"{self.seed} {number}")
         stages = sorted(set(draw.choices(list(STAGES), list(STAGES.values()), k=draw.choice((1, 1, 2)))))
         for stage in stages:
-            for folder in (self.folder / "outputs/smoke" / stage, self.folder / "outputs/cache" / stage):
+            for folder in (self.folder / self.results[stage], self.folder / "outputs/cache" / stage):
                 shutil.rmtree(folder, ignore_errors=True)
         kills, faults = [], []
         for _ in range(min(most, draw.choice((1, 2, 3)))):
@@ -288,6 +289,7 @@ class Kills:
         run = Run(self.folder, fresh=False)
         status = run.wait(900)
         took = time.monotonic() - run.started
+        self.results |= dict(re.findall(r"^(\w+) +(?:done|fresh) +(outputs/\S+)", run.log.read_text(), re.MULTILINE))
         found = dict(re.findall(r"^(\w+) +done .*\(([\d.]+) s\)", run.log.read_text(), re.MULTILINE))
         self.durations |= {stage: float(seconds) for stage, seconds in found.items()}
         self.start = max(0.5, took - sum(float(seconds) for seconds in found.values()))
