@@ -20,6 +20,7 @@ AXES = {
 FIGURES = {
     "ap": 0.5, "ap_lo": 0.4, "ap_hi": 0.6, "ap50": 0.7, "ap75": 0.4, "ap_medium": -1.0, "ap_large": 0.5, "as_found_ap": 0.4,
     "images": 12, "primary": "ap", "backend": "onnxruntime", "data_digest": "ab" * 32, "dropped_peaks": 0,
+    "category": "person",
 }  # fmt: skip
 TIMES = {
     "timed": 1, "latency_p50_ms": 1.5, "latency_p50_ms_lo": 1.4, "latency_p50_ms_hi": 1.6, "decoding_p50_ms": 0.1, "threads": 1,
