@@ -1,13 +1,12 @@
 """Torch to ONNX: exported, simplified, described and compared with what it came from."""
 
-import inspect
 import logging
-import re
+import os
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import onnxscript
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from evaluation.types import NetworkSpec
 from pipeline.errors import UserError
@@ -69,7 +69,7 @@ def export(
     free = {axis: name for axis, name in _AXES.items() if any_shape and name in spec.dynamic}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision's operators, which nobody asked for
     ordered = _Ordered(network, names).eval()
-    key = None if graphs is None else _structure(ordered, [example.shape, opset, free, spec.to_json()])
+    key = None if graphs is None else _structure(ordered, example, free, [opset, free, spec.to_json()])
     kept = graphs / f"{key}.onnx" if graphs is not None and key is not None else None
     if kept is not None and kept.exists() and _exported(kept, ordered, example, out):
         return
@@ -99,19 +99,21 @@ def _exported(kept: Path, ordered: _Ordered, example: NDArray[np.float32], out: 
         _optimized(_filled(onnx.load(kept), ordered)).save(out, external_data=False)
         compare(out, network.spec, torch_reference(network), [example], _SAME)  # type: ignore[arg-type]
     except Exception:  # noqa: BLE001 - of protobuf, ONNX Runtime and ours; the graph is made anew, whatever it was
+        print(f"{kept}: this kept graph is damaged or does not fit; it is made anew", file=sys.stderr)
         return False
     return True
 
 
 def _optimized(model: onnx.ModelProto) -> Any:
-    """A program of torch of a graph of a graph with its weights, on which the folding of batch norms depends."""
+    """An optimised graph; its weights are needed, because batch norms are folded into them."""
     program = torch.onnx.ONNXProgram(onnx_ir.from_proto(model), None)
     program.optimize()
     return program
 
 
 def _tensors(network: nn.Module) -> dict[str, torch.Tensor]:
-    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    # A tensor of two names may be an initializer under either.
+    return {**dict(network.named_parameters(remove_duplicate=False)), **dict(network.named_buffers(remove_duplicate=False))}
 
 
 def _keep(model: onnx.ModelProto, network: nn.Module, file: Path) -> None:
@@ -121,9 +123,9 @@ def _keep(model: onnx.ModelProto, network: nn.Module, file: Path) -> None:
         if initializer.name in weights:
             initializer.ClearField("raw_data")
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as part:
-        part.write(model.SerializeToString())
-    Path(part.name).replace(file)
+    part = file.with_suffix(f".{os.getpid()}.tmp")
+    part.write_bytes(model.SerializeToString())
+    part.replace(file)
 
 
 def _filled(model: onnx.ModelProto, network: nn.Module) -> onnx.ModelProto:
@@ -138,25 +140,38 @@ def _filled(model: onnx.ModelProto, network: nn.Module) -> onnx.ModelProto:
     return model
 
 
-def _structure(network: nn.Module, more: Sequence[Any]) -> str | None:
-    """A digest of all that a network's graph follows from, its weights' values left out; None where hooks may change it."""
+def _structure(network: nn.Module, example: NDArray[np.float32], free: Mapping[int, str], more: Sequence[Any]) -> str | None:
+    """A digest of all that a network's graph follows from, its weights' values left out.
+
+    What the network computes is recorded operator by operator, with every constant, at the example's shape and at a larger
+    one where shapes are free. So code of other files, closures and hooks count as far as they compute.
+
+    Returns:
+        The digest; None where torch cannot record the network.
+    """
+    tensors = _tensors(network)
     about: list[Any] = [torch.__version__, onnxscript.__version__, onnx_ir.__version__, *more]
-    about += [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in _tensors(network).items()]
-    files = set()
-    for name, module in network.named_modules():
-        if any(vars(module)[hooks] for hooks in ("_forward_hooks", "_forward_pre_hooks")):
+    about += [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+    shapes = [example.shape]
+    if free:
+        step = network.network.spec.input.multiple  # type: ignore[union-attr]
+        shapes.append(tuple(n + (0 if axis not in free else 1 if axis == 0 else step) for axis, n in enumerate(example.shape)))
+    digest = sha256(repr(about).encode())
+    for shape in shapes:
+        try:
+            with torch.no_grad():
+                recorded = make_fx(partial(_called, network))(tensors, torch.zeros(shape))
+        except Exception:  # noqa: BLE001 - whatever a network's code raises under the recorder: it is exported anew
             return None
-        own = {key: value for key, value in vars(module).items() if not key.startswith("_")}
-        if any(isinstance(value, torch.Tensor) for value in own.values()):
-            return None
-        kind = type(module)
-        about.append((name, kind.__module__, kind.__qualname__, repr(module), sorted(own.items())))
-        if kind.__module__.partition(".")[0] != "torch":
-            files.add(inspect.getsourcefile(kind) or "")
-    digest = sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(about)).encode())
-    for file in sorted(files):
-        digest.update(Path(file).read_bytes())
+        digest.update(str(recorded.graph).encode())
+        for node in recorded.graph.nodes:
+            if node.op == "get_attr":
+                digest.update(getattr(recorded, node.target).detach().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _called(network: nn.Module, tensors: Mapping[str, torch.Tensor], images: torch.Tensor) -> Any:
+    return torch.func.functional_call(network, dict(tensors), (images,))
 
 
 def simplify(file: Path, seconds: float) -> str:

@@ -125,13 +125,70 @@ def test_a_network_of_the_same_structure_takes_its_graph_from_the_cache(tmp_path
     assert not any(i.raw_data for i in onnx.load(kept).graph.initializer if i.name == "network.conv.weight")
 
 
-def test_another_structure_has_another_key_and_hooks_have_none():
-    plain, hooked = Small(), Small()
+class Varied(Small):
+    """Its result follows from a private attribute, a closure, a constant and the size of its input; no option shows them."""
+
+    def __init__(self, limit=6.0, slope=1.0, step=2.0, constant=1.0):
+        super().__init__()
+        self._limit, self._constant = limit, [torch.tensor(constant)]
+        self.act = lambda x: x * slope
+        self.step = step
+
+    def forward(self, images):
+        fields = super().forward(images)
+        wide = self.step if images.shape[3] > 80 else 1.0
+        return {
+            "heatmaps": self.act(fields["heatmaps"]).clamp(max=self._limit) * self._constant[0],
+            "pafs": fields["pafs"] * wide,
+        }
+
+
+def test_another_structure_has_another_key():
+    def key(network, more=1):
+        return export._structure(
+            export._Ordered(network.eval(), ["heatmaps", "pafs"]), inputs()[0], {2: "height", 3: "width"}, [more]
+        )
+
+    hooked = Varied()
     hooked.conv.register_forward_hook(lambda module, given, found: found + 1)
-    assert export._structure(plain, [1]) == export._structure(Small(), [1])
-    others = (export._structure(Small(3.0), [1]), export._structure(plain, [2]), export._structure(nn.Sequential(plain), [1]))
-    assert len({export._structure(plain, [1]), *others}) == 4
-    assert export._structure(hooked, [1]) is None
+    same = key(Varied())
+    assert same == key(Varied())
+    others = [
+        key(network)
+        for network in (Varied(limit=1.5), Varied(slope=2.0), Varied(step=3.0), Varied(constant=2.0), hooked, Small())
+    ]
+    assert len({same, key(Varied(), 2), *others}) == 8
+    assert None not in others
+
+
+def test_a_network_that_cannot_be_recorded_has_no_key():
+    class Odd(Small):
+        def forward(self, images):
+            raise NotImplementedError
+
+    assert export._structure(export._Ordered(Odd(), ["heatmaps", "pafs"]), inputs()[0], {}, []) is None
+
+
+class Tied(Small):
+    """Two convolutions of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.twin = nn.Conv2d(3, 4, 3, padding=1)
+        self.twin.weight = self.conv.weight
+
+    def forward(self, images):
+        return super().forward(images) | {"pafs": self.twin(images)}
+
+
+def test_tied_weights_are_filled_in_under_both_names(tmp_path, exports):
+    network = Tied().eval()
+    export.export(network, inputs()[0], 20, tmp_path / "a", graphs=tmp_path / "kept")
+    with torch.no_grad():
+        network.conv.weight *= 1.0003
+    export.export(network, inputs()[0], 20, tmp_path / "b", graphs=tmp_path / "kept")
+    assert len(exports) == 1
+    export.compare(tmp_path / "b", network.spec, export.torch_reference(network), inputs(), 1e-5)
 
 
 def test_a_kept_graph_that_is_damaged_or_of_another_network_is_exported_anew(tmp_path, exports, monkeypatch):
