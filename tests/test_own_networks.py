@@ -496,13 +496,15 @@ def test_a_pruning_names_what_it_leaves_out(images, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["weight_norm", "old_weight_norm"])
 @pytest.mark.parametrize("criterion", ["group_l1", "taylor"])
-def test_computed_weights_become_plain_ones_where_they_are_pruned(kind, criterion, images, tmp_path):
+def test_computed_weights_become_plain_ones_where_they_are_pruned(kind, criterion, images, tmp_path, capsys):
     trained(tmp_path, images, partial(Own, kind=kind))
     dense, *_ = store.load(tmp_path / "train")
     gone = groups(dense)[0]
     made = curves(dense, [gone], [torch.arange(gone.size)], lambda net: {"sum": float(outputs(net).sum())})
     assert made["sum"][gone.name]["0.1"] != made["sum"][gone.name]["0.9"]
+    capsys.readouterr()
     found = pruning(tmp_path, images, Pruner(**SMALL, criterion=criterion))
+    assert capsys.readouterr().err.count("pruning makes plain weights of those that are computed") == 1
     assert found["pruned_against_masked"] < 1e-5
     assert found["macs_ratio"] < 0.5
     loaded, *_ = store.load(tmp_path / "prune")

@@ -95,6 +95,8 @@ class Cycle:
         found, self.left_out = list(surveyed.groups), surveyed.reasons()
         if self.left_out:
             _say(f"left out of pruning: {surveyed.words()}")
+        if computed := fold(duplicate(self.network)):
+            _say(f"pruning makes plain weights of those that are computed (weight_norm and the like): {', '.join(computed)}")
         self.whole = {group.name: group.size for group in found}
         if not found:
             raise UserError(nothing_to_prune(surveyed))
