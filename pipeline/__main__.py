@@ -164,7 +164,7 @@ class Cell:
                 dropped = getattr(given.get("data"), "dropped", {})
                 skipped = sum(len(names) for split, names in dropped.items() if split in stage.splits)
                 if skipped:
-                    console.print(f"[yellow]{stage.name:10} skipped {skipped} images that are missing or not whole[/]")
+                    console.print(f"[yellow]{stage.name:10} skipped {skipped} images: missing, not whole or of another size[/]")
                     summary = {**summary, "images_skipped": skipped}
                 self.results.finish(out, fingerprint, parts, summary)
             self.summaries[stage.name] = summary

@@ -19,6 +19,7 @@ from pipeline.artifacts import Job
 from pipeline.datasets import synthetic
 from pipeline.datasets.coco import Coco, CocoSplits
 from pipeline.datasets.packaged import Packaged, pack
+from pipeline.datasets.results import load_results
 from pipeline.errors import UserError
 from pipeline.report import COLUMNS
 from pipeline.results_zip import check_figures
@@ -142,6 +143,19 @@ def test_the_category_is_a_figure_and_predictions_are_of_it(splits, evaluated, c
     assert {record["category_id"] for record in json.loads((out / "predictions.json").read_text())} == {5}
     said = capsys.readouterr().err
     assert "3 annotations of other categories than person are left out; data.category chooses" in said
+
+
+def test_predictions_of_a_category_of_id_0_are_read_again(splits, evaluated):
+    raw = {
+        "categories": [{**PERSON, "id": 0}, DOG],
+        "annotations": [person(id=n, image_id=n, category_id=0) for n in (1, 2, 3)],
+    }
+    data = splits(raw)
+    _, out = evaluated(data)
+    whole = data.open("validation")
+    ids = {str(record["id"]) for record in whole.records}
+    found = load_results(out / "predictions.json", COCO_17, ids, whole.truth.category)
+    assert all(len(found[i].scores) for i in ids)
 
 
 @pytest.mark.parametrize(

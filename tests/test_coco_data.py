@@ -7,7 +7,7 @@ import pytest
 from pipeline.datasets import annotations
 from pipeline.datasets.annotations import load_annotations
 from pipeline.datasets.coco import Coco, CocoSplits
-from pipeline.datasets.images import read_image
+from pipeline.datasets.images import inspect_files, read_header, read_image
 from pipeline.errors import UserError
 
 
@@ -80,11 +80,16 @@ def test_a_truncated_jpeg_is_not_taken_for_whole(tmp_path):
 
 def test_an_image_of_another_size_than_its_record_is_refused(folder):
     edit(folder / "annotations/validation.json", lambda c: c["images"][0].update(height=99))
-    with pytest.raises(UserError, match="120x160 pixels, but its annotations say 99x160"):
+    with pytest.raises(
+        UserError, match="120x160 pixels, but its annotations say 99x160.*set data.upright; or pass strict=false"
+    ):
         splits(folder).open("validation")
-    loose = Coco(folder / "images/validation", folder / "annotations/validation.json")
-    with pytest.raises(UserError, match="120x160 pixels, but its annotations say 99x160"):
-        loose[0].read()
+    whole = Coco(folder / "images/validation", folder / "annotations/validation.json")
+    with pytest.raises(UserError, match=r"say 99x160; .*correct height and width, or set data\.upright"):
+        whole[0].read()
+    loose = splits(folder, strict=False)
+    assert len(loose.open("validation")) == len(whole) - 1
+    assert loose.dropped["validation"] == [whole.records[0]["file_name"]]
 
 
 @pytest.mark.parametrize(
@@ -158,6 +163,51 @@ def test_bad_splits_files_are_refused(folder, tmp_path):
         splits(folder, splits=str(tmp_path / "few.json")).open("train")
     with pytest.raises(UserError, match="did you mean 'validation'"):
         splits(folder).open("validatoin")
+
+
+def test_names_that_no_list_holds_are_refused(folder):
+    named = json.loads((folder / "splits.json").read_text())
+    named["train"]["synthetic"].append("typo.png")
+    (folder / "splits.json").write_text(json.dumps(named))
+    with pytest.raises(UserError, match=r"splits\.json: train names 1 images that are neither in .*train\.json nor in .*typo"):
+        splits(folder).open("train")
+    loose = splits(folder, strict=False)
+    loose.open("unlabelled")
+    assert loose.dropped["unlabelled"] == ["typo.png"]
+    del named["train"]["unlabelled"], named["agreement"]
+    (folder / "splits.json").write_text(json.dumps(named))
+    labelled = splits(folder)
+    alone = CocoSplits(labelled.train, labelled.val, None, labelled.splits, labelled.cache)
+    with pytest.raises(UserError, match=r"train\.json: the splits name 1 images it does not hold: typo\.png"):
+        alone.open("train")
+
+
+@pytest.mark.parametrize(("key", "meant"), [("validaton", "validation"), ("agreemnt", "agreement"), ("Train", "train")])
+def test_keys_of_a_splits_file_near_a_splits_name_are_refused(folder, key, meant):
+    named = json.loads((folder / "splits.json").read_text())
+    (folder / "splits.json").write_text(json.dumps({**named, "info": 1, "annotations": [], "description": "", "val": 2}))
+    splits(folder).open("validation")
+    (folder / "splits.json").write_text(json.dumps({**named, key: named[meant]}))
+    with pytest.raises(UserError, match=f"splits.json: '{key}' is no split; rename it to '{meant}'"):
+        splits(folder).open("validation")
+
+
+def test_names_of_unlabelled_images_are_no_ids(folder):
+    number = splits(folder).open("train").records[0]["id"]
+    free = min((folder / "images/unlabelled").iterdir())
+    name = f"{number:012d}.jpeg"
+    free.rename(free.with_name(name))
+    named = json.loads((folder / "splits.json").read_text())
+    for split in ("train", "agreement"):
+        for group, names in named[split].items():
+            named[split][group] = [name if n == free.name else n for n in names]
+    (folder / "splits.json").write_text(json.dumps(named))
+    data = splits(folder)
+    assert str(number) in {r["id"] for split in ("unlabelled", "agreement") for r in data.open(split).records}
+    train = min((folder / "images/train").iterdir())
+    shutil.copyfile(train, free.with_name(name))
+    with pytest.raises(UserError, match="has the same content as"):
+        splits(folder).open("train")
 
 
 def test_without_a_splits_file_the_tune_images_come_from_the_train_images(folder):
@@ -319,6 +369,61 @@ def test_a_phones_trailer_and_a_wrong_suffix_do_not_matter(tmp_path):
     (tmp_path / "c.jpg").write_bytes(whole[:2] + thumbnail + whole[2:-600])
     with pytest.raises(UserError, match="not a whole image"):
         read_image(tmp_path / "c.jpg")
+
+
+def test_fill_bytes_before_a_marker_do_not_matter(tmp_path):
+    import cv2
+
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 64, 3), np.uint8)
+    cv2.imwrite(str(tmp_path / "a.jpg"), pixels)
+    whole, expected = (tmp_path / "a.jpg").read_bytes(), read_image(tmp_path / "a.jpg")
+    tables = whole.index(b"\xff\xdb")
+    for at in (2, tables, whole.index(b"\xff\xda")):
+        filled = whole[:at] + b"\xff\xff" + whole[at:]
+        (tmp_path / "a.jpg").write_bytes(filled)
+        assert np.array_equal(read_image(tmp_path / "a.jpg"), expected)
+        assert str(read_header(filled).size) == "40x64"
+        assert not inspect_files(tmp_path, ["a.jpg"], tmp_path / "cache").wrong
+        (tmp_path / "a.jpg").write_bytes(filled[:-600])
+        assert inspect_files(tmp_path, ["a.jpg"], tmp_path / "cache").wrong == {"a.jpg": "not a whole image"}
+    for cut in (2, 3, 4, 5, tables + 3):
+        (tmp_path / "a.jpg").write_bytes(whole[:cut])
+        assert inspect_files(tmp_path, ["a.jpg"], tmp_path / "cache").wrong == {"a.jpg": "not a whole image"}
+
+
+GOOD = [1, 1, "0" * 64, 3, 4, 1, False]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "[]",
+        "[" * 100_000,
+        "7",
+        "null",
+        b"\xff\xfe",
+        {"a.png": 1},
+        {"a.png": []},
+        *({"a.png": [*GOOD[:n], wrong, *GOOD[n + 1 :]]} for n, wrong in enumerate(["1", None, 5, None, "4", 9, None])),
+        {"a.png": [*GOOD[:2], "short", *GOOD[3:]]},
+        {"a.png": [*GOOD[:3], -3, *GOOD[4:]]},
+    ],
+)
+def test_a_damaged_list_of_digests_is_none(damage, tmp_path):
+    import cv2
+
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((3, 4, 3), np.uint8))
+    expected = inspect_files(tmp_path, ["a.png"], tmp_path / "cache")
+    (index,) = (tmp_path / "cache/digests").iterdir()
+    if isinstance(damage, dict):  # of the file as it is, so that size and time do not tell
+        true = json.loads(index.read_text())["a.png"]
+        entry = damage["a.png"]
+        if isinstance(entry, list) and entry:
+            entry = [true[n] if value == GOOD[n] else value for n, value in enumerate(entry)]
+        damage = json.dumps({"a.png": entry})
+    index.write_bytes(damage if isinstance(damage, bytes) else damage.encode())
+    assert inspect_files(tmp_path, ["a.png"], tmp_path / "cache") == expected
+    assert json.loads(index.read_text())["a.png"][2] == expected.digests["a.png"]
 
 
 @pytest.mark.parametrize("layout", [{}, {"indent": 1}, {"separators": (",", ":")}])

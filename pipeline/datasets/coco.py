@@ -1,7 +1,9 @@
 """Data sets in COCO's format, and their splits."""
 
+import difflib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -29,6 +31,7 @@ from pipeline.errors import UserError, nearest
 
 _LOOKED_AT, _MANY_OUTSIDE = 4000, 0.2  # people; part of their keypoints or boxes outside images that is said
 SPLITS = ("train", "unlabelled", "tune", "agreement", "validation")
+_NAMED = ("train", "tune", "agreement", "validation")  # in a splits file
 
 
 @dataclass(frozen=True)
@@ -189,11 +192,18 @@ class Coco:
             listed = ", ".join(f"{name} ({what})" for name, what in list(found.wrong.items())[:10])
             more = f" and {len(found.wrong) - 10} more" if len(found.wrong) > 10 else ""
             raise UserError(f"{self.images}: {len(found.wrong)} images are missing or not whole: {listed}{more}; {self.remedy}")
+        for name, what in self.misfits(found).items():
+            raise UserError(f"{self.images / name}: {what}; or pass strict=false to skip and count it")
+        return found.digests
+
+    def misfits(self, found: Inspection) -> dict[str, str]:
+        """Complaints about images whose headers say another size than their annotations, by name."""
+        wrong = {}
         for record in self.records if self.truth is not None else ():
             header, size = found.headers.get(record["file_name"]), Resolution(record["height"], record["width"])
             if header is not None and (header.shown if turned(header, size, self.upright) else header.size) != size:
-                raise UserError(f"{self.images / record['file_name']}: {mismatch(header.size, size)}")
-        return found.digests
+                wrong[record["file_name"]] = mismatch(header.size, size)
+        return wrong
 
     def inspection(self, cache: Path, decode: bool = False) -> Inspection:
         """What is known of the image files without decoding them; with `decode` each was tried once."""
@@ -302,7 +312,8 @@ class CocoSplits:
             it calls train become the split "unlabelled". None: of the train images, the twentieth part whose file names
             hash lowest is for tuning; of the unlabelled, half is for agreement.
         cache: where digests are kept.
-        strict: False drops images that are missing or cannot be read, and counts them, instead of refusing.
+        strict: False drops images that are missing, cannot be read or have another size than annotated, and counts them,
+            instead of refusing.
         category: whose annotations are read, by name or id; None is the one that carries keypoints, of several the one named
             person; where none names keypoints, the only one, or person.
         upright: True where the annotations are of the images as EXIF's orientation shows them, False where they are of the
@@ -321,10 +332,13 @@ class CocoSplits:
     _kept: dict[str, Coco] = field(default_factory=dict, compare=False, repr=False, init=False)
 
     def _named(self, file: str) -> dict[str, dict[str, Any]]:
-        """The splits file: {split: {any name: [file names] or "all"}}; keys that are no splits are left alone."""
+        """The splits file: {split: {any name: [file names] or "all"}}; keys unlike a split's name are left alone."""
         raw = read_json(read_file(Path(file), "check data.splits"), Path(file))
         if not isinstance(raw, dict):
             raise UserError(f"{file}: not a splits file but a {type(raw).__name__}; see data/README.md")
+        for key in sorted(raw.keys() - SPLITS):
+            if meant := difflib.get_close_matches(key.lower(), _NAMED, n=1, cutoff=0.75):
+                raise UserError(f"{file}: '{plain(key)}' is no split; rename it to '{meant[0]}', or to something unlike it")
         named = {split: groups for split, groups in raw.items() if split in SPLITS}
         for split, groups in named.items():
             if not isinstance(groups, dict):
@@ -381,13 +395,21 @@ class CocoSplits:
         for split in ("train", "tune", "validation"):
             if not every.get(split):
                 raise UserError(f"{self.splits}: no images for '{split}'; a splits file names train, tune and validation")
+        others = [name for name in every["train"] if name not in labelled] if loose is not None else []
+        if loose is not None and self.strict:
+            unknown = [plain(name) for name in others if not os.path.exists(loose.images / name)]  # noqa: PTH110 - names of any length
+            if unknown:
+                raise UserError(
+                    f"{self.splits}: train names {len(unknown)} images that are neither in {train.annotations} nor in "
+                    f"{loose.images}: {', '.join(unknown[:5])}; correct the names, or restore the images"
+                )
         parts = {
-            "train": train.only([n for n in every["train"] if n in labelled]),
+            "train": train.only([n for n in every["train"] if n in labelled or loose is None]),
             "tune": train.only(every["tune"]),
             "validation": val.only(every["validation"]),
         }
         if loose is not None:
-            parts["unlabelled"] = loose.only([n for n in every["train"] if n not in labelled])
+            parts["unlabelled"] = loose.only(others)
             parts["agreement"] = loose.only(every.get("agreement", ()))
         return parts
 
@@ -426,15 +448,16 @@ class CocoSplits:
         if split in self._kept:
             return self._kept[split]
         found = part.inspection(Path(self.cache), decode=True)
-        self.dropped[split] = sorted(found.wrong)
-        self._kept[split] = part.only([r["file_name"] for r in part.records if r["file_name"] in found.digests])
+        wrong = {**found.wrong, **part.misfits(found)}
+        self.dropped[split] = sorted(wrong)
+        self._kept[split] = part.only([r["file_name"] for r in part.records if r["file_name"] not in wrong])
         return self._kept[split]
 
     def _check_disjoint(self) -> None:
         ids: dict[str, str] = {}
         contents: dict[str, tuple[str, str]] = {}
         for split, part in self.parts.items():
-            for record in part.records:
+            for record in part.records if part.annotations is not None else ():  # other ids are made from names
                 other = ids.setdefault(str(record["id"]), split)
                 if other != split:
                     raise UserError(

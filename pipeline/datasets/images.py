@@ -3,10 +3,11 @@
 import hashlib
 import json
 import os
+import re
 import stat
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 MOST_BYTES = 8 * MOST_PIXELS  # of a file: an image of 16-bit pixels, not compressed, with room to spare
 _LARGE = MOST_PIXELS // 8  # pixels above which images are decoded one at a time, so that all readers together stay small
 _decoding = Lock()
+_ENTRIES = tuple([int, int, str, side, side, int, bool] for side in (int, type(None)))  # of a list of digests
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,11 @@ def turned(header: Header, size: Resolution, upright: bool | None = None) -> boo
 
 
 def mismatch(stored: Resolution, said: Resolution) -> str:
-    """A complaint about an image of another size than its annotations say."""
-    return f"{stored} pixels, but its annotations say {said}; they do not belong together"
+    """A complaint about an image of another size than its annotations say, and what to do."""
+    return (
+        f"{stored} pixels, but its annotations say {said}; they do not belong together: give the images that were annotated, "
+        "correct height and width, or set data.upright"
+    )
 
 
 def shown_size(file: Path) -> Resolution:
@@ -192,20 +197,33 @@ def _png_header(content: memoryview) -> Header | None:
     return _header(height, width, orientation)
 
 
-def _jpeg_header(content: memoryview) -> Header | None:
-    at, orientation = 2, 1
+def _jpeg_segments(content: memoryview) -> Iterator[tuple[int, int, int]]:
+    """The segments of a JPEG up to its first scan: the marker, and where its content begins and ends.
+
+    Raises:
+        IndexError: the file is cut short; struct.error likewise.
+    """
+    at = 2
     while content[at] == 0xFF:
         marker = content[at + 1]
         if marker in (0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # fill and markers without content
             at += 1 if marker == 0xFF else 2
             continue
-        length = struct.unpack_from(">H", content, at + 2)[0]
-        if marker == 0xE1 and bytes(content[at + 4 : at + 10]) == b"Exif\0\0" and orientation == 1:
-            orientation = _orientation(content[at + 10 : at + 2 + length])
+        end = at + 2 + struct.unpack_from(">H", content, at + 2)[0]
+        yield marker, at + 4, end
+        if marker in (0xD9, 0xDA):
+            return
+        at = end
+
+
+def _jpeg_header(content: memoryview) -> Header | None:
+    orientation = 1
+    for marker, start, end in _jpeg_segments(content):
+        if marker == 0xE1 and bytes(content[start : start + 6]) == b"Exif\0\0" and orientation == 1:
+            orientation = _orientation(content[start + 6 : end])
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack_from(">HH", content, at + 5)
+            height, width = struct.unpack_from(">HH", content, start + 1)
             return _header(height, width, orientation)
-        at += 2 + length
     return None
 
 
@@ -308,9 +326,16 @@ def _known(index: Path) -> dict[str, list[Any]]:
     """The list of an earlier inspection: by name size, time, digest, height, width, orientation, and whether it was decoded."""
     try:
         listed = json.loads(index.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return {name: entry for name, entry in listed.items() if isinstance(entry, list) and len(entry) == 7}
+    return {name: entry for name, entry in listed.items() if _is_entry(entry)} if isinstance(listed, dict) else {}
+
+
+def _is_entry(entry: object) -> bool:
+    if not isinstance(entry, list) or [type(value) for value in entry] not in _ENTRIES:
+        return False
+    sized = entry[3] is None or min(entry[3], entry[4]) > 0
+    return sized and 1 <= entry[5] <= 8 and re.fullmatch("[0-9a-f]{64}", entry[2]) is not None
 
 
 def _take(found: Inspection, name: str, entry: list[Any]) -> None:
@@ -346,7 +371,7 @@ def _whole(file: Path, data: bytes | memoryview) -> bool:
     if start[:4] == b"\x89PNG":
         return _whole_png(content)
     if start[:2] == b"\xff\xd8":
-        return _whole_jpeg(bytes(content))
+        return _whole_jpeg(content)
     if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
         return 8 + int.from_bytes(start[4:8], "little") <= len(content)
     if start[:2] == b"BM":
@@ -367,13 +392,16 @@ def _whole_png(content: memoryview) -> bool:
     return False
 
 
-def _whole_jpeg(content: bytes) -> bool:
+def _whole_jpeg(content: memoryview) -> bool:
     # Past the headers, one of which may hold a whole thumbnail, to the first scan; in it no byte pair looks like the end.
-    # Phones append more after the end.
+    # Phones append more after the end. Some files have other bytes between two segments.
     at = 2
-    while content[at : at + 1] == b"\xff" and content[at + 1 : at + 2] != b"\xda":
-        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
-    return content.find(b"\xff\xd9", at) > 0
+    try:
+        for marker, start, end in _jpeg_segments(content):
+            at = start if marker == 0xDA else end
+    except (struct.error, IndexError):
+        return False
+    return bytes(content).find(b"\xff\xd9", at) > 0
 
 
 def _whole_bmp(content: memoryview) -> bool:

@@ -122,7 +122,11 @@ def _figures(job: Job, measures: Mapping[str, Metric[Any, Any]], resamples: int,
         draws.save(job.out / f"draws{name and '.'}{name}.npz")
         (job.out / f"predictions{name and '.'}{name}.json").write_text(
             _array(
-                {**r, "image_id": ids.get(str(r["image_id"]), r["image_id"]), "category_id": category or 1}
+                {
+                    **r,
+                    "image_id": ids.get(str(r["image_id"]), r["image_id"]),
+                    "category_id": 1 if category is None else category,
+                }
                 for r in measure.results()
             )
         )
