@@ -103,7 +103,7 @@ class Cell:
             stage = self.stages[name]
             for upstream in () if stage.collect else stage.inputs.values():
                 folder = self.results.folder(self.stages[upstream])
-                if upstream not in self.plan and not made_here(read_manifest(folder)):
+                if upstream not in self.plan and not made_here(read_manifest(folder), folder):
                     raise absent(name, folder, self.command(upstream))
         if self.logged is not None:
             tracking.check(str(self.config.tracking.uri), str(self.config.name))

@@ -196,9 +196,22 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{file}: cannot be read ({error.strerror}); its owner must allow it") from error
 
 
-def made_here(manifest: Mapping[str, Any] | None) -> bool:
-    """Whether there is a result, and this machine made it: what `import` brought is shown, and never built upon."""
-    return manifest is not None and "imported" not in manifest
+def made_here(manifest: Mapping[str, Any] | None, folder: Path) -> bool:
+    """Whether there is a result in a folder, and this machine made it: what `import` brought is shown, and never built upon."""
+    return manifest is not None and "imported" not in manifest and not _imported_before(folder)
+
+
+def _imported_before(folder: Path) -> bool:
+    """Whether the last import of an older version, which marked no manifest, brought the result in a folder."""
+    file = folder.parent.parent / "import" / "package.json"
+    try:
+        if not file.is_file() or file.stat().st_size > MOST_JSON:
+            return False
+        found = parse_json(file.read_bytes())
+    except (ValueError, OSError):
+        return False
+    places = found.get("results") if isinstance(found, dict) else None
+    return isinstance(places, list) and f"{folder.parent.name}/{folder.name}" in places  # newer versions write a mapping
 
 
 def absent(reader: str, folder: Path, command: str) -> UserError:
@@ -366,6 +379,9 @@ def _versions(names: Sequence[str]) -> dict[str, str]:
     return found
 
 
+_TAKEN = ("runs", "cache", "mlartifacts")  # folders of outputs/ that hold no results
+
+
 class Results:
     """The results of one name under outputs/."""
 
@@ -377,9 +393,10 @@ class Results:
         Raises:
             UserError: the name is no plain folder name, or the folder cannot be written and holds no results of it.
         """
-        if not plain(name) or name in ("runs", "cache"):
+        if not plain(name) or name in _TAKEN:
             raise UserError(
-                f"name={name}: must be a plain folder name (letters, digits, ._+=-), so that results stay in {outputs}/"
+                f"name={name}: must be a plain folder name (letters, digits, ._+=-), so that results stay in {outputs}/, "
+                f"and none of {', '.join(_TAKEN)}"
             )
         self.outputs, self.name = outputs, name
         self.run = outputs / "runs" / run
@@ -415,7 +432,7 @@ class Results:
 
     def scratch(self, stage: Stage, fingerprint: str) -> Path:
         """The folder of checkpoints and caches of one result; no other name has a part in it."""
-        return self.cache / self.name / stage.name / fingerprint[:16]
+        return self.cache / "scratch" / self.name / stage.name / fingerprint[:16]
 
     def folder(self, stage: Stage) -> Path:
         """Where a stage's result lies."""
@@ -450,7 +467,7 @@ class Results:
                 if manifest is None and stage.collect:
                     self.damaged.append(folder)
                     continue
-                if manifest is None or not (stage.collect or made_here(manifest)):
+                if manifest is None or not (stage.collect or made_here(manifest, folder)):
                     raise absent(stage.name, folder, command(upstream))
                 try:
                     self.verify(folder, manifest, command(upstream))
@@ -538,7 +555,7 @@ class Results:
         """Whether the result is there, whole, made here, and made from the same things."""
         folder = self.folder(stage)
         manifest = read_manifest(folder)
-        if manifest is None or manifest["fingerprint"] != fingerprint or not made_here(manifest):
+        if manifest is None or manifest["fingerprint"] != fingerprint or not made_here(manifest, folder):
             return False
         return all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in manifest["files"].items())
 
@@ -550,7 +567,7 @@ class Results:
         """
         if not self.writable:
             return  # nothing is made
-        file = self.run / "claims" / f"{stage.name}@{stage.address}"
+        file = self.run / "claims" / self.name / f"{stage.name}@{stage.address}"
         file.parent.mkdir(parents=True, exist_ok=True)
         mine = file.with_name(f".{file.name}.{os.getpid()}")
         mine.write_text(fingerprint)

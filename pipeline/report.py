@@ -12,7 +12,7 @@ import numpy as np
 
 from evaluation.statistics import Draws, Interval, paired, spearman
 from evaluation.types import NetworkSpec
-from pipeline.artifacts import current
+from pipeline.artifacts import current, made_here
 
 COLUMNS = (
     "data", "network", "pruning", "params", "macs", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "ran",
@@ -31,6 +31,10 @@ COLUMNS = (
 TEXTS = (
     "data", "network", "pruning", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "ran", "backend",
     "device", "data_digest", "imported", "category",
+)  # fmt: skip
+AXES = (
+    "data", "network", "pruning", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "backend",
+    "batch", "rebuild", "seed",
 )  # fmt: skip
 
 
@@ -102,7 +106,7 @@ def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path)
             left_out.append(f"{folder.name}: stale, made from inputs that changed since; run its cell again")
             continue
         axes = manifest["config"]["axes"]
-        origin = {"imported": "yes" if "imported" in manifest else "no"}
+        origin = {"imported": "no" if made_here(manifest, folder) else "yes"}
         for timed, measured in times.get(_engine(manifest), [({}, {})]):
             counted, folders = _chain(folder, root)
             figures = {**manifest["summary"], **timed, **counted, **origin}
@@ -176,7 +180,8 @@ def _agreement(dense: Result, pruned: Result) -> float | None:
 
 
 def _row(result: Result, results: Sequence[Result]) -> dict[str, Any]:
-    row = {**result.figures, **result.axes}  # a label may say more than the name of what ran
+    # A label may say more than the name of what ran. An axis takes the place of no other figure.
+    row = {**result.figures, **{name: result.axes[name] for name in AXES if name in result.axes}}
     network = result.axes["network"].removesuffix("-qat")
     plain: dict[str, Any] = {"precision": "fp32", "calibration": "", "network": network, "rebuild": 0}
     fp32 = None

@@ -9,11 +9,14 @@ import json
 import math
 import re
 import shutil
+import struct
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
+
+import numpy as np
 
 from evaluation.statistics import Draws
 from pipeline.artifacts import (
@@ -21,7 +24,6 @@ from pipeline.artifacts import (
     MOST_JSON,
     Results,
     checked_manifest,
-    made_here,
     parse_json,
     plain,
     read_manifest,
@@ -30,7 +32,7 @@ from pipeline.edge import PACKAGE, STAGES
 from pipeline.errors import UserError
 from pipeline.inference import DAMAGED
 from pipeline.page import picture, web_address
-from pipeline.report import COLUMNS, TEXTS
+from pipeline.report import AXES, COLUMNS, TEXTS
 
 _MOST_MEMBERS = 10_000
 _MOST_BYTES = 8 << 30  # of all members, unpacked
@@ -38,9 +40,26 @@ _MOST_MEMBER = 4 << 30
 _MOST_RATIO, _FREE = 200, 1 << 20  # unpacked to packed, of members larger than this
 _MOST_DIRECTORY = 4 << 20  # bytes of the list of members, which zipfile reads into memory
 _MOST_ARRAYS = 256 << 20
+_MOST_ITEMS = 1 << 22  # of one array
 _MOST_TEXT = 500  # characters
+_END = struct.Struct("<4s4H2LH")  # of a zip file: APPNOTE.TXT 4.3.16
+_LONGEST_END, _LOCATOR, _ENTRY = _END.size + 0xFFFF, 20, 46  # with its comment; of ZIP64; the shortest entry of the list
 _KEY = re.compile(r"[\w.:/ -]{1,120}")
 _AP = re.compile(r"(^|_)a[pr]\d*(_|$)")  # average precision and recall, which are never greater than 1
+_SPEEDUP = ("speedup", "speedup_lo", "speedup_hi")
+# Columns of the report that are read from the summary of an evaluation and of a benchmark; the report computes the others.
+_EVALUATED = frozenset(key for key in COLUMNS if re.match(r"(as_found_|agreement_)?ap(?!_vs)|agreement_people", key)) | {
+    "images",
+    "category",
+    "dropped_peaks",
+    "images_not_finite",
+    "data_digest",
+    "backend",
+    "primary",
+}
+_TIMED = frozenset(key for key in COLUMNS if re.search(r"_p\d\d_ms|^latency_width$", key)) | {
+    *_SPEEDUP, "ran", "backend", "device", "threads", "batch", "joules_per_image", "calls", "engine_mb", "peak_rss_mb",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,11 +117,15 @@ def check_place(file: Path, folder: Path) -> None:
     """Check that what a device brings may lie there: beside results of this machine, never in their place.
 
     Raises:
-        UserError: a result of this machine is there.
+        UserError: a result of this machine is there, or one of which nothing says that it was imported.
     """
-    if made_here(read_manifest(folder)):
+    if not folder.exists():
+        return
+    manifest = read_manifest(folder)
+    if manifest is None or "imported" not in manifest:
+        what = "is damaged" if manifest is None else "was made here, or imported by an older version"
         raise UserError(
-            f"results={file}: {folder} was made here, and is never replaced by what a device brings; remove it first"
+            f"results={file}: {folder} {what}, and is never replaced by what a device brings; remove the folder first"
         )
 
 
@@ -138,17 +161,30 @@ def _unpacked(file: Path, folder: Path) -> tuple[Brought, dict[str, str]]:
 
 
 def _check_directory(file: Path) -> None:
-    """Check the size of the list of members, at the end of a zip file, before all of it is read."""
+    """Check the size of the list of members, at the end of a zip file, before all of it is read.
+
+    The record at the end is the one that zipfile takes: any other would be checked in its place.
+    """
     size = file.stat().st_size
+    if size > _MOST_BYTES:
+        raise zipfile.BadZipFile(f"{size} bytes, more than {_MOST_BYTES}")
     with file.open("rb") as stream:
-        stream.seek(max(size - (1 << 16) - 22, 0))
+        start = max(size - _LONGEST_END - _LOCATOR, 0)
+        stream.seek(start)
         tail = stream.read()
-    at = tail.rfind(b"PK\5\6")
-    if at < 0 or size > _MOST_BYTES:
-        raise zipfile.BadZipFile("not a whole zip file" if at < 0 else f"{size} bytes, more than {_MOST_BYTES}")
-    listed = int.from_bytes(tail[at + 12 : at + 16], "little")
-    if listed > _MOST_DIRECTORY or tail[max(at - 20, 0) : at].startswith(b"PK\6\7"):
+    at = len(tail) - _END.size
+    if at < 0 or not (tail.startswith(b"PK\5\6", at) and tail.endswith(b"\0\0")):
+        at = tail.rfind(b"PK\5\6")
+    if at < 0 or len(tail) - at < _END.size:
+        raise zipfile.BadZipFile("not a whole zip file")
+    _, disk, first, here, members, listed, offset, comment = _END.unpack_from(tail, at)
+    if at + _END.size + comment != len(tail):
+        raise zipfile.BadZipFile("something lies behind its end")
+    most = listed > _MOST_DIRECTORY or members > _MOST_MEMBERS
+    if most or tail[max(at - _LOCATOR, 0) : at].startswith(b"PK\6\7"):
         raise zipfile.BadZipFile("it lists more members than results have")
+    if disk or first or here != members or listed < _ENTRY * members or offset + listed != start + at:
+        raise zipfile.BadZipFile("the size or place of its list of members is wrong")
 
 
 def _members(listed: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
@@ -208,7 +244,7 @@ def _package(about: Any) -> dict[str, Any]:
 def _manifest(folder: Path, place: str, files: Mapping[str, str], device: str) -> dict[str, Any]:
     """The manifest of one result, whose files and figures are checked."""
     stage, address = place.split("/")
-    manifest = checked_manifest(parse_json((folder / place / MANIFEST).read_bytes()))
+    manifest = checked_manifest(_json(folder / place / MANIFEST))
     if (manifest["stage"], manifest["address"]) != (stage, address) or f"-{device}-" not in f"{address}-":
         raise ValueError(f"{place} is no result of {device}: its manifest is of {manifest['stage']}/{manifest['address']}")
     others = {name: digest for name, digest in files.items() if name != MANIFEST}
@@ -249,12 +285,23 @@ def check_figures(summary: Mapping[str, Any], place: str) -> None:
     for key, value in summary.items():
         texts = value if isinstance(value, list) else [value]
         kind = value is None or _shown(value) or _number(value) or (isinstance(value, list) and all(map(_shown, texts)))
-        number = key in COLUMNS and key not in TEXTS
-        if not _KEY.fullmatch(key) or not kind or (number and not _number(value)):
+        kind &= _shown(value) if key in TEXTS else key not in (*COLUMNS, *_SPEEDUP) or _number(value)
+        if not _KEY.fullmatch(key) or not kind:
             raise ValueError(f"{place}: {key[:120]!r} is {str(value)[:120]!r}, which is no such figure")
         least, most = -1.0, 1.0 if _AP.search(key) else math.inf
         if _number(value) and not least <= value <= most:
             raise ValueError(f"{place}: {key}={value}, which cannot be: it must be within {least:g} and {most:g}")
+    for name in ("ap", "latency_p50_ms", "speedup"):
+        bounded = [f"{name}{end}" in summary for end in ("", "_lo", "_hi")]
+        if any(bounded) and not all(bounded):
+            raise ValueError(f"{place}: {name}, {name}_lo and {name}_hi come together, and one is missing")
+
+
+def _check_owner(summary: Iterable[str], place: Path, columns: Iterable[str]) -> None:
+    """Check that a result has figures of its own stage: in a row they stand beside those of others."""
+    strange = [key for key in summary if key in (*COLUMNS, *_SPEEDUP, "primary") and key not in columns]
+    if strange:
+        raise ValueError(f"{place.name}: {strange[0]} is no figure of its stage")
 
 
 def _require(found: Mapping[str, Any], place: Path, texts: Iterable[str], numbers: Iterable[str]) -> None:
@@ -272,17 +319,15 @@ def _json(file: Path) -> Any:
     return parse_json(file.read_bytes())
 
 
-_AXES = ("data", "network", "pruning", "resolution", "keep_aspect_ratio_mode", "precision", "backend")
-
-
 def _check_axes(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     axes = manifest["config"].get("axes")
     if not isinstance(axes, dict):
         raise ValueError(f"{folder.name}: no axes")  # noqa: TRY004
-    for key, value in axes.items():
-        if not _KEY.fullmatch(key) or not (value is None or _shown(value) or _number(value)):
-            raise ValueError(f"{folder.name}: the axis {key[:120]!r} is no text or number")
-    _require(axes, folder, _AXES, ("batch", "rebuild"))
+    strange = sorted(axes.keys() - set(AXES))
+    if strange:
+        raise ValueError(f"{folder.name}: {strange[0][:120]!r} is no axis")
+    numbers = [key for key in AXES if key not in TEXTS]
+    _require(axes, folder, [key for key in AXES if key in TEXTS], numbers)
     if not isinstance(axes["rebuild"], int):
         raise ValueError(f"{folder.name}: rebuild={axes['rebuild']} is no whole number")  # noqa: TRY004
     return axes
@@ -291,6 +336,7 @@ def _check_axes(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 def _check_evaluation(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Check what report, pages and comparisons read of an evaluation."""
     summary, axes = manifest["summary"], _check_axes(folder, manifest)
+    _check_owner(summary, folder, _EVALUATED)
     _require(summary, folder, ("backend", "primary", "data_digest"), ("ap", "ap_lo", "ap_hi", "images"))
     if not re.fullmatch(r"[0-9a-f]{16,128}", summary["data_digest"]) or not re.fullmatch(r"\w+", summary["primary"]):
         raise ValueError(f"{folder.name}: data_digest or primary is none")
@@ -316,6 +362,7 @@ def _check_benchmark(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Check what report and pages read of a benchmark."""
     summary = manifest["summary"]
     _check_axes(folder, manifest)
+    _check_owner(summary, folder, _TIMED)
     _require(summary, folder, ("backend",), ("timed",))
     if summary["timed"]:
         bounds = [f"latency_p50_ms{end}" for end in ("", "_lo", "_hi")]
@@ -344,19 +391,33 @@ def _draws(file: Path) -> Draws:
     """
     _check_directory(file)
     with zipfile.ZipFile(file) as archive:
-        sizes = [(member.file_size, member.compress_size, member.compress_type) for member in archive.infolist()]
-    plainly = all(kind in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for _, _, kind in sizes)
-    if not plainly or sum(size for size, _, _ in sizes) > _MOST_ARRAYS:
-        raise ValueError(f"{file.name} would be unpacked to too much")
+        members = archive.infolist()
+        plainly = all(member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for member in members)
+        if not plainly or sum(member.file_size for member in members) > _MOST_ARRAYS:
+            raise ValueError(f"{file.name} would be unpacked to too much")
+        for member in members:
+            with archive.open(member) as stream:
+                _check_array(stream, member.file_size)
     draws = Draws.load(file)
     values = draws.values
     numbers = values.dtype.kind == "f" and values.ndim == 1
-    inside = numbers and all(math.isnan(value) or abs(value) <= 1 for value in values.tolist())
+    inside = numbers and bool((np.isnan(values) | (np.abs(values) <= 1)).all())
     if not inside or not math.isfinite(draws.value) or abs(draws.value) > 1 or not all(map(_shown, draws.images)):
         raise ValueError(f"{file.name} holds no draws of a figure")
     return draws
 
 
+def _check_array(stream: IO[bytes], size: int) -> None:
+    """Check that an array of a .npz file is as large as its header says, before memory is taken for it."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    items = math.prod(shape)
+    if min(shape, default=0) < 0 or items > _MOST_ITEMS or items * dtype.itemsize > size:
+        raise ValueError(f"an array of {items} items, which is larger than its file or than draws are")
+
+
 def describe(brought: Brought) -> str:
-    """The package's own description as it is kept beside the import."""
-    return json.dumps({"name": brought.name, "device": brought.device, "results": sorted(brought.manifests)}, indent=1)
+    """The package's own description as it is kept beside the import: each result with its digest."""
+    results = {place: manifest["digest"] for place, manifest in sorted(brought.manifests.items())}
+    return json.dumps({"name": brought.name, "device": brought.device, "results": results}, indent=1)

@@ -55,7 +55,7 @@ def test_circles_and_unknown_inputs_are_refused():
         closure(chain(a={"x": "bild"}, build={}), ["a"])
 
 
-@pytest.mark.parametrize("name", ["..", "../other", "a/b", "", "/tmp", ".hidden", "runs", "cache"])
+@pytest.mark.parametrize("name", ["..", "../other", "a/b", "", "/tmp", ".hidden", "runs", "cache", "mlartifacts"])
 def test_names_that_leave_the_outputs_are_refused(name, tmp_path):
     with pytest.raises(UserError, match="must be a plain folder name"):
         Results(tmp_path / "outputs", name, "run")
@@ -342,6 +342,21 @@ def test_two_names_share_no_scratch_folder(tmp_path):
     assert len(folders) == 2
 
 
+@pytest.mark.parametrize("name", ["device.json", "exports", "synthetic", "digests", "shards", "numba", "scratch"])
+def test_no_name_has_its_scratch_folder_in_a_shared_cache(tmp_path, name):
+    results = Results(tmp_path, name, "run")
+    folder = results.scratch(Stage("train", "a", {"_target_": "x.y"}), "0" * 64)
+    assert folder.relative_to(results.cache).parts[:2] == ("scratch", name)
+
+
+def test_two_names_of_one_sweep_claim_their_own_addresses(tmp_path):
+    stage = Stage("train", "a", {"_target_": "x.y"})
+    Results(tmp_path, "x", "run").claim(stage, "one")
+    Results(tmp_path, "y", "run").claim(stage, "other")
+    with pytest.raises(UserError, match="two cells of this sweep write .*/y/train/a with different settings"):
+        Results(tmp_path, "y", "run").claim(stage, "one")
+
+
 def test_a_result_that_may_not_be_read_says_so(results, monkeypatch):
     stage = Stage("train", "a", {"_target_": "x.y"})
     fingerprint = make(results, stage)
@@ -349,8 +364,9 @@ def test_a_result_that_may_not_be_read_says_so(results, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", refuse)
+    opened = Path.open
+    with monkeypatch.context() as patch:  # the manifest may be read, which Python 3.11 opens by the same method
+        patch.setattr(Path, "open", lambda self, *a, **k: refuse() if self.name == "file" else opened(self, *a, **k))
         with pytest.raises(UserError, match="a/file: cannot be read .Permission denied.; its owner must allow it"):
             results.fresh(stage, fingerprint)
     with monkeypatch.context() as patch:

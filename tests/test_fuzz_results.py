@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from functools import partial
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from evaluation.skeletons import COCO_17
 from evaluation.types import Poses
 from pipeline import inference, page, report, results_zip
-from pipeline.artifacts import MANIFEST, Stage, checked_manifest, current, read_manifest
+from pipeline.artifacts import MANIFEST, Stage, checked_manifest, current, read_manifest, write_manifest
 from pipeline.datasets.results import load_results
 from pipeline.errors import UserError
 from pipeline.models import store
@@ -173,15 +174,22 @@ def test_figures_of_a_device(folder, data):
     root = folder / "unpacked"
     cells = [import_results._cell(m, brought) for place, m in brought.manifests.items() if place.startswith("evaluate/")]
     json.dumps(cells)
-    made_of = report.Result(root / EVALUATE, brought.manifests[EVALUATE]["config"]["axes"], {})
-    summaries = {**brought.manifests[EVALUATE]["summary"], **brought.manifests[BENCHMARK]["summary"]}
-    row = {column: {**summaries, **made_of.axes}.get(column, "") for column in report.COLUMNS}
-    table = report.Table([row, row], [made_of, made_of], [])
+    for place, manifest in brought.manifests.items():
+        write_manifest(root / place, {**manifest, "imported": brought.device})
+    shutil.copytree(results.outputs / "x" / "quantize", root / "quantize")
+    table = report.collect([root / EVALUATE, root / EVALUATE], [root / BENCHMARK], root)
+    assert all(row["imported"] == "yes" for row in table.rows)
+    if not table.rows:
+        assert table.left_out
+        return
     report.write_csv(table, folder / "results.csv")
     report.write_card(table, "x", folder / "card.md")
     report.front(table.rows, [0, 1])
-    page._details_html(made_of)
-    page._pictures(made_of)
+    report.narrow(table.rows)
+    report.rank_correlation(table.rows)
+    report.waterfalls(table.results)
+    page._details_html(table.results[0])
+    page._pictures(table.results[0])
 
 
 RESULT = {"image_id": 1, "category_id": 1, "keypoints": [1.0, 2.0, 0.5] * 17, "score": 0.5}

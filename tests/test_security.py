@@ -11,13 +11,14 @@ from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from device_results import AXES, BENCHMARK, BUILD, DEVICE, EVALUATE, FIGURES, JPEG, LAYERS, draws, local, packed
 from torch import nn
 
 from pipeline import command_line, page, report, results_zip
-from pipeline.artifacts import Job, Stage, current, read_manifest
+from pipeline.artifacts import Job, Stage, current, made_here, read_manifest, write_manifest
 from pipeline.errors import UserError
 from pipeline.models import store
 from pipeline.models.lightweight_openpose import LightweightOpenPose
@@ -264,9 +265,58 @@ def test_results_of_this_machine_are_never_replaced(zipped):
     with results.writing(stage) as out:
         results.finish(out, fingerprint, parts, {"ap": 0.1})
     before = files_of(results)
-    with pytest.raises(UserError, match=r"evaluate/.* was made here, and is never replaced by what a device brings"):
+    said = r"evaluate/.* was made here, or imported by an older version, and is never replaced by what a device brings; remove"
+    with pytest.raises(UserError, match=said):
         bring()
     assert files_of(results) == before
+
+
+@pytest.mark.parametrize("content", [b"{", b"[" * 200_000, b"{}", None])
+def test_results_with_a_damaged_manifest_are_never_replaced(zipped, content):
+    results, bring = zipped
+    folder = results.outputs / "x" / EVALUATE
+    folder.mkdir(parents=True)
+    (folder / "predictions.json").write_bytes(b"of this machine")
+    if content is not None:
+        (folder / "manifest.json").write_bytes(content)
+    before = files_of(results)
+    with pytest.raises(UserError, match=r"evaluate/.* is damaged, and is never replaced by what a device brings; remove the"):
+        bring()
+    assert files_of(results) == before
+
+
+def test_what_comes_home_is_marked_in_the_report(zipped):
+    """Also where its axes or figures come as close to other columns as they may."""
+    results, bring = zipped
+    bring()
+    root = results.outputs / "x"
+    table = report.collect([root / EVALUATE], [root / BENCHMARK], root)
+    (row,) = table.rows
+    assert (row["imported"], row["ap"], row["speedup_vs_fp32"], row["macs"]) == ("yes", 0.5, 2.0, 100)
+    report.tabulated(table.rows)
+    report.narrow(table.rows)
+    before = table.results[0]
+    forged = report.Result(before.folder, {**AXES, "imported": "no", "ap": "fast", "macs": 1}, before.figures)
+    assert report._row(forged, []) == row
+
+
+def test_an_import_of_an_older_version_is_not_built_upon(zipped):
+    results, bring = zipped
+    bring()
+    root = results.outputs / "x"
+    manifest = read_manifest(root / BUILD)
+    assert manifest is not None
+    write_manifest(root / BUILD, {key: value for key, value in manifest.items() if key not in ("imported", "seal")})
+    old = read_manifest(root / BUILD)
+    assert made_here(old, root / BUILD), "nothing says where it comes from"
+    (root / "import").mkdir()
+    (root / "import" / "package.json").write_text(json.dumps({"name": "x", "device": DEVICE, "results": [BUILD]}))
+    assert not made_here(old, root / BUILD)
+    for content in ("[", "[]", json.dumps({"results": {BUILD: "a digest"}}), json.dumps({"results": [EVALUATE]})):
+        (root / "import" / "package.json").write_text(content)
+        assert made_here(old, root / BUILD)
+    with pytest.raises(UserError, match="imported by an older version, and is never replaced"):
+        bring()
 
 
 def put(place, name, content):
@@ -347,6 +397,25 @@ STRANGE = {
     "axes that are none": axes(data=["x"]),
     "an axis that is missing": axes(network=None),
     "rebuild as text": axes(rebuild="x"),
+    "an axis that says where it was made": axes(imported="no"),
+    "an axis that is a figure": axes(ap="fast"),
+    "an axis that nothing knows": axes(colour="red"),
+    "a seed as text": axes(seed="x"),
+    "a calibration as number": axes(calibration=1),
+    "a category as number": figures(category=1),
+    "a digest as number": figures(data_digest=12),
+    "a difference that only the report computes": figures(ap_vs_fp32=0.1, ap_vs_fp32_lo=0.1, ap_vs_fp32_hi=0.1),
+    "a time of an evaluation": figures(latency_p50_ms=0.1, latency_p50_ms_lo=0.1, latency_p50_ms_hi=0.1),
+    "a name in place of its axis": figures(network="another"),
+    "a word about where it was made": figures(imported="no"),
+    "AP of a benchmark": lambda found: found[BENCHMARK][3].update(ap=0.9, ap_lo=0.9, ap_hi=0.9),
+    "a digest of a benchmark": lambda found: found[BENCHMARK][3].update(data_digest="cd" * 32),
+    "images of a benchmark": lambda found: found[BENCHMARK][3].update(images=1),
+    "what ran as number": lambda found: found[BENCHMARK][3].update(ran=1),
+    "a speedup as text": lambda found: found[BENCHMARK][3].update(speedup="fast"),
+    "a speedup without an interval": lambda found: found[BENCHMARK][3].pop("speedup_lo"),
+    "an interval without a speedup": lambda found: found[BENCHMARK][3].pop("speedup"),
+    "a latency of what was not timed": lambda found: found[BENCHMARK][3].update(timed=0, latency_p50_ms_hi=None),
     "a latency as text": lambda found: found[BENCHMARK][3].update(latency_p50_ms="1"),
     "a negative latency": lambda found: found[BENCHMARK][3].update(latency_p50_ms=-0.5),
     "no device": lambda found: found[BENCHMARK][3].pop("device"),
@@ -466,6 +535,79 @@ def test_a_list_of_a_million_members_is_not_read(zipped, tmp_path):
     file.write_bytes(blob)
     with pytest.raises(UserError, match="more members than results have"):
         results_zip.unpack(file, results, tmp_path / "unpacked")
+
+
+def many(file, count, comment=b""):
+    """A zip file of empty members, its bytes, and where the record of its end begins."""
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.comment = comment
+        for n in range(count):
+            archive.writestr(str(n), b"")
+    blob = bytearray(file.read_bytes())
+    return blob, len(blob) - 22 - len(comment)
+
+
+def test_a_list_that_looks_like_the_end_is_not_read(zipped, tmp_path, monkeypatch):
+    """zipfile takes the record of the end that lies 22 bytes before the end, whatever lies in it."""
+    results, _ = zipped
+    file = tmp_path / "results.zip"
+    blob, at = many(file, 60_000)
+    blob[at + 8 : at + 12] = b"PK\5\6"
+    file.write_bytes(blob)
+    assert len(zipfile.ZipFile(file).infolist()) == 60_000
+    monkeypatch.setattr(zipfile, "ZipFile", None)  # the list is refused before it is read
+    with pytest.raises(UserError, match="the size or place of its list of members is wrong"):
+        results_zip.unpack(file, results, tmp_path / "unpacked")
+    with pytest.raises(zipfile.BadZipFile, match="the size or place"):
+        results_zip._draws(file)
+
+
+ENDS = {
+    "a record in its own comment": (b"PK\5\6" + bytes(18), 0, b"", "the size or place"),
+    "a comment that ends too early": (b"some words", 20, b"\1\0", "something lies behind its end"),
+    "a comment that ends too late": (b"some words", 20, b"\x7f\0", "something lies behind its end"),
+    "a list that begins elsewhere": (b"", 16, b"\1\0\0\0", "the size or place"),
+    "a list that is too short for its members": (b"", 8, b"\x10\0\x10\0", "the size or place"),
+    "a list on another disk": (b"", 4, b"\1\0", "the size or place"),
+    "no end": (b"", 0, b"PK\1\2", "not a whole zip file"),
+}
+
+
+@pytest.mark.parametrize("what", ENDS)
+def test_an_end_that_zipfile_would_take_for_another_is_refused(what, tmp_path):
+    comment, place, changed, said = ENDS[what]
+    blob, at = many(tmp_path / "x.zip", 3, comment)
+    blob[at + place : at + place + len(changed)] = changed
+    (tmp_path / "x.zip").write_bytes(blob)
+    with pytest.raises(zipfile.BadZipFile, match=said):
+        results_zip._check_directory(tmp_path / "x.zip")
+
+
+def test_the_end_of_a_large_list_is_found_behind_the_longest_comment(tmp_path):
+    blob, at = many(tmp_path / "x.zip", 3, b"c" * 0xFFFF)
+    results_zip._check_directory(tmp_path / "x.zip")
+    (tmp_path / "x.zip").write_bytes(blob[:at] + b"PK\6\7" + bytes(16) + blob[at:])
+    with pytest.raises(zipfile.BadZipFile, match="more members than results have"):
+        results_zip._check_directory(tmp_path / "x.zip")
+
+
+def test_a_large_manifest_is_not_read(zipped, monkeypatch):
+    _, bring = zipped
+    monkeypatch.setattr(results_zip, "MOST_JSON", 5_000)
+    with pytest.raises(UserError, match=r"manifest\.json is missing or too large"):
+        bring(**with_member(f"{BUILD}/manifest.json", b" " * 5_001))
+
+
+@pytest.mark.parametrize(
+    "header", [((1 << 40,), "<f8"), ((1 << 40,), "|S0"), ((1,), f"|S{1 << 30}"), ((1 << 20, 1 << 20), "<f8")]
+)
+def test_an_array_larger_than_its_file_takes_no_memory(tmp_path, monkeypatch, header):
+    shape, kind = header
+    with zipfile.ZipFile(tmp_path / "draws.npz", "w") as archive, archive.open("values.npy", "w") as stream:
+        np.lib.format.write_array_header_1_0(stream, {"descr": kind, "fortran_order": False, "shape": shape})
+    monkeypatch.setattr(np, "load", None)
+    with pytest.raises(ValueError, match="larger than its file or than draws are"):
+        results_zip._draws(tmp_path / "draws.npz")
 
 
 def test_a_member_that_is_there_twice_is_refused(zipped, tmp_path):

@@ -51,11 +51,11 @@ LONG = ["stages.train.training.steps=120", "stages.train.training.checkpoint_eve
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_training_goes_on(smoke, how):
-    shutil.rmtree(smoke / "outputs/cache/smoke/train", ignore_errors=True)
+    shutil.rmtree(smoke / "outputs/cache/scratch/smoke/train", ignore_errors=True)
     before = snapshot(smoke)
     process = started([*SMOKE, "stage=train", *LONG], smoke)
     until = time.monotonic() + 90
-    while not list((smoke / "outputs/cache/smoke").glob("train/*/state.ckpt")):
+    while not list((smoke / "outputs/cache/scratch/smoke").glob("train/*/state.ckpt")):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < until
         time.sleep(0.05)

@@ -25,7 +25,7 @@ def test_two_machines_train_one_network(tmp_path):
         assert [done.returncode for done in pool.map(machine, (0, 1))] == [0, 0]
     one, other = (load_file(next((tmp_path / str(rank)).glob("smoke/train/*/model.safetensors"))) for rank in (0, 1))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    scratch = next((tmp_path / "1").glob("cache/train/*/state.ckpt"))
+    scratch = next((tmp_path / "1").glob("cache/scratch/smoke/train/*/state.ckpt"))
     shutil.rmtree(tmp_path / "1" / "smoke")
     shutil.rmtree(tmp_path / "0" / "smoke")
     scratch.unlink()
