@@ -21,6 +21,10 @@ def choices(table: Table) -> Iterator[str]:
         if not timed:
             continue
         best = max(timed, key=lambda n: float(table.rows[n]["ap"]))
+        if float(table.rows[best]["ap"]) <= MOST_LOST:
+            highest = f"{table.rows[best]['ap']:.3f}, of {_named(table, best)}"
+            yield f"No engine is recommended: the highest AP is {highest}, which finds next to nothing."
+            continue
         lost = {n: _difference(table.results[n], table.results[best]) for n in timed if n != best}
         fit = [best, *(n for n, interval in lost.items() if interval is not None and interval.low >= -MOST_LOST)]
         chosen = min(fit, key=lambda n: float(table.rows[n]["latency_p50_ms"]))

@@ -60,6 +60,12 @@ def test_research_settings_and_other_machines_are_told_apart(tmp_path):
     assert [sentence.split()[1] for sentence in choices(made)] == ["here", "there"]
 
 
+@pytest.mark.parametrize("ap", [0.0, -1.0])
+def test_engines_that_find_nothing_are_not_recommended(tmp_path, ap):
+    made = table(engine(tmp_path, "slow", ap, 9.0), engine(tmp_path, "fast", ap, 1.0))
+    assert said(list(choices(made))).startswith(f"No engine is recommended: the highest AP is {ap:.3f}")
+
+
 def test_without_timings_the_next_command_is_named(tmp_path):
     assert "Run stage=benchmark" in said(list(choices(table(engine(tmp_path, "slow", 0.8, "")))))
 
