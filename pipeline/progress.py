@@ -148,11 +148,12 @@ class Progress:
         """Print a line that stays."""
         if not self._shown:
             return
-        if self._bar.disable:
+        bar = self._bar if not self._bar.disable else _bars[-1] if _bars and self._interactive else None
+        if bar is None:
             with self._lines.lock:
                 self._lines.write(text)
         else:
-            self._bar.console.print(f"{INDENT}{text}", markup=False)
+            bar.console.print(f"{INDENT}{text}", markup=False)
 
     def line(self) -> str:
         """How far it is, in words: what, how many of how many, how fast."""

@@ -28,6 +28,7 @@ from pipeline.errors import UserError
 from pipeline.models import contract, store
 from pipeline.options import check_component
 from pipeline.pruning import graph
+from pipeline.pruning.cycle import Cycle
 from pipeline.pruning.graph import LAYERS, Costs, apart, groups, mask, remove, replay, survey
 from pipeline.pruning.pruner import Pruner
 from pipeline.pruning.sensitivity import curves
@@ -363,8 +364,18 @@ def test_a_network_that_nothing_can_be_pruned_of_says_why():
         Penalty(network, "l1", 1.0)
     broken = Norms()
     broken.forward = lambda x: {"heatmaps": x.view(1, 7)}
-    with pytest.raises(UserError, match="the network cannot be followed: RuntimeError: shape"):
+    with pytest.raises(
+        UserError, match=r"Norms\.forward fails on images \[1, 3, 128, 128\] in evaluation: RuntimeError: shape"
+    ):
         Pruner(**SMALL).plan(broken, SIZE)
+
+
+def test_what_torch_pruning_raises_is_no_fault_of_forward(monkeypatch):
+    def fails(*_):
+        raise KeyError("odd")
+
+    monkeypatch.setattr(graph, "_graph", fails)
+    assert "the network cannot be followed: KeyError: 'odd'" in survey(Own()).words()
 
 
 def test_layers_that_are_left_out_may_be_excluded_too():
@@ -514,7 +525,15 @@ def test_computed_weights_become_plain_ones_where_they_are_pruned(kind, criterio
 def test_a_pruning_that_changes_the_network_is_refused(images, tmp_path, monkeypatch):
     trained(tmp_path, images, partial(Own, kind="group_norm"))
     monkeypatch.setattr(graph._Trial, "broken", lambda *_: [])
-    with pytest.raises(UserError, match="the pruned network (differs from the masked one by|fails).*pruner.excluded_layers"):
+    with pytest.raises(
+        UserError, match=r"(differs from the masked one by|fails).*; leave out block\.before\.0 with pruner\.excluded_layers$"
+    ):
+        pruning(tmp_path, images, Pruner(**SMALL))
+    monkeypatch.setattr(Cycle, "_faults", lambda *_: [])
+    (tmp_path / "prune").rmdir()
+    with pytest.raises(
+        UserError, match=r"leave out some of the 4 groups that were tried \(stem\.0\.0, .*; none is wrong alone"
+    ):
         pruning(tmp_path, images, Pruner(**SMALL))
 
 

@@ -1,6 +1,7 @@
 """What a log shows of long steps: a line every ten seconds, never an empty one."""
 
 import io
+import re
 import sys
 
 import pytest
@@ -121,11 +122,23 @@ def test_a_pass_over_images_says_what_held_it_up(capsys):
     assert line.endswith(" images/s, held up by network")
 
 
-def test_a_terminal_gets_one_bar_and_no_lines(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
+
+def test_a_line_of_a_step_within_a_bar_is_printed_above_the_bar(monkeypatch, log):
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Lines(Terminal(), Clock())
+    with Progress("outer", 2, lines=terminal), Progress("inner", 2, lines=terminal) as inner:
+        inner.say("a [line]")
+        with Progress("logged", 2, lines=log) as logged:
+            logged.say("no terminal")
+    assert re.search(r"\x1b\[2K {11}a \[line\]\n.*outer", terminal.stream.getvalue()), "the bar is cleared, and drawn again"
+    assert written(log) == ["           no terminal"]
+
+
+def test_a_terminal_gets_one_bar_and_no_lines(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)

@@ -101,7 +101,7 @@ def check(network: nn.Module, resolution: Resolution, objective: Objective[Any] 
     images = torch.zeros(_IMAGES, len(spec.input.mean), resolution.height, resolution.width)
     copy, wrong, fields = duplicate(network).cpu(), [], {}
     for training in (False, True):
-        fields = _outputs(copy.train(training), images)
+        fields = forward(copy.train(training), images)
         if not isinstance(fields, Mapping):
             raise UserError(
                 f"model: {name}.forward returns {_short(fields)}; return a dict with "
@@ -129,7 +129,16 @@ def _rehearse(name: str, spec: NetworkSpec, objective: Objective[Any], size: Res
         ) from error
 
 
-def _outputs(network: nn.Module, images: Tensor) -> Any:
+def forward(network: nn.Module, images: Tensor) -> Any:
+    """What a network returns, in the mode it is in, without gradients.
+
+    Args:
+        network: of any kind.
+        images: [N, C, H, W] on its device.
+
+    Raises:
+        UserError: its forward pass fails.
+    """
     mode = "training" if network.training else "evaluation"
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -28,7 +28,6 @@ _CLOSE = 0.015  # of the target, from where on a latency is found
 _NEAR = 0.05  # of the target, up to where the nearest latency is taken on either side; else the greatest below it
 _SECONDS = 6.0  # of timing a comparison, at most
 _MOST_APART = 1e-3  # of the greatest value, between a pruned network and the masked one
-_WRONG = "pruner: the pruned network {}; leave out what it cannot be pruned of with pruner.excluded_layers, of {}"
 
 
 def exported(
@@ -160,16 +159,36 @@ class Cycle:
         fold(masked)
         for group in survey(self.network).groups:
             mask(masked, group, dropped.get(group.name, ()))
-        try:
-            history = remove(self.network, dropped)
-            found = apart(self.network, masked, self.size)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise UserError(_WRONG.format(f"fails ({str(error).splitlines()[0]})", ", ".join(list(dropped)[:8]))) from error
-        if found > _MOST_APART:
-            what = f"differs from the masked one by {found:.2g} of its greatest value"
-            raise UserError(_WRONG.format(what, ", ".join(list(dropped)[:8])))
+        history, found, wrong = self._compared(self.network, masked, dropped)
+        if wrong is not None:
+            faults = self._faults(masked, dropped)
+            named = ", ".join((faults or list(dropped))[:8])
+            those = named if faults else f"some of the {len(dropped)} groups that were tried ({named}; none is wrong alone)"
+            raise UserError(f"pruner: the pruned network {wrong}; leave out {those} with pruner.excluded_layers")
         self.apart = max(self.apart, found)
         return history
+
+    def _compared(
+        self, network: nn.Module, masked: nn.Module, dropped: Mapping[str, Sequence[int]]
+    ) -> tuple[list[Any], float, str | None]:
+        """Remove channels in place; the history, the difference from the masked network, and what is wrong with that."""
+        try:
+            history = remove(network, dropped)
+            found = apart(network, masked, self.size)
+        except (RuntimeError, ValueError, IndexError) as error:
+            return [], 0.0, f"fails ({(str(error) or type(error).__name__).splitlines()[0]})"
+        wrong = f"differs from the masked one by {found:.2g} of its greatest value" if found > _MOST_APART else None
+        return history, found, wrong
+
+    def _faults(self, masked: nn.Module, dropped: Mapping[str, Sequence[int]]) -> list[str]:
+        """The groups that are wrong by themselves: nothing reads their channels any more, and yet it shows that they go."""
+        if self._compared(duplicate(masked), masked, dropped)[2] is None:
+            return []
+        names = list(dropped)
+        if len(names) == 1:
+            return names
+        halves = names[: len(names) // 2], names[len(names) // 2 :]
+        return [name for half in halves for name in self._faults(masked, {n: dropped[n] for n in half})]
 
     def _goal(self) -> dict[str, Any]:
         """What the last step is to reach, and what finding that out measured."""

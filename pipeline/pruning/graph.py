@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from evaluation.types import NetworkSpec, Resolution
 from pipeline.errors import UserError
-from pipeline.models.contract import duplicate, fold, tied
+from pipeline.models.contract import duplicate, fold, forward, tied
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 History = Sequence[
@@ -228,7 +228,12 @@ def survey(network: nn.Module) -> Survey:
 
     Torch-pruning follows channels through the operators that it knows, and takes all others for element-wise ones. So its
     groups are tried: the pruned network must give what the dense one gives whose consumers do not read those channels.
+
+    Raises:
+        UserError: the network's own forward pass fails.
     """
+    with _evaluating(network):
+        forward(network, example(network))
     try:
         found, left_out = _candidates(network)
         structure = [(name, type(module)) for name, module in network.named_modules()]
