@@ -58,8 +58,9 @@ class Cell:
         self.config, self.overrides, self.sweep, self.flags = config, list(overrides), sweep, list(flags)
         options.check_command(config)
         _keep_compiled(Path(str(config.outputs)))  # before numba is imported
+        options.check_wiring(config)
         preflight.check_pruner(config)
-        trust(_plain(config.trusted_modules), config.model.get("_target_"))
+        trust(_plain(config.trusted_modules), _plain(config.model.get("_target_")))
         self.plan, self.skipped = preflight.planned(config, sweep)
         preflight.check_options(config, self.plan, self.overrides, sweep)
         self.stages = {str(name): self._stage(str(name)) for name in config.stages}
@@ -245,6 +246,7 @@ def _device(results: Results) -> dict[str, Any]:
 
 
 _errors: list[str] = []  # of this process's only cell; a sweep's cells leave theirs in files
+_swept: dict[Path, None] = {}  # folders of outputs that this process's cells left theirs in, in order
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
@@ -283,7 +285,9 @@ def _cell(config: DictConfig) -> None:
             "collect": [] if cell is None else [name for name in cell.plan if cell.stages[name].collect],
             "skipped": [] if cell is None else cell.skipped,
             "name": str(config.name),
+            "outputs": str(config.outputs),
         }
+        _swept[Path(str(config.outputs))] = None
         folder = _run_folder(Path(str(config.outputs))) / "cells"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{context.job.num:06d}.json").write_text(json.dumps(content))
@@ -303,34 +307,52 @@ def _message(error: BaseException, outputs: Path) -> str:
         where = f"{error.filename}: " if error.filename else ""
         fix = "; free some space and run the same command again" if full else "; make it again with force=true" if lost else ""
         return f"{where}{error.strerror or error}{fix}"
-    return str(error)
+    return command_line.lost(error) or str(error) if isinstance(error, OmegaConfBaseException) else str(error)
 
 
 def _finish_sweep(words: command_line.Words) -> None:
-    """Make the reports of a finished sweep, one a name, and list the cells that failed.
+    """Make the reports of a finished sweep, one a name and folder, and list the cells that failed.
 
     Raises:
         UserError: a cell or a report failed, or no cell needs a stage that was asked for.
     """
-    files = [file for outputs in words.outputs() for file in (_run_folder(outputs) / "cells").glob("*.json")]
-    cells = [json.loads(file.read_text()) for file in sorted(files)]
+    folders = list(_swept) or words.outputs()  # a launcher may run cells in other processes
+    files = [file for outputs in folders for file in (_run_folder(outputs) / "cells").glob("*.json")]
+    cells = [json.loads(file.read_text()) for file in sorted(files, key=lambda file: file.name)]
+    if not cells:
+        raise UserError(f"outputs={folders[0]}: no cell of this sweep left there what became of it; give a plain folder")
     failed = [cell for cell in cells if cell["error"] is not None]
-    collecting = {cell["name"]: cell for cell in cells if cell["collect"] and cell["error"] is None}
-    for cell in collecting.values():
-        others = [o for o in cell["overrides"] if not o.startswith("stage=")]
-        try:
-            config = command_line.compose([*others, f"stage=[{','.join(cell['collect'])}]"], words.config_dir)
-            Cell(config, others, sweep=False).run()
-        except (UserError, OSError) as error:
-            failed.append({"overrides": [*others, "stage=report"], "error": _message(error, words.outputs()[0])})
-    if failed:
+    reports = _failed_reports(cells, words)
+    if failed or reports:
         common = set.intersection(*(set(cell["overrides"]) for cell in cells)) if len(cells) > 1 else set()
         lines = ""
-        for cell in failed:
+        for cell in [*failed, *reports]:
             lines += f"\n  {' '.join(o for o in cell['overrides'] if o not in common)}\n    {cell['error']}"
-        raise UserError(f"{len(failed)} of {len(cells)} cells failed:{lines}")
+        what = [f"{len(failed)} of {len(cells)} cells"] if failed else []
+        what += [f"{len(reports)} reports" if len(reports) > 1 else "the report"] if reports else []
+        raise UserError(f"{' and '.join(what)} failed:{lines}")
     if unneeded := set.intersection(*(set(cell["skipped"]) for cell in cells)):
         raise UserError(f"stage={min(unneeded)}: no cell of this sweep needs it; set the option that does, or leave it out")
+
+
+def _failed_reports(cells: Sequence[Mapping[str, Any]], words: command_line.Words) -> list[dict[str, Any]]:
+    """Make the reports of cells; those that could not be made, with what went wrong."""
+    failed: list[dict[str, Any]] = []
+    collecting = {(cell["outputs"], cell["name"]): cell for cell in cells if cell["collect"] and cell["error"] is None}
+    for (outputs, name), cell in collecting.items():
+        others = [o for o in cell["overrides"] if not o.startswith("stage=")]
+        place = [command_line.quoted("outputs", outputs), command_line.quoted("name", name)]  # once resolved, they stay
+        try:
+            config = command_line.compose([*others, *place, f"stage=[{','.join(cell['collect'])}]"], words.config_dir)
+            Cell(config, others, sweep=False).run()
+            continue
+        except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
+            message = _message(error, Path(outputs))
+        except Exception as error:  # noqa: BLE001
+            traceback.print_exc()  # a bug in a report; what failed before it is listed all the same
+            message = f"{type(error).__name__}: {error}"
+        failed.append({"overrides": [*others, "stage=report"], "error": message})
+    return failed
 
 
 def main() -> None:
@@ -343,7 +365,7 @@ def main() -> None:
             return
         sys.argv[1:] = [*words.flags, *words.options]
         _cell()
-        if words.sweep:
+        if words.sweep or _swept:  # a configuration may ask for a sweep too
             _finish_sweep(words)
         if _errors:
             print(f"error: {_errors[0]}", file=sys.stderr)

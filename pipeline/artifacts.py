@@ -89,13 +89,17 @@ class Stage:
 
     @classmethod
     def from_config(cls, name: str, config: Mapping[str, Any]) -> "Stage":
-        """From a resolved entry of the group `stages`."""
+        """From a resolved entry of the group `stages`.
+
+        Raises:
+            UserError: its address is no label.
+        """
+        address = config.get("address")
+        if not isinstance(address, str) or not re.fullmatch(r"[\w.+=-]*", address) or address.startswith("."):
+            raise UserError(f"stages.{name}.address={address}: a label holds more than letters, digits and ._+=-")
         wiring = {key: config[key] for key in WIRING if key in config}
         wiring["inputs"] = {role: stage for role, stage in (wiring.get("inputs") or {}).items() if stage is not None}
-        stage = cls(name=name, options={k: v for k, v in config.items() if k not in WIRING}, **wiring)
-        if not re.fullmatch(r"[\w.+=-]*", stage.address) or stage.address.startswith("."):
-            raise UserError(f"stages.{name}.address={stage.address}: a label holds more than letters, digits and ._+=-")
-        return stage
+        return cls(name=name, options={k: v for k, v in config.items() if k not in WIRING}, **wiring)
 
 
 @dataclass(frozen=True)
@@ -261,7 +265,7 @@ def closure(stages: Mapping[str, Stage], targets: Sequence[str]) -> list[str]:
     """The stages that `targets` need, inputs first.
 
     Raises:
-        UserError: the inputs form a circle, or name a stage that is not there.
+        UserError: the inputs form a circle, or a stage is not there.
     """
     order: list[str] = []
 
@@ -269,6 +273,8 @@ def closure(stages: Mapping[str, Stage], targets: Sequence[str]) -> list[str]:
         if name in above:
             raise UserError(f"stages.{name}.inputs: a circle, {' -> '.join((*above, name))}")
         if name not in stages:
+            if not above:
+                raise UserError(f"stages.{name}: is not there; this configuration takes it out, and it is needed")
             raise UserError(f"stages.{above[-1]}.inputs: no stage '{name}'{nearest(name, stages)}")
         if name not in order:
             for upstream in stages[name].inputs.values():

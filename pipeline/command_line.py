@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,6 +19,7 @@ _WITH_VALUE = (
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
     *("--info", "-i", "--shell-completion", "-sc", "--experimental-rerun"),
 )
+_COMMANDS = {"-m": "--multirun", "-r": "--run", "-c": "--cfg", "-i": "--info", "-sc": "--shell-completion"}
 _MOST_YAML = 100_000  # bytes of a file, and values that it stands for
 _SAFE = re.compile(r"[\w./:=+~@%,-]*")  # of what a shell leaves as it is
 
@@ -66,7 +67,7 @@ def read(words: Sequence[str]) -> Words:
     """Sort the words of a command, flags in any place.
 
     Raises:
-        UserError: a flag is unknown, a word is no option, or a value can be read in two ways.
+        UserError: a flag is unknown, flags exclude each other, a word is no option, or a value can be read in two ways.
     """
     flags: list[str] = []
     options: list[str] = []
@@ -84,10 +85,52 @@ def read(words: Sequence[str]) -> Words:
             flags += [word, *value]
         else:
             raise UserError(f"{word}: no such flag{nearest(flag, (*_ALONE, *_WITH_VALUE))}; options are OPTION=VALUE")
+    _check_flags(flags)
     read_words = Words(flags, [])
     if read_words.config_dir is not None:
         check_choices(Path(read_words.config_dir))
-    return Words(flags, [_readable(word, read_words.sweep) for word in options])
+    readable = [_readable(word, read_words.sweep) for word in options]
+    folders = _folders(read_words.config_dir)
+    groups = _groups(folders)
+    for word in readable:
+        key = word.lstrip("+").partition("=")[0]
+        if key == "hydra.mode":
+            raise UserError(f"{word}: add the flag --multirun for a sweep; without it the command runs one cell")
+        if key in groups and (wrong := _no_texts(word)):
+            raise UserError(f"{key}={wrong[0]}: choose one of {', '.join(_choices(key, folders))}")
+    return Words(flags, readable)
+
+
+def _check_flags(flags: Sequence[str]) -> None:
+    """Refuse flags of which Hydra takes one alone.
+
+    Raises:
+        UserError: there are two of them.
+    """
+    names = [flag.partition("=")[0] for flag in flags if flag.startswith("-")]
+    commands = list(dict.fromkeys(_COMMANDS.get(name, name) for name in names))
+    commands = [name for name in commands if name in _COMMANDS.values()]
+    if len(commands) > 1:
+        raise UserError(f"{commands[0]} {commands[1]}: these do not go together; give one of them")
+    if sum(name in ("--config-dir", "-cd") for name in names) > 1:
+        raise UserError("--config-dir: given twice; put all choices into one folder and name it once")
+
+
+def _no_texts(word: str) -> list[str]:
+    """The values of a group's option that are no names of choices, such as null and numbers; a mapping sets options."""
+    parser = OverridesParser.create()
+    override = parser.parse_override(word)
+    if override.is_delete():
+        return []
+    option, _, text = word.partition("=")
+    texts = list(override.sweep_string_iterator()) if override.is_sweep_override() else [text]
+    wrong = []
+    for text in texts:
+        value = parser.parse_override(f"{option}={text}").value()
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, (str, QuotedString, dict)) for item in items):
+            wrong.append(text)
+    return wrong
 
 
 def check_choices(folder: Path) -> None:
@@ -175,7 +218,7 @@ def compose(options: Sequence[str], config_dir: str | None) -> DictConfig:
 def explained(error: Exception, words: Words) -> str:
     """Hydra's complaint about the command line, shortened, with the nearest known name."""
     folders = _folders(words.config_dir)
-    groups = {group.name for folder in folders for group in folder.iterdir() if group.is_dir()} - {"__pycache__"}
+    groups = _groups(folders)
     try:
         chosen = [w for w in words.options if w.partition("=")[0] in groups and _is_choice(w, folders)]
         known = set(_paths(OmegaConf.to_container(compose(chosen, words.config_dir)), ""))
@@ -185,7 +228,7 @@ def explained(error: Exception, words: Words) -> str:
         key, _, value = word.lstrip("+~").partition("=")
         if key in groups:
             choices = _choices(key, folders)
-            wrong = [v for v in value.split(",") if v not in (*choices, "null", "none")]
+            wrong = [v for v in value.strip("[]").split(",") if v not in choices]
             if wrong:
                 return f"{key}={wrong[0]}: no such choice{nearest(wrong[0], choices)}; choose one of {', '.join(choices)}"
         elif key and not key.startswith("hydra") and key not in known:
@@ -194,7 +237,17 @@ def explained(error: Exception, words: Words) -> str:
             return f"{key}: no such option{hint}; `python -m pipeline --cfg job` lists them"
     if found := re.match(r"Error merging override (.*)", str(error)):
         return f"{found[1]}: not what this option takes; `python -m pipeline --cfg job` shows its value"
-    return str(error).split("\n\nSet the environment", maxsplit=1)[0].strip()
+    return lost(error) or str(error).split("\n\nSet the environment", maxsplit=1)[0].strip()
+
+
+def lost(error: Exception) -> str | None:
+    """What OmegaConf says, in several lines, of an option that is not there; None of another error."""
+    place = re.search(r"full_key: (\S+)", str(error))
+    if place and (found := re.match(r"Interpolation key '([^']+)' not found", str(error))):
+        return f"{found[1]}: is not there, and {place[1]} needs it"
+    if place and re.match(r"Key '[^']*' is not in struct", str(error)):
+        return f"{place[1]}: is not there, and is needed"
+    return None
 
 
 def _folders(config_dir: str | None) -> list[Path]:
@@ -203,6 +256,10 @@ def _folders(config_dir: str | None) -> list[Path]:
 
     own = Path(str(conf.__file__)).parent
     return [own, Path(config_dir)] if config_dir is not None and Path(config_dir).is_dir() else [own]
+
+
+def _groups(folders: Sequence[Path]) -> set[str]:
+    return {group.name for folder in folders for group in folder.iterdir() if group.is_dir()} - {"__pycache__"}
 
 
 def _choices(group: str, folders: Sequence[Path]) -> list[str]:

@@ -132,10 +132,36 @@ def check_command(config: DictConfig) -> None:
             raise UserError(f"{key}: is not there; this configuration takes it out, and it is needed")
         if hint is not Any:
             check.option(config, key, hint)
+    for key in ("data", "model", "pruner", "precision", "backend"):  # of every chain
+        _refuse_unless(isinstance(config[key], DictConfig), key, config[key], DictConfig)
     about = get_type_hints(About, include_extras=True)
     for node in (config[key] for key, hint in known.items() if hint is Any and isinstance(config[key], DictConfig)):
         for key in (key for key in about if key in node and not OmegaConf.is_interpolation(node, key)):
             check.option(node, key, about[key])
+
+
+def check_wiring(config: DictConfig) -> None:
+    """Check of every stage, planned or not, what the plan is read from.
+
+    Raises:
+        UserError: one is no mapping, or lacks its function, inputs or address.
+    """
+    check = _Check()
+    shape = "a stage is a mapping with _target_, inputs and address"
+    for name, node in config.stages.items():
+        place = f"stages.{name}"
+        if not isinstance(node, DictConfig):
+            raise UserError(f"{place}={_shown(node)}: no stage; {shape}{nearest(name, set(config.stages) - {name})}")
+        kinds = {"_target_": str, "inputs": Mapping[str, str | None], "address": str}
+        absent = [key for key in kinds if key not in node]
+        if len(absent) == len(kinds):
+            raise UserError(f"{place}: no such stage{nearest(name, set(config.stages) - {name})}; {shape}")
+        if absent:
+            raise UserError(f"{place}.{absent[0]}: is not there; {shape}")
+        for key, hint in kinds.items():
+            check.option(node, key, hint)
+        if "aside" in node:
+            check.option(node, "aside", bool)
 
 
 def check_stages(config: DictConfig, names: Sequence[str]) -> None:
@@ -158,8 +184,8 @@ def installed(node: Any) -> bool:
         _parameters(target)
     except ModuleNotFoundError as error:
         return error.name is None or target.startswith(error.name)
-    except (ImportError, AttributeError, TypeError, ValueError):
-        return True  # wrong, which the check says
+    except Exception:  # noqa: BLE001 - wrong, whatever it is, which the check says
+        return True
     return True
 
 
@@ -178,19 +204,22 @@ def check_added(config: DictConfig, words: Sequence[str]) -> None:
     """Refuse what `+` adds to the configuration and no signature takes.
 
     Raises:
-        UserError: there is such an option.
+        UserError: there is such an option, or what it is added to is no component.
     """
     for word in words:
         key = word.lstrip("+").partition("=")[0]
         if not word.startswith("+") or key.startswith("hydra.") or "@" in key:
             continue
         parts = key.split(".")
-        components = [n for n in range(1, len(parts)) if _target_at(config, parts[:n]) is not None]
+        components = [n for n in range(1, len(parts)) if _component_at(config, parts[:n]) is not None]
         free = parts[0] in ("addresses", "axes") or parts[:2] in (["model", "spec"], ["model", "tensors"])
         if len(parts) == 1 or (free and not components):
             continue  # `Command` or the network's description takes it
         place = components[-1] if components else 0
-        takes = _parameters(str(_target_at(config, parts[:place]))) if components else {}
+        node = _component_at(config, parts[:place]) if components else None
+        if node is not None and not installed(node):
+            continue
+        takes = _parameters(_target(node)) if node is not None else {}
         wiring = WIRING if parts[0] == "stages" and place == 2 else ()
         if place == 0 or (parts[place] not in (*takes, *wiring) and "**" not in takes):
             raise UserError(f"{key}: no such option{nearest(parts[place], takes)}; `python -m pipeline --cfg job` lists them")
@@ -216,12 +245,12 @@ def instances(values: Mapping[str, Any]) -> dict[str, Any]:
         raise
 
 
-def _target_at(config: DictConfig, parts: Sequence[str]) -> str | None:
+def _component_at(config: DictConfig, parts: Sequence[str]) -> DictConfig | None:
     try:
         node = OmegaConf.select(config, ".".join(parts))
     except OmegaConfBaseException:
         return None
-    return node.get("_target_") if isinstance(node, DictConfig) else None
+    return node if isinstance(node, DictConfig) and node.get("_target_") is not None else None
 
 
 class _Check:
@@ -338,6 +367,8 @@ def _target(node: DictConfig) -> str:
         UserError: it cannot.
     """
     target = node["_target_"]
+    if not isinstance(target, str):
+        raise UserError(f"{_name(node, '_target_')}={_shown(target)}: choose the dotted name of a class or function")
     try:
         _parameters(target)
     except (ImportError, AttributeError, TypeError) as error:
@@ -504,7 +535,7 @@ def _in_words(kind: Any) -> str:
     inside = [part for part in get_args(kind) if part is not Ellipsis]
     container = _container(kind)
     if container in (dict, Mapping) or is_typeddict(kind):
-        return "a mapping" + (f" of names to {described(inside[1])}" if inside and inside[1] is not Any else "")
+        return "a mapping" + (f" of names to {described(inside[1])}" if inside and inside[1] not in (Any, object) else "")
     if container is tuple and Ellipsis not in get_args(kind) and inside:
         return f"a list of {len(inside)}, [{', '.join(map(described, inside))}]"
     exact = next((marker for marker in markers if isinstance(marker, Len)), None)

@@ -1,5 +1,6 @@
 """What must hold between options, and between them and this machine, before any work."""
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -10,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from evaluation.types import InputSpec, Resolution
 from pipeline import options
-from pipeline.artifacts import Stage, arguments, closure, option_of, read_manifest, requested, targets, value_at
+from pipeline.artifacts import Stage, arguments, closure, option_of, read_manifest, requested, sha256, targets, value_at
 from pipeline.errors import UserError
 
 
@@ -69,7 +70,10 @@ def check_pruner(config: DictConfig) -> None:
         raise UserError(f"control={config.control}: there is no pruner; add pruner=l1")
     if config.control == "scratch" and config.weights is not None:
         raise UserError("control=scratch: the dense network came trained (weights=), so what its training took is not known")
-    if config.control == "scratch" and (patience := config.stages.retrain.training.patience) is not None:
+    scratch = config.control == "scratch" and "retrain" in config.stages
+    training = config.stages.retrain.get("training") if scratch else None
+    patience = training.get("patience") if isinstance(training, DictConfig) else None  # else refused with the stage's options
+    if patience is not None:
         raise UserError(
             f"control=scratch: a retraining with patience={patience} ends when it will; give it and the control "
             "stages.retrain.training.patience=null"
@@ -84,7 +88,7 @@ def check_choices(config: DictConfig, plan: Sequence[str]) -> None:
     Raises:
         UserError: a choice does not run on the backend, the resolution does not fit, a stage is of other networks.
     """
-    backend = str(config.backend._target_).split(".")[-2]
+    backend = str(config.backend._target_).rpartition(".")[0].rpartition(".")[2]
     for group, label in (("precision", config.precision.name), ("model", config.model.label)):
         only = config[group].get("only_on")
         if only not in (None, backend):
@@ -169,8 +173,22 @@ def check_given(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[
     for doubt in check_request(file, raw, precision, sizes, batches, parts["framing"].one_size):
         print(f"warning: {doubt}", file=sys.stderr)
     export = Path(str(config.outputs)) / str(config.name) / "export" / stages["export"].address
-    if "export" in plan and (config.force or read_manifest(export) is None):
+    if "export" in plan and (config.force or not _adopted(read_manifest(export), stages["export"], file)):
         adopt(file, raw, model["outputs"], _resolution("training_resolution", str(config.training_resolution)))
+
+
+def _adopted(manifest: Mapping[str, Any] | None, export: Stage, file: Path) -> bool:
+    """Whether a result was made of this very file, described and tried in the same way."""
+    from pipeline.onnx_parts import external_files
+
+    if manifest is None:
+        return False
+    content: dict[str, Any] = {"sha256": sha256(file)}
+    if weights := external_files(file):
+        content["weights"] = {name: sha256(path) if path.is_file() else "missing" for name, path in weights.items()}
+    now = {key: value for key, value in arguments(export).items() if key in ("spec", "outputs", "resolution")}
+    now = json.loads(json.dumps({**now, "onnx": content}))
+    return bool({key: manifest["config"].get(key) for key in now} == now)
 
 
 def check_machine(stage: Stage) -> None:

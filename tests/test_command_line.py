@@ -1,22 +1,28 @@
 """The words of the command: flags in any place, quotes, help, and sweeps whose cells need different stages."""
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 
+import numpy as np
+import onnx
 import pytest
 from conftest import ROOT, SMOKE, pipeline, refused
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+import pipeline.__main__ as main
 from pipeline import __version__, command_line, options, preflight
+from pipeline.artifacts import Stage, sha256
 from pipeline.errors import UserError
+from pipeline.models.trust import network_class, trust
 
 
 def test_flags_stand_in_any_place():
-    words = command_line.read(["a=1", "--multirun", "b=2", "--config-dir", "my conf", "c=3", "--cfg=job"])
-    assert words.flags == ["--multirun", "--config-dir", "my conf", "--cfg=job"]
+    words = command_line.read(["a=1", "--multirun", "b=2", "--config-dir", "my conf", "c=3", "--package=x"])
+    assert words.flags == ["--multirun", "--config-dir", "my conf", "--package=x"]
     assert words.options == ["a=1", "b=2", "c=3"]
     assert words.sweep
     assert words.config_dir == "my conf"
@@ -125,3 +131,105 @@ def test_experiments_change_no_other_network():
         config = command_line.compose([f"experiment={experiment}", "model=mobilenetv2_paf"], None)
         assert config.model.width == command_line.compose(["model=mobilenetv2_paf"], None).model.width
         assert "width" not in command_line.compose([f"experiment={experiment}", "model=onnx", "model.onnx=m"], None).model
+
+
+@pytest.fixture
+def swept(tmp_path, monkeypatch):
+    """Leaves what became of cells in folders, and finishes the sweep; the folders of the reports that were made."""
+    monkeypatch.setattr(main, "_swept", {})
+    made = []
+
+    class Report:
+        def __init__(self, config, overrides, sweep):
+            self.config = config
+
+        def run(self):
+            if self.config.name == "broken":
+                raise ZeroDivisionError("a bug in the report")
+            made.append((self.config.outputs, self.config.name))
+
+    def finish(*cells):
+        for number, (outputs, name, error) in enumerate(cells):
+            folder = main._run_folder(tmp_path / outputs) / "cells"
+            folder.mkdir(parents=True, exist_ok=True)
+            main._swept[tmp_path / outputs] = None
+            overrides = ["outputs=o-${name}", f"name={name}", f"seed={number}"]
+            place = {"name": name, "outputs": str(tmp_path / outputs)}
+            content = {"overrides": overrides, "error": error, "collect": ["report"], "skipped": [], **place}
+            (folder / f"{number:06d}.json").write_text(json.dumps(content))
+        main._finish_sweep(command_line.read(["--multirun", "outputs=o-${name}", "name=a,b"]))
+
+    monkeypatch.setattr(main, "Cell", Report)
+    return finish, made
+
+
+def test_every_folder_and_name_of_a_sweep_has_a_report(swept, tmp_path):
+    finish, made = swept
+    finish(("x", "a", None), ("y", "a", None), ("y", "b", None))
+    assert made == [(str(tmp_path / "x"), "a"), (str(tmp_path / "y"), "a"), (str(tmp_path / "y"), "b")]
+
+
+def test_a_failed_report_hides_no_failed_cell_and_is_none(swept, capsys):
+    finish, made = swept
+    with pytest.raises(UserError) as error:
+        finish(("x", "broken", None), ("y", "a", "no memory"), ("y", "b", None))
+    assert str(error.value).startswith("1 of 3 cells and the report failed:")
+    assert "no memory" in str(error.value)
+    assert "ZeroDivisionError: a bug in the report" in str(error.value)
+    assert "Traceback" in capsys.readouterr().err
+    assert [name for _, name in made] == ["b"]
+
+
+def test_a_sweep_without_cells_is_an_error(swept, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no cell of this sweep left there"):
+        swept[0]()
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("1 / 0", "cannot be imported (ZeroDivisionError: division by zero)"),
+        ("def broken(:", "cannot be imported (SyntaxError: "),
+        ("unknown_name", "cannot be imported (NameError: name 'unknown_name'"),
+        ("import no_such_package_here", "cannot be imported (ModuleNotFoundError: No module named 'no_such_package_here')"),
+        ("from json import nothing", "cannot be imported (ImportError: cannot import name 'nothing'"),
+    ],
+)
+def test_a_trusted_module_that_fails_says_why(code, says, tmp_path, monkeypatch):
+    monkeypatch.setenv("POSEPRESS_TRUSTED_MODULES", "")
+    name = f"nets_that_fail_{abs(hash(code))}"
+    (tmp_path / f"{name}.py").write_text(code + "\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    trust([name], None)
+    with pytest.raises(UserError) as error:
+        network_class(f"{name}.Net", tmp_path / "architecture.json")
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+    trust(["no_such_module_here"], None)
+    with pytest.raises(UserError, match="put its module on PYTHONPATH"):
+        network_class("no_such_module_here.Net", tmp_path / "architecture.json")
+
+
+def test_what_an_addition_belongs_to_may_need_another_machine(tmp_path, monkeypatch):
+    (tmp_path / "fails_when_read.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = OmegaConf.create({"backend": {"_target_": "fails_when_read.Runner", "foo": 1}})
+    with pytest.raises(UserError, match=r"^backend\._target_=.*ZeroDivisionError"):
+        options.check_added(config, ["+backend.foo=1"])
+
+
+def test_an_export_of_another_file_is_adopted_anew(tmp_path):
+    def write(value):
+        tensor = onnx.numpy_helper.from_array(np.float32([value]), "w")
+        onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], [tensor])), tmp_path / "m.onnx")
+
+    write(1)
+    file, given = tmp_path / "m.onnx", {"spec": {"stride": 8}, "outputs": None, "resolution": "64x80", "opset": 20}
+    manifest = {"config": {**given, "onnx": {"sha256": sha256(file)}}}
+    assert preflight._adopted(manifest, Stage("export", "a", given), file)
+    assert not preflight._adopted(None, Stage("export", "a", given), file)
+    assert not preflight._adopted(manifest, Stage("export", "a", {**given, "outputs": {"a": "b"}}), file)
+    assert not preflight._adopted(manifest, Stage("export", "a", {**given, "spec": {"stride": 4}}), file)
+    write(2)
+    assert not preflight._adopted(manifest, Stage("export", "a", given), file)

@@ -53,9 +53,9 @@ def network_class(target: object, file: Path) -> Callable[..., Any]:
     known = [_OWN, *modules]
     module = text.rpartition(".")[0]
     if _below(module, known):
-        found = _imported(text)
+        found = _imported(text, f"{file}: its network is {text}")
     else:
-        found = None if own is None else _imported(own)
+        found = None if own is None else _imported(own, f"model._target_={own}")
         if found is None or _name_of(found) != text:
             raise UserError(
                 f"{file}: its network is {text}, from a module that this command does not name. If you trust its code, "
@@ -75,9 +75,17 @@ def _name_of(thing: Any) -> str:
     return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', '')}"
 
 
-def _imported(target: str) -> Any:
+def _imported(target: str, where: str) -> Any:
+    """What a dotted name stands for; None where there is no such module or nothing of that name in it.
+
+    Raises:
+        UserError: the module is there and its own code fails.
+    """
     module, _, name = target.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name, None) if module else None
-    except ImportError:
-        return None
+    except Exception as error:  # a module's own code raises anything
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+            return None
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{where}: its module cannot be imported ({what})") from error
