@@ -98,7 +98,7 @@ def read(words: Sequence[str]) -> Words:
             raise UserError(f"{word}: add the flag --multirun for a sweep; without it the command runs one cell")
         if key in groups and (wrong := _no_texts(word)):
             raise UserError(f"{key}={wrong[0]}: choose one of {', '.join(_choices(key, folders))}")
-    return Words(flags, readable)
+    return Words(flags, [part for word in readable for part in _harmless(word)])
 
 
 def _check_flags(flags: Sequence[str]) -> None:
@@ -131,6 +131,11 @@ def _no_texts(word: str) -> list[str]:
         if not all(isinstance(item, (str, QuotedString, dict)) for item in items):
             wrong.append(text)
     return wrong
+
+
+def _harmless(word: str) -> list[str]:
+    """A word, put so that an option of the network is taken out also where it is not there: not every experiment sets it."""
+    return [f"++{word[1:]}=0", word] if re.fullmatch(r"~model\.\w+", word) else [word]
 
 
 def check_choices(folder: Path) -> None:

@@ -208,7 +208,7 @@ def check_added(config: DictConfig, words: Sequence[str]) -> None:
     """
     for word in words:
         key = word.lstrip("+").partition("=")[0]
-        if not word.startswith("+") or key.startswith("hydra.") or "@" in key:
+        if not word.startswith("+") or key.startswith("hydra.") or "@" in key or f"~{key}" in words:
             continue
         parts = key.split(".")
         components = [n for n in range(1, len(parts)) if _component_at(config, parts[:n]) is not None]

@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from evaluation.skeletons import OPENPOSE_18
 from evaluation.types import FieldSpec, InputSpec, NetworkSpec, Resolution, Skeleton
 from evaluation.views import WholeImage
-from pipeline import export
+from pipeline import command_line, export
 from pipeline.artifacts import Job
 from pipeline.errors import UserError
 from pipeline.models import contract, store
-from pipeline.options import check_component
+from pipeline.options import check_added, check_component
 from pipeline.pruning import graph
 from pipeline.pruning.cycle import Cycle
 from pipeline.pruning.graph import LAYERS, Costs, apart, groups, mask, remove, replay, survey
@@ -697,6 +697,16 @@ def test_an_option_that_an_experiment_sets_for_another_network_is_named():
     model = {"_target_": f"{MODULE.__name__}.Own", "_partial_": True, "width": 0.125, "label": "own"}
     with pytest.raises(UserError, match=r"model\.width: no such option; where an experiment sets it .*, add ~model\.width"):
         check_component(OmegaConf.create({"model": model}), "model")
+
+
+@pytest.mark.parametrize("model", ["mobilenetv2_paf", "lightweight_openpose_smoke"])
+@pytest.mark.parametrize("option", ["width", "depth"])
+def test_an_option_is_taken_out_whether_it_is_there_or_not(model, option):
+    words = command_line.read(["experiment=smoke", f"model={model}", f"~model.{option}", "tracking=none"])
+    config = command_line.compose(words.options, None)
+    check_added(config, words.options)
+    assert option not in config.model
+    assert "label" in config.model
 
 
 def test_an_option_without_a_default_is_asked_for():
