@@ -358,6 +358,8 @@ def _failed_reports(cells: Sequence[Mapping[str, Any]], words: command_line.Word
 def main() -> None:
     """Run the command line and exit: 0 done, 2 bad input, 1 a bug."""
     words: command_line.Words | None = None
+    _errors.clear()
+    _swept.clear()
     try:
         words = command_line.read(sys.argv[1:] or ["--help"])
         if "--version" in words.flags:

@@ -152,7 +152,6 @@ def pipeline(*words, cwd, double=False, check=None, env=None):
         os.environ.clear()
         os.environ.update(variables)
         sys.path[:], sys.argv = paths, argv
-        program._errors.clear()
         forget_doubles()
     done = SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
     return _checked(done, check)
