@@ -56,7 +56,9 @@ def evaluated(folder: Path) -> Side:
     (engine,) = manifest["inputs"]["engine"]
     timed = {}
     for file in sorted((root / "benchmark").glob("[!.]*/manifest.json")):
-        other = read_manifest(file.parent) or {}
+        other = read_manifest(file.parent)
+        if other is None:  # damaged
+            continue
         figures = other["summary"]
         if other["inputs"]["engine"] == [engine] and figures.get("timed") and current(other, root):
             timed[figures["device"], figures["threads"], figures["batch"]] = figures
