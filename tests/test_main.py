@@ -3,7 +3,6 @@
 import errno
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -169,12 +168,11 @@ def test_results_hold_no_path_of_this_machine(finished):
         assert str(Path.home()) not in file.read_text()
 
 
-def test_a_file_that_is_gone_is_not_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pipeline", f"outputs={tmp_path}"])
+def test_a_file_that_is_gone_is_not_a_folder_that_cannot_be_written(tmp_path):
     file = str(tmp_path / "captions.json")
-    gone = _message(FileNotFoundError(errno.ENOENT, "No such file or directory", file))
+    gone = _message(FileNotFoundError(errno.ENOENT, "No such file or directory", file), tmp_path)
     assert gone == f"{file}: No such file or directory; make it again with force=true"
-    full = _message(OSError(errno.ENOSPC, "No space left on device", file))
+    full = _message(OSError(errno.ENOSPC, "No space left on device", file), tmp_path)
     assert full == f"{file}: No space left on device; free some space and run the same command again"
-    denied = _message(PermissionError(errno.EACCES, "Permission denied", file))
+    denied = _message(PermissionError(errno.EACCES, "Permission denied", file), tmp_path)
     assert denied == f"outputs={tmp_path}: cannot write there (Permission denied); choose another folder with outputs=DIR"
