@@ -123,11 +123,14 @@ class Cell:
     def run_stage(self, stage: Stage) -> None:
         """Run one stage unless its result is fresh."""
         from rich.console import Console
+        from rich.markup import escape
 
         console = Console(stderr=True, highlight=False)
         inputs = self.results.input_manifests(stage, self.stages, self.command)
         for folder in self.results.damaged:
-            console.print(f"[yellow]left out: {folder} is damaged; run its cell again with force=true[/]", soft_wrap=True)
+            console.print(
+                f"[yellow]left out: {escape(str(folder))} is damaged; run its cell again with force=true[/]", soft_wrap=True
+            )
         data = None
         if stage.options.get("data") is not None and stage.splits:
             data = options.instances({"data": arguments(stage)["data"]})["data"].digest(stage.splits)
@@ -145,7 +148,7 @@ class Cell:
             ):  # another process was faster
                 self._keep(stage, fingerprint, console)
                 return
-            console.print(f"[bold]{stage.name:10}[/] ...    {folder}", soft_wrap=True)
+            console.print(f"[bold]{stage.name:10}[/] ...    {escape(str(folder))}", soft_wrap=True)
             started = time.time()
             given = options.instances(arguments(stage))
             target = given.pop("_target_")
@@ -170,7 +173,9 @@ class Cell:
                 self.results.finish(out, fingerprint, parts, summary)
             self.summaries[stage.name] = summary
             self._note(stage, fingerprint, started, time.time())
-            console.print(f"[bold green]{stage.name:10}[/] done   {folder}  ({time.time() - started:.1f} s)", soft_wrap=True)
+            console.print(
+                f"[bold green]{stage.name:10}[/] done   {escape(str(folder))}  ({time.time() - started:.1f} s)", soft_wrap=True
+            )
 
     def _note(self, stage: Stage, fingerprint: str, started: float, ended: float) -> None:
         """Remember a stage to be logged."""
@@ -179,8 +184,10 @@ class Cell:
 
     def _keep(self, stage: Stage, fingerprint: str, console: Any) -> None:
         """Say that a result is fresh, take its figures, and have it logged if it never was."""
+        from rich.markup import escape
+
         folder = self.results.folder(stage)
-        console.print(f"[dim]{stage.name:10} fresh  {folder}[/]", soft_wrap=True)
+        console.print(f"[dim]{stage.name:10} fresh  {escape(str(folder))}[/]", soft_wrap=True)
         self.summaries[stage.name] = (read_manifest(folder) or {}).get("summary", {})
         if self.logged is not None and not self.logged.has(stage.name, stage.address, fingerprint):
             made = (folder / MANIFEST).stat().st_mtime

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, inliner
 
 from evaluation.pixels import normalise
 from evaluation.types import FieldSpec, NetworkSpec, Resolution
-from pipeline.errors import UserError, nearest
+from pipeline.errors import UserError, first_line, nearest
 from pipeline.specs import described, named
 
 F32 = NDArray[np.float32]
@@ -74,7 +74,7 @@ def adopt(file: Path, raw: object, outputs: Mapping[str, Any] | None, resolution
         onnx.checker.check_model(model)
     except Exception as error:
         raise UserError(
-            f"{where}: its outputs cannot be named as the fields ({_first(error)}); name them so at export"
+            f"{where}: its outputs cannot be named as the fields ({first_line(error)}); name them so at export"
         ) from error
     return Adopted(model, spec, sources, size, notes)
 
@@ -102,7 +102,7 @@ def check_request(
     try:
         model = onnx.load(file, load_external_data=False)
     except Exception as error:
-        raise UserError(f"{where}: not a valid ONNX file ({_first(error)}); give an ONNX file") from error
+        raise UserError(f"{where}: not a valid ONNX file ({first_line(error)}); give an ONNX file") from error
     integers = quantized(model)
     if integers and precision != "external":
         raise UserError(
@@ -146,7 +146,7 @@ def read(file: Path) -> onnx.ModelProto:
         model = onnx.load(file)
     except Exception as error:
         raise UserError(
-            f"{where}: not a valid ONNX file ({_first(error)}); export it again, with its weights beside it"
+            f"{where}: not a valid ONNX file ({first_line(error)}); export it again, with its weights beside it"
         ) from error
     if not model.graph.node:
         raise UserError(f"{where}: not a valid ONNX file (there is no node in it); export it again")
@@ -158,7 +158,7 @@ def read(file: Path) -> onnx.ModelProto:
     try:
         onnx.checker.check_model(model)
     except Exception as error:
-        raise UserError(f"{where}: not a valid ONNX file ({_first(error)}); export it again") from error
+        raise UserError(f"{where}: not a valid ONNX file ({first_line(error)}); export it again") from error
     return model
 
 
@@ -181,13 +181,6 @@ def half_weights(model: onnx.ModelProto) -> list[str]:
     """The names of weights of 16 bits."""
     narrow = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
     return [tensor.name for tensor in model.graph.initializer if tensor.data_type in narrow and len(tensor.dims) > 1]
-
-
-def _first(error: Exception) -> str:
-    """The part of a library's error that speaks of the file, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    said = lines[0].removeprefix("[ONNXRuntimeError] : ").rpartition(" was false. ")[2].rpartition(" Status Message: ")[2]
-    return re.sub(r"^\d+ : [A-Z_]+ : |/onnxruntime_src\S+ .*?\) (?=[A-Z])", "", said)[:240]
 
 
 def free_axes(model: onnx.ModelProto) -> dict[str, int]:
@@ -312,7 +305,9 @@ def _complaint(error: Exception, model: onnx.ModelProto, images: F32) -> str:
         except Exception as again:  # noqa: BLE001 - the same error with a name
             failed = re.search(r"while running (\w+) node\. Name:'(.*?)' Status Message: ", str(again)) or failed
     return (
-        f"its node '{failed[2]}' ({failed[1]}): {_first(error)}" if failed else f"ONNX Runtime cannot run it ({_first(error)})"
+        f"its node '{failed[2]}' ({failed[1]}): {first_line(error)}"
+        if failed
+        else f"ONNX Runtime cannot run it ({first_line(error)})"
     )
 
 
@@ -346,7 +341,7 @@ def _run_as_it_is(
             onnx.checker.check_model(raised)
             same = _run(raised, image)
         except Exception as error:  # noqa: BLE001 - a converter knows some operators only
-            reason = _first(error)
+            reason = first_line(error)
             continue
         if all(name in same and _close(same[name], values) for name, values in returned.items()):
             notes.append(f"raised from opset {opset} to {target}")

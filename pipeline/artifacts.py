@@ -72,7 +72,7 @@ class Stage:
         files: options that name files of the user.
         collect: reads every finished result of its inputs, not one.
         device: its result belongs to this machine.
-        aside: it belongs to no chain, and always runs when it is asked for; who collects it does without where it is missing.
+        aside: it belongs to no chain, and always runs when it is asked for; a stage that collects works without it.
     """
 
     name: str
@@ -485,7 +485,7 @@ class Results:
                 if not stage.collect and not current(manifest, self.outputs / self.name):
                     raise UserError(f"{folder}: made from inputs that changed since; make it again with: {command(upstream)}")
                 checked.append((folder, manifest))
-            needed = not stage.collect or role == next(iter(stage.inputs))  # who collects does without the rest
+            needed = not stage.collect or role == next(iter(stage.inputs))  # a collecting stage needs its first input only
             if not checked and needed and not stages[upstream].aside:
                 lost, again = "", ""
                 if folders:

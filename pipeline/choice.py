@@ -1,4 +1,4 @@
-"""Which engine to ship: the fastest one that is shown to lose next to nothing."""
+"""Recommends an engine: the fastest one whose loss of AP is shown to be at most MOST_LOST."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

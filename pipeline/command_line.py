@@ -1,4 +1,4 @@
-"""The words of the command: what Hydra reads of them, and its complaints in the words of this product."""
+"""Reads the command line before Hydra does: sorts flags and options, quotes values, rewrites Hydra's errors."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -88,7 +88,7 @@ def read(words: Sequence[str]) -> Words:
     _check_flags(flags)
     read_words = Words(flags, [])
     if read_words.config_dir is not None:
-        check_choices(Path(read_words.config_dir))
+        check_config_dir(Path(read_words.config_dir))
     readable = [_readable(word, read_words.sweep) for word in options]
     folders = _folders(read_words.config_dir)
     groups = _groups(folders)
@@ -98,7 +98,7 @@ def read(words: Sequence[str]) -> Words:
             raise UserError(f"{word}: add the flag --multirun for a sweep; without it the command runs one cell")
         if key in groups and (wrong := _no_texts(word)):
             raise UserError(f"{key}={wrong[0]}: choose one of {', '.join(_choices(key, folders))}")
-    return Words(flags, [part for word in readable for part in _harmless(word)])
+    return Words(flags, [part for word in readable for part in _removable(word)])
 
 
 def _check_flags(flags: Sequence[str]) -> None:
@@ -133,12 +133,12 @@ def _no_texts(word: str) -> list[str]:
     return wrong
 
 
-def _harmless(word: str) -> list[str]:
-    """A word, put so that an option of the network is taken out also where it is not there: not every experiment sets it."""
+def _removable(word: str) -> list[str]:
+    """A word for Hydra. `++model.X=0` before `~model.X` makes taking an option out no error where it is not there."""
     return [f"++{word[1:]}=0", word] if re.fullmatch(r"~model\.\w+", word) else [word]
 
 
-def check_choices(folder: Path) -> None:
+def check_config_dir(folder: Path) -> None:
     """Check, before any of it is read into memory, that the choices of a folder are of bounded size, aliases followed.
 
     Raises:

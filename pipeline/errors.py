@@ -1,6 +1,7 @@
 """The one error a user is meant to see."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -12,3 +13,10 @@ def nearest(word: object, known: Iterable[str]) -> str:
     """A hint at the known word closest to `word`, to end an error with; nothing if none is close."""
     close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line: without ONNX Runtime's prefixes, its class where it has no message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = lines[0].removeprefix("[ONNXRuntimeError] : ").rpartition(" was false. ")[2].rpartition(" Status Message: ")[2]
+    return re.sub(r"^\d+ : [A-Z_]+ : |/onnxruntime_src\S+ .*?\) (?=[A-Z])", "", text)[:240]

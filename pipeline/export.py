@@ -22,7 +22,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from evaluation.types import NetworkSpec
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.specs import SPEC_KEY
 
 _SAME = 1e-3  # of a field's range, between torch and a graph that was kept from a network of the same structure
@@ -271,7 +271,7 @@ def compare(
         try:
             found = session.run(names, {spec.input.name: images})
         except Exception as error:
-            first = str(error).splitlines()[0].rpartition(" was false. ")[2]
+            first = first_line(error)
             shape = "x".join(map(str, images.shape))
             raise UserError(
                 f"{file.name}: does not run at {shape} ({first}); the network's code depends on its input's size: make it "

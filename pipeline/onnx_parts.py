@@ -1,4 +1,4 @@
-"""Parts of an ONNX network: as far as one of its tensors."""
+"""Parts of an ONNX file: the files that hold its weights, and the network cut at one of its tensors."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ _BETWEEN = ("QuantizeLinear", "DequantizeLinear", "Cast", "Shape", "Constant")
 
 
 def external_files(file: Path) -> dict[str, Path]:
-    """The files beside an ONNX file that hold its weights, by the name it gives them; none of what is no ONNX file.
+    """The files beside an ONNX file that hold its weights, by the name it gives them; empty where the file is no ONNX file.
 
     A name that leaves the folder is left out: reading the network refuses it.
     """

@@ -1,4 +1,4 @@
-"""Processes of our own beside this one."""
+"""Child processes: pools of workers, and a lock so that one process of this machine measures time at once."""
 
 import fcntl
 import os

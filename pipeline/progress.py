@@ -172,6 +172,11 @@ class Progress:
         return start + ", ".join(parts) if parts else ""
 
 
+def say(text: str, style: str | None = None) -> None:
+    """Print a line below the name of the running stage, on standard error."""
+    Console(stderr=True, highlight=False).print(f"{INDENT}{text}", style=style, soft_wrap=True, markup=False)
+
+
 def rate(value: float) -> str:
     """A rate with as many digits as are worth reading."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"

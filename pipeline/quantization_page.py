@@ -131,7 +131,7 @@ def _sensitivity(folder: Path) -> str:
     solved = f"on {found['backend']}" + ("" if found["timed"] else " without timing")
     return (
         f"<p>Budget solved {html.escape(solved)}: {finalists[chosen]['float_units']} of {len(units)} units in float"
-        f"{'' if 'agreement' in finalists[0] else '; FP32 is sure of nobody in the tune images, so agreement did not judge'}. "
+        f"{'' if 'agreement' in finalists[0] else '; agreement was not used: FP32 finds no person there'}. "
         f"Rank correlation of the fields' error {html.escape(words) or 'not known'}.</p>"
         f'<div style="display:flex;align-items:flex-end;gap:2px;max-width:900px">{bars}</div>'
         '<p class="note">Height: squared error of the fields that the unit takes away when it alone is in float. '

@@ -1,7 +1,7 @@
-"""results.zip of a device, read as what it is: data of somebody else.
+"""Reads results.zip, which a device wrote and which is therefore not trusted.
 
-Nothing of it is believed that is not checked here: sizes before anything is unpacked, names, digests, the types and ranges of
-every figure that a table or a page shows. Digests tell damage; who wrote the file they do not tell.
+Sizes are checked before anything is unpacked; then names, digests, and the type and range of every figure that a table or a
+page shows. A digest finds damage. It does not prove where a file comes from.
 """
 
 import hashlib

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from evaluation.pixels import normalise
 from evaluation.types import Array, Fields, NetworkSpec, Resolution
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.specs import FIELDS, SPEC_KEY, ModelFiles, Shapes
 
 ENGINE = "engine.onnx"
@@ -104,7 +104,7 @@ class OnnxRuntime:
         try:
             session = self._session(engine, 1 if workers > 1 else threads)
         except Exception as error:
-            raise UserError(f"{engine}: ONNX Runtime cannot load it ({str(error).splitlines()[0]})") from error
+            raise UserError(f"{engine}: ONNX Runtime cannot load it ({first_line(error)})") from error
         metadata = session.get_modelmeta().custom_metadata_map
         if SPEC_KEY not in metadata:
             raise UserError(f"{engine}: no network description in its metadata; build it with the stage 'build'")
@@ -251,7 +251,7 @@ class OnnxRuntimeRunner:
         try:
             returned = self.session.run(self._names, {self.spec.input.name: images})
         except Exception as error:
-            first = str(error).splitlines()[0].rpartition(" was false. ")[2]
+            first = first_line(error)
             raise UserError(
                 f"the network does not run at {list(images.shape)} ({first}); choose a size and a batch it takes"
             ) from error

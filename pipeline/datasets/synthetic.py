@@ -507,9 +507,8 @@ class Synthetic:
 
     def _make(self) -> None:
         from filelock import FileLock
-        from rich.console import Console
 
-        from pipeline.progress import Progress
+        from pipeline.progress import Progress, say
 
         if (self.folder / "splits.json").exists():
             return
@@ -520,10 +519,7 @@ class Synthetic:
             unfinished = self.folder.with_suffix(".tmp")
             shutil.rmtree(unfinished, ignore_errors=True)
             count = sum(self.counts.values())
-            Console(stderr=True, highlight=False).print(
-                f"           drawing {count:,} images of {self.preset.size} once, into {self.folder}; data=coco takes your own",
-                soft_wrap=True,
-            )
+            say(f"drawing {count:,} images of {self.preset.size} once, into {self.folder}; data=coco takes your own")
             jobs = list(self._jobs(unfinished))
             split_records: dict[int, list[tuple[int, list[dict[str, Any]]]]] = {}
             workers = min(os.cpu_count() or 1, len(jobs))

@@ -16,7 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from evaluation.types import FieldSpec, NetworkSpec, Resolution
-from pipeline.errors import UserError, nearest
+from pipeline.errors import UserError, first_line, nearest
 from pipeline.specs import Objective
 
 _SEE = "see README, Networks"
@@ -243,7 +243,7 @@ def _short(value: Any) -> str:
 
 def _told(error: Exception) -> str:
     """An error's first line, and where in the network's own code it was raised."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = first_line(error)
     if not isinstance(error, (ValueError, UserError)):
         text = f"{type(error).__name__}: {text}"
     libraries = ("site-packages", "dist-packages", str(Path(__file__)))

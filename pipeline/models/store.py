@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
@@ -22,6 +21,7 @@ from pipeline.artifacts import parse_json
 from pipeline.errors import UserError
 from pipeline.models.contract import created, tied
 from pipeline.models.trust import network_class
+from pipeline.progress import say
 from pipeline.pruning import sparse24
 from pipeline.pruning.graph import History, replay
 
@@ -309,9 +309,7 @@ def load_state(network: nn.Module, state: Mapping[str, Any], file: Path) -> None
         raise UserError(f"{file}: several states in it fit {type(network).__name__}: {which}; save the one that is meant alone")
     if not chosen.plain:
         beside = f"; {chosen.beside} tensors beside them are not the network's" if chosen.beside else ""
-        Console(stderr=True, highlight=False).print(
-            f"           {file}: read {chosen.words()}{beside}", soft_wrap=True, markup=False
-        )
+        say(f"{file}: read {chosen.words()}{beside}")
     network.load_state_dict(chosen.state, strict=False)
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from evaluation.types import NetworkSpec, Resolution
 from pipeline import export
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.models.contract import duplicate, fold
+from pipeline.progress import say
 from pipeline.pruning.criteria import importance
 from pipeline.pruning.graph import Costs, apart, mask, remove, survey
 from pipeline.pruning.pruner import Curves, Plan, Pruner, Target, UnreachableError, nothing_to_prune
@@ -93,9 +93,9 @@ class Cycle:
         surveyed = survey(self.network)
         found, self.left_out = list(surveyed.groups), surveyed.reasons()
         if self.left_out:
-            _say(f"left out of pruning: {surveyed.words()}")
+            say(f"left out of pruning: {surveyed.words()}")
         if computed := fold(duplicate(self.network)):
-            _say(f"pruning makes plain weights of those that are computed (weight_norm and the like): {', '.join(computed)}")
+            say(f"pruning makes plain weights of those that are computed (weight_norm and the like): {', '.join(computed)}")
         self.whole = {group.name: group.size for group in found}
         if not found:
             raise UserError(nothing_to_prune(surveyed))
@@ -105,7 +105,7 @@ class Cycle:
         }
         self.near_dead = sum(int((values < 0.01 * values.max()).sum()) for values in norms if values is not None)
         if self.near_dead:  # which flatters any pruner
-            _say(f"{self.near_dead} of {sum(self.whole.values())} channels are near dead: a hundredth of their group's best")
+            say(f"{self.near_dead} of {sum(self.whole.values())} channels are near dead: a hundredth of their group's best")
         self.dense = Costs(self.network, found, self.size)([group.size for group in found])
         self.reference = self._candidate(self.network) if self.probe is not None else None
         self.round_to: int | None = None
@@ -142,7 +142,7 @@ class Cycle:
                     raise UserError(pruner.nothing(self.last.ranked))
                 left, whole = sum(self.last.kept), sum(self.whole.values())
                 cut = sum(kept < self.whole[group.name] for group, kept in zip(self.last.groups, self.last.kept, strict=True))
-                _say(f"{whole - left} of {whole} channels go, from {cut} of {len(self.whole)} groups")
+                say(f"{whole - left} of {whole} channels go, from {cut} of {len(self.whole)} groups")
             self.history += self._removed(dropped)
             self._measure(f"{step}" if steps > 1 else "pruned", anew=step == steps)
             if step < steps and self.retrain is not None:
@@ -176,7 +176,7 @@ class Cycle:
             history = remove(network, dropped)
             found = apart(network, masked, self.size)
         except (RuntimeError, ValueError, IndexError) as error:
-            return [], 0.0, f"fails ({(str(error) or type(error).__name__).splitlines()[0]})"
+            return [], 0.0, f"fails ({first_line(error)})"
         wrong = f"differs from the masked one by {found:.2g} of its greatest value" if found > _MOST_APART else None
         return history, found, wrong
 
@@ -301,7 +301,7 @@ class Cycle:
             try:
                 made = self._pruned(self._plan(reach, round_to=divisor))
             except UnreachableError:
-                _say(f"round_to={divisor}: cannot get so small, and is not measured")
+                say(f"round_to={divisor}: cannot get so small, and is not measured")
                 continue
             found.append((divisor, *made))
         if not found:
@@ -313,7 +313,7 @@ class Cycle:
             self.divisors.append({"round_to": divisor, "latency_ms": ms, **size})
         best = min(self.divisors, key=lambda row: row["latency_ms"])
         self.round_to = int(best["round_to"])
-        _say(f"round_to={self.round_to}: " + ", ".join(f"{r['round_to']}: {r['latency_ms']:.3g} ms" for r in self.divisors))
+        say(f"round_to={self.round_to}: " + ", ".join(f"{r['round_to']}: {r['latency_ms']:.3g} ms" for r in self.divisors))
 
     def _latency(self, target: Target) -> tuple[str, float]:
         """The MACs at which the engine has the target's latency.
@@ -355,7 +355,7 @@ class Cycle:
             macs = Costs(network, [], self.size)([])["macs"] / self.dense["macs"]
             before, ms = self.probe.latencies([self.reference, candidate], _SECONDS)
             tried[ratio] = relative = ms / before
-            _say(f"{macs:.3f}x MACs: {relative:.3f}x latency ({ms:.3g} ms)")
+            say(f"{macs:.3f}x MACs: {relative:.3f}x latency ({ms:.3g} ms)")
             wanted = target.value if target.relative else goal / before
             if abs(relative / wanted - 1) < _CLOSE or (relative > wanted and ratio <= low * 1.001):
                 break  # found, or the least there is
@@ -368,9 +368,9 @@ class Cycle:
             if not below:
                 raise self._unreachable(target, tried[best] * dense, dense)
             best = max(below, key=lambda r: tried[r])
-            _say(f"no network was found closer to {wanted:.3f}x from below than {tried[best]:.3f}x: channel counts are steps")
+            say(f"no network was found closer to {wanted:.3f}x from below than {tried[best]:.3f}x: channel counts are steps")
         elif tried[best] > wanted:
-            _say(f"the nearest found is {tried[best] / wanted - 1:.1%} above the target")
+            say(f"the nearest found is {tried[best] / wanted - 1:.1%} above the target")
         return "macs", best * self.dense["macs"]
 
     def _measure(self, name: str, anew: bool = False) -> None:
@@ -381,7 +381,7 @@ class Cycle:
         words = [f"{row['params'] / 1e6:.3f} M parameters", f"{row['macs'] / 1e9:.3f} G MACs ({ratio:.2f}x)"]
         words += [f"{row['latency_ms']:.3g} ms ({row['latency_ratio']:.2f}x)"] if "latency_ms" in row else []
         words += [f"{key} {row[key]:.3f}" for key in ("ap", "agreement") if key in row]
-        _say(f"{name}: {', '.join(words)}")
+        say(f"{name}: {', '.join(words)}")
 
     def _row(self, name: str) -> dict[str, Any]:
         row: dict[str, Any] = {"step": name, **Costs(self.network, [], self.size)([])}
@@ -393,7 +393,3 @@ class Cycle:
                 row |= {"latency_ms": times[1], "latency_ratio": times[1] / times[0]}
             row |= self.probe.figures(candidate)
         return row
-
-
-def _say(text: str) -> None:
-    Console(stderr=True, highlight=False).print(f"           {text}", soft_wrap=True, markup=False)

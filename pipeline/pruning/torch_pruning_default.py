@@ -7,7 +7,7 @@ import torch_pruning as tp
 from annotated_types import Interval
 from torch import nn
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.models.contract import fold
 from pipeline.pruning.graph import example, heads
 
@@ -50,7 +50,7 @@ class TorchPruningDefault:
             pruner.step()
             network(image)
         except Exception as error:
-            what = (str(error).strip() or type(error).__name__).splitlines()[0]
+            what = first_line(error)
             raise UserError(
                 f"pruner=torch_pruning: Torch-Pruning as it comes cannot prune this network ({what}); choose pruner=l1, which "
                 "leaves out what it cannot follow"

@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from pipeline.errors import UserError, nearest
+from pipeline.errors import UserError, first_line, nearest
 
 Flavour = Literal["tensorrt", "onnxruntime"]
 
@@ -138,7 +138,7 @@ def with_opset(model: onnx.ModelProto, least: int, what: str) -> onnx.ModelProto
         onnx.checker.check_model(made)
         return onnx.shape_inference.infer_shapes(made)
     except Exception as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        why = first_line(error)
         raise UserError(
             f"the network is of opset {given}, and {what} needs opset {least}, to which it cannot be raised here ({why}); "
             f"export it with opset {least} or later, or choose precision=fp32"

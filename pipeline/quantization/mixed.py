@@ -49,8 +49,8 @@ class Mixed:
 
     Attributes:
         int8: how the rest is quantized.
-        max_drop: a loss of the primary figure on the tune images, as a part of 1; who is shown to lose more, by the lower end
-            of the paired 95 % interval, is out (where nothing tells the agreement: who loses more).
+        max_drop: the greatest loss of the primary figure on the tune images, as a part of 1. A candidate is refused if the
+            lower end of its paired 95 % interval loses more; without agreement, if it loses more itself.
         min_agreement: least agreement with what FP32 finds in the tune images, as a monotone function of the fields' error.
         max_latency: milliseconds, or "0.6x" of FP32's; then the least error within it is taken, whatever it loses.
         units: most units.

@@ -1,4 +1,4 @@
-"""The precisions a network can be written in: fp32, fp16, int8, and what somebody else quantized."""
+"""The precisions a network can be written in: fp32, fp16, int8, and that of a network quantized elsewhere."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ from annotated_types import Interval
 from numpy.typing import NDArray
 from rich.console import Console
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.progress import track
 from pipeline.quantization import alignment, caches, calibration, equalization, half, placement, writers
 from pipeline.quantization.calibration import Histogram
@@ -533,7 +533,7 @@ class Retrained:
 
 @dataclass(frozen=True)
 class External:
-    """A network that somebody else quantized: an ONNX file with Q/DQ nodes, taken as it is.
+    """A network that was quantized elsewhere: an ONNX file with Q/DQ nodes, taken as it is.
 
     Attributes:
         file: with the fields of the exported network.
@@ -552,7 +552,7 @@ class External:
             model = onnx.load(self.file)
             onnx.checker.check_model(model)
         except Exception as error:
-            raise UserError(f"{where}: not a valid ONNX file ({str(error).splitlines()[0]})") from error
+            raise UserError(f"{where}: not a valid ONNX file ({first_line(error)})") from error
         spec = read_spec(onnx_file)
         outputs = {o.name for o in model.graph.output}
         missing = [field.name for field in spec.fields if field.name not in outputs]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Interval
-from rich.console import Console
 
 from evaluation import audit, device, power
 from evaluation.types import Resolution
@@ -15,6 +14,7 @@ from pipeline.artifacts import Job, read_manifest
 from pipeline.errors import UserError
 from pipeline.inference import decoder_options
 from pipeline.processes import alone
+from pipeline.progress import say
 from pipeline.specs import Backend, Decoder, Framing, ModelFiles, Shapes, Splits
 from pipeline.timing import Work, apart, memory_of, time_of
 
@@ -83,17 +83,14 @@ def run(
             timed = apart("timing", time_of, work, engine, reference, seconds)
             memory = apart("measuring memory", memory_of, work, engine)
         machine |= timed.pop("gpu")
-        Console(stderr=True, highlight=False).print(
-            f"           p50 {timed['latency_p50_ms']:.2f} ms, interval {timed['latency_width']:.1%} wide, "
-            f"{timed['calls']} calls after {timed['warm_up_calls']} to warm up; decoding {timed['decoding_p50_ms']:.2f} ms",
-            soft_wrap=True,
+        say(
+            f"p50 {timed['latency_p50_ms']:.2f} ms, interval {timed['latency_width']:.1%} wide, "
+            f"{timed['calls']} calls after {timed['warm_up_calls']} to warm up; decoding {timed['decoding_p50_ms']:.2f} ms"
         )
         if lost:
-            Console(stderr=True, highlight=False).print(
-                f"           quantized, but not run in INT8: {', '.join(x['name'] for x in lost[:5])}"
-                f"{f' and {len(lost) - 5} more' if len(lost) > 5 else ''} (why: audit.json)",
-                soft_wrap=True,
-                markup=False,
+            say(
+                f"quantized, but not run in INT8: {', '.join(x['name'] for x in lost[:5])}"
+                f"{f' and {len(lost) - 5} more' if len(lost) > 5 else ''} (why: audit.json)"
             )
         summary = {
             "timed": 1,

@@ -1,4 +1,4 @@
-"""build: an engine from a typed network, or one that somebody else built."""
+"""build: an engine from a typed network, or a given one."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +32,7 @@ def run(
         resolution: of the input.
         batch: most images at once.
         profiles: further shapes, "min", "opt" and "max", that the engine is tuned for as well.
-        plan: an engine that somebody else built, to be taken as it is.
+        plan: a given engine, which is taken as it is.
         spec: its description.
         tensors: names of its tensors where they are not those of input and fields.
 

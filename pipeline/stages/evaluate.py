@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import cv2
 from annotated_types import Ge, Interval
-from rich.console import Console
 
 from evaluation.averaging import AveragedFields
 from evaluation.statistics import bootstrap
@@ -16,6 +15,7 @@ from evaluation.types import Resolution
 from pipeline.artifacts import Job, read_manifest
 from pipeline.errors import UserError
 from pipeline.inference import Watch, decoder_options, load_results, predict, resumed
+from pipeline.progress import say
 from pipeline.specs import Backend, Decoder, Framing, Metric, Splits
 
 
@@ -105,9 +105,8 @@ def run(
         "backend": backend.name,
         "data_digest": data.digest(["validation"]),
     }
-    console = Console(stderr=True, highlight=False, markup=False)
     for doubt in (*images.doubts(job.cache), *measures[""].doubts()):
-        console.print(f"           {doubt}", style="yellow", soft_wrap=True)
+        say(doubt, "yellow")
     shutil.rmtree(job.scratch, ignore_errors=True)
     (job.out / "metrics.json").write_text(json.dumps({**summary, "axes": dict(axes)}, indent=1))
     return summary

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import numpy as np
 from annotated_types import Gt, Interval
 from numpy.typing import NDArray
-from rich.console import Console
 
 from evaluation.pixels import normalise
 from evaluation.types import NetworkSpec, Resolution
@@ -17,7 +16,7 @@ from pipeline.artifacts import Job
 from pipeline.errors import UserError
 from pipeline.inference import batches
 from pipeline.models import store
-from pipeline.progress import Progress
+from pipeline.progress import Progress, say
 from pipeline.pruning.graph import macs
 from pipeline.pruning.sparse24 import sparse_layers
 from pipeline.specs import Framing, Splits
@@ -72,7 +71,7 @@ def run(
         adopted = adopt(Path(onnx), spec, outputs, size)
         described = adopted.spec
         if adopted.notes:
-            Console(stderr=True, highlight=False).print(f"           {'; '.join(adopted.notes)}", soft_wrap=True, markup=False)
+            say("; ".join(adopted.notes))
         onnx_library.save(adopted.model, file)
         reference = onnx_export.onnx_reference(Path(onnx), described, adopted.sources)
         inputs = _inputs(data, framing, described, adopted.size)

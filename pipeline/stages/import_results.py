@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from pipeline import results_zip
 from pipeline.artifacts import MANIFEST, Job, Results, Stage, write_manifest
 from pipeline.edge import PACKAGE
 from pipeline.errors import UserError
+from pipeline.progress import say
 
 
 def run(job: Job, results: str | None, outputs: str, name: str) -> dict[str, Any]:
@@ -45,9 +44,8 @@ def run(job: Job, results: str | None, outputs: str, name: str) -> dict[str, Any
     (job.out / PACKAGE).write_text(results_zip.describe(brought))
     evaluated = [m for place, m in brought.manifests.items() if place.startswith("evaluate/")]
     cells = [_cell(manifest, brought) for manifest in evaluated]
-    console = Console(stderr=True, highlight=False)
     for cell in cells:
-        console.print(f"           {brought.device}: {cell['stages'][0]['address']}", soft_wrap=True, markup=False)
+        say(f"{brought.device}: {cell['stages'][0]['address']}")
     return {"device": brought.device, "cells": cells}
 
 

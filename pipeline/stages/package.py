@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from pipeline import edge
 from pipeline.artifacts import Job
 from pipeline.datasets.packaged import pack
+from pipeline.progress import say
 from pipeline.specs import Splits
 
 _ELSEWHERE = ("stage", "data", "outputs", "tracking", "force", "weights", "target", "backend", "hydra", "debug")
@@ -53,5 +52,5 @@ def run(
     ]
     edge.write_package(job.out, Path(outputs) / name, list(job.inputs.values()), words, {"backend": target})
     size = edge.bytes_of(job.out) / 2**20
-    Console(stderr=True, highlight=False).print(f"           {size:.0f} MiB, {images}; see README.txt in it", markup=False)
+    say(f"{size:.0f} MiB, {images}; see README.txt in it")
     return {"target": target, "mb": size, **{f"{split}_images": count for split, count in images.items()}}

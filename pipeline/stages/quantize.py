@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import onnx
 from annotated_types import Interval
-from rich.console import Console
 
 from evaluation.types import Resolution
 from pipeline.artifacts import Job
 from pipeline.backends.macs import macs
 from pipeline.errors import UserError
+from pipeline.progress import say
 from pipeline.quantization.feed import calibration_feed
 from pipeline.quantization.probe import Probe
 from pipeline.specs import Backend, Framing, Quantizer, Splits, read_spec
@@ -77,7 +77,7 @@ def run(
     except ValueError as error:
         raise UserError(str(error)) from error
     for note in _notes(report):
-        Console(stderr=True, highlight=False).print(f"           {note}", soft_wrap=True, markup=False)
+        say(note)
     report.pop("scales_from", None)  # a path, so not for the manifest
     return {**report, "macs": sum(macs(onnx.load(model), size).values())}
 
@@ -96,5 +96,5 @@ def _notes(report: Mapping[str, Any]) -> Iterator[str]:
             "(equalization_left_out in manifest.json)"
         )
     if "tune_error" in report and "tune_agreement" not in report:
-        yield "agreement did not judge: FP32 is sure of nobody in the tune images"
+        yield "agreement was not used: in the tune images the FP32 network finds no person above its threshold"
     yield from report.get("missed", ())

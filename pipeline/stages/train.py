@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Interval
-from rich.console import Console
 from torch import nn
 
 from evaluation.types import Resolution
@@ -16,6 +15,7 @@ from pipeline.artifacts import Job, read_manifest
 from pipeline.errors import UserError
 from pipeline.models import store
 from pipeline.models.contract import check, created
+from pipeline.progress import say
 from pipeline.pruning.criteria import importance
 from pipeline.pruning.graph import groups, macs
 from pipeline.specs import Objective, Splits
@@ -119,5 +119,5 @@ def _as_long(job: Job, model: nn.Module, size: Resolution, training: Training, d
     taught = own + (dense["summary"]["macs"] if distillation is not None else 0)
     spent = dense["summary"]["train_macs"] + pruned["summary"]["train_macs"] + training.steps * training.batch_size * taught
     steps = round(spent / (own * training.batch_size))
-    Console(stderr=True, highlight=False).print(f"           as long as dense, pruning and retraining together: {steps} steps")
+    say(f"as long as dense, pruning and retraining together: {steps} steps")
     return replace(training, steps=steps)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.training.views import Batch
 
 _WARM = 3  # steps that run as they are before one is recorded: libraries allocate in them
@@ -50,7 +50,7 @@ class Recorded:
                 raise
             except RuntimeError as error:
                 torch.cuda.set_stream(here)
-                cause = str(error.__context__ or error).splitlines()[0]
+                cause = first_line(error.__context__ or error)
                 raise UserError(
                     f"a training step cannot be recorded as a CUDA graph ({cause}); choose training.cuda_graph=false"
                 ) from error

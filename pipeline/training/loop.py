@@ -18,7 +18,7 @@ from annotated_types import Ge, Gt, Interval
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.models.contract import duplicate
 from pipeline.progress import TrainingProgress
 from pipeline.pruning.graph import example, macs
@@ -362,7 +362,7 @@ class _Run:
                 group.update(fused=on_gpu or None, capturable=on_gpu)
             self.optimiser.load_state_dict(found["optimiser"])
         except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            what = (str(error) or type(error).__name__).splitlines()[0]
+            what = first_line(error)
             raise UserError(f"{self.checkpoint}: no checkpoint of this training ({what}); run again with force=true") from error
         if self.teacher:
             self.teacher.adapters.load_state_dict(found["adapters"])
@@ -421,7 +421,7 @@ class _Run:
                     return
 
     def _seed(self) -> None:
-        """What the network itself draws on a processor (dropout) follows from the step: who goes on draws the same."""
+        """Seed what the network draws on a processor (dropout) by the step, so that a resumed training draws the same."""
         steps = self.views.seed * self.training.steps + self.state["step"]
         torch.default_generator.manual_seed(steps * self.fabric.world_size + self.fabric.global_rank)
 
@@ -566,7 +566,7 @@ def _save(checkpoint: Path, state: Mapping[str, Any]) -> None:
     except (RuntimeError, OSError) as error:  # torch's writer says so when the disk is full
         unfinished.unlink(missing_ok=True)
         raise UserError(
-            f"{checkpoint}: cannot write the checkpoint ({str(error).splitlines()[0]}); is the disk full? "
+            f"{checkpoint}: cannot write the checkpoint ({first_line(error)}); is the disk full? "
             "The last one is kept: free some space and run the same command again"
         ) from error
     unfinished.replace(checkpoint)
