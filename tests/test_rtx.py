@@ -4,6 +4,7 @@ Building needs no GPU. The networks are small ONNX files, so that no export runs
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import conftest
 import ml_dtypes
@@ -37,8 +38,9 @@ class Plan:
     types: frozenset[str]
 
 
-def built(model, lengths=(16, 32)):
-    """Parse and build a model, strongly typed, for one GPU generation; free lengths range over `lengths`."""
+@cache
+def logger():
+    """The one logger of the process: the library keeps the first that it is given, which must therefore stay."""
     import tensorrt_rtx_bindings as trt
 
     class Log(trt.ILogger):
@@ -50,7 +52,15 @@ def built(model, lengths=(16, 32)):
             if severity <= trt.ILogger.ERROR:
                 self.errors.append(message)
 
-    log = Log()
+    return Log()
+
+
+def built(model, lengths=(16, 32)):
+    """Parse and build a model, strongly typed, for one GPU generation; free lengths range over `lengths`."""
+    import tensorrt_rtx_bindings as trt
+
+    log = logger()
+    log.errors.clear()
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
