@@ -9,6 +9,7 @@ import time
 import traceback
 from collections import defaultdict
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from copy import deepcopy
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -194,6 +195,18 @@ def refused(done):
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert lines, done.stderr[-2000:]
     return done.stderr[done.stderr.index("error:") :]
+
+
+def replaced(value, path, new):
+    """A copy of nested data with another value at a path; a new key where `new` is a pair."""
+    if not path:
+        return new
+    made = deepcopy(value)
+    inner = made
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = new
+    return made
 
 
 def perfect_fields(truth, view, spec):

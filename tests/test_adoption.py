@@ -1,12 +1,10 @@
 """Given ONNX files against their descriptions: what is adopted, and what is refused in one line that names the fix."""
 
-import copy
-
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from conftest import REAL
+from conftest import REAL, replaced
 from onnx import TensorProto, helper, numpy_helper
 
 from evaluation.heatmap_paf import HeatmapPafDecoder
@@ -35,12 +33,7 @@ RAW = {
 
 def changed(path, value):
     """RAW with one value changed."""
-    raw = copy.deepcopy(RAW)
-    at = raw
-    for key in path[:-1]:
-        at = at[key]
-    at[path[-1]] = value
-    return raw
+    return replaced(RAW, path, value)
 
 
 def network(shape=("n", 3, "h", "w"), outputs=("heatmaps", "pafs"), name="image", body=(), consts=(), opset=17):

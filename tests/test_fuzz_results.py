@@ -1,12 +1,12 @@
 """Results as strangers and broken disks leave them: read, or refused by one plain error, never anything else."""
 
-import copy
 import json
 import shutil
 from functools import partial
 
 import numpy as np
 import pytest
+from conftest import replaced
 from device_results import BENCHMARK, BUILD, EVALUATE, FIGURES, contents, draws, local, packed
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -58,21 +58,9 @@ def places(value, path=()):
             yield from places(inner, (*path, key))
 
 
-def planted(value, path, new):
-    """A copy of nested data with another value at a path; a new key where `new` is a pair."""
-    if not path:
-        return new
-    made = copy.deepcopy(value)
-    inner = made
-    for key in path[:-1]:
-        inner = inner[key]
-    inner[path[-1]] = new
-    return made
-
-
 def one_change(good):
     """Data like `good` with one value changed, left out, or all of it something else."""
-    return st.tuples(st.sampled_from(list(places(good))), TREES).map(lambda change: planted(good, *change))
+    return st.tuples(st.sampled_from(list(places(good))), TREES).map(lambda change: replaced(good, *change))
 
 
 def as_bytes(value):
