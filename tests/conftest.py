@@ -8,17 +8,21 @@ import sys
 import time
 import traceback
 from collections import defaultdict
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
+from functools import cache
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
 
+import omegaconf.base
 import pytest
 from filelock import FileLock
+from hydra._internal.hydra import Hydra
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +31,9 @@ REAL = Path(os.environ.get("POSEPRESS_REAL_DATA", ROOT.parent / "shared" / "data
 RTX = find_spec("tensorrt_rtx_bindings")
 RTX_FIX = "`make rtx` installs it and runs them"
 
+
+# Interpolations are parsed again and again, a thousand times a command: two thirds of what a configuration takes.
+omegaconf.base.parse = cache(omegaconf.base.parse)
 
 # `make fuzz` asks for many examples that differ from run to run; the other runs see the same few each time.
 settings.register_profile("ci", max_examples=200, derandomize=True, deadline=None, database=None)
@@ -120,6 +127,13 @@ def shared_exports(cwd, *words):
                 folder.rmdir()
 
 
+@contextmanager
+def composed_once(*words):
+    """Hydra composes a configuration a first time only to find hydra.mode, which a choice of `--config-dir` alone can set."""
+    with nullcontext() if "--config-dir" in words else mock.patch.object(Hydra, "get_mode", return_value=None):
+        yield
+
+
 def pipeline(*words, cwd, double=False, check=None, env=None):
     """Run the command in this process, without the seconds that a process of its own takes to import everything.
 
@@ -146,7 +160,7 @@ def pipeline(*words, cwd, double=False, check=None, env=None):
     os.environ |= {"COLUMNS": "200", program.RUN_VARIABLE: run, **(env or {})}
     os.chdir(cwd)
     try:
-        with redirect_stdout(out), redirect_stderr(err), shared_exports(cwd, *words):
+        with redirect_stdout(out), redirect_stderr(err), shared_exports(cwd, *words), composed_once(*words):
             status = _status(program.main)
     finally:
         os.chdir(before)
