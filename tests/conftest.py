@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import pytest
 from filelock import FileLock
 from hydra._internal.hydra import Hydra
 from hypothesis import settings
+from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKES = ROOT / "tests" / "fakes"
@@ -32,8 +34,23 @@ RTX = find_spec("tensorrt_rtx_bindings")
 RTX_FIX = "`make rtx` installs it and runs them"
 
 
-# Interpolations are parsed again and again, a thousand times a command: two thirds of what a configuration takes.
-omegaconf.base.parse = cache(omegaconf.base.parse)
+# --- configurations, of which the tests compose hundreds --------------------------------------------------------------------
+
+omegaconf.base.parse = cache(omegaconf.base.parse)  # of interpolations: a thousand calls a command, for a hundred texts
+_load, _loaded = OmegaConf.load, {}
+
+
+def load_once(file):
+    """What OmegaConf loads of a file of the product, which no test changes."""
+    name = Path(getattr(file, "name", file))
+    if not name.is_relative_to(ROOT / "conf"):
+        return _load(file)
+    if name not in _loaded:
+        _loaded[name] = pickle.dumps(_load(file))
+    return pickle.loads(_loaded[name])
+
+
+OmegaConf.load = load_once
 
 # `make fuzz` asks for many examples that differ from run to run; the other runs see the same few each time.
 settings.register_profile("ci", max_examples=200, derandomize=True, deadline=None, database=None)
