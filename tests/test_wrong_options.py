@@ -172,18 +172,21 @@ def refused(config, name):
     return "nothing"
 
 
-@pytest.mark.parametrize("words", SETS, ids=" ".join)
-def test_every_option_is_checked_against_its_annotation(words):
-    choices = [word for word in words if word.partition("=")[0] in GROUPS]
-    config = changed(base(*SMOKE, *choices), [word for word in words if word not in choices])
-    tried = 0
-    for name, hint in annotated(config):
-        parent, _, key = name.rpartition(".")
-        node = OmegaConf.select(config, parent) if parent else config
-        before = deepcopy(node._get_node(key))
-        for value in wrong_values(name, hint):
-            node[key] = value
-            assert refused(config, name).startswith(name), (name, value, refused(config, name))
-            tried += 1
-        node._content[key] = before
-    assert tried > 300
+def test_every_option_is_checked_against_its_annotation():
+    tried = set()
+    for words in SETS:
+        choices = [word for word in words if word.partition("=")[0] in GROUPS]
+        config = changed(base(*SMOKE, *choices), [word for word in words if word not in choices])
+        for name, hint in annotated(config):
+            parent, _, key = name.rpartition(".")
+            node = OmegaConf.select(config, parent) if parent else config
+            option = (name, str(hint), node.get("_target_"))
+            if option in tried:
+                continue
+            tried.add(option)
+            before = deepcopy(node._get_node(key))
+            for value in wrong_values(name, hint):
+                node[key] = value
+                assert refused(config, name).startswith(name), (name, value, refused(config, name))
+            node._content[key] = before
+    assert len(tried) > 150
