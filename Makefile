@@ -18,7 +18,7 @@ demo: install
 	@echo "The report: outputs/demo/report/report.html   The table: outputs/demo/report/results.csv"
 	@echo "Compare the runs: $(BIN)/mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db"
 
-# In the order of the files: tests/chains, which take longest, begin.
+# In the order that tests/conftest.py gives: what takes longest begins.
 test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
