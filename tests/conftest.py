@@ -72,7 +72,7 @@ def pytest_configure(config):
 
 
 # Begin in this order: what takes long, and beside the file that makes the smoke sweep one that can do without it.
-FIRST = [
+FIRST = "test_repro test_training test_device test_pruning test_command test_wrong_options test_tensorrt_double".split()
     "test_repro",
     "test_training",
     "test_device",
