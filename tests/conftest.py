@@ -72,19 +72,12 @@ def pytest_configure(config):
 
 
 # Begin in this order: what takes long, and beside the file that makes the smoke sweep one that can do without it.
-FIRST = "test_repro test_training test_device test_pruning test_command test_wrong_options test_tensorrt_double".split()
-    "test_repro",
-    "test_training",
-    "test_device",
-    "test_pruning",
-    "test_command",
-    "test_wrong_options",
-    "test_tensorrt_double",
-]
+FIRST = "repro training device pruning command wrong_options tensorrt_double evaluating".split()
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
+    order = {f"test_{name}": n for n, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     if RTX is None:
         for item in items:
             if item.get_closest_marker("rtx"):
