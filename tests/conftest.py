@@ -72,7 +72,7 @@ def pytest_configure(config):
 
 
 # Begin in this order: what takes long, and beside the file that makes the smoke sweep one that can do without it.
-FIRST = "repro training device pruning command wrong_options tensorrt_double evaluating".split()
+FIRST = ["repro", "training", "device", "pruning", "command", "wrong_options", "tensorrt_double", "evaluating"]
 
 
 def pytest_collection_modifyitems(items):
