@@ -6,7 +6,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ import onnxscript
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from evaluation.types import NetworkSpec
 from pipeline.errors import UserError, first_line
 from pipeline.models.contract import duplicate
+from pipeline.models.recording import record, tensors
 from pipeline.specs import SPEC_KEY
 
 _SAME = 1e-3  # of a field's range, between torch and a graph that was kept from a network of the same structure
@@ -77,11 +76,11 @@ def export(
         step = {0: 1, 2: spec.input.multiple, 3: spec.input.multiple}
         larger = [size + (step[axis] if axis in free else 0) for axis, size in enumerate(example.shape)]
         images.append(np.random.default_rng(0).random(larger, np.float32))
-    recorded = _recorded(ordered, images)
+    recorded = [one for one in (record(ordered, some) for some in images) if one is not None]
     kept, graph, lighter = None, None, ordered
-    if recorded:
-        digests = [_digest(one) for one in recorded]
-        lighter = _without_batch_norms(ordered, recorded[0])
+    if len(recorded) == len(images):
+        digests = [one.digest for one in recorded]
+        lighter = _without_batch_norms(ordered, recorded[0].norms)
         if graphs is not None:
             kept = graphs / f"{_key(ordered, [opset, free, spec.to_json(), *digests])}.onnx"
             if kept.exists():
@@ -141,20 +140,13 @@ def _written(
     return graph
 
 
-def _without_batch_norms(ordered: _Ordered, recorded: torch.fx.GraphModule) -> _Ordered:
+def _without_batch_norms(ordered: _Ordered, norms: Sequence[tuple[str, str]]) -> _Ordered:
     """A copy whose batch norms are folded into the convolutions before them: less than half as many operators to export."""
     lighter = _Ordered(duplicate(ordered.network), ordered.names).eval()
-    names = dict(zip((node for node in recorded.graph.nodes if node.op == "placeholder"), _tensors(ordered), strict=False))
-    for norm in recorded.graph.nodes:
-        if norm.target is not torch.ops.aten.native_batch_norm.default:
-            continue
-        conv = norm.args[0]
-        if conv.target is not torch.ops.aten.convolution.default or len(conv.users) > 1 or len(conv.args[1].users) > 1:
-            continue  # something else reads what the convolution gives, or its weight
-        places = [names.get(node.args[1], "").rpartition(".")[0] for node in (conv, norm)]
-        layer, after = (lighter.get_submodule(place) for place in places)
-        if isinstance(layer, nn.Conv2d) and isinstance(after, nn.BatchNorm2d):
-            for place, new in zip(places, (fuse_conv_bn_eval(layer, after), nn.Identity()), strict=True):
+    for places in norms:
+        layer, norm = (lighter.get_submodule(place) for place in places)
+        if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            for place, new in zip(places, (fuse_conv_bn_eval(layer, norm), nn.Identity()), strict=True):
                 parent, _, name = place.rpartition(".")
                 setattr(lighter.get_submodule(parent), name, new)
     return lighter
@@ -167,14 +159,9 @@ def _optimized(model: onnx.ModelProto) -> Any:
     return program
 
 
-def _tensors(network: nn.Module) -> dict[str, torch.Tensor]:
-    # A tensor of two names may be an initializer under either.
-    return {**dict(network.named_parameters(remove_duplicate=False)), **dict(network.named_buffers(remove_duplicate=False))}
-
-
 def _keep(model: onnx.ModelProto, network: nn.Module, file: Path) -> None:
     """Write a graph without the network's weights, whole or not at all."""
-    weights = _tensors(network)
+    weights = tensors(network)
     for initializer in model.graph.initializer:
         if initializer.name in weights:
             initializer.ClearField("raw_data")
@@ -186,7 +173,7 @@ def _keep(model: onnx.ModelProto, network: nn.Module, file: Path) -> None:
 
 def _filled(model: onnx.ModelProto, network: nn.Module) -> onnx.ModelProto:
     """A kept graph with a network's weights."""
-    weights = _tensors(network)
+    weights = tensors(network)
     for initializer in model.graph.initializer:
         if initializer.name in weights:
             tensor = onnx.numpy_helper.from_array(weights[initializer.name].detach().cpu().numpy(), initializer.name)
@@ -196,37 +183,11 @@ def _filled(model: onnx.ModelProto, network: nn.Module) -> onnx.ModelProto:
     return model
 
 
-def _recorded(network: nn.Module, inputs: Sequence[NDArray[np.float32]]) -> list[torch.fx.GraphModule]:
-    """What a network computes at some shapes, operator by operator; nothing where torch cannot record it.
-
-    So code of other files, closures and hooks count as far as they compute.
-    """
-    tensors = _tensors(network)
-    try:
-        with torch.no_grad():
-            return [make_fx(partial(_called, network))(tensors, torch.from_numpy(images)) for images in inputs]
-    except Exception:  # noqa: BLE001 - whatever a network's code raises under the recorder
-        return []
-
-
-def _digest(recorded: torch.fx.GraphModule) -> str:
-    """A digest of operators and constants; the weights are inputs of what is recorded, and their values are left out."""
-    digest = sha256(str(recorded.graph).encode())
-    for node in recorded.graph.nodes:
-        if node.op == "get_attr":
-            digest.update(getattr(recorded, str(node.target)).detach().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _key(network: nn.Module, more: Sequence[Any]) -> str:
     """A digest of all that a network's graph follows from, but for its weights' values."""
     about: list[Any] = [torch.__version__, onnxscript.__version__, onnx_ir.__version__, *more]
-    about += [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in _tensors(network).items()]
+    about += [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors(network).items()]
     return sha256(repr(about).encode()).hexdigest()
-
-
-def _called(network: nn.Module, tensors: Mapping[str, torch.Tensor], images: torch.Tensor) -> Any:
-    return torch.func.functional_call(network, dict(tensors), (images,))
 
 
 def simplify(file: Path, seconds: float) -> str:

@@ -15,6 +15,7 @@ from pipeline.adoption import adopt
 from pipeline.backends.macs import macs as file_macs
 from pipeline.errors import UserError
 from pipeline.models.lightweight_openpose import LightweightOpenPose
+from pipeline.models.recording import record
 from pipeline.pruning.graph import macs
 from pipeline.specs import read_spec
 
@@ -190,7 +191,7 @@ class Varied(Small):
 def test_another_structure_has_another_key():
     def key(network, more=1):
         ordered = export._Ordered(network.eval(), ["heatmaps", "pafs"])
-        return export._key(ordered, [more, *map(export._digest, export._recorded(ordered, inputs()))])
+        return export._key(ordered, [more, *(record(ordered, images).digest for images in inputs())])
 
     hooked = Varied()
     hooked.conv.register_forward_hook(lambda module, given, found: found + 1)
@@ -203,12 +204,22 @@ def test_another_structure_has_another_key():
     assert len({same, key(Varied(), 2), *others}) == 8
 
 
-def test_a_network_that_cannot_be_recorded_has_no_key():
-    class Odd(Small):
-        def forward(self, images):
-            raise NotImplementedError
+class Raises(Small):
+    def forward(self, images):
+        raise NotImplementedError
 
-    assert export._recorded(export._Ordered(Odd(), ["heatmaps", "pafs"]), inputs()) == []
+
+class FollowsValues(Small):
+    """Which operators run follows from what is in the image: one recording says nothing of another image."""
+
+    def forward(self, images):
+        fields = super().forward(images)
+        return fields if images.mean() > 0 else {name: -field for name, field in fields.items()}
+
+
+@pytest.mark.parametrize("make", [Raises, FollowsValues])
+def test_what_cannot_be_recorded_has_no_key(make):
+    assert record(make().eval(), inputs()[0]) is None
 
 
 class Tied(Small):
