@@ -50,7 +50,7 @@ def test_a_change_runs_what_depends_on_it(smoke):
 
 
 def test_a_sweep_finishes_its_cells_and_lists_those_that_failed(smoke):
-    words = ["--multirun", *SMOKE, "resolution=64x80,100x100,72x88", "stages.benchmark.seconds=0.1"]
+    words = ["--multirun", *SMOKE, "resolution=64x80,100x100,72x88", "stage=[quantize,build,tune,evaluate,report]"]
     done = pipeline(*words, cwd=smoke)
     text = refused(done)
     assert "1 of 3 cells failed" in text
@@ -60,7 +60,7 @@ def test_a_sweep_finishes_its_cells_and_lists_those_that_failed(smoke):
 
 
 def test_two_cells_that_would_share_an_address_are_an_error(smoke):
-    done = pipeline("--multirun", *SMOKE, "decoder.paf_threshold=0.06,0.07", cwd=smoke)
+    done = pipeline("--multirun", *SMOKE, "stage=[tune,evaluate]", "decoder.paf_threshold=0.06,0.07", cwd=smoke)
     text = refused(done)
     assert "1 of 2 cells failed" in text
     assert "tell them apart with tag=" in text
@@ -117,7 +117,7 @@ def test_strict_false_skips_and_counts(images, tmp_path):
     words = [
         *SMOKE, "data=coco", f"data.train.images={root}/images/train", f"data.train.annotations={root}/annotations/train.json",
         f"data.val.images={root}/images/validation", f"data.val.annotations={root}/annotations/validation.json",
-        "stages.benchmark.seconds=0.1",
+        "stage=[train,export,quantize,build,tune,evaluate]",
     ]  # fmt: skip
     assert "not a whole image" in refused(pipeline(*words, cwd=tmp_path))
     done = pipeline(*words, "strict=false", cwd=tmp_path, check=0)
@@ -145,7 +145,7 @@ def test_the_given_onnx_file_goes_through_the_chain(smoke):
     (model,) = (smoke / "outputs/smoke/export").glob("*_dense/model.onnx")
     words = [*SMOKE, "name=adopted", "model=onnx", f"model.onnx={model}", "model.spec.input.order=RGB"]
     words += ["model.spec.input.range=1", "model.spec.input.mean=[.5,.5,.5]", "model.spec.input.std=[.5,.5,.5]"]
-    words += ["model.spec.input.multiple=8", "precision=int8", "stages.benchmark.seconds=0.1"]
+    words += ["model.spec.input.multiple=8", "precision=int8", "stage=[export,sample,quantize,build,tune,evaluate,report]"]
     pipeline(*words, cwd=smoke, check=0)
 
     def metrics(name, label):
