@@ -11,8 +11,6 @@ import pytest
 import yaml
 from conftest import ROOT, compiled_before, shared_exports
 
-from pipeline.labels import _without_vnni
-
 
 @pytest.fixture
 def project(tmp_path, finished):
@@ -31,13 +29,12 @@ def project(tmp_path, finished):
         config.write_text(config.read_text().replace(option, quick))
     content = yaml.safe_load((tmp_path / "dvc.yaml").read_text())
     dense = "lwop-s2-w0.125"
-    narrow = "-w7" if _without_vnni("onnxruntime") else ""
     content["vars"] = [
         {"experiment": "smoke"}, {"network": "conf/experiment/smoke.yaml"},
         {"dense": dense}, {"pruned": f"{dense}_l1-0.45-r16"}, {"calibration": "stratified-8-s0"},
         {"resolutions": ["64x80"]},
         {"networks": [{"pruner": "none", "label": f"{dense}_dense", "weights": f"train/{dense}"}]},
-        {"precisions": [{"name": "int8", "label": f"int8-minmax{narrow}-stratified-8-s0"}]},
+        {"precisions": [{"name": "int8 precision.reduce_range=true", "label": "int8-minmax-w7-stratified-8-s0"}]},
     ]  # fmt: skip
     for unneeded in ("prune", "retrain"):  # of the dense network; test_dvc.py compares their commands with the code
         del content["stages"][unneeded]
