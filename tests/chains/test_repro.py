@@ -34,7 +34,7 @@ def project(tmp_path, finished):
         {"dense": dense}, {"pruned": f"{dense}_l1-0.45-r16"}, {"calibration": "stratified-8-s0"},
         {"resolutions": ["64x80"]},
         {"networks": [{"pruner": "none", "label": f"{dense}_dense", "weights": f"train/{dense}"}]},
-        {"precisions": [{"name": "int8 precision.reduce_range=true", "label": "int8-minmax-w7-stratified-8-s0"}]},
+        {"precisions": [{"name": "int8", "options": "precision.reduce_range=true", "label": "int8-minmax-w7-stratified-8-s0"}]},
     ]  # fmt: skip
     for unneeded in ("prune", "retrain"):  # of the dense network; test_dvc.py compares their commands with the code
         del content["stages"][unneeded]
