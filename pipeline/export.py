@@ -62,7 +62,7 @@ def export(
         example: images [B, 3, H, W].
         opset: of the file.
         out: the file.
-        any_shape: leave free what the description calls dynamic; a network of one shape is exported in less than half the time.
+        any_shape: leave free what the description calls dynamic; False exports for the example's shape alone.
         graphs: a folder that keeps graphs without weights. A network of the same structure takes its graph from there,
             and what comes of it is compared with torch. None exports anew.
     """
