@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from pipeline.errors import UserError, nearest
 from pipeline.specs import Splits
+from pipeline.training.augment import layout
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Teacher:
 
     def __init__(self, network: nn.Module, student: nn.Module, how: Distillation, example: Tensor) -> None:
         self.how = how
-        self.network = network.to(example.device, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
+        self.network = network.to(example.device, memory_format=layout(example.device)).eval().requires_grad_(False)  # type: ignore[call-overload]
         self.network.training = True  # it alone: the fields of earlier stages, with the batch norms' statistics as they are
         self.seen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self.adapters = nn.ModuleDict()

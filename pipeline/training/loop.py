@@ -23,6 +23,7 @@ from pipeline.models.contract import duplicate
 from pipeline.progress import TrainingProgress
 from pipeline.pruning.graph import example, macs
 from pipeline.pruning.sparse24 import zeros
+from pipeline.training.augment import layout
 from pipeline.training.cuda_graph import Recorded
 from pipeline.training.distillation import Distillation, Teacher
 from pipeline.training.sparsity import TYPES, Penalty
@@ -268,7 +269,7 @@ class _Run:
         fabric.seed_everything(views.seed, verbose=False)
         self.fabric, self.views, self.training, self.checkpoint, self.tune = fabric, views, training, checkpoint, tune
         on_gpu = fabric.device.type == "cuda"
-        network = network.to(fabric.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        network = network.to(fabric.device, memory_format=layout(fabric.device)).train()  # type: ignore[call-overload]
         kind = training.regularization_type
         self.penalty = Penalty(network, kind, training.kernel_regularization_factor) if kind else None
         if on_gpu and fabric.world_size > 1:  # the statistics of the whole batch, as on one device
