@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from evaluation.types import NetworkSpec
 from pipeline.errors import UserError, first_line
 from pipeline.models.contract import duplicate
-from pipeline.models.recording import record, tensors
+from pipeline.models.recording import Recording, record, tensors
 from pipeline.specs import SPEC_KEY
 
-_SAME = 1e-3  # of a field's range, between torch and a graph that was kept from a network of the same structure
+_SAME = 1e-3  # of a field's range, between torch and a file that was exported by a shorter way
 _AXES = {0: "batch", 2: "height", 3: "width"}
 # Runs a module as a program without torch, which the simplifiers import and do not use: that took most of their time.
 _TOOL = "import runpy, sys; sys.modules['torch'] = None; del sys.argv[0]; runpy.run_module(sys.argv[0], run_name='__main__')"
@@ -57,45 +59,72 @@ def export(
 ) -> None:
     """Write a network as ONNX with torch's dynamo exporter.
 
+    Shorter ways are tried first: a kept graph, batch norms folded before, one shape for a network whose operators are the same
+    at all. What comes of them is compared with torch at several shapes, on random images. The exporter's own way is the last.
+
     Args:
         network: in evaluation mode, with a `spec`.
-        example: images [B, 3, H, W].
+        example: images [B, 3, H, W], of which the shape counts.
         opset: of the file.
         out: the file.
         any_shape: leave free what the description calls dynamic; False exports for the example's shape alone.
-        graphs: a folder that keeps graphs without weights. A network of the same structure takes its graph from there,
-            and what comes of it is compared with torch. None exports anew.
+        graphs: a folder that keeps graphs without weights, for networks of the same structure. None keeps none.
     """
     spec: NetworkSpec = network.spec  # type: ignore[assignment]
     names = [field.name for field in spec.fields]
     free = {axis: name for axis, name in _AXES.items() if any_shape and name in spec.dynamic}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision's operators, which nobody asked for
     ordered = _Ordered(network, names).eval()
-    images = [example]
-    if free:
-        step = {0: 1, 2: spec.input.multiple, 3: spec.input.multiple}
-        larger = [size + (step[axis] if axis in free else 0) for axis, size in enumerate(example.shape)]
-        images.append(np.random.default_rng(0).random(larger, np.float32))
-    recorded = [one for one in (record(ordered, some) for some in images) if one is not None]
-    kept, graph, lighter = None, None, ordered
-    if len(recorded) == len(images):
-        digests = [one.digest for one in recorded]
-        lighter = _without_batch_norms(ordered, recorded[0].norms)
+    images = [np.random.default_rng(0).standard_normal(shape, np.float32) for shape in _shapes(example, free, spec)]
+    recorded = _recorded(ordered, images)
+    kept, graph, folded = None, None, ordered
+    if recorded:
+        folded = _without_batch_norms(ordered, recorded[0].norms)
         if graphs is not None:
-            kept = graphs / f"{_key(ordered, [opset, free, spec.to_json(), *digests])}.onnx"
-            if kept.exists():
-                if _written(lambda: _filled(onnx.load(kept), lighter), network, images[:1], out) is not None:
-                    return
-                print(f"{kept}: this kept graph is damaged or does not fit; it is made anew", file=sys.stderr)
-        if free and len(set(digests)) == 1:  # the same operators with the same constants: of one shape, in half the time
-            graph = _written(lambda: _freed(_graph(lighter, images[-1], opset, {}), free), network, images, out)
-        graph = graph or _written(lambda: _graph(lighter, example, opset, free), network, images, out)
+            fixed = [size for axis, size in enumerate(example.shape) if axis not in free]
+            kept = graphs / _key(ordered, [opset, free, fixed, spec.to_json(), *recorded])
+            for file, filled in ((_kept(kept, "folded"), folded), (_kept(kept, "plain"), ordered)):
+                if file.exists():
+                    if _written(partial(_filled, file, filled), network, images[:1], out) is not None:
+                        return
+                    print(f"{file}: this kept graph is damaged or does not fit; it is made anew", file=sys.stderr)
+        if free and len({one.digest for one in recorded}) == 1:
+            graph = _written(lambda: _freed(_graph(folded, images[1], opset, {}), free), network, images, out)
+        else:
+            graph = _written(lambda: _graph(folded, example, opset, free), network, images, out)
     if graph is None:
-        lighter = ordered
-        graph = _graph(ordered, example, opset, free)
+        graph, folded = _graph(ordered, example, opset, free), ordered
         _optimized(graph).save(out, external_data=False)
     if kept is not None:
-        _keep(graph, lighter, kept)
+        _keep(graph, folded, _kept(kept, "plain" if folded is ordered else "folded"))
+
+
+def _shapes(example: NDArray[np.float32], free: Mapping[int, str], spec: NetworkSpec) -> list[list[int]]:
+    """The example's shape, one of twice its size and one of half: maps of a coarse stride have other sizes at each."""
+    if not free:
+        return [list(example.shape)]
+    step = spec.input.multiple
+    larger = [example.shape[0] + 2, 0, *(2 * size + (axis + 1) * step for axis, size in enumerate(example.shape[2:]))]
+    smaller = [1, 0, *(max(size // 2 // step, 1) * step for size in example.shape[2:])]
+    return [
+        [new[axis] if axis in free else size for axis, size in enumerate(example.shape)]
+        for new in (example.shape, larger, smaller)
+    ]
+
+
+def _recorded(ordered: _Ordered, images: Sequence[NDArray[np.float32]]) -> list[Recording]:
+    """A recording at each shape; none where the network cannot be recorded at one of them."""
+    recorded = []
+    for one in images:
+        if (recording := record(ordered, one)) is None:
+            return []
+        recorded.append(recording)
+    return recorded
+
+
+def _kept(name: Path, kind: str) -> Path:
+    """A kept graph; its weights are those of the network itself, or with its batch norms folded."""
+    return name.with_suffix(f".{kind}.onnx")
 
 
 def _graph(ordered: _Ordered, example: NDArray[np.float32], opset: int, free: Mapping[int, str]) -> onnx.ModelProto:
@@ -120,10 +149,11 @@ def _graph(ordered: _Ordered, example: NDArray[np.float32], opset: int, free: Ma
 def _freed(model: onnx.ModelProto, free: Mapping[int, str]) -> onnx.ModelProto:
     """A graph that was exported for one shape, with axes that may have any size."""
     del model.graph.value_info[:]
-    for value in (*model.graph.input, *model.graph.output):
-        for axis, name in free.items():
-            of_input = axis == 0 or value in model.graph.input
-            value.type.tensor_type.shape.dim[axis].dim_param = name if of_input else f"{value.name}_{name}"
+    for axis, name in free.items():
+        for given in model.graph.input:
+            given.type.tensor_type.shape.dim[axis].dim_param = name
+        for field in model.graph.output:
+            field.type.tensor_type.shape.dim[axis].dim_param = name if axis == 0 else f"{field.name}_{name}"
     return model
 
 
@@ -141,19 +171,46 @@ def _written(
 
 
 def _without_batch_norms(ordered: _Ordered, norms: Sequence[tuple[str, str]]) -> _Ordered:
-    """A copy whose batch norms are folded into the convolutions before them: less than half as many operators to export."""
-    lighter = _Ordered(duplicate(ordered.network), ordered.names).eval()
-    for places in norms:
-        layer, norm = (lighter.get_submodule(place) for place in places)
-        if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-            for place, new in zip(places, (fuse_conv_bn_eval(layer, norm), nn.Identity()), strict=True):
-                parent, _, name = place.rpartition(".")
-                setattr(lighter.get_submodule(parent), name, new)
-    return lighter
+    """A copy whose batch norms are folded into the convolutions before them: less than half as many operators to export.
+
+    Args:
+        ordered: the network.
+        norms: see `Recording`.
+
+    Returns:
+        The copy, in which layers stay that are more than convolutions and batch norms; the network itself if none is folded.
+    """
+    copy, any_folded = _Ordered(duplicate(ordered.network), ordered.names).eval(), False
+    owners = defaultdict(list)
+    for module in copy.modules():
+        for tensor in module.parameters(recurse=False):
+            owners[id(tensor)].append(module)
+    found = tensors(copy)
+    for weight, scale in norms:
+        layers, after = owners[id(found[weight])], owners[id(found[scale])]
+        if len(layers) == len(after) == 1 and _foldable(layers[0], after[0]):
+            _replace(copy, layers[0], fuse_conv_bn_eval(layers[0], after[0]))  # type: ignore[type-var, arg-type]
+            _replace(copy, after[0], nn.Identity())
+            any_folded = True
+    return copy if any_folded else ordered
+
+
+def _foldable(layer: nn.Module, norm: nn.Module) -> bool:
+    """Whether two layers compute what their classes say, and nothing more."""
+    plain = type(norm).forward is nn.BatchNorm2d.forward and not norm._forward_hooks and not norm._forward_pre_hooks  # noqa: SLF001
+    return isinstance(layer, nn.Conv2d) and plain and not layer.training and not norm.training
+
+
+def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a layer in the place of another, wherever that is registered."""
+    for place, module in list(network.named_modules(remove_duplicate=False)):
+        if module is old:
+            parent, _, name = place.rpartition(".")
+            setattr(network.get_submodule(parent), name, new)
 
 
 def _optimized(model: onnx.ModelProto) -> Any:
-    """An optimised graph; its weights are needed, because batch norms are folded into them."""
+    """An optimised graph; its weights are needed, because what batch norms are left are folded into them."""
     program = torch.onnx.ONNXProgram(onnx_ir.from_proto(model), None)
     program.optimize()
     return program
@@ -171,8 +228,9 @@ def _keep(model: onnx.ModelProto, network: nn.Module, file: Path) -> None:
     part.replace(file)
 
 
-def _filled(model: onnx.ModelProto, network: nn.Module) -> onnx.ModelProto:
+def _filled(file: Path, network: nn.Module) -> onnx.ModelProto:
     """A kept graph with a network's weights."""
+    model = onnx.load(file)
     weights = tensors(network)
     for initializer in model.graph.initializer:
         if initializer.name in weights:

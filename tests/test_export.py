@@ -1,4 +1,5 @@
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +128,7 @@ def test_a_network_of_the_same_structure_takes_its_graph_from_the_cache(tmp_path
 
 
 class ReadTwice(Small):
-    """Its convolution is read by the batch norm and by another field: the batch norm cannot be folded into it."""
+    """Its convolution is read by the batch norm and by another field."""
 
     def forward(self, images):
         made = self.conv(images)
@@ -146,28 +147,126 @@ class TwoNorms(Small):
         return {"heatmaps": self.norm(self.conv(images)), "pafs": self.second(self.conv(images.flip(1)))}
 
 
+class BiasReadTwice(Small):
+    def forward(self, images):
+        fields = super().forward(images)
+        return fields | {"pafs": fields["pafs"] * self.conv.bias[:, None, None]}
+
+
+class OfOneWeight(Small):
+    """Two layers have one weight, and one of them is run."""
+
+    def __init__(self):
+        super().__init__()
+        self.twin = nn.Conv2d(3, 4, 3, padding=1)
+        self.twin.weight = self.conv.weight
+
+
+class TwoNames(Small):
+    """A layer under two names, run by the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.again = self.conv
+
+
+class NormAndRelu(nn.BatchNorm2d):
+    def forward(self, images):
+        return super().forward(images).relu()
+
+
+class NormSubclass(Small):
+    def __init__(self):
+        super().__init__()
+        self.norm = NormAndRelu(4)
+
+
+class Hooked(Small):
+    def __init__(self):
+        super().__init__()
+        self.norm.register_forward_hook(lambda module, given, made: made * 1.0006)
+
+
+class PlainFilter(Small):
+    """A filter that is no parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.filters = [torch.randn(4, 3, 3, 3)]
+
+    def forward(self, images):
+        fields = self.norm(nn.functional.conv2d(images, self.filters[0], padding=1))
+        return {"heatmaps": fields, "pafs": fields * 2}
+
+
+class FrozenNorm(nn.BatchNorm2d):
+    """It never trains, and says that it does."""
+
+    def train(self, mode=True):
+        return self
+
+    def forward(self, images):
+        return nn.functional.batch_norm(images, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+class FrozenStatistics(Small):
+    def __init__(self):
+        super().__init__()
+        self.norm = FrozenNorm(4)
+
+
 class Enlarged(Small):
-    """The size of its input is in its operators: it cannot be exported for one shape."""
+    """The size of its input is in its operators."""
 
     def forward(self, images):
         fields = super().forward(nn.functional.avg_pool2d(images, 4))
         return {name: nn.functional.interpolate(field, size=images.shape[2:]) for name, field in fields.items()}
 
 
-@pytest.mark.parametrize(("make", "batch_norms"), [(ReadTwice, 1), (TwoNorms, 2), (Enlarged, 0), (Small, 0)])
-def test_folding_and_freed_axes_keep_the_function(make, batch_norms, tmp_path, exports):
+class Squeezed(Small):
+    """It divides by the number of cells of a coarse map, which is the same for inputs of nearly one size."""
+
+    def forward(self, images):
+        fields = super().forward(images)
+        coarse = nn.functional.avg_pool2d(fields["heatmaps"], 32, ceil_mode=True)
+        mean = coarse.sum((2, 3), keepdim=True) / (coarse.shape[2] * coarse.shape[3])
+        return {name: field * torch.sigmoid(mean) for name, field in fields.items()}
+
+
+class BatchAlone(Small):
+    spec = replace(Small.spec, dynamic=frozenset({"batch"}))
+
+    def forward(self, images):
+        fields = super().forward(images)
+        return {name: field.reshape(-1, 4, 64 * 80).softmax(2).reshape(-1, 4, 64, 80) for name, field in fields.items()}
+
+
+@pytest.mark.parametrize(
+    ("make", "folded"),
+    [
+        (Small, True), (ReadTwice, False), (TwoNorms, False), (BiasReadTwice, False),
+        (OfOneWeight, False), (TwoNames, True), (NormSubclass, False), (Hooked, False),
+        (PlainFilter, False), (FrozenStatistics, False), (Enlarged, True), (Squeezed, True),
+        (BatchAlone, True),
+    ],
+)  # fmt: skip
+def test_shorter_ways_keep_the_function(make, folded, tmp_path, exports):
     torch.manual_seed(1)
     network = make().eval()
     for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
         nn.init.normal_(norm.running_mean)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    export.export(network, inputs()[0], 20, tmp_path / "model")
-    export.compare(tmp_path / "model", network.spec, export.torch_reference(network), inputs(), 1e-5)
-    assert len(exports) == 1
-    assert sum(isinstance(module, nn.BatchNorm2d) for module in exports[0][0].modules()) == batch_norms
+    example = np.zeros((1, 3, 64, 80), np.float32)
+    fixed = make is BatchAlone
+    for name, graphs in (("model", tmp_path / "kept"), ("again", tmp_path / "kept")):
+        export.export(network, example, 20, tmp_path / name, graphs=graphs)
+        others = [(3, 3, 64, 80)] if fixed else [(3, 3, 256, 160), (1, 3, 40, 208), (2, 3, 368, 432)]
+        draw = np.random.default_rng(4)
+        images = [draw.normal(0, 1, shape).astype(np.float32) for shape in others]
+        export.compare(tmp_path / name, network.spec, export.torch_reference(network), images, 1e-5)
+    assert len(exports) == 1, "the second takes the kept graph"
+    assert folded != any(isinstance(module, nn.BatchNorm2d) for module in exports[0][0].modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
-    fixed = exports[0][1][0].shape == (2, 3, 72, 88)
-    assert fixed == (make is not Enlarged)
 
 
 class Varied(Small):

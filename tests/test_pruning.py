@@ -370,9 +370,10 @@ def test_a_latency_is_refused_where_every_pruning_is_slower(monkeypatch, value):
         latency_of(monkeypatch, value, slower)
 
 
-def test_steps_are_measured_at_every_size_that_a_framing_makes(smoke):
+@pytest.mark.parametrize("framing", ["keep_aspect_ratio_mode=adjust_network_input", "scales=[0.5,1.0]"])
+def test_steps_are_measured_at_every_size_that_a_framing_makes(smoke, framing):
     words = [*SMOKE, "stage=prune", "pruner=l1", "pruner.target=macs", "pruner.value=0.6x", "pruner.round_to=4"]
-    words += ["pruner.min_num_filters=4", "resolution=64x64", "keep_aspect_ratio_mode=adjust_network_input", "scales=[0.5,1.0]"]
+    words += ["pruner.min_num_filters=4", "resolution=64x64", framing]
     pipeline(*words, cwd=smoke, check=0)
     (folder,) = (smoke / "outputs" / "smoke" / "prune").glob("*macs-0.6x*")
     assert all({"ap", "latency_ms"} <= set(row) for row in json.loads((folder / "steps.json").read_text())["steps"])

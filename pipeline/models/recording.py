@@ -21,9 +21,9 @@ class Recording:
     """One forward pass at one shape.
 
     Attributes:
-        digest: of all operators with their arguments: names of weights, numbers, and the content of other constants. The
-            weights' values are left out. So code of other files, closures and hooks count as far as they compute.
-        norms: the names of layers, a convolution and the batch norm that alone reads what it gives.
+        digest: two networks of equal digests ran the same operators at this shape, with the same constants and with weights
+            of the same names. The weights' values are left out.
+        norms: names of the weights of a convolution and of the batch norm that alone reads what it gives.
     """
 
     digest: str
@@ -31,7 +31,7 @@ class Recording:
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes a line for each operator; tensors are called by the names of weights, or by when they were made."""
+    """Writes a line for each operator. Tensors have the names of weights, or numbers in the order in which they are made."""
 
     def __init__(self, names: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -39,7 +39,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.alive: list[Tensor] = list(names.values())  # ids are only unique while the tensors live
         self.lines: list[str] = []
         self.reads: Counter[str] = Counter()
-        self.weights: dict[str, str] = {}  # of convolutions, by what they give
+        self.given: dict[str, tuple[str, str | None]] = {}  # weight and bias of a convolution, by what it gives
         self.norms: list[tuple[str, str]] = []  # what a batch norm reads, and its weight
 
     def read(self, tensor: Tensor) -> str:
@@ -62,7 +62,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         names = tree_map_only(Tensor, lambda tensor: self.names[id(tensor)], made)
         self.lines.append(f"{names} = {func}{given}")
         if func is _ATEN.convolution.default:
-            self.weights[names] = given[0][1]
+            self.given[names] = given[0][1:3]
         elif func is _ATEN.native_batch_norm.default and not args[5] and args[1] is not None:
             self.norms.append((given[0][0], given[0][1]))
         return made
@@ -78,18 +78,20 @@ def record(network: nn.Module, images: NDArray[np.float32]) -> Recording | None:
     Returns:
         The recording; None where operators follow from values, or the network's code raises under the recorder.
     """
-    given = torch.from_numpy(images)
-    with torch.no_grad(), _Recorder(tensors(network) | {"images": given}) as recorder:
+    given, weights = torch.from_numpy(images.copy()), tensors(network)
+    with torch.no_grad(), _Recorder(weights | {"images": given}) as recorder:
         try:
             outputs = network(given)
             ends = tree_map_only(Tensor, recorder.read, outputs)
         except Exception:  # noqa: BLE001 - whatever a network's code raises under the recorder
             return None
     pairs = [
-        (weight.rpartition(".")[0], scale.rpartition(".")[0])
+        (recorder.given[made][0], scale)
         for made, scale in recorder.norms
-        if (weight := recorder.weights.get(made)) is not None
-        and recorder.reads[made] == recorder.reads[weight] == recorder.reads[scale] == 1
+        if made in recorder.given
+        and {recorder.given[made][0], scale} <= weights.keys()
+        # What else reads the convolution's output, its weight or its bias would read other values once they are folded.
+        and all(recorder.reads[name] == 1 for name in (made, scale, *recorder.given[made]) if name is not None)
     ]
     return Recording(sha256("\n".join([*recorder.lines, str(ends)]).encode()).hexdigest(), pairs)
 
