@@ -155,7 +155,7 @@ class Int8:
         candidate = calibrated.written()
         candidate.write(out)
         calibrated.save(out)
-        steps = [] if probe is None else list(self._steps(onnx_file, feed, probe, candidate))
+        steps = [] if probe is None else list(self._steps(onnx_file, feed, probe, calibrated, candidate))
         (out / STEPS).write_text(json.dumps(steps, indent=1))
         report = {"precision": "int8", **calibrated.summary(), **tried, **(_last(steps) if steps else {})}
         if probe is not None and not probe.backend.name.startswith("tensorrt"):
@@ -291,15 +291,22 @@ class Int8:
 
         return error
 
-    def _steps(self, onnx_file: Path, feed: CalibrationFeed, probe: Probe, final: Candidate) -> Iterator[dict[str, Any]]:
+    def _steps(
+        self, onnx_file: Path, feed: CalibrationFeed, probe: Probe, calibrated: "Calibrated", final: Candidate
+    ) -> Iterator[dict[str, Any]]:
         """The error of the fields after each step that is switched on, all others off; the last row is what was written.
 
-        Steps are calibrated on the first images, all on the same.
+        Steps are calibrated on the first images, all on the same, by the method that was chosen in the end.
         """
         off: dict[str, Any] = {"equalize_concatenations": False, "equalize_layers": False, "bias_correction": False}
+        if errors := calibrated.tried.get("tensorrt" if probe.backend.name.startswith("tensorrt") else "onnxruntime"):
+            method, _, percentile = min(errors, key=errors.__getitem__).partition(" ")
+            off |= {"calibration_method": method, **({"percentile": float(percentile)} if percentile else {})}
         step = replace(self, **off, cal_data_file=None, cal_cache_file=None)
         yield {"step": "calibrated", **probe.errors(step.calibrate(onnx_file, feed, _STEP_IMAGES).written())}
-        for switch in (name for name in off if getattr(self, name)):
+        for switch in (
+            name for name in ("equalize_concatenations", "equalize_layers", "bias_correction") if getattr(self, name)
+        ):
             on: dict[str, Any] = {switch: True}
             step = replace(step, **on)
             yield {"step": f"+ {switch}", **probe.errors(step.calibrate(onnx_file, feed, _STEP_IMAGES).written())}
