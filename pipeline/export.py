@@ -29,6 +29,7 @@ from pipeline.models.recording import Recording, record, tensors
 from pipeline.specs import SPEC_KEY
 
 _SAME = 1e-3  # of a field's range, between torch and a file that was exported by a shorter way
+_SMALL = 320  # pixels of an input's longer side
 _AXES = {0: "batch", 2: "height", 3: "width"}
 # Runs a module as a program without torch, which the simplifiers import and do not use: that took most of their time.
 _TOOL = "import runpy, sys; sys.modules['torch'] = None; del sys.argv[0]; runpy.run_module(sys.argv[0], run_name='__main__')"
@@ -60,7 +61,7 @@ def export(
     """Write a network as ONNX with torch's dynamo exporter.
 
     Shorter ways are tried first: a kept graph, batch norms folded before, one shape for a network whose operators are the same
-    at all. What comes of them is compared with torch at several shapes, on random images. The exporter's own way is the last.
+    at all. What comes of them is compared with torch at two shapes, on random images. The exporter's own way is the last.
 
     Args:
         network: in evaluation mode, with a `spec`.
@@ -100,16 +101,14 @@ def export(
 
 
 def _shapes(example: NDArray[np.float32], free: Mapping[int, str], spec: NetworkSpec) -> list[list[int]]:
-    """The example's shape, one of twice its size and one of half: maps of a coarse stride have other sizes at each."""
+    """The example's shape, and one of twice its size or half, where coarse maps have other sizes too."""
+    shape, step = list(example.shape), spec.input.multiple
     if not free:
-        return [list(example.shape)]
-    step = spec.input.multiple
-    larger = [example.shape[0] + 2, 0, *(2 * size + (axis + 1) * step for axis, size in enumerate(example.shape[2:]))]
-    smaller = [1, 0, *(max(size // 2 // step, 1) * step for size in example.shape[2:])]
-    return [
-        [new[axis] if axis in free else size for axis, size in enumerate(example.shape)]
-        for new in (example.shape, larger, smaller)
-    ]
+        return [shape]
+    larger = max(shape[2:]) < _SMALL
+    other = [shape[0] + 1, shape[1]]
+    other += [2 * size + (n + 1) * step if larger else max(size // 2 // step, 1) * step for n, size in enumerate(shape[2:])]
+    return [shape, [new if axis in free else size for axis, (size, new) in enumerate(zip(shape, other, strict=True))]]
 
 
 def _recorded(ordered: _Ordered, images: Sequence[NDArray[np.float32]]) -> list[Recording]:

@@ -242,21 +242,21 @@ class BatchAlone(Small):
 
 
 @pytest.mark.parametrize(
-    ("make", "folded"),
+    ("make", "folded", "size"),
     [
-        (Small, True), (ReadTwice, False), (TwoNorms, False), (BiasReadTwice, False),
-        (OfOneWeight, False), (TwoNames, True), (NormSubclass, False), (Hooked, False),
-        (PlainFilter, False), (FrozenStatistics, False), (Enlarged, True), (Squeezed, True),
-        (BatchAlone, True),
+        *((make, True, size) for make in (Small, Enlarged, Squeezed) for size in ((64, 80), (320, 384))),
+        *((make, True, (64, 80)) for make in (TwoNames, BatchAlone)),
+        *((make, False, (64, 80)) for make in (ReadTwice, TwoNorms, BiasReadTwice, OfOneWeight)),
+        *((make, False, (64, 80)) for make in (NormSubclass, Hooked, PlainFilter, FrozenStatistics)),
     ],
-)  # fmt: skip
-def test_shorter_ways_keep_the_function(make, folded, tmp_path, exports):
+)
+def test_shorter_ways_keep_the_function(make, folded, size, tmp_path, exports):
     torch.manual_seed(1)
     network = make().eval()
     for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
         nn.init.normal_(norm.running_mean)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    example = np.zeros((1, 3, 64, 80), np.float32)
+    example = np.zeros((1, 3, *size), np.float32)
     fixed = make is BatchAlone
     for name, graphs in (("model", tmp_path / "kept"), ("again", tmp_path / "kept")):
         export.export(network, example, 20, tmp_path / name, graphs=graphs)
