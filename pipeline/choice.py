@@ -54,7 +54,7 @@ def _sentence(table: Table, chosen: int, best: int, lost: Interval | None) -> st
     where = f" ({file})" if file is not None else ""
     speed = f"{row['latency_p50_ms']:.2f} ms (p50, {row['device']}, {row['threads']} thread(s), batch {row['batch']})"
     if lost is None:
-        loss = "no other engine here has a higher AP"
+        loss = f"AP {row['ap']:.3f}, and no other engine here has a higher one"
     else:
         loss = f"AP {lost.value:+.3f} [{lost.low:+.3f}, {lost.high:+.3f}] against {_named(table, best)}, the highest here"
     return f"Ship {_named(table, chosen)}{where}, {speed}: {loss}. It is the fastest that loses at most {MOST_LOST:g} AP."

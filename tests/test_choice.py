@@ -48,7 +48,7 @@ def test_an_interval_that_reaches_further_disqualifies(tmp_path):
     made = table(engine(tmp_path, "slow", 0.8, 9.0), engine(tmp_path, "unsure", 0.8 - 1e-6, 4.0, SPREAD * 10))
     (sentence,) = choices(made)
     assert sentence.startswith("Ship slow")
-    assert "no other engine here has a higher AP" in sentence
+    assert "AP 0.800, and no other engine here has a higher one" in sentence
 
 
 def test_research_settings_and_other_machines_are_told_apart(tmp_path):
