@@ -128,7 +128,7 @@ def sampling_grid(
 
 
 def layout(device: torch.device) -> torch.memory_format:
-    """How images lie in memory where a network trains: a processor takes 1.4 times as long with their channels last."""
+    """How images lie in memory where a network trains; with channels last, the AMD EPYC measured takes 1.4 times as long."""
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
