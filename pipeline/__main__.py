@@ -93,11 +93,13 @@ class Cell:
         Raises:
             UserError: options do not go together or do not fit the given file, a file, package or input is missing.
         """
-        preflight.check_data(self.config, self.stages, self.plan, self.overrides)
         preflight.check_given(self.config, self.stages, self.plan)
+        for name in self.plan:
+            preflight.check_files(self.stages[name])
+        preflight.check_data(self.config, self.stages, self.plan, self.overrides)
         preflight.check_choices(self.config, self.plan)
         for name in self.plan:
-            preflight.check_machine(self.stages[name])
+            preflight.check_packages(self.stages[name])
         for name in self.plan:
             options.instances(arguments(self.stages[name]))
         for name in self.plan:

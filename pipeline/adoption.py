@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, inliner
 from evaluation.pixels import normalise
 from evaluation.types import FieldSpec, NetworkSpec, Resolution
 from pipeline.errors import UserError, first_line, nearest
-from pipeline.specs import described, named
+from pipeline.specs import SPEC_KEY, described, named
 
 F32 = NDArray[np.float32]
 Outputs = Mapping[str, NDArray[Any]]
@@ -77,6 +77,23 @@ def adopt(file: Path, raw: object, outputs: Mapping[str, Any] | None, resolution
             f"{where}: its outputs cannot be named as the fields ({first_line(error)}); name them so at export"
         ) from error
     return Adopted(model, spec, sources, size, notes)
+
+
+def unlike_metadata(file: Path, spec: NetworkSpec) -> list[str]:
+    """How a description of the input differs from that in the metadata of a file that the stage `export` wrote."""
+    entries = {entry.key: entry.value for entry in onnx.load(file, load_external_data=False).metadata_props}
+    if SPEC_KEY not in entries:
+        return []
+    try:
+        own = NetworkSpec.from_json(entries[SPEC_KEY]).input
+    except ValueError:
+        return []
+    wanted = {key: (getattr(spec.input, key), getattr(own, key)) for key in ("order", "range", "mean", "std")}
+    return [
+        f"model.spec.input.{key}={given}: the metadata of {file} says {said}; give that, unless you know better"
+        for key, (given, said) in wanted.items()
+        if given != said
+    ]
 
 
 def check_request(

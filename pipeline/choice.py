@@ -5,7 +5,7 @@ from pathlib import Path
 
 from evaluation.statistics import Draws, Interval, paired
 from pipeline.artifacts import read_manifest
-from pipeline.report import Result, Table, averaged, comparable
+from pipeline.report import Result, Table, averaged, between, comparable, named
 
 MOST_LOST = 0.01  # of AP, at the worse end of the paired interval
 
@@ -22,7 +22,7 @@ def choices(table: Table) -> Iterator[str]:
             continue
         best = max(timed, key=lambda n: float(table.rows[n]["ap"]))
         if float(table.rows[best]["ap"]) <= MOST_LOST:
-            highest = f"{table.rows[best]['ap']:.3f}, of {_named(table, best)}"
+            highest = f"{table.rows[best]['ap']:.3f}, of {named(table.rows[best])}"
             yield f"No engine is recommended: the highest AP is {highest}, which finds next to nothing."
             continue
         lost = {n: _difference(table.results[n], table.results[best]) for n in timed if n != best}
@@ -38,11 +38,6 @@ def _difference(result: Result, reference: Result) -> Interval | None:
         return None
 
 
-def _named(table: Table, n: int) -> str:
-    row = table.rows[n]
-    return f"{row['network']} {row['pruning']} {row['resolution']} {row['precision']}"
-
-
 def _engine(result: Result) -> Path | None:
     folder = result.made_of.get("build")
     manifest = read_manifest(folder) if folder is not None else None
@@ -50,14 +45,22 @@ def _engine(result: Result) -> Path | None:
 
 
 def _sentence(table: Table, chosen: int, best: int, lost: Interval | None) -> str:
-    row, file = table.rows[chosen], _engine(table.results[chosen])
+    row, result = table.rows[chosen], table.results[chosen]
+    file = _engine(result)
     where = f" ({file})" if file is not None else ""
     speed = f"{row['latency_p50_ms']:.2f} ms (p50, {row['device']}, {row['threads']} thread(s), batch {row['batch']})"
+    if row["speedup_vs_fp32"] != "":
+        speed += f", {between(row, 'speedup_vs_fp32', 2)} times as fast as its FP32"
+    loss = f"AP {row['ap']:.3f}"
     if lost is None:
-        loss = f"AP {row['ap']:.3f}, and no other engine here has a higher one"
+        loss += ", the highest here"
     else:
-        loss = f"AP {lost.value:+.3f} [{lost.low:+.3f}, {lost.high:+.3f}] against {_named(table, best)}, the highest here"
-    return f"Ship {_named(table, chosen)}{where}, {speed}: {loss}. It is the fastest that loses at most {MOST_LOST:g} AP."
+        loss += f", {lost.value:+.3f} [{lost.low:+.3f}, {lost.high:+.3f}] to {named(table.rows[best])}, the highest here"
+    if row["ap_vs_fp32"] != "":
+        loss += f", and {between(row, 'ap_vs_fp32', 3, '+')} to its FP32"
+    tuned = result.made_of.get("tune")
+    thresholds = f" Its decoder's thresholds: {tuned / 'decoder.json'}." if tuned is not None else ""
+    return f"Ship {named(row)}{where}: {speed}; {loss}. It is the fastest that loses at most {MOST_LOST:g} AP.{thresholds}"
 
 
 def said(sentences: Sequence[str]) -> str:

@@ -237,7 +237,10 @@ def explained(error: Exception, words: Words) -> str:
             if wrong:
                 return f"{key}={wrong[0]}: no such choice{nearest(wrong[0], choices)}; choose one of {', '.join(choices)}"
         elif key and not key.startswith("hydra") and key not in known:
+            known = {k for k in known if not k.rpartition(".")[2].startswith("_")}
             inside = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
+            if having := _having(key, folders):
+                return f"{key}: no such option of what is chosen here; add {' or '.join(having)}, which has it"
             hint = nearest(key, inside) or nearest(key, known)
             return f"{key}: no such option{hint}; `python -m pipeline --cfg job` lists them"
     if found := re.match(r"Error merging override (.*)", str(error)):
@@ -269,6 +272,17 @@ def _groups(folders: Sequence[Path]) -> set[str]:
 
 def _choices(group: str, folders: Sequence[Path]) -> list[str]:
     return sorted(file.stem for folder in folders for file in (folder / group).glob("*.yaml"))
+
+
+def _having(key: str, folders: Sequence[Path]) -> list[str]:
+    """Choices of groups, as GROUP=CHOICE, that have an option."""
+    found = []
+    for group in sorted(_groups(folders) - {"experiment", "stages"}):
+        for file in (file for folder in folders for file in sorted((folder / group).glob("*.yaml"))):
+            place = "" if file.read_text(encoding="utf-8").startswith("# @package _global_") else f"{group}."
+            if key in _paths(OmegaConf.to_container(OmegaConf.load(file)), place):
+                found.append(f"{group}={file.stem}")
+    return found
 
 
 def _is_choice(word: str, folders: Sequence[Path]) -> bool:

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evaluation.coco import NOT_MEASURED
 from evaluation.statistics import Draws, Interval, bootstrap, paired
 from pipeline.artifacts import current, read_manifest
 from pipeline.datasets.results import load_results
 from pipeline.errors import UserError, nearest
 from pipeline.specs import Splits
+
+_SHOWN = 20  # addresses in an error
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,51 @@ class Side:
     timed: Mapping[tuple[Any, ...], Mapping[str, Any]]
 
 
+def check(root: Path, name: str, engines: Sequence[str]) -> None:
+    """Check that two sides are named and there.
+
+    Args:
+        root: the folder of outputs.
+        name: the sweep that addresses without one belong to.
+        engines: two of: ADDRESS, NAME/ADDRESS, a file of COCO results (.json), the name of a sweep.
+
+    Raises:
+        UserError: they are not two, or one is not there.
+    """
+    if len(engines) != 2:
+        raise UserError(
+            f"engines={list(engines)}: give two, like 'engines=[ADDRESS,ADDRESS]', 'engines=[a.json,b.json]' or two sweeps"
+            + _there(root, name)
+        )
+    sweeps = [entry for entry in engines if (root / entry / "evaluate").is_dir()]
+    for entry in engines:
+        if entry in sweeps:
+            continue
+        if sweeps and "/" not in entry and not entry.endswith(".json"):
+            known = {folder.parent.name for folder in root.glob("*/evaluate")}
+            raise UserError(f"engines={list(engines)}: one is a sweep, but there is no sweep {entry}{nearest(entry, known)}")
+        if not entry.endswith(".json"):
+            find(root, name, entry)
+        elif not Path(entry).is_file():
+            raise UserError(f"engines: {entry}: no such file; give the path of COCO results")
+
+
+def _addresses(root: Path, name: str) -> list[str]:
+    return sorted(file.parent.name for file in (root / name / "evaluate").glob("[!.]*/manifest.json"))
+
+
+def _there(root: Path, name: str) -> str:
+    """Which evaluations there are, to end an error with."""
+    known = _addresses(root, name)
+    if known:
+        more = f"\n  and {len(known) - _SHOWN} more in {root / name / 'evaluate'}" if len(known) > _SHOWN else ""
+        return f"; name={name} has:" + "".join(f"\n  {address}" for address in known[:_SHOWN]) + more
+    names = sorted({file.parent.parent.parent.name for file in root.glob("*/evaluate/[!.]*/manifest.json")})
+    if names:
+        return f"; name={name} has no evaluation; add name=NAME, one of {', '.join(names)}"
+    return f"; there is no evaluation in {root}; run stage=evaluate first"
+
+
 def find(root: Path, name: str, entry: str) -> Path:
     """The evaluation at ADDRESS, or NAME/ADDRESS.
 
@@ -36,8 +84,8 @@ def find(root: Path, name: str, entry: str) -> Path:
     folder, _, address = entry.rpartition("/")
     at = root / (folder or name) / "evaluate"
     if read_manifest(at / address) is None or not address:
-        known = {f.parent.name for f in at.glob("[!.]*/manifest.json")}
-        raise UserError(f"engines: no evaluation {at / address}{nearest(address, known)}; there are {len(known)} in {at}")
+        hint = nearest(address, _addresses(root, folder or name))
+        raise UserError(f"engines: no evaluation {at / address}{hint or _there(root, folder or name)}")
     return at / address
 
 
@@ -110,6 +158,8 @@ def rows_of(first: Side, second: Side, engines: Sequence[str]) -> list[dict[str,
     rows = []
     for key, value in first.figures.items():
         other = second.figures.get(key)
+        if NOT_MEASURED in (value, other):
+            continue
         if isinstance(value, float) and isinstance(other, float) and not key.endswith(("_lo", "_hi")):
             interval = differences.get(key)
             known = {"low": interval.low, "high": interval.high} if interval else {}
@@ -119,7 +169,9 @@ def rows_of(first: Side, second: Side, engines: Sequence[str]) -> list[dict[str,
     pairs = [(where, where) for where in common] or list(zip(first.timed, second.timed, strict=False))[:1]
     for mine, other in pairs:
         places = [f"{device}, {threads} thread(s), batch {batch}" for device, threads, batch in (mine, other)]
-        for key in ("latency_p50_ms", "decoding_p50_ms"):
+        for key in ("latency_p50_ms", "decoding_p50_ms", "speedup"):
+            if key not in first.timed[mine] or key not in second.timed[other]:
+                continue
             ours, theirs = first.timed[mine][key], second.timed[other][key]
             told: dict[str, Any] = {"apart": " / ".join(places)}
             if mine == other:

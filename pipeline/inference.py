@@ -254,7 +254,8 @@ def shown(results: Iterator[Found], watch: Watch, what: str, total: int) -> Iter
     """Pass results on and show images/s and the name of the step that holds them up; both are left behind."""
     from pipeline.progress import Progress
 
-    with Progress(what, total, "images", stays=True) as progress:
+    compiling = "the first takes a minute where decoding is compiled for the first time"
+    with Progress(what, total, "images", stays=True, words=compiling) as progress:
         for n, result in enumerate(results, 1):
             yield result
             progress.update(n, f"held up by {watch.bottleneck}")

@@ -20,6 +20,7 @@ from pipeline.report import (
     devices,
     differences,
     front,
+    latency_notes,
     rank_correlation,
     tabulated,
     waterfalls,
@@ -60,10 +61,7 @@ def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] 
         title = html.escape(f"{shown[n]['network']} · {shown[n]['precision']} · {shown[n]['input']}")
         sections.append(f"<h2>What {title} finds</h2>{_pictures(table.results[n])}{_details_html(table.results[n])}")
     machines = devices(table.rows)
-    notes = [
-        f"Latency: network only, on {html.escape('; '.join(machines) or 'no machine yet')}. "
-        "× FP32: against the same network in FP32, in turns in one run."
-    ]
+    notes = [f"Latency: on {html.escape('; '.join(machines) or 'no machine yet')}. {' '.join(latency_notes(table.rows))}"]
     images = sorted({f"{row['images']} validation images, data {row['data_digest'][:12]}" for row in table.rows})
     notes.append(f"AP: {html.escape('; '.join(images))}; intervals are 95 % bootstraps over images, differences are paired.")
     correlation = rank_correlation(table.rows)
@@ -78,9 +76,10 @@ def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] 
     if any(row["pruning"] != "dense" for row in table.rows):
         notes.append(MORE_STEPS)
     notes += [html.escape(line) for line in table.left_out]
+    doubts = "".join(f'<p class="doubt">{html.escape(line)}</p>' for line in table.doubts)
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)} · Posepress</title>
 <style>{_STYLE}</style></head><body><h1>{html.escape(name)}: accuracy against latency</h1>
-<p>{html.escape(said(list(choices(table))))}</p>{plots}
+{doubts}<p>{html.escape(said(list(choices(table))))}</p>{plots}
 <h2>Engines</h2><p class="note">Green rows are on the Pareto front.</p><div class="wide">
 <table><thead><tr>{head}</tr></thead>
 <tbody>{body}</tbody></table></div>
@@ -184,7 +183,7 @@ th:first-child, td:first-child { text-align: left; } tr.front td { background: #
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: .8rem; }
 .pictures img { width: 100%; } figure { margin: 0; } figcaption { font-size: 12px; color: #666; overflow-wrap: anywhere; }
 .details { display: flex; flex-wrap: wrap; gap: 2rem; align-items: flex-start; } h3 { font-size: 1rem; }
-.note { color: #666; font-size: 13px; }
+.note { color: #666; font-size: 13px; } .doubt { background: #fff3d6; padding: .6rem .8rem; }
 """
 
 

@@ -109,6 +109,10 @@ def check_choices(config: DictConfig, plan: Sequence[str]) -> None:
                 f"precision={config.precision.name}: TensorRT {installed()} has no calibrators, the last that had them is "
                 f"{last}; choose precision=int8, whose scales are in the file"
             )
+    if "compare" in plan:
+        from pipeline import comparison
+
+        comparison.check(Path(str(config.outputs)), str(config.name), list(config.engines))
     if config.exported is None and {"parity", "package"}.intersection(plan):
         raise UserError(f"stage={plan[0]}: model={config.model.label} is an engine; this is for networks that are built here")
 
@@ -120,12 +124,15 @@ def check_data(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[s
         UserError: the default data would be drawn for it, thousands of images.
     """
     named = any(word.lstrip("+").partition("=")[0] in ("data", "experiment") for word in words)
-    if named or config.model.weights_from is not None or not any(stages[name].splits for name in plan):
+    splits = {split for name in plan for split in stages[name].splits}
+    if named or config.model.weights_from is not None or not splits:
         return
     count = sum(config.data.get("counts", {}).values())
+    parts = ["train"] if splits - {"validation"} else []
+    wanted = " ".join(f"data.{part}.images=FOLDER data.{part}.annotations=FILE" for part in [*parts, "val"])
     raise UserError(
-        "data: the network is given, so name the images that it is tried on; give data=coco data.val.images=FOLDER "
-        f"data.val.annotations=FILE, or data={config.data.label}, which draws {count:,} images"
+        f"data: the network is given, so name the images that it is tried on; give data=coco {wanted}, "
+        f"or data={config.data.label}, which draws {count:,} images"
     )
 
 
@@ -161,7 +168,7 @@ def check_given(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[
         raise UserError(f"model.spec: {error}") from error
     if model["onnx"] is None or not Path(str(model["onnx"])).is_file():
         return
-    from pipeline.adoption import adopt, check_request
+    from pipeline.adoption import adopt, check_request, unlike_metadata
 
     file, one = Path(str(model["onnx"])), "stages.build.profiles"
     profiles = [Shapes.parse(profile) for profile in OmegaConf.to_container(config.stages.build.profiles) or []]
@@ -170,7 +177,10 @@ def check_given(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[
     batches = {"batch": config.batch}
     batches |= {f"{one}[{n}].{k}": count for n, p in enumerate(profiles) for k, count in enumerate(p.batch)}
     precision = str(config.precision.name)
-    for doubt in check_request(file, raw, precision, sizes, batches, parts["framing"].one_size):
+    for doubt in [
+        *unlike_metadata(file, spec),
+        *check_request(file, raw, precision, sizes, batches, parts["framing"].one_size),
+    ]:
         print(f"warning: {doubt}", file=sys.stderr)
     export = Path(str(config.outputs)) / str(config.name) / "export" / stages["export"].address
     if "export" in plan and (config.force or not _adopted(read_manifest(export), stages["export"], file)):
@@ -191,16 +201,24 @@ def _adopted(manifest: Mapping[str, Any] | None, export: Stage, file: Path) -> b
     return bool({key: manifest["config"].get(key) for key in now} == now)
 
 
-def check_machine(stage: Stage) -> None:
-    """Check that a stage's files are there and its components' packages installed.
+def check_files(stage: Stage) -> None:
+    """Check that the files are there that a stage reads.
 
     Raises:
-        UserError: a file or a package is missing.
+        UserError: one is missing.
     """
     for option in stage.files:
         file = value_at(stage.options, option)
         if file is not None and not Path(str(file)).is_file():
             raise UserError(f"{option_of(option)}={file}: no such file; give the path of an existing one")
+
+
+def check_packages(stage: Stage) -> None:
+    """Check that the packages are installed that a stage's components need.
+
+    Raises:
+        UserError: one is missing.
+    """
     for component in stage.options.values():
         if not (isinstance(component, Mapping) and any(targets(component))):
             continue

@@ -61,6 +61,7 @@ class Progress:
         stays: whether its last line stays also if it was short.
         done: how many are done before.
         lines: the pace of a log; None is that of the process.
+        words: what else there is to say before the first thing is done.
     """
 
     def __init__(
@@ -72,13 +73,14 @@ class Progress:
         stays: bool = False,
         done: int = 0,
         lines: Lines | None = None,
+        words: str = "",
     ) -> None:
         self._what, self._total, self._unit, self._stays = what, total, unit, stays
         self._lines = _LINES if lines is None else lines
         self._shown = shown
         self._said: int | None = None  # how many were done at the last line
         self._from = self._done = done
-        self._words = ""
+        self._words = words
         console = Console(file=self._lines.stream or sys.stderr, soft_wrap=True, highlight=False)
         self._bar = Bar(
             TextColumn("{task.description}", markup=False),
@@ -91,7 +93,7 @@ class Progress:
             disable=not (shown and console.is_interactive) or bool(_bars),
         )
         self._interactive = console.is_interactive
-        self._task = self._bar.add_task(what, total=total, completed=done, words="")
+        self._task = self._bar.add_task(what, total=total, completed=done, words=words)
         self._ended = threading.Event()
 
     def __enter__(self: P) -> P:  # noqa: PYI019

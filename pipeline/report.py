@@ -5,11 +5,14 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from evaluation import latency
+from evaluation.coco import NOT_MEASURED
 from evaluation.statistics import Draws, Interval, paired, spearman
 from evaluation.types import NetworkSpec
 from pipeline.artifacts import current, made_here
@@ -26,7 +29,7 @@ COLUMNS = (
     "latency_p50_ms_lo", "latency_p50_ms_hi", "latency_p95_ms", "latency_p99_ms", "framing_p50_ms", "upload_p50_ms",
     "download_p50_ms", "decoding_p50_ms", "joules_per_image",
     "latency_width", "calls", "speedup_vs_fp32", "speedup_vs_fp32_lo", "speedup_vs_fp32_hi", "engine_mb", "peak_rss_mb",
-    "data_digest", "imported",
+    "data_digest", "doubts", "imported",
 )  # fmt: skip
 TEXTS = (
     "data", "network", "pruning", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "ran", "backend",
@@ -68,6 +71,20 @@ class Table:
     rows: list[dict[str, Any]]
     results: list[Result]
     left_out: list[str]
+
+    @cached_property
+    def doubts(self) -> list[str]:
+        """What may make figures other than expected, with the engines that it was said of."""
+        engines: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row["doubts"]:
+                engines.setdefault(row["doubts"], []).append(named(row))
+        return [f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}: {text}" for text, names in engines.items()]
+
+
+def named(row: Mapping[str, Any]) -> str:
+    """An engine in words: network, pruning, input, precision."""
+    return f"{row['network']} {row['pruning']} {row['resolution']} {row['precision']}"
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -176,7 +193,7 @@ def _agreement(dense: Result, pruned: Result) -> float | None:
     for image, people in expected.items():
         measure.process(image, people, found[image])
     value = measure.evaluate()[measure.primary]
-    return None if value == -1 else value
+    return None if value == NOT_MEASURED else value
 
 
 def _row(result: Result, results: Sequence[Result]) -> dict[str, Any]:
@@ -200,7 +217,14 @@ def _row(result: Result, results: Sequence[Result]) -> dict[str, Any]:
             "speedup_vs_fp32_lo": row["speedup_lo"],
             "speedup_vs_fp32_hi": row["speedup_hi"],
         }
-    return {column: row.get(column, "") for column in COLUMNS}
+    row["doubts"] = " ".join(row.get("doubts", ()))
+    return {column: "" if _unmeasured(column, row) else row[column] for column in COLUMNS}
+
+
+def _unmeasured(column: str, row: Mapping[str, Any]) -> bool:
+    """Whether a figure is not there; results of earlier versions have -1 in its place."""
+    always = column in ("ap", "ap_lo", "ap_hi") or "_vs_" in column
+    return column not in row or (row[column] == NOT_MEASURED and not always)
 
 
 def write_csv(table: Table, file: Path) -> None:
@@ -222,6 +246,24 @@ def in_markdown(text: str) -> str:
 
 def _number(value: Any, digits: int, scale: float = 1.0) -> str:
     return f"{value * scale:.{digits}f}" if isinstance(value, (int, float)) else "–"
+
+
+def _p50(row: Mapping[str, Any]) -> str:
+    wide = row["latency_width"] != "" and row["latency_width"] > latency.NARROW
+    return _number(row["latency_p50_ms"], 2) + ("*" if wide else "")
+
+
+def latency_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How to read the columns of latency; nothing where nothing was timed."""
+    if not any(row["latency_p50_ms"] != "" for row in rows):
+        return []
+    notes = [
+        "p50: of the network alone, each engine timed at its own moment. × FP32: both engines timed in turns in one run; to "
+        "compare speeds, take this one."
+    ]
+    if any(_p50(row).endswith("*") for row in rows):
+        notes.append(f"*: the interval of this p50 is wider than {latency.NARROW:.0%}; give stages.benchmark.seconds more.")
+    return notes
 
 
 def tabulated(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -266,7 +308,7 @@ def narrow(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             "AP [95 %]": stacked(row, "ap", 3),
             "AP − FP32": stacked(row, "ap_vs_fp32", 3, "+"),
             "AP − dense": stacked(row, "ap_vs_dense", 3, "+"),
-            "p50 ms": _number(row["latency_p50_ms"], 2),
+            "p50 ms": _p50(row),
             "× FP32": stacked(row, "speedup_vs_fp32", 2),
         }
         for row in rows
@@ -289,10 +331,10 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
         "GMACs": _number(row["macs"], 3, 1e-9),
         "AP [95 %]": between(row, "ap", 3),
         "as found": _number(row["as_found_ap"], 3),
-        "agreement": _number(row["agreement_ap"], 3) if row["agreement_ap"] != -1 else "–",
+        "agreement (people)": f"{row['agreement_ap']:.3f} ({row['agreement_people']})" if row["agreement_ap"] != "" else "–",
         "AP − FP32": between(row, "ap_vs_fp32", 3, "+"),
         "AP − dense FP32": between(row, "ap_vs_dense", 3, "+"),
-        "p50 ms": _number(row["latency_p50_ms"], 2),
+        "p50 ms": _p50(row),
         "p95 ms": _number(row["latency_p95_ms"], 2),
         "decoding ms": _number(row["decoding_p50_ms"], 3),
         "× FP32": between(row, "speedup_vs_fp32", 2),
@@ -312,7 +354,7 @@ def rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
     groups: dict[Any, dict[Any, dict[str, float]]] = {}
     for row in rows:
         lost = 0.0 if row["precision"] == "fp32" else row["ap_vs_fp32"]
-        if "" not in (row["agreement_ap"], lost) and row["agreement_ap"] != -1 and not averaged(row):
+        if "" not in (row["agreement_ap"], lost) and not averaged(row):
             engine = tuple(row[key] for key in _ENGINE)
             figures = {"agreement_ap": float(row["agreement_ap"]), "ap": float(lost)}
             groups.setdefault((row["data"], row["data_digest"]), {})[engine] = figures
@@ -351,7 +393,7 @@ def _torch_fp32(axes: Mapping[str, Any]) -> bool:
 def waterfalls(results: Sequence[Result]) -> dict[str, list[tuple[str, str, str]]]:
     """From research settings to the deployed engine: for each network, (step, AP, paired difference to the step before).
 
-    A network of which fewer than two steps are measured has none; a step that is not measured says so.
+    A network of which fewer than three steps are measured has none: the column AP − FP32 holds what two would tell.
     """
     found = {}
     for key in sorted({(r.axes["data"], r.axes["network"], r.axes["pruning"], r.axes["resolution"]) for r in results}):
@@ -363,7 +405,6 @@ def waterfalls(results: Sequence[Result]) -> dict[str, list[tuple[str, str, str]
             # Of several recipes the one that keeps most: it is the one that would be shipped.
             result = max((r for r in kin if wanted(r.axes)), key=lambda r: float(r.figures["ap"]), default=None)
             if result is None:
-                rows.append((name, "not measured", ""))
                 continue
             draws = Draws.load(result.folder / "draws.npz")
             difference = _difference(result, before) if before else None
@@ -371,7 +412,7 @@ def waterfalls(results: Sequence[Result]) -> dict[str, list[tuple[str, str, str]
             recipe = " ".join(str(result.axes[key]) for key in ("keep_aspect_ratio_mode", "calibration") if result.axes[key])
             rows.append((f"{name}: {recipe}", str(draws.interval), shown))
             before, last = result, name
-        if sum(ap != "not measured" for _, ap, _ in rows) > 1:
+        if len(rows) > 2:
             found[" · ".join(key)] = rows
     return found
 
@@ -395,29 +436,23 @@ def front(rows: Sequence[Mapping[str, Any]], group: Sequence[int]) -> list[int]:
     return kept
 
 
-def _figure(value: float) -> str:
-    return "–" if value == -1 else f"{value:.4f}"  # -1 says that there was nobody to find
-
-
 def differences(engines: Sequence[str], pairs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """A comparison as tables: title, columns and rows; of two engines every figure, of two sweeps AP and latency."""
 
     def change(row: Mapping[str, Any]) -> str:
         if "apart" in row:
             return f"not compared: {row['apart']}"
-        if -1 in (row["first"], row["second"]):
-            return "–"
         interval = f" [{row['low']:+.4f}, {row['high']:+.4f}]" if "low" in row else ""
         return f"{row['difference']:+.4f}{interval}" + (f" ({row['where']})" if "where" in row else "")
 
     title = f"{engines[0]} -> {engines[1]}"
     if len(pairs) == 1 and not pairs[0]["name"]:
-        rows = [[r["figure"], _figure(r["first"]), _figure(r["second"]), change(r)] for r in pairs[0]["figures"]]
+        rows = [[r["figure"], f"{r['first']:.4f}", f"{r['second']:.4f}", change(r)] for r in pairs[0]["figures"]]
         yield title, ["figure", "first", "second", "second - first [95 %, paired]"], rows
         return
     for figure in ("ap", "agreement_ap", "latency_p50_ms"):
         found = [(pair["name"], row) for pair in pairs for row in pair["figures"] if row["figure"] == figure]
-        rows = [[name, _figure(r["first"]), _figure(r["second"]), change(r)] for name, r in found]
+        rows = [[name, f"{r['first']:.4f}", f"{r['second']:.4f}", change(r)] for name, r in found]
         if rows:
             yield f"{title}: {figure}", ["engine", "first", "second", "second - first [95 %, paired]"], rows
 
@@ -452,6 +487,6 @@ def write_card(table: Table, name: str, file: Path) -> None:
         "",
         "- People in images unlike the validation images, and latency on other machines, were not measured.",
         *([f"- {MORE_STEPS}"] if any(row["pruning"] != "dense" for row in table.rows) else []),
-        *[f"- {in_markdown(line)}" for line in table.left_out],
+        *[f"- {in_markdown(line)}" for line in (*table.doubts, *table.left_out)],
     ]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -54,6 +54,7 @@ _EVALUATED = frozenset(key for key in COLUMNS if re.match(r"(as_found_|agreement
     "dropped_peaks",
     "images_not_finite",
     "data_digest",
+    "doubts",
     "backend",
     "primary",
 }
@@ -283,9 +284,14 @@ def check_figures(summary: Mapping[str, Any], place: str) -> None:
         ValueError: one is none, or cannot be.
     """
     for key, value in summary.items():
-        texts = value if isinstance(value, list) else [value]
-        kind = value is None or _shown(value) or _number(value) or (isinstance(value, list) and all(map(_shown, texts)))
-        kind &= _shown(value) if key in TEXTS else key not in (*COLUMNS, *_SPEEDUP) or _number(value)
+        texts = isinstance(value, list) and all(map(_shown, value))
+        kind = value is None or _shown(value) or _number(value) or texts
+        if key == "doubts":
+            kind = texts
+        elif key in TEXTS:
+            kind = _shown(value)
+        elif key in (*COLUMNS, *_SPEEDUP):
+            kind = _number(value)
         if not _KEY.fullmatch(key) or not kind:
             raise ValueError(f"{place}: {key[:120]!r} is {str(value)[:120]!r}, which is no such figure")
         least, most = -1.0, 1.0 if _AP.search(key) else math.inf

@@ -1,5 +1,7 @@
 """Given ONNX files against their descriptions: what is adopted, and what is refused in one line that names the fix."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -14,7 +16,7 @@ from evaluation.topdown import TopDownDecoder
 from evaluation.types import FieldSpec, InputSpec, NetworkSpec, Resolution, Skeleton
 from evaluation.views import PersonCrops, WholeImage
 from pipeline import __main__ as main
-from pipeline.adoption import adopt, check_request, quantized
+from pipeline.adoption import adopt, check_request, quantized, unlike_metadata
 from pipeline.artifacts import Results, Stage
 from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.errors import UserError
@@ -134,6 +136,20 @@ def test_fields_described_by_their_own_names_are_heatmaps_and_pafs(file):
     made = adopted(file, model, raw)
     assert made.sources == {"pafs": "397", "heatmaps": "400"}
     assert {f.name: f.channels for f in made.spec.fields} == {"heatmaps": 3, "pafs": 4}
+
+
+def test_our_own_files_tell_how_pixels_become_their_input(file):
+    model = network()
+    onnx.save(model, file)
+    spec = described(RAW)
+    assert unlike_metadata(file, spec) == [], "a file of others tells nothing"
+    own = replace(spec, input=replace(spec.input, order="BGR", range=255.0))
+    onnx.helper.set_model_props(model, {SPEC_KEY: own.to_json()})
+    onnx.save(model, file)
+    order, scale = unlike_metadata(file, spec)
+    assert order.startswith(f"model.spec.input.order=RGB: the metadata of {file} says BGR; give that")
+    assert scale.startswith("model.spec.input.range=1.0: ")
+    assert unlike_metadata(file, own) == []
 
 
 def test_an_ambiguous_file_asks_which_output_is_which(file):

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -40,15 +41,15 @@ def test_the_fastest_engine_that_loses_next_to_nothing_is_chosen(tmp_path):
         engine(tmp_path, "never timed", 0.790, ""),
     )
     (sentence,) = choices(made)
-    assert sentence.startswith("Ship fast dense 64x80 fp32, 4.00 ms")
-    assert "AP -0.003 [-0.005, -0.001] against slow dense 64x80 fp32" in sentence
+    assert sentence.startswith("Ship fast dense 64x80 fp32: 4.00 ms")
+    assert "AP 0.797, -0.003 [-0.005, -0.001] to slow dense 64x80 fp32, the highest here" in sentence
 
 
 def test_an_interval_that_reaches_further_disqualifies(tmp_path):
     made = table(engine(tmp_path, "slow", 0.8, 9.0), engine(tmp_path, "unsure", 0.8 - 1e-6, 4.0, SPREAD * 10))
     (sentence,) = choices(made)
     assert sentence.startswith("Ship slow")
-    assert "AP 0.800, and no other engine here has a higher one" in sentence
+    assert "AP 0.800, the highest here" in sentence
 
 
 def test_research_settings_and_other_machines_are_told_apart(tmp_path):
@@ -64,6 +65,38 @@ def test_research_settings_and_other_machines_are_told_apart(tmp_path):
 def test_engines_that_find_nothing_are_not_recommended(tmp_path, ap):
     made = table(engine(tmp_path, "slow", ap, 9.0), engine(tmp_path, "fast", ap, 1.0))
     assert said(list(choices(made))).startswith(f"No engine is recommended: the highest AP is {ap:.3f}")
+
+
+def test_the_loss_to_its_own_fp32_is_said_and_where_the_thresholds_lie(tmp_path):
+    figures = {
+        "ap_vs_fp32": -0.001,
+        "ap_vs_fp32_lo": -0.003,
+        "ap_vs_fp32_hi": 0.002,
+        "speedup_vs_fp32": 2.0,
+        "speedup_vs_fp32_lo": 1.9,
+        "speedup_vs_fp32_hi": 2.1,
+    }
+    row, result = engine(tmp_path, "small", 0.8, 4.0, precision="int8", **figures)
+    (sentence,) = choices(table((row, replace(result, made_of={"tune": tmp_path / "tune"}))))
+    assert "and -0.001 [-0.003, +0.002] to its FP32" in sentence
+    assert "2.00 [1.90, 2.10] times as fast as its FP32" in sentence
+    assert str(tmp_path / "tune" / "decoder.json") in sentence
+
+
+def test_a_doubt_is_said_once_with_the_engines_that_it_is_of(tmp_path):
+    made = table(*(engine(tmp_path, name, 0.002, 9.0, doubts="AP is 0.002, implausible") for name in "abcd"))
+    (line,) = made.doubts
+    assert line == "a dense 64x80 fp32, b dense 64x80 fp32, c dense 64x80 fp32 ...: AP is 0.002, implausible"
+    report.write_card(made, "demo", tmp_path / "card.md")
+    assert line in (tmp_path / "card.md").read_text()
+
+
+def test_a_median_that_missed_its_precision_is_marked(tmp_path):
+    rows = [engine(tmp_path, str(width), 0.8, 12.5, latency_width=width)[0] for width in (0.01, 0.03)]
+    assert [row["p50 ms"] for row in report.narrow(rows)] == ["12.50", "12.50*"]
+    assert "wider than 2%" in report.latency_notes(rows)[-1]
+    assert len(report.latency_notes(rows[:1])) == 1
+    assert report.latency_notes([engine(tmp_path, "untimed", 0.8, "")[0]]) == []
 
 
 def test_without_timings_the_next_command_is_named(tmp_path):

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from annotated_types import Interval
 
 from pipeline.artifacts import Job
-from pipeline.comparison import evaluated, find, rows_of, scored
-from pipeline.errors import UserError, nearest
+from pipeline.comparison import check, evaluated, find, rows_of, scored
+from pipeline.errors import UserError
 from pipeline.specs import Splits
 
 
@@ -37,19 +37,10 @@ def run(
     Raises:
         UserError: not two, one is not there, or they were evaluated on different images.
     """
-    if len(engines) != 2:
-        raise UserError(
-            f"engines={list(engines)}: give two, like 'engines=[ADDRESS,ADDRESS]', 'engines=[a.json,b.json]' or two sweeps"
-        )
     root = Path(outputs)
+    check(root, name, engines)
     sweeps = [root / entry / "evaluate" for entry in engines]
-    missing = [entry for entry, folder in zip(engines, sweeps, strict=True) if not folder.is_dir()]
-    if len(missing) == 1 and "/" not in missing[0] and not missing[0].endswith(".json"):
-        known = {folder.parent.name for folder in root.glob("*/evaluate")}
-        raise UserError(
-            f"engines={list(engines)}: one is a sweep, but there is no sweep {missing[0]}{nearest(missing[0], known)}"
-        )
-    if not missing:
+    if all(folder.is_dir() for folder in sweeps):
         ours, theirs = ({f.parent.name for f in folder.glob("[!.]*/manifest.json")} for folder in sweeps)
         if not ours & theirs:
             raise UserError(f"engines={list(engines)}: the two sweeps share no address, so there is nothing to compare")

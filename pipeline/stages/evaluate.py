@@ -10,6 +10,7 @@ import cv2
 from annotated_types import Ge, Interval
 
 from evaluation.averaging import AveragedFields
+from evaluation.coco import NOT_MEASURED
 from evaluation.statistics import bootstrap
 from evaluation.types import Resolution
 from pipeline.artifacts import Job, read_manifest
@@ -98,15 +99,19 @@ def run(
     (job.out / "pictures" / "captions.json").write_text(json.dumps(captions))
     summary = _figures(job, measures, resamples, images)
     (job.out / "details.json").write_text(json.dumps(measures[""].details(), indent=1))
+    doubts = [*images.doubts(job.cache), *measures[""].doubts()]
     summary |= {
         "primary": measures[""].primary,
         "images": len(images),
         "category": str(images.truth.category),
         "backend": backend.name,
         "data_digest": data.digest(["validation"]),
+        "doubts": doubts,
     }
-    for doubt in (*images.doubts(job.cache), *measures[""].doubts()):
+    for doubt in doubts:
         say(doubt, "yellow")
+    if summary.get("agreement_people") == 0:
+        say("agreement: not measured; FP32 finds nobody in the agreement images with a mean keypoint score of .5 or more")
     shutil.rmtree(job.scratch, ignore_errors=True)
     (job.out / "metrics.json").write_text(json.dumps({**summary, "axes": dict(axes)}, indent=1))
     return summary
@@ -134,7 +139,8 @@ def _figures(job: Job, measures: Mapping[str, Metric[Any, Any]], resamples: int,
             f"{measure.primary}_lo": draws.interval.low,
             f"{measure.primary}_hi": draws.interval.high,
         }
-        summary |= {f"{name}_{key}" if name else key: value for key, value in {**figures, **measure.counts()}.items()}
+        measured = {key: value for key, value in figures.items() if value != NOT_MEASURED}
+        summary |= {f"{name}_{key}" if name else key: value for key, value in {**measured, **measure.counts()}.items()}
     return summary
 
 

@@ -37,6 +37,8 @@ def _print(table: report.Table, name: str) -> None:
         for row in rows:
             grid.add_row(*map(escape, row.values()))
         console.print(grid)
+        for line in report.latency_notes(table.rows):
+            console.print(line, style="dim", markup=False)
     for title, steps in report.waterfalls(table.results).items():
         falls = Table(title=escape(f"where AP goes: {title}"), header_style="bold", box=box.SIMPLE_HEAD)
         for column in ("step", "AP [95 %]", "difference, paired"):
@@ -44,6 +46,8 @@ def _print(table: report.Table, name: str) -> None:
         for step in steps:
             falls.add_row(*map(escape, step))
         console.print(falls)
+    for line in table.doubts:
+        console.print(line, style="yellow", soft_wrap=True, markup=False)
     for line in table.left_out:
         console.print(f"left out: {line}", soft_wrap=True, markup=False)
     console.print(said(list(choices(table))), soft_wrap=True, markup=False)

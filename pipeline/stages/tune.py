@@ -13,6 +13,7 @@ from evaluation.types import Resolution
 from pipeline.artifacts import Job
 from pipeline.errors import UserError
 from pipeline.inference import FITTED, Watch, candidates, predict, save_results, shown
+from pipeline.progress import say
 from pipeline.specs import Backend, Decoder, Framing, Splits
 
 _FEW = 4  # tune images below which chosen thresholds are in doubt
@@ -84,6 +85,8 @@ def run(
     words = ", ".join(f"{name} {value:.4g}" for name, value in summary.items())
     console = Console(stderr=True, highlight=False)
     console.print(f"[bold]tune[/]       {words}", soft_wrap=True)
+    for doubt in measures[best].doubts():
+        say(doubt, "yellow")
     if (count := len(results[best])) < _FEW:
         console.print(
             f"[yellow]           thresholds chosen on {count} tune image{'s'[: count - 1]}: they may fit nothing else; name "
