@@ -16,7 +16,9 @@ F64 = NDArray[np.float64]
 
 NARROW = 0.02  # width of the median's interval over the median, at which timing ends
 LEAST_CALLS = 200  # of each engine before timing may end early: two of them lie above the 99th percentile
-_BLOCK = 0.08  # seconds of one engine before it is the other's turn
+_BLOCK = 0.08  # seconds of one engine before it is the other's turn, at most
+_TURNS = 8  # of each engine, at least
+_WARM_UP = 3.0  # seconds, at most
 _RESAMPLES = 400
 
 Steps = Sequence[Callable[[Any], Any]]  # each takes what the one before it returned
@@ -39,16 +41,21 @@ class Timing:
         """How many calls were timed."""
         return sum(len(block) for block in self.blocks)
 
-    def percentile(self, q: float, step: int = 0) -> Interval:
-        """Milliseconds below which q per cent of a step's times lie; 95 % bootstrap interval over the blocks."""
+    def percentiles(self, qs: Sequence[float], step: int = 0) -> list[Interval]:
+        """Milliseconds below which q per cent of a step's times lie, of each q; 95 % bootstrap intervals over the blocks."""
         blocks = [block[:, step] * 1e3 for block in self.blocks]
         draw = np.random.default_rng(0)
         draws = [
-            np.percentile(np.concatenate([blocks[b] for b in draw.integers(0, len(blocks), len(blocks))]), q)
+            np.percentile(np.concatenate([blocks[b] for b in draw.integers(0, len(blocks), len(blocks))]), qs)
             for _ in range(_RESAMPLES)
         ]
-        low, high = np.percentile(draws, (2.5, 97.5))
-        return Interval(float(np.percentile(np.concatenate(blocks), q)), float(low), float(high))
+        bounds = np.percentile(draws, (2.5, 97.5), axis=0)
+        values = np.percentile(np.concatenate(blocks), qs)
+        return [Interval(float(value), float(low), float(high)) for value, low, high in zip(values, *bounds, strict=True)]
+
+    def percentile(self, q: float, step: int = 0) -> Interval:
+        """One of `percentiles`."""
+        return self.percentiles([q], step)[0]
 
     def width(self, step: int = 0) -> float:
         """Width of the median's interval over the median."""
@@ -67,7 +74,7 @@ def once(steps: Steps) -> list[float]:
     return seconds
 
 
-def warm_up(steps: Steps, least: int = 5, seconds: float = 3.0) -> int:
+def warm_up(steps: Steps, least: int = 5, seconds: float = _WARM_UP) -> int:
     """Call until the last third of the calls is no faster than the third before it; how many calls that took.
 
     Args:
@@ -96,21 +103,22 @@ def in_turns(calls: Sequence[Steps], seconds: float, watched: int = 0) -> list[T
             called `LEAST_CALLS` times. Each gets at least eight blocks.
         watched: the step whose median decides.
     """
-    warm = [warm_up(steps) for steps in calls]
+    block = min(_BLOCK, seconds / (_TURNS * len(calls)))
+    warm = [warm_up(steps, seconds=min(_WARM_UP, seconds)) for steps in calls]
     blocks: list[list[F64]] = [[] for _ in calls]
     started, turns = time.perf_counter(), 0
     while True:
         for steps, found in zip(calls, blocks, strict=True):
             times: list[list[float]] = []
             begin = time.perf_counter()
-            while not times or time.perf_counter() - begin < _BLOCK:
+            while not times or time.perf_counter() - begin < block:
                 times.append(once(steps))
             found.append(np.array(times))
         turns += 1
         timings = [Timing(tuple(found), n) for found, n in zip(blocks, warm, strict=True)]
-        if turns < 8:
+        if turns < _TURNS:
             continue
-        narrow = turns % 8 == 0 and all(t.calls >= LEAST_CALLS and t.width(watched) < NARROW for t in timings)
+        narrow = turns % _TURNS == 0 and all(t.calls >= LEAST_CALLS and t.width(watched) < NARROW for t in timings)
         if narrow or time.perf_counter() - started > seconds:
             return timings
 

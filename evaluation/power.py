@@ -88,6 +88,12 @@ class EnergyMeter:
         self.source: str | None = None
         self.joules: float | None = None
         self._rails = rails(system)
+        self._begin: float | None = None
+
+    @property
+    def measures(self) -> bool:
+        """Whether anything measures, known once it is entered."""
+        return bool(self._rails) or self._begin is not None
 
     def _counter(self) -> float | None:
         if self.on_gpu:

@@ -1,4 +1,4 @@
-"""Time, energy and memory of an engine with all that stands around it, each in a process of its own."""
+"""Memory, time and energy of an engine with all that stands around it, in a process of its own."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -81,6 +81,11 @@ def apart(what: str, function: Any, *values: Any) -> dict[str, Any]:
         return result
 
 
+def measure(work: Work, engine: Path, reference: Path | None, seconds: float) -> dict[str, Any]:
+    """Memory and times of an engine, in a process in which nothing ran yet: memory first, for its peak is the process's."""
+    return {**memory_of(work, engine), **time_of(work, engine, reference, seconds)}
+
+
 def time_of(work: Work, engine: Path, reference: Path | None, seconds: float) -> dict[str, Any]:
     """Percentiles of every step in ms, with intervals, and how much faster the engine's network is than the reference's.
 
@@ -97,7 +102,7 @@ def time_of(work: Work, engine: Path, reference: Path | None, seconds: float) ->
         inputs = ours.upload(steps[0](None))
         calls = max(int(_ENERGY_SECONDS * 1e3 / max(mine.percentile(50, _NETWORK).value, 0.1)), 1)
         with power.EnergyMeter(work.backend.on_gpu) as meter:
-            for _ in range(calls):
+            for _ in range(calls if meter.measures else 0):
                 ours(inputs)
         state = power.gpu_state() if work.backend.on_gpu else {}  # before it cools down
     figures: dict[str, Any] = {}
@@ -107,10 +112,8 @@ def time_of(work: Work, engine: Path, reference: Path | None, seconds: float) ->
         figures["fp32_p50_ms"] = other[0].percentile(50, _NETWORK).value
     for step, name in enumerate(STEPS):
         prefix = "latency" if step == _NETWORK else name
-        for q in (50, 95, 99):
-            if mine.calls * (100 - q) < 100:  # no call lies above it
-                continue
-            found = mine.percentile(q, step)
+        known = [q for q in (50, 95, 99) if mine.calls * (100 - q) >= 100]  # some call lies above it
+        for q, found in zip(known, mine.percentiles(known, step), strict=True):
             figures |= {f"{prefix}_p{q}_ms": found.value, f"{prefix}_p{q}_ms_lo": found.low, f"{prefix}_p{q}_ms_hi": found.high}
     if meter.joules is not None:
         figures |= {"joules_per_image": meter.joules / calls / work.batch, "energy_by": meter.source}

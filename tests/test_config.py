@@ -89,7 +89,7 @@ DEMO = [f"python -m pipeline experiment=demo pruner={file.stem}" for file in sor
 
 @pytest.mark.parametrize("line", [*readme_commands(), *DEMO])
 def test_the_readmes_commands_say_what_can_be_made(line):
-    words = [word for word in shlex.split(line)[3:] if not word.startswith("--") and word != "job"]
+    words = [word for word in shlex.split(re.sub(r"--(cfg|package) \S+", "", line))[3:] if not word.startswith("--")]
     config = compose(*(word if "[" in word else word.partition(",")[0] for word in words))  # the first of a sweep's values
     for name in config.stages:
         Stage.from_config(name, main._resolved(config.stages[name]))

@@ -15,9 +15,16 @@ def preflight(*words):
 @pytest.mark.parametrize("stage", ["stage=all", "stage=export", "stage=[export,build,evaluate]"])
 def test_the_images_of_a_given_network_are_named(stage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pipeline.preflight.check_files", lambda stage: None)
     with pytest.raises(UserError, match=r"data: .* name the images .* or data=synthetic, which draws 9,700 images"):
         preflight(stage)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_not_there_is_named_before_its_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"there\.onnx: no such file"):
+        preflight()
 
 
 @pytest.mark.parametrize("words", [["data=synthetic"], ["experiment=smoke"]])

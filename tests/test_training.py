@@ -595,20 +595,35 @@ def test_what_one_of_several_devices_refuses_is_an_error_without_traceback(image
     assert not (tmp_path / "a.error").exists()
 
 
+class Little(torch.nn.Module):
+    """What is compiled in seconds."""
+
+    spec = SPEC
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Conv2d(3, 57, 8, 8)
+
+    def forward(self, images):
+        fields = self.layer(images)
+        return {"heatmaps": fields[:, :19], "pafs": fields[:, 19:]}
+
+
 def test_a_compiled_network_learns_the_same(images, tmp_path, monkeypatch):
     compiled_ones, compiles = [], torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda network, **options: compiled_ones.append(network) or compiles(network, **options)
     )
-    plain, expected = _train(images, tmp_path / "a.ckpt", steps=3, lr=1e-5)
-    compiled, found = _train(images, tmp_path / "b.ckpt", steps=3, lr=1e-5, compile=True)
+    plain, expected = _train(images, tmp_path / "a.ckpt", network=Little(), steps=3, lr=1e-5)
+    compiled, found = _train(images, tmp_path / "b.ckpt", network=Little(), steps=3, lr=1e-5, compile=True)
     assert compiled_ones
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
     assert list(compiled.state_dict()) == list(plain.state_dict())
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match="torch.compile needs a C.. compiler; install"):
-        _train(images, tmp_path / "c.ckpt", steps=3, compile=True)
+        _train(images, tmp_path / "c.ckpt", network=Little(), steps=3, compile=True)
 
 
 def test_training_on_a_written_shard_needs_neither_opencv_nor_numba(images, tmp_path):

@@ -16,7 +16,7 @@ from pipeline.inference import decoder_options
 from pipeline.processes import alone
 from pipeline.progress import say
 from pipeline.specs import Backend, Decoder, Framing, ModelFiles, Shapes, Splits
-from pipeline.timing import Work, apart, memory_of, time_of
+from pipeline.timing import Work, apart, measure
 
 _IMAGES = 8  # of the validation split, seen in turns
 
@@ -80,8 +80,7 @@ def run(
         work = Work(backend, some, framing, decoder, options, size, batch, threads)
         with tempfile.TemporaryDirectory(dir=job.scratch) as folder, alone():
             reference = _reference(backend, job, size, batch, Path(folder)) if "reference" in job.inputs else None
-            timed = apart("timing", time_of, work, engine, reference, seconds)
-            memory = apart("measuring memory", memory_of, work, engine)
+            timed = apart("timing", measure, work, engine, reference, seconds)
         machine |= timed.pop("gpu")
         say(
             f"p50 {timed['latency_p50_ms']:.2f} ms, interval {timed['latency_width']:.1%} wide, "
@@ -95,7 +94,6 @@ def run(
         summary = {
             "timed": 1,
             **timed,
-            **memory,
             "engine_mb": built["summary"]["engine_mb"],
             **{f"ran_{kind}_{name}": x for kind in audit.KINDS for name, x in audit.shares(layers, kind).items()},
             **{f"engine_{name}": count for name, count in audit.counts(layers).items()},
