@@ -56,7 +56,9 @@ def _sentence(table: Table, chosen: int, best: int, lost: Interval | None) -> st
         loss += ", the highest here"
     else:
         loss += f", {lost.value:+.3f} [{lost.low:+.3f}, {lost.high:+.3f}] to {named(table.rows[best])}, the highest here"
-    if row["ap_vs_fp32"] != "":
+    same = ("data", "network", "pruning", "resolution", "keep_aspect_ratio_mode")
+    reference = table.rows[best]
+    if row["ap_vs_fp32"] != "" and (reference["precision"] != "fp32" or any(row[key] != reference[key] for key in same)):
         loss += f", and {between(row, 'ap_vs_fp32', 3, '+')} to its FP32"
     tuned = result.made_of.get("tune")
     thresholds = f" Its decoder's thresholds: {tuned / 'decoder.json'}." if tuned is not None else ""

@@ -2,6 +2,7 @@
 
 import json
 import math
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -72,7 +73,8 @@ def places(value, at=()):
 
 
 def put(raw, at, new):
-    """The same with another value at a place."""
+    """The same with another value at a place, which is a copy: what it is drawn from must not change with it."""
+    new = deepcopy(new)
     if not at:
         return new
     parent = raw
