@@ -26,6 +26,7 @@ from evaluation.types import NetworkSpec
 from pipeline.errors import UserError, first_line
 from pipeline.models.contract import duplicate
 from pipeline.models.recording import Recording, record, tensors
+from pipeline.progress import say
 from pipeline.specs import SPEC_KEY
 
 _SAME = 1e-3  # of a field's range, between torch and a file that was exported by a shorter way
@@ -78,7 +79,7 @@ def export(
     ordered = _Ordered(network, names).eval()
     images = [np.random.default_rng(0).standard_normal(shape, np.float32) for shape in _shapes(example, free, spec)]
     recorded = _recorded(ordered, images)
-    kept, graph, folded = None, None, ordered
+    kept, graph, folded, why = None, None, ordered, list[str]()
     if recorded:
         folded = _without_batch_norms(ordered, recorded[0].norms)
         if graphs is not None:
@@ -86,14 +87,16 @@ def export(
             kept = graphs / _key(ordered, [opset, free, fixed, spec.to_json(), *recorded])
             for file, filled in ((_kept(kept, "folded"), folded), (_kept(kept, "plain"), ordered)):
                 if file.exists():
-                    if _written(partial(_filled, file, filled), network, images[:1], out) is not None:
+                    if _written(partial(_filled, file, filled), network, images[:1], out, why) is not None:
                         return
-                    print(f"{file}: this kept graph is damaged or does not fit; it is made anew", file=sys.stderr)
+                    print(f"{file}: this kept graph is damaged or does not fit ({why[-1]}); it is made anew", file=sys.stderr)
         if free and len({one.digest for one in recorded}) == 1:
-            graph = _written(lambda: _freed(_graph(folded, images[1], opset, {}), free), network, images, out)
+            graph = _written(lambda: _freed(_graph(folded, images[1], opset, {}), free), network, images, out, why)
         else:
-            graph = _written(lambda: _graph(folded, example, opset, free), network, images, out)
+            graph = _written(lambda: _graph(folded, example, opset, free), network, images, out, why)
     if graph is None:
+        if why:
+            say(f"exported as torch does it, which takes longer, for a shorter way ended in: {why[-1]}")
         graph, folded = _graph(ordered, example, opset, free), ordered
         _optimized(graph).save(out, external_data=False)
     if kept is not None:
@@ -157,14 +160,27 @@ def _freed(model: onnx.ModelProto, free: Mapping[int, str]) -> onnx.ModelProto:
 
 
 def _written(
-    make: Callable[[], onnx.ModelProto], network: nn.Module, images: Sequence[NDArray[np.float32]], out: Path
+    make: Callable[[], onnx.ModelProto],
+    network: nn.Module,
+    images: Sequence[NDArray[np.float32]],
+    out: Path,
+    why: list[str],
 ) -> onnx.ModelProto | None:
-    """A graph, optimised and written; None where it computes something else than the network, or cannot be made."""
+    """A graph, optimised and written; None where it computes something else than the network, or cannot be made.
+
+    Args:
+        make: the graph.
+        network: what it must compute.
+        images: what both are compared on.
+        out: the file.
+        why: the reason is added where there is none.
+    """
     try:
         graph = make()
         _optimized(graph).save(out, external_data=False)
         compare(out, network.spec, torch_reference(network), images, _SAME)  # type: ignore[arg-type]
-    except Exception:  # noqa: BLE001 - of torch, protobuf, ONNX Runtime and ours; another graph is made, whatever it was
+    except Exception as error:  # noqa: BLE001 - of torch, protobuf, ONNX Runtime and ours; another graph is made, whatever it was
+        why.append(first_line(error))
         return None
     return graph
 

@@ -69,7 +69,9 @@ def check_pruner(config: DictConfig) -> None:
     if config.control is not None and config.pruner.weights_from == "train":
         raise UserError(f"control={config.control}: there is no pruner; add pruner=l1")
     if config.control == "scratch" and config.weights is not None:
-        raise UserError("control=scratch: the dense network came trained (weights=), so what its training took is not known")
+        raise UserError(
+            "control=scratch: the dense network came trained (weights=), so what its training took is not known; train it here with weights=null, or choose control=pruned"
+        )
     scratch = config.control == "scratch" and "retrain" in config.stages
     training = config.stages.retrain.get("training") if scratch else None
     patience = training.get("patience") if isinstance(training, DictConfig) else None  # else refused with the stage's options

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from pipeline.models.mobilenetv2_paf import MobileNetV2Paf
 from pipeline.pruning.criteria import importance
 from pipeline.pruning.graph import folded, groups, normalised
 from pipeline.pruning.sparse24 import Sparse24, is_sparse
+from pipeline.training import loop
 from pipeline.training.augment import NONE, Augmentation, cut
 from pipeline.training.distillation import Distillation
 from pipeline.training.heatmap_paf import HeatmapPafObjective
@@ -586,6 +588,18 @@ def test_two_devices_share_a_batch_and_learn_the_same(images, tmp_path):
     assert [step for step, _ in found[0]] == [step for step, _ in found[1]] == [1, 2, 4, 6]
     for (_, one), (_, two) in zip(*found, strict=True):
         assert two == pytest.approx(one, rel=1e-3)
+
+
+def test_machines_with_checkpoints_of_different_steps_are_refused():
+    def run(*others):
+        answers = iter(others)
+        fabric = SimpleNamespace(device="cpu", all_reduce=lambda own, reduce_op: max(float(own), next(answers)))
+        return SimpleNamespace(checkpoint="a.ckpt", fabric=fabric)
+
+    assert loop._Run._agreed(run(3.0, -3.0), 3.0) == 3
+    for others in ((4.0, -4.0), (2.0, -2.0)):
+        with pytest.raises(UserError, match=r"a\.ckpt: the machines have checkpoints of different steps, or one has none"):
+            loop._Run._agreed(run(*others), 3.0)
 
 
 def test_what_one_of_several_devices_refuses_is_an_error_without_traceback(images, tmp_path):
