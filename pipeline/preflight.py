@@ -70,7 +70,8 @@ def check_pruner(config: DictConfig) -> None:
         raise UserError(f"control={config.control}: there is no pruner; add pruner=l1")
     if config.control == "scratch" and config.weights is not None:
         raise UserError(
-            "control=scratch: the dense network came trained (weights=), so what its training took is not known; train it here with weights=null, or choose control=pruned"
+            "control=scratch: the dense network came trained (weights=), so what its training took is not known; train it here "
+            "with weights=null, or choose control=pruned"
         )
     scratch = config.control == "scratch" and "retrain" in config.stages
     training = config.stages.retrain.get("training") if scratch else None

@@ -20,6 +20,7 @@ from evaluation.views import WholeImage
 from pipeline import inference, report
 from pipeline.artifacts import Job, write_manifest
 from pipeline.backends.onnxruntime import OnnxRuntime
+from pipeline.comparison import Side, rows_of
 from pipeline.datasets.synthetic import Synthetic
 from pipeline.inference import Watch, load_results, predict, save_results
 from pipeline.stages import evaluate, tune
@@ -367,6 +368,16 @@ def test_the_waterfall_pairs_each_step_with_the_one_before(tmp_path):
     foreign = replace(results[3], figures={"data_digest": "other", "ap": 0.28})
     ((_, rows),) = report.waterfalls([*results[:3], foreign]).items()
     assert rows[3][2] == "", "no difference over different images"
+
+
+def test_what_was_not_measured_is_no_figure(tmp_path):
+    one = result(tmp_path, "a", [0.3, 0.3, 0.3])
+    old = replace(one, figures={**one.figures, "ap_large": -1.0, "agreement_ap": -1.0, "ap_lo": 0.2})  # of an earlier version
+    row = report._row(old, [old])
+    assert row["ap_large"] == row["agreement_ap"] == row["latency_p50_ms"] == ""
+    assert row["ap_lo"] == 0.2
+    sides = [Side({"ap": 0.3, "ap_large": large, "primary": "ap"}, {}, {}) for large in (-1.0, 0.2)]
+    assert [found["figure"] for found in rows_of(*sides, ["a", "b"])] == ["ap"]
 
 
 def test_the_rank_correlation_is_spearmans():
