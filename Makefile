@@ -24,7 +24,7 @@ test: install
 
 # Parsers of what users give, with 10,000 examples each; `make test` tries 200.
 fuzz: install
-	POSEPRESS_FUZZ=1 $(BIN)/python -m pytest -n auto tests/test_fuzz_*.py
+	POSEPRESS_FUZZ=1 $(BIN)/python -m pytest -n auto -o faulthandler_timeout=0 tests/test_fuzz_*.py
 
 # Ends a smoke chain at 300 random moments and compares its results; `make test` at 3. The same command goes on where it was stopped.
 kills: install

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,9 @@ def calibration_feed(
     images = json.loads(chosen.read_text())["images"]
     sources = list(_sources(images, data, image_dir, cache))
 
-    passes = count(1)
-
     def frames(most: int | None) -> Iterator[NDArray[np.uint8]]:
         every = (batch for part, order in sources for batch in batches(part, framing, spec, size, 1, order))
-        what = f"calibrating, pass {next(passes)}"
-        for batch in track(islice(every, most), what, min(len(images), most or len(images)), "images"):
+        for batch in track(islice(every, most), "calibrating", min(len(images), most or len(images)), "images"):
             if batch.views:
                 yield batch.images
 
