@@ -77,8 +77,13 @@ class PoseAgreement:
         return self._inner.results()
 
     def doubts(self) -> list[str]:
-        """None: the reference is a network."""
-        return []
+        """Why there is no figure, where there is none."""
+        if self.counts()["people"]:
+            return []
+        return [
+            f"agreement is not measured: in the agreement images, FP32 finds no person with a mean keypoint score of {SURE} or "
+            "more; add images with people"
+        ]
 
     def details(self) -> Mapping[str, Mapping[str, float]]:
         """None: the keypoints' strata are those of labelled images."""

@@ -27,7 +27,7 @@ AREAS = {"all": (0.0, 1e10), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e
 FIGURES = ("ap", "ap50", "ap75", "ap_medium", "ap_large", "ar", "ar50", "ar75", "ar_medium", "ar_large")
 MOST_FOUND = 20  # people an image that count, as in COCO
 HIT, MISS = 1, 2
-NOT_MEASURED = -1  # a figure of nothing to be found, as COCO's reference code has it
+NOT_MEASURED = -1  # stands for a figure of which there is nothing to find, as in COCO's reference code
 _NUMBER = re.compile(r"0|-?[1-9][0-9]{0,18}")  # an id that is a whole number; 007 is text
 
 

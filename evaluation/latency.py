@@ -54,7 +54,7 @@ class Timing:
         return [Interval(float(value), float(low), float(high)) for value, low, high in zip(values, *bounds, strict=True)]
 
     def percentile(self, q: float, step: int = 0) -> Interval:
-        """One of `percentiles`."""
+        """Milliseconds below which q per cent of a step's times lie, as `percentiles` gives them."""
         return self.percentiles([q], step)[0]
 
     def width(self, step: int = 0) -> float:
@@ -99,8 +99,9 @@ def in_turns(calls: Sequence[Steps], seconds: float, watched: int = 0) -> list[T
 
     Args:
         calls: the steps of one call of each.
-        seconds: for all of them together, at most; it ends as soon as every engine's median is known to `NARROW` and it was
-            called `LEAST_CALLS` times. Each gets at least eight blocks.
+        seconds: for all of them together, at most, unless eight blocks of one call take longer. It ends as soon as every
+            engine's median is known to `NARROW` and it was called `LEAST_CALLS` times. The warm-up of each comes before and
+            takes as long at most.
         watched: the step whose median decides.
     """
     block = min(_BLOCK, seconds / (_TURNS * len(calls)))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, inliner
 
 from evaluation.pixels import normalise
-from evaluation.types import FieldSpec, NetworkSpec, Resolution
+from evaluation.types import FieldSpec, InputSpec, NetworkSpec, Resolution
 from pipeline.errors import UserError, first_line, nearest
 from pipeline.specs import SPEC_KEY, described, named
 
@@ -24,7 +24,10 @@ _AXES = {"batch": 0, "height": 2, "width": 3}
 _LEAST_OPSET = 13  # scales for each channel begin there
 _OPSETS = (20, _LEAST_OPSET)  # older files are raised to one of them
 _SAME = 1e-3  # two passes that should agree differ by less, as a part of the greatest value
-_INTEGER = re.compile(r"(Dynamic)?QuantizeLinear|DequantizeLinear|QLinear\w+|\w+Integer|QGemm")
+_INTEGER = re.compile(  # of ONNX and of ONNX Runtime
+    r"(Dynamic)?QuantizeLinear|DequantizeLinear|QLinear\w+|\w+Integer|QGemm|MatMulIntegerToFloat|MatMul(NBits|Bnb4)|"
+    r"DynamicQuantize\w+|Q(Attention|Concat|MoE|Embed\w+|Ordered\w+)|GatherBlockQuantized"
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,11 @@ def adopt(file: Path, raw: object, outputs: Mapping[str, Any] | None, resolution
 
 
 def unlike_metadata(file: Path, spec: NetworkSpec) -> list[str]:
-    """How a description of the input differs from that in the metadata of a file that the stage `export` wrote."""
+    """Compare a description of the input with the one in the file's metadata, where the stage `export` wrote the file.
+
+    Returns:
+        A sentence for each difference.
+    """
     entries = {entry.key: entry.value for entry in onnx.load(file, load_external_data=False).metadata_props}
     if SPEC_KEY not in entries:
         return []
@@ -88,12 +95,14 @@ def unlike_metadata(file: Path, spec: NetworkSpec) -> list[str]:
         own = NetworkSpec.from_json(entries[SPEC_KEY]).input
     except ValueError:
         return []
-    wanted = {key: (getattr(spec.input, key), getattr(own, key)) for key in ("order", "range", "mean", "std")}
-    return [
-        f"model.spec.input.{key}={given}: the metadata of {file} says {said}; give that, unless you know better"
-        for key, (given, said) in wanted.items()
-        if given != said
-    ]
+
+    def option(key: str, source: InputSpec) -> str:
+        value = getattr(source, key)
+        text = f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else value
+        return f"model.spec.input.{key}={text}"
+
+    pairs = ((option(key, spec.input), option(key, own)) for key in ("order", "range", "mean", "std"))
+    return [f"{given}: the metadata of {file} says otherwise; give '{said}'" for given, said in pairs if given != said]
 
 
 def check_request(

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata, util
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.errors import UserError, nearest
 
@@ -81,7 +81,7 @@ class Stage:
     inputs: Mapping[str, str] = field(default_factory=dict)
     code: Sequence[str] = ()
     toolchain: Sequence[str] = ()
-    splits: Sequence[str] = ()
+    splits: Sequence[Literal["train", "unlabelled", "tune", "agreement", "validation"]] = ()
     files: Sequence[str] = ()
     collect: bool = False
     device: bool = False

@@ -11,7 +11,7 @@ MOST_LOST = 0.01  # of AP, at the worse end of the paired interval
 
 
 def choices(table: Table) -> Iterator[str]:
-    """One sentence for each set of rows that share images, machine, threads and batch.
+    """A recommendation for each set of rows that share images, machine, threads and batch.
 
     The reference is the engine with the highest AP. An engine qualifies if the lower end of its paired 95 % interval to
     the reference is above -`MOST_LOST`. The fastest engine that qualifies is chosen.
@@ -45,24 +45,26 @@ def _engine(result: Result) -> Path | None:
 
 
 def _sentence(table: Table, chosen: int, best: int, lost: Interval | None) -> str:
-    row, result = table.rows[chosen], table.results[chosen]
+    row, result, reference = table.rows[chosen], table.results[chosen], table.rows[best]
     file = _engine(result)
-    where = f" ({file})" if file is not None else ""
+    said = [f"Ship {named(row)}{f' ({file})' if file is not None else ''}."]
     speed = f"{row['latency_p50_ms']:.2f} ms (p50, {row['device']}, {row['threads']} thread(s), batch {row['batch']})"
     if row["speedup_vs_fp32"] != "":
-        speed += f", {between(row, 'speedup_vs_fp32', 2)} times as fast as its FP32"
-    loss = f"AP {row['ap']:.3f}"
-    if lost is None:
-        loss += ", the highest here"
-    else:
-        loss += f", {lost.value:+.3f} [{lost.low:+.3f}, {lost.high:+.3f}] to {named(table.rows[best])}, the highest here"
+        speed += f" and is {between(row, 'speedup_vs_fp32', 2)} times as fast as its FP32"
+    said.append(f"It takes {speed}.")
+    highest = ", the highest here" if lost is None else ""
+    said.append(f"Its AP is {row['ap']:.3f}{highest}.")
+    if lost is not None:
+        said.append(
+            f"The highest AP has {named(reference)}; the difference is {lost.value:+.3f} [{lost.low:+.3f}, {lost.high:+.3f}]."
+        )
     same = ("data", "network", "pruning", "resolution", "keep_aspect_ratio_mode")
-    reference = table.rows[best]
     if row["ap_vs_fp32"] != "" and (reference["precision"] != "fp32" or any(row[key] != reference[key] for key in same)):
-        loss += f", and {between(row, 'ap_vs_fp32', 3, '+')} to its FP32"
-    tuned = result.made_of.get("tune")
-    thresholds = f" Its decoder's thresholds: {tuned / 'decoder.json'}." if tuned is not None else ""
-    return f"Ship {named(row)}{where}: {speed}; {loss}. It is the fastest that loses at most {MOST_LOST:g} AP.{thresholds}"
+        said.append(f"The difference to its FP32 is {between(row, 'ap_vs_fp32', 3, '+')}.")
+    said.append(f"It is the fastest, by p50, that loses at most {MOST_LOST:g} AP.")
+    if (tuned := result.made_of.get("tune")) is not None:
+        said.append(f"The decoder's thresholds are in {tuned / 'decoder.json'}.")
+    return " ".join(said)
 
 
 def said(sentences: Sequence[str]) -> str:

@@ -43,11 +43,18 @@ class Words(NamedTuple):
     @property
     def config_dir(self) -> str | None:
         """A folder of further choices."""
+        return next(iter(self._values("--config-dir", "-cd")), None)
+
+    @property
+    def config_folders(self) -> list[str]:
+        """All folders that configuration files are read from, besides the program's own."""
+        return [*self._values("--config-dir", "-cd"), *self._values("--config-path", "-cp")]
+
+    def _values(self, *names: str) -> Iterator[str]:
         for flag, value in zip(self.flags, [*self.flags, ""][1:], strict=True):
             name, equals, joined = flag.partition("=")
-            if name in ("--config-dir", "-cd"):
-                return joined if equals else value
-        return None
+            if name in names:
+                yield joined if equals else value
 
     def outputs(self) -> list[Path]:
         """Where results lie: one folder, or in a sweep over it several."""
@@ -87,13 +94,15 @@ def read(words: Sequence[str]) -> Words:
             raise UserError(f"{word}: no such flag{nearest(flag, (*_ALONE, *_WITH_VALUE))}; options are OPTION=VALUE")
     _check_flags(flags)
     read_words = Words(flags, [])
-    if read_words.config_dir is not None:
-        check_config_dir(Path(read_words.config_dir))
+    for folder in read_words.config_folders:
+        check_config_dir(Path(folder))
     readable = [_readable(word, read_words.sweep) for word in options]
     folders = _folders(read_words.config_dir)
     groups = _groups(folders)
     for word in readable:
         key = word.lstrip("+").partition("=")[0]
+        if key == "hydra" or key.startswith("hydra.searchpath"):
+            raise UserError(f"{word}: no option of this program; give a folder of further choices as --config-dir FOLDER")
         if key == "hydra.mode":
             raise UserError(f"{word}: add the flag --multirun for a sweep; without it the command runs one cell")
         if key in groups and (wrong := _no_texts(word)):
@@ -240,7 +249,7 @@ def explained(error: Exception, words: Words) -> str:
             known = {k for k in known if not k.rpartition(".")[2].startswith("_")}
             inside = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
             if having := _having(key, folders):
-                return f"{key}: no such option of what is chosen here; add {' or '.join(having)}, which has it"
+                return f"{key}: what is chosen here has no such option; add one that has it: {', '.join(having)}"
             hint = nearest(key, inside) or nearest(key, known)
             return f"{key}: no such option{hint}; `python -m pipeline --cfg job` lists them"
     if found := re.match(r"Error merging override (.*)", str(error)):
@@ -276,13 +285,20 @@ def _choices(group: str, folders: Sequence[Path]) -> list[str]:
 
 def _having(key: str, folders: Sequence[Path]) -> list[str]:
     """Choices of groups, as GROUP=CHOICE, that have an option."""
-    found = []
-    for group in sorted(_groups(folders) - {"experiment", "stages"}):
-        for file in (file for folder in folders for file in sorted((folder / group).glob("*.yaml"))):
-            place = "" if file.read_text(encoding="utf-8").startswith("# @package _global_") else f"{group}."
-            if key in _paths(OmegaConf.to_container(OmegaConf.load(file)), place):
-                found.append(f"{group}={file.stem}")
-    return found
+    groups = sorted(_groups(folders) - {"experiment", "stages"})
+    files = [(group, file) for group in groups for folder in folders for file in sorted((folder / group).glob("*.yaml"))]
+    return [f"{group}={file.stem}" for group, file in files if key in _options_of(file, group)]
+
+
+def _options_of(file: Path, group: str) -> set[str]:
+    """The options in the file of a choice, and of the choices of its group that it begins with."""
+    content: Any = OmegaConf.to_container(OmegaConf.load(file))
+    whole = file.read_text(encoding="utf-8").startswith("# @package _global_")
+    options = set(_paths(content, "" if whole else f"{group}."))
+    for base in content.get("defaults", []):
+        if isinstance(base, str) and (other := file.with_name(f"{base}.yaml")).is_file():
+            options |= _options_of(other, group)
+    return options
 
 
 def _is_choice(word: str, folders: Sequence[Path]) -> bool:

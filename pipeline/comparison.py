@@ -50,9 +50,12 @@ def check(root: Path, name: str, engines: Sequence[str]) -> None:
     for entry in engines:
         if entry in sweeps:
             continue
-        if sweeps and "/" not in entry and not entry.endswith(".json"):
+        if sweeps:
             known = {folder.parent.name for folder in root.glob("*/evaluate")}
-            raise UserError(f"engines={list(engines)}: one is a sweep, but there is no sweep {entry}{nearest(entry, known)}")
+            raise UserError(
+                f"engines={list(engines)}: {sweeps[0]} is a sweep and {entry} is none{nearest(entry, known)}; give two sweeps, "
+                "or two engines or files"
+            )
         if not entry.endswith(".json"):
             find(root, name, entry)
         elif not Path(entry).is_file():
@@ -84,8 +87,11 @@ def find(root: Path, name: str, entry: str) -> Path:
     folder, _, address = entry.rpartition("/")
     at = root / (folder or name) / "evaluate"
     if read_manifest(at / address) is None or not address:
-        hint = nearest(address, _addresses(root, folder or name))
-        raise UserError(f"engines: no evaluation {at / address}{hint or _there(root, folder or name)}")
+        known = _addresses(root, folder or name)
+        if folder and not known:
+            hint = nearest(folder, {file.parent.name for file in root.glob("*/evaluate")})
+            raise UserError(f"engines: no evaluation {at / address}: {folder} has none{hint}")
+        raise UserError(f"engines: no evaluation {at / address}{nearest(address, known) or _there(root, folder or name)}")
     return at / address
 
 
@@ -155,11 +161,12 @@ def rows_of(first: Side, second: Side, engines: Sequence[str]) -> list[dict[str,
             if not kind:
                 raise UserError(f"{engines[0]} and {engines[1]}: {error}") from error
             strange.add(figure)
-    rows = []
-    for key, value in first.figures.items():
-        other = second.figures.get(key)
-        if NOT_MEASURED in (value, other):
-            continue
+    rows: list[dict[str, Any]] = []
+    for key in dict.fromkeys((*first.figures, *second.figures)):
+        value, other = (None if side.figures.get(key) == NOT_MEASURED else side.figures.get(key) for side in (first, second))
+        if key == "agreement_ap" and (value is None) != (other is None):
+            alone = f"measured of {engines[other is not None]} alone"
+            rows.append({"figure": key, "first": value, "second": other, "apart": alone})
         if isinstance(value, float) and isinstance(other, float) and not key.endswith(("_lo", "_hi")):
             interval = differences.get(key)
             known = {"low": interval.low, "high": interval.high} if interval else {}
@@ -169,9 +176,7 @@ def rows_of(first: Side, second: Side, engines: Sequence[str]) -> list[dict[str,
     pairs = [(where, where) for where in common] or list(zip(first.timed, second.timed, strict=False))[:1]
     for mine, other in pairs:
         places = [f"{device}, {threads} thread(s), batch {batch}" for device, threads, batch in (mine, other)]
-        for key in ("latency_p50_ms", "decoding_p50_ms", "speedup"):
-            if key not in first.timed[mine] or key not in second.timed[other]:
-                continue
+        for key in ("latency_p50_ms", "decoding_p50_ms"):
             ours, theirs = first.timed[mine][key], second.timed[other][key]
             told: dict[str, Any] = {"apart": " / ".join(places)}
             if mine == other:

@@ -95,8 +95,8 @@ def export(
         else:
             graph = _written(lambda: _graph(folded, example, opset, free), network, images, out, why)
     if graph is None:
-        if why:
-            say(f"exported as torch does it, which takes longer, for a shorter way ended in: {why[-1]}")
+        reason = why[-1] if why else "its operators cannot be recorded"
+        say(f"The network is exported with torch's exporter, which takes longer: {reason}")
         graph, folded = _graph(ordered, example, opset, free), ordered
         _optimized(graph).save(out, external_data=False)
     if kept is not None:

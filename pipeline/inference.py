@@ -254,7 +254,7 @@ def shown(results: Iterator[Found], watch: Watch, what: str, total: int) -> Iter
     """Pass results on and show images/s and the name of the step that holds them up; both are left behind."""
     from pipeline.progress import Progress
 
-    compiling = "the first takes a minute where decoding is compiled for the first time"
+    compiling = "before the first image, decoding is compiled or loaded"
     with Progress(what, total, "images", stays=True, words=compiling) as progress:
         for n, result in enumerate(results, 1):
             yield result

@@ -29,7 +29,7 @@ _CONTAINERS = (list, tuple, dict, Sequence, Mapping)
 TUNED, FITTED = "decoder", "tuned"  # whose options may be lists of candidates, and the word for what the stage `tune` fits
 
 Size = Annotated[str, Predicate(re.compile(r"\d+x\d+").fullmatch), doc("HEIGHTxWIDTH, as 288x384")]
-Word = Annotated[str, Predicate(re.compile(r"[\w.+=-]*").fullmatch), doc("letters, digits and ._+=-")]
+Word = Annotated[str, Predicate(re.compile(r"[\w.+=-]{0,100}").fullmatch), doc("letters, digits and ._+=-, 100 at most")]
 # MLflow's address of a database in it ends at "?", and has "%20" for a blank.
 Folder = Annotated[str, Predicate(re.compile(r"(?!.*%[0-9A-Fa-f]{2})[^?\n]+").fullmatch), doc("a folder without ? and %20")]
 Seed = Annotated[int, Interval(ge=0, lt=2**32)]
@@ -212,7 +212,7 @@ def check_added(config: DictConfig, words: Sequence[str]) -> None:
             continue
         parts = key.split(".")
         components = [n for n in range(1, len(parts)) if _component_at(config, parts[:n]) is not None]
-        free = parts[0] in ("addresses", "axes") or parts[:2] in (["model", "spec"], ["model", "tensors"])
+        free = parts[:2] in (["model", "spec"], ["model", "tensors"])
         if len(parts) == 1 or (free and not components):
             continue  # `Command` or the network's description takes it
         place = components[-1] if components else 0

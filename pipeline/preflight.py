@@ -180,10 +180,8 @@ def check_given(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[
     batches = {"batch": config.batch}
     batches |= {f"{one}[{n}].{k}": count for n, p in enumerate(profiles) for k, count in enumerate(p.batch)}
     precision = str(config.precision.name)
-    for doubt in [
-        *unlike_metadata(file, spec),
-        *check_request(file, raw, precision, sizes, batches, parts["framing"].one_size),
-    ]:
+    asked = check_request(file, raw, precision, sizes, batches, parts["framing"].one_size)  # which refuses what is no ONNX
+    for doubt in [*unlike_metadata(file, spec), *asked]:
         print(f"warning: {doubt}", file=sys.stderr)
     export = Path(str(config.outputs)) / str(config.name) / "export" / stages["export"].address
     if "export" in plan and (config.force or not _adopted(read_manifest(export), stages["export"], file)):

@@ -61,7 +61,7 @@ class Progress:
         stays: whether its last line stays also if it was short.
         done: how many are done before.
         lines: the pace of a log; None is that of the process.
-        words: what else there is to say before the first thing is done.
+        words: are shown until the first thing is done.
     """
 
     def __init__(

@@ -74,12 +74,12 @@ class Table:
 
     @cached_property
     def doubts(self) -> list[str]:
-        """What may make figures other than expected, with the engines that it was said of."""
-        engines: dict[str, list[str]] = {}
-        for row in self.rows:
-            if row["doubts"]:
-                engines.setdefault(row["doubts"], []).append(named(row))
-        return [f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}: {text}" for text, names in engines.items()]
+        """Each cause of doubt about figures once, after the engines that have it."""
+        engines: dict[str, dict[str, None]] = {}
+        for row, result in zip(self.rows, self.results, strict=True):
+            for doubt in result.figures.get("doubts", ()):
+                engines.setdefault(doubt, {})[named(row)] = None
+        return [f"{', '.join([*names][:3])}{' ...' if len(names) > 3 else ''}: {text}" for text, names in engines.items()]
 
 
 def named(row: Mapping[str, Any]) -> str:
@@ -217,7 +217,7 @@ def _row(result: Result, results: Sequence[Result]) -> dict[str, Any]:
             "speedup_vs_fp32_lo": row["speedup_lo"],
             "speedup_vs_fp32_hi": row["speedup_hi"],
         }
-    row["doubts"] = " ".join(row.get("doubts", ()))
+    row["doubts"] = "; ".join(row.get("doubts", ()))
     return {column: "" if _unmeasured(column, row) else row[column] for column in COLUMNS}
 
 
@@ -262,7 +262,7 @@ def latency_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "compare speeds, take this one."
     ]
     if any(_p50(row).endswith("*") for row in rows):
-        notes.append(f"*: the interval of this p50 is wider than {latency.NARROW:.0%}; give stages.benchmark.seconds more.")
+        notes.append(f"*: the interval of this p50 is wider than {latency.NARROW:.0%}; raise stages.benchmark.seconds.")
     return notes
 
 
@@ -439,20 +439,25 @@ def front(rows: Sequence[Mapping[str, Any]], group: Sequence[int]) -> list[int]:
 def differences(engines: Sequence[str], pairs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """A comparison as tables: title, columns and rows; of two engines every figure, of two sweeps AP and latency."""
 
+    def shown(value: float | None) -> str:
+        return "–" if value in (None, NOT_MEASURED) else f"{value:.4f}"  # earlier versions wrote the number
+
     def change(row: Mapping[str, Any]) -> str:
         if "apart" in row:
             return f"not compared: {row['apart']}"
+        if NOT_MEASURED in (row["first"], row["second"]):
+            return "–"
         interval = f" [{row['low']:+.4f}, {row['high']:+.4f}]" if "low" in row else ""
         return f"{row['difference']:+.4f}{interval}" + (f" ({row['where']})" if "where" in row else "")
 
     title = f"{engines[0]} -> {engines[1]}"
     if len(pairs) == 1 and not pairs[0]["name"]:
-        rows = [[r["figure"], f"{r['first']:.4f}", f"{r['second']:.4f}", change(r)] for r in pairs[0]["figures"]]
+        rows = [[r["figure"], shown(r["first"]), shown(r["second"]), change(r)] for r in pairs[0]["figures"]]
         yield title, ["figure", "first", "second", "second - first [95 %, paired]"], rows
         return
     for figure in ("ap", "agreement_ap", "latency_p50_ms"):
         found = [(pair["name"], row) for pair in pairs for row in pair["figures"] if row["figure"] == figure]
-        rows = [[name, f"{r['first']:.4f}", f"{r['second']:.4f}", change(r)] for name, r in found]
+        rows = [[name, shown(r["first"]), shown(r["second"]), change(r)] for name, r in found]
         if rows:
             yield f"{title}: {figure}", ["engine", "first", "second", "second - first [95 %, paired]"], rows
 
@@ -481,6 +486,7 @@ def write_card(table: Table, name: str, file: Path) -> None:
         "95 % bootstrap intervals over images.",
         "- Differences: paired bootstrap over the same images.",
         f"- Latency: the network alone, on {in_markdown('; '.join(devices(table.rows))) or 'no machine yet'}.",
+        *[f"- {in_markdown(note)}" for note in latency_notes(table.rows)],
         "- ran: share of multiply-accumulates in each precision, read from the graph as the runtime optimised it.",
         "",
         "## Limits",

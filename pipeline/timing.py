@@ -83,6 +83,9 @@ def apart(what: str, function: Any, *values: Any) -> dict[str, Any]:
 
 def measure(work: Work, engine: Path, reference: Path | None, seconds: float) -> dict[str, Any]:
     """Memory and times of an engine, in a process in which nothing ran yet: memory first, for its peak is the process's."""
+    import cv2
+
+    cv2.setNumThreads(1)
     return {**memory_of(work, engine), **time_of(work, engine, reference, seconds)}
 
 
@@ -92,9 +95,6 @@ def time_of(work: Work, engine: Path, reference: Path | None, seconds: float) ->
     A percentile above which no call can be expected is left out; "gpu" is the GPU's state at the end. Both
     run all steps, in turns, so that neither has warmer caches. Without a reference there is no comparison.
     """
-    import cv2
-
-    cv2.setNumThreads(1)
     with ExitStack() as stack:
         ours, *others = (stack.enter_context(work.backend.load(e, work.threads)) for e in (engine, reference) if e is not None)
         steps = work.steps(ours)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
+_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _SQLITE = re.compile(r"sqlite(?:\+\w+)?://(.*)", re.DOTALL)
 _LIBRARIES = ("mlflow", "sqlalchemy", "alembic", "sqlite3", "requests", "urllib3")
 _SECONDS = 10  # that a database or server may take to answer
@@ -63,8 +64,22 @@ def check(uri: str, experiment: str) -> None:
                 raise ValueError("it names no host")
             if scheme in ("http", "https"):
                 _client(uri).get_experiment_by_name(experiment)
-            elif where.port is not None:  # MLflow itself would try for minutes
-                socket.create_connection((where.hostname, where.port), _SECONDS).close()
+            else:
+                _check_server(uri, where.hostname, where.port or _PORTS[scheme])
+
+
+def _check_server(uri: str, host: str, port: int) -> None:
+    """Check that the driver of a database is installed and that its server answers; MLflow itself would try for minutes."""
+    from sqlalchemy import create_engine
+
+    try:
+        create_engine(uri).dispose()  # imports the driver
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"tracking.uri={_shown(uri)}: the Python package '{error.name}' is not installed here; install it, or choose "
+            "tracking=none"
+        ) from error
+    socket.create_connection((host, port), _SECONDS).close()
 
 
 def _shown(uri: str) -> str:

@@ -147,8 +147,12 @@ def test_our_own_files_tell_how_pixels_become_their_input(file):
     onnx.helper.set_model_props(model, {SPEC_KEY: own.to_json()})
     onnx.save(model, file)
     order, scale = unlike_metadata(file, spec)
-    assert order.startswith(f"model.spec.input.order=RGB: the metadata of {file} says BGR; give that")
-    assert scale.startswith("model.spec.input.range=1.0: ")
+    assert order == f"model.spec.input.order=RGB: the metadata of {file} says otherwise; give 'model.spec.input.order=BGR'"
+    assert scale.endswith("give 'model.spec.input.range=255.0'")
+    own = replace(spec, input=replace(spec.input, mean=(0.1, 0.2, 0.3)))
+    onnx.helper.set_model_props(model, {SPEC_KEY: own.to_json()})
+    onnx.save(model, file)
+    assert unlike_metadata(file, spec)[0].endswith("give 'model.spec.input.mean=[0.1,0.2,0.3]'")
     assert unlike_metadata(file, own) == []
 
 
@@ -485,7 +489,11 @@ def test_int8_needs_scales_for_each_channel():
         place(network(opset=11))
 
 
-@pytest.mark.parametrize("kind", ["QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger", "DynamicQuantizeLinear"])
+INTEGERS = ["QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger", "DynamicQuantizeLinear", "MatMulNBits"]
+INTEGERS += ["MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QAttention", "QConcat", "MatMulBnb4", "GatherBlockQuantized"]
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
 def test_a_quantized_file_stands_for_no_float_network(file, kind):
     model = network()
     model.graph.node.append(helper.make_node(kind, ["x"], ["z"], name="q"))

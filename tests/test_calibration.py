@@ -1,7 +1,10 @@
 # ruff: noqa: F811
 import json
+import os
 import struct
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -152,6 +155,23 @@ def test_files_that_are_no_caches_are_refused(tmp_path):
         caches.tensor_data(tmp_path / "data.npz", {}, [], dict)
     with pytest.raises(UserError, match="scales.json: not a cache of scales"):
         caches.read_scales(tmp_path / "scales.json", {}, [])
+    os.mkfifo(tmp_path / "pipe")
+    for read in (lambda file: caches.tensor_data(file, {}, [], dict), lambda file: caches.read_scales(file, {}, [])):
+        for file in (tmp_path / "pipe", Path("/dev/zero")):
+            with pytest.raises(UserError, match=r"no regular file; name another"):
+                read(file)
+
+
+def test_a_cache_with_flipped_bits_is_refused_in_a_line(tmp_path):
+    whole = tmp_path / "whole.npz"
+    caches.tensor_data(whole, {}, ["a"], lambda: {"a": filled([1.0])})
+    content, draw = whole.read_bytes(), np.random.default_rng(0)
+    for n in range(300):
+        damaged = bytearray(content)
+        damaged[draw.integers(len(damaged))] ^= 1 << int(draw.integers(8))
+        (tmp_path / f"{n}.npz").write_bytes(damaged)
+        with suppress(UserError):  # a bit that nothing reads may be any
+            assert list(caches.tensor_data(tmp_path / f"{n}.npz", {}, ["a"], dict)) == ["a"]
 
 
 def both(threshold):

@@ -41,15 +41,15 @@ def test_the_fastest_engine_that_loses_next_to_nothing_is_chosen(tmp_path):
         engine(tmp_path, "never timed", 0.790, ""),
     )
     (sentence,) = choices(made)
-    assert sentence.startswith("Ship fast dense 64x80 fp32: 4.00 ms")
-    assert "AP 0.797, -0.003 [-0.005, -0.001] to slow dense 64x80 fp32, the highest here" in sentence
+    assert sentence.startswith("Ship fast dense 64x80 fp32. It takes 4.00 ms")
+    assert "Its AP is 0.797. The highest AP has slow dense 64x80 fp32; the difference is -0.003 [-0.005, -0.001]." in sentence
 
 
 def test_an_interval_that_reaches_further_disqualifies(tmp_path):
     made = table(engine(tmp_path, "slow", 0.8, 9.0), engine(tmp_path, "unsure", 0.8 - 1e-6, 4.0, SPREAD * 10))
     (sentence,) = choices(made)
     assert sentence.startswith("Ship slow")
-    assert "AP 0.800, the highest here" in sentence
+    assert "Its AP is 0.800, the highest here." in sentence
 
 
 def test_research_settings_and_other_machines_are_told_apart(tmp_path):
@@ -78,17 +78,23 @@ def test_the_loss_to_its_own_fp32_is_said_and_where_the_thresholds_lie(tmp_path)
     }
     row, result = engine(tmp_path, "small", 0.8, 4.0, precision="int8", **figures)
     (sentence,) = choices(table((row, replace(result, made_of={"tune": tmp_path / "tune"}))))
-    assert "and -0.001 [-0.003, +0.002] to its FP32" in sentence
+    assert "The difference to its FP32 is -0.001 [-0.003, +0.002]." in sentence
     assert "2.00 [1.90, 2.10] times as fast as its FP32" in sentence
     assert str(tmp_path / "tune" / "decoder.json") in sentence
 
 
 def test_a_doubt_is_said_once_with_the_engines_that_it_is_of(tmp_path):
-    made = table(*(engine(tmp_path, name, 0.002, 9.0, doubts="AP is 0.002, implausible") for name in "abcd"))
-    (line,) = made.doubts
-    assert line == "a dense 64x80 fp32, b dense 64x80 fp32, c dense 64x80 fp32 ...: AP is 0.002, implausible"
+    made = [
+        engine(tmp_path, name, 0.002, 9.0, doubts=["3 are left out", f"AP is 0.00{n}, implausible"])
+        for n, name in enumerate("abcd")
+    ]
+    made = table(*made, made[0])  # timed twice
+    shared, *own = made.doubts
+    assert shared == "a dense 64x80 fp32, b dense 64x80 fp32, c dense 64x80 fp32 ...: 3 are left out"
+    assert own[0] == "a dense 64x80 fp32: AP is 0.000, implausible"
+    assert len(own) == 4
     report.write_card(made, "demo", tmp_path / "card.md")
-    assert line in (tmp_path / "card.md").read_text()
+    assert shared in (tmp_path / "card.md").read_text()
 
 
 def test_a_median_that_missed_its_precision_is_marked(tmp_path):
@@ -96,6 +102,8 @@ def test_a_median_that_missed_its_precision_is_marked(tmp_path):
     assert [row["p50 ms"] for row in report.narrow(rows)] == ["12.50", "12.50*"]
     assert "wider than 2%" in report.latency_notes(rows)[-1]
     assert len(report.latency_notes(rows[:1])) == 1
+    report.write_card(Table(rows, [Result(tmp_path, row, row) for row in rows], []), "demo", tmp_path / "card.md")
+    assert "raise stages.benchmark.seconds" in (tmp_path / "card.md").read_text()
     assert report.latency_notes([engine(tmp_path, "untimed", 0.8, "")[0]]) == []
 
 

@@ -203,6 +203,7 @@ def test_agreement_of_fp32_with_itself_is_whole_or_undefined(chain, exported):
     made = job("again")
     made = replace(made, inputs={**made.inputs, "tuned": made.out.parent / "tuned"})
     summary = run(made, data, agreement=PoseAgreement)
+    assert ("agreement_ap" in summary) == (summary["agreement_people"] > 0)
     assert summary.get("agreement_ap", 1) == pytest.approx(1)
     decoder = json.loads((made.inputs["tuned"] / "decoder.json").read_text())
     assert len(decoder["tried"]) == 2
@@ -292,7 +293,7 @@ def test_what_cannot_be_compared_is_refused(smoke):
         ([f"engines=[{address},{addresses(smoke)[1]}]"], "evaluated on different images"),
         ([f"engines=[{address},{bad}]"], "result 0 has 0 keypoint numbers, not 51"),
         ([f"engines=[{address},none.json]"], "engines: none.json: no such file"),
-        (["engines=[smoke,smoek]"], "one is a sweep, but there is no sweep smoek; did you mean 'smoke'?"),
+        (["engines=[smoke,smoek]"], "smoke is a sweep and smoek is none; did you mean 'smoke'?; give two sweeps"),
     ):
         text = refused(pipeline(*SMOKE, "stage=compare", *words, cwd=smoke)).replace("\n", " ")
         assert message in text, text
@@ -377,7 +378,16 @@ def test_what_was_not_measured_is_no_figure(tmp_path):
     assert row["ap_large"] == row["agreement_ap"] == row["latency_p50_ms"] == ""
     assert row["ap_lo"] == 0.2
     sides = [Side({"ap": 0.3, "ap_large": large, "primary": "ap"}, {}, {}) for large in (-1.0, 0.2)]
-    assert [found["figure"] for found in rows_of(*sides, ["a", "b"])] == ["ap"]
+    rows = rows_of(*sides, ["a", "b"])
+    assert [found["figure"] for found in rows] == ["ap"]
+    before = {"figure": "ar_large", "first": -1.0, "second": -1.0, "difference": 0.0}  # as earlier versions wrote it
+    ((_, _, shown),) = report.differences(["a", "b"], [{"name": "", "figures": [*rows, before]}])
+    assert shown[1] == ["ar_large", "–", "–", "–"]
+    sides = [Side({"ap": 0.3, **more}, {}, {}) for more in ({"agreement_ap": 0.9}, {})]
+    (_, told) = rows_of(*sides, ["a", "b"])
+    assert told["apart"] == "measured of a alone"
+    ((_, _, shown),) = report.differences(["a", "b"], [{"name": "", "figures": [told]}])
+    assert shown[0] == ["agreement_ap", "0.9000", "–", "not compared: measured of a alone"]
 
 
 def test_the_rank_correlation_is_spearmans():

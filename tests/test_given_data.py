@@ -34,6 +34,13 @@ def test_images_that_are_named_are_taken(words, tmp_path, monkeypatch):
         preflight(*words)
 
 
+def test_what_is_no_onnx_file_is_refused_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.onnx").write_bytes(b"garbage")
+    with pytest.raises(UserError, match=r"there\.onnx: "):
+        preflight("data=synthetic", "stage=export")
+
+
 def test_a_report_needs_no_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     preflight("stage=report")

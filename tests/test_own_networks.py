@@ -1,12 +1,14 @@
 """Networks of others: what cannot be pruned is left out and named, everything trains, and mistakes are told in one line."""
 
 import json
+import math
 import re
 import sys
 import types
 import warnings
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -26,6 +28,7 @@ from pipeline import command_line, export
 from pipeline.artifacts import Job
 from pipeline.errors import UserError
 from pipeline.models import contract, store
+from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.options import check_added, check_component
 from pipeline.pruning import graph
 from pipeline.pruning.cycle import Cycle
@@ -810,6 +813,45 @@ def test_keys_that_do_not_fit_are_listed_with_the_nearest(tmp_path):
         told.value
     )
     assert "nearest to stem.0.0.weight there is stem.0.0.wieght" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.to_sparse(), "is sparse"),
+        (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "holds qint8"),
+        (lambda w: w.to("meta"), "has no values"),
+        (lambda w: w.to(torch.int8), "holds int8"),
+        (lambda w: w.to(torch.int64), "holds int64"),
+        (lambda w: w.to(torch.complex64), "holds complex64"),
+        (lambda w: w.clone().fill_(math.nan), "holds values that are not finite"),
+        (lambda w: w.clone().fill_(math.inf), "holds values that are not finite"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused_by_name(change, message):
+    network = LightweightOpenPose(stages=2, width=0.125)
+    state = network.state_dict()
+    name = next(name for name in state if name.endswith("weight"))
+    for whole in ({**state, name: change(state[name])}, {"model": {**state, name: change(state[name])}}):
+        with pytest.raises(UserError, match=rf"w\.pt: {re.escape(name)} {message}"):
+            store.load_state(network, whole, Path("w.pt"))
+    halved = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    store.load_state(network, halved, Path("w.pt"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of git-lfs, not the file; fetch it"),
+        (b"\n<!DOCTYPE html><html>not found</html>", "a web page, not the file; download"),
+        (b"garbage" * 50, "not a state file of tensors"),
+    ],
+)
+def test_what_was_downloaded_in_place_of_a_file_is_named(tmp_path, content, message):
+    (tmp_path / "w.pt").write_bytes(content)
+    with pytest.raises(UserError, match=message) as told:
+        store.read_weights(tmp_path / "w.pt")
+    assert "weights_only" not in str(told.value)
 
 
 def test_files_that_hold_no_state_say_what_they_are(tmp_path):

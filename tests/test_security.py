@@ -737,8 +737,9 @@ YAMLS = {
 def test_choices_of_others_are_bounded(what, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "own.yaml").write_text(YAMLS[what])
-    with pytest.raises(UserError, match=r"own\.yaml: too large, too deep, or too large by its aliases"):
-        command_line.read(["--config-dir", str(tmp_path), "stage=train"])
+    for flag in ("--config-dir", "--config-path"):
+        with pytest.raises(UserError, match=r"own\.yaml: too large, too deep, or too large by its aliases"):
+            command_line.read([flag, str(tmp_path), "stage=train"])
 
 
 def test_ordinary_choices_are_read(tmp_path):

@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -99,7 +100,9 @@ def test_an_address_that_is_none_is_refused(tmp_path):
         ("sqlite:///{folder}/half.db", "is not MLflow's.*no such table.*move it away"),
         ("sqlite:///{folder}/deleted.db", "the experiment x was deleted there; restore it"),
         ("sqlite:////proc/x/mlflow.db", "/proc"),
-        ("postgresql://me:secret@127.0.0.1:1/x", "Connection refused"),
+        ("postgresql://me:secret@127.0.0.1:1/x", "the Python package 'psycopg2?' is not installed here"),
+        ("mysql+pymysql://me:secret@127.0.0.1/x", "the Python package 'pymysql' is not installed here"),
+        ("postgresql+foo://me:secret@127.0.0.1/x", "Can't load plugin"),
         ("http://", "names no host"),
         ("http://me:secret@127.0.0.1:1", r"no answer from this server .Connection refused."),
     ],
@@ -118,6 +121,21 @@ def test_a_store_that_cannot_take_figures_is_refused_before_any_work(uri, messag
     assert "tracking=none" in str(found.value)
     assert "secret" not in str(found.value)
     assert "\n" not in str(found.value)
+
+
+def test_a_database_whose_server_is_not_there_is_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr("sqlalchemy.create_engine", lambda uri: SimpleNamespace(dispose=lambda: None))
+    reached = []
+
+    def connect(address, timeout):
+        reached.append(address)
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    monkeypatch.setattr("socket.create_connection", connect)
+    for uri in ("postgresql://me:secret@127.0.0.1:1/x", "mysql+pymysql://me:secret@127.0.0.1/x"):
+        with pytest.raises(UserError, match=r"Connection refused.*tracking=none"):
+            check(uri, "x")
+    assert reached == [("127.0.0.1", 1), ("127.0.0.1", 3306)]
 
 
 def test_a_store_that_can_is_accepted(tmp_path):

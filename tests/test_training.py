@@ -602,6 +602,15 @@ def test_machines_with_checkpoints_of_different_steps_are_refused():
             loop._Run._agreed(run(*others), 3.0)
 
 
+def test_machines_agree_on_the_checkpoint_at_the_start_and_on_its_step(images, tmp_path, monkeypatch):
+    agreed, asked = [], loop._Run._agreed
+    monkeypatch.setattr(loop._Run, "_agreed", lambda run, own: agreed.append(own) or asked(run, own))
+    _train(images, tmp_path / "a.ckpt", steps=4)
+    assert agreed == [0]
+    _train(images, tmp_path / "a.ckpt", steps=4)
+    assert agreed == [0, 1, 4]
+
+
 def test_what_one_of_several_devices_refuses_is_an_error_without_traceback(images, tmp_path):
     (tmp_path / "a.ckpt").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"a\.ckpt: no checkpoint of this training .*force=true"):

@@ -57,7 +57,7 @@ def read_file(file: Path, fix: str) -> bytes:
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot read it ({getattr(error, 'strerror', None) or error}); {fix}") from error
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"{file}: it is written in UTF-16; save it as UTF-8")
+        raise UserError(f"{file}: it is written in UTF-16 or UTF-32; save it as UTF-8")
     return content.removeprefix(b"\xef\xbb\xbf")
 
 

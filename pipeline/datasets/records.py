@@ -124,10 +124,11 @@ def _chosen(listed: Sequence[Mapping[str, Any]], wanted: int | str | None, where
         if len(some) == 1:
             return some[0]
     have = [plain(r.get("name") or r["id"]) for r in jointed or listed]
+    ids = [r["id"] for r in jointed or listed]
     told = "name keypoints" if jointed else "could be meant, and none names keypoints"
     raise UserError(
         f"{where}: {len(have)} categories {told} ({', '.join(have[:5])}{', ...' if len(have) > 5 else ''}); "
-        f"choose one with data.category=NAME or its id, like data.category={have[0]}"
+        f"choose one with data.category=NAME or its id, like data.category={have[0] if len(set(have)) == len(have) else ids[0]}"
     )
 
 
@@ -296,7 +297,7 @@ class PersonCheck:
             if not is_number(value) or abs(value) > FAR:
                 self._wrong(who, f"bbox[{n}]", value, "give x, y, width and height as numbers of pixels")
         if box and min(box[2:]) < 0:
-            self._wrong(who, "bbox", f"{box}", "width and height cannot be negative; give x, y, width and height")
+            raise UserError(f"{who}: bbox is {box}; width and height cannot be negative; give x, y, width and height")
         if box and min(box[2:]) > 0:
             return
         points = found.get("keypoints", [])

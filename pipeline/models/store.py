@@ -174,7 +174,14 @@ def _is_safetensors(file: Path) -> bool:
 
 def _no_state(file: Path, complaint: str) -> str:
     """Why a file that cannot be read is no state file, and what to do."""
-    first = complaint.splitlines()[0]
+    with file.open("rb") as stream:
+        start = stream.read(64).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of git-lfs, not the file; fetch it with git lfs pull"
+    if start.startswith((b"<!doctype", b"<html")):
+        return "a web page, not the file; download the file itself"
+    found = re.search(r"WeightsUnpickler error: ([^\n]+)", complaint)  # torch's own first lines advise to run the file
+    first = (found[1] if found else complaint.splitlines()[0])[:240]
     if (kind := re.search(r"GLOBAL ([\w.]+)", complaint)) is not None:
         return (
             f"a pickle of more than tensors ({kind[1]}), which would run code when it is read; where it was made, save "
@@ -254,7 +261,7 @@ def _read_as(
     wrong = []
     for name, first in ties.items():
         one, two = state.get(name), state.get(first)
-        if one is not None and two is not None and not torch.equal(one, two):
+        if one is not None and two is not None and not _same(one, two):
             wrong.append(f"{name} differs from {first}, with which it is one weight")
         elif one is None and two is not None:
             state[name] = two
@@ -268,6 +275,37 @@ def _read_as(
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     extra = [name for name in state if name not in own]
     return _Reading(place, prefix, added, state, len(tensors) - len(inside), missing, extra, wrong)
+
+
+def _same(one: torch.Tensor, two: torch.Tensor) -> bool:
+    return one is two or (_unlike_weights(one) == _unlike_weights(two) == "" and torch.equal(one, two))
+
+
+def _unlike_weights(tensor: torch.Tensor) -> str:
+    """What keeps a tensor from being read as weights; empty where nothing does."""
+    if tensor.is_meta:
+        return "has no values (it is on the device 'meta')"
+    if tensor.layout != torch.strided:
+        return "is sparse"
+    if tensor.is_quantized or tensor.is_complex():
+        return f"holds {str(tensor.dtype).removeprefix('torch.')}"
+    return ""
+
+
+def _check_values(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Check that tensors can take the place of a network's.
+
+    Raises:
+        UserError: one holds no floating-point numbers where the network does, or a value that is not finite.
+    """
+    for name, tensor in state.items():
+        unlike = _unlike_weights(tensor)
+        if not unlike and own[name].is_floating_point() and not tensor.is_floating_point():
+            unlike = f"holds {str(tensor.dtype).removeprefix('torch.')}"
+        if unlike:
+            raise UserError(f"{file}: {name} {unlike}; save the network's weights as plain floating-point tensors")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{file}: {name} holds values that are not finite; give a checkpoint from before they arose")
 
 
 def _readings(network: nn.Module, state: Mapping[str, Any]) -> Iterator[_Reading]:
@@ -295,7 +333,8 @@ def load_state(network: nn.Module, state: Mapping[str, Any], file: Path) -> None
         file: where it comes from, for messages.
 
     Raises:
-        UserError: names are missing, left over or of another shape, and are listed; or several readings fit.
+        UserError: names are missing, left over or of another shape, and are listed; several readings fit; or a tensor holds
+            something else than finite numbers.
     """
     plain = _read_as(network, "", {name: values for name, values in state.items() if isinstance(values, torch.Tensor)})
     readings = [plain] if plain.fits else list(_readings(network, state))
@@ -303,10 +342,11 @@ def load_state(network: nn.Module, state: Mapping[str, Any], file: Path) -> None
     if not fitting:
         raise UserError(f"{file}: {_no_reading(network, readings)}")
     chosen = fitting[0]
-    others = [r for r in fitting if not all(torch.equal(v, r.state[name]) for name, v in chosen.state.items())]
+    others = [r for r in fitting if not all(_same(v, r.state[name]) for name, v in chosen.state.items())]
     if others:
         which = "; ".join(reading.words() for reading in (chosen, *others))
         raise UserError(f"{file}: several states in it fit {type(network).__name__}: {which}; save the one that is meant alone")
+    _check_values(chosen.state, network.state_dict(), file)
     if not chosen.plain:
         beside = f"; {chosen.beside} tensors beside them are not the network's" if chosen.beside else ""
         say(f"{file}: read {chosen.words()}{beside}")

@@ -7,13 +7,13 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import onnx
 
 from pipeline.artifacts import parse_json
 from pipeline.errors import UserError
+from pipeline.inference import DAMAGED
 from pipeline.quantization import calibration
 from pipeline.quantization.calibration import Histogram
 from pipeline.specs import FLAVOURS
@@ -67,13 +67,14 @@ def tensor_data(
         UserError: the file is no such cache, or was made of other things.
     """
     if file is not None and file.exists():
+        _check_regular(file)
         try:
             with np.load(file, allow_pickle=False) as stored:
                 arrays = dict(stored)
             check(file, json.loads(str(arrays.pop("key"))), key)
             found = calibration.restore(arrays)
             return {name: found[name] for name in tensors}
-        except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
+        except DAMAGED as error:
             raise UserError(f"{file}: not a cache of tensor data; delete it or name another") from error
     if file is not None:
         writable(file, "precision.cal_data_file")
@@ -84,6 +85,16 @@ def tensor_data(
             np.savez_compressed(stream, key=np.array(json.dumps(dict(key))), **calibration.save(made))  # type: ignore[arg-type]
         unfinished.replace(file)
     return made
+
+
+def _check_regular(file: Path) -> None:
+    """Refuse pipes and devices, which have no end.
+
+    Raises:
+        UserError: the file is there and is no regular file.
+    """
+    if file.exists() and not file.is_file():
+        raise UserError(f"{file}: no regular file; name another")
 
 
 def writable(file: Path, option: str) -> None:
@@ -106,6 +117,7 @@ def read_scales(file: Path, key: Mapping[str, Any], tensors: Sequence[str]) -> d
     Raises:
         UserError: the file is no such cache, or was made of other things.
     """
+    _check_regular(file)
     try:
         content = parse_json(file.read_bytes())
         rows: dict[str, dict[str, Any]] = dict(content["tensors"])

@@ -80,7 +80,7 @@ def run(
         work = Work(backend, some, framing, decoder, options, size, batch, threads)
         with tempfile.TemporaryDirectory(dir=job.scratch) as folder, alone():
             reference = _reference(backend, job, size, batch, Path(folder)) if "reference" in job.inputs else None
-            timed = apart("timing", measure, work, engine, reference, seconds)
+            timed = apart("measuring", measure, work, engine, reference, seconds)
         machine |= timed.pop("gpu")
         say(
             f"p50 {timed['latency_p50_ms']:.2f} ms, interval {timed['latency_width']:.1%} wide, "

@@ -99,7 +99,10 @@ def run(
     (job.out / "pictures" / "captions.json").write_text(json.dumps(captions))
     summary = _figures(job, measures, resamples, images)
     (job.out / "details.json").write_text(json.dumps(measures[""].details(), indent=1))
-    doubts = [*images.doubts(job.cache), *measures[""].doubts()]
+    doubts = [
+        *images.doubts(job.cache),
+        *(d for name in ("", "agreement") if name in measures for d in measures[name].doubts()),
+    ]
     summary |= {
         "primary": measures[""].primary,
         "images": len(images),
@@ -110,8 +113,6 @@ def run(
     }
     for doubt in doubts:
         say(doubt, "yellow")
-    if summary.get("agreement_people") == 0:
-        say("agreement: not measured; FP32 finds nobody in the agreement images with a mean keypoint score of .5 or more")
     shutil.rmtree(job.scratch, ignore_errors=True)
     (job.out / "metrics.json").write_text(json.dumps({**summary, "axes": dict(axes)}, indent=1))
     return summary
@@ -139,7 +140,8 @@ def _figures(job: Job, measures: Mapping[str, Metric[Any, Any]], resamples: int,
             f"{measure.primary}_lo": draws.interval.low,
             f"{measure.primary}_hi": draws.interval.high,
         }
-        measured = {key: value for key, value in figures.items() if value != NOT_MEASURED}
+        kept = "" if name else measure.primary  # which every reader of a summary expects
+        measured = {key: value for key, value in figures.items() if value != NOT_MEASURED or key == kept}
         summary |= {f"{name}_{key}" if name else key: value for key, value in {**measured, **measure.counts()}.items()}
     return summary
 
