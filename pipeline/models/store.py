@@ -181,7 +181,8 @@ def _no_state(file: Path, complaint: str) -> str:
     if start.startswith((b"<!doctype", b"<html")):
         return "a web page, not the file; download the file itself"
     found = re.search(r"WeightsUnpickler error: ([^\n]+)", complaint)  # torch's own first lines advise to run the file
-    first = (found[1] if found else complaint.splitlines()[0])[:240]
+    first = found[1] if found else complaint.splitlines()[0]
+    first = "no pickle of tensors" if "weights_only" in first else first[:240]
     if (kind := re.search(r"GLOBAL ([\w.]+)", complaint)) is not None:
         return (
             f"a pickle of more than tensors ({kind[1]}), which would run code when it is read; where it was made, save "
