@@ -81,8 +81,8 @@ class PoseAgreement:
         if self.counts()["people"]:
             return []
         return [
-            f"agreement is not measured: in the agreement images, FP32 finds no person with a mean keypoint score of {SURE} or "
-            "more; add images with people"
+            f"agreement is not measured: FP32 finds no person with a mean keypoint score of {SURE} or more in the agreement "
+            "images. Add images with people; where this network's scores are low, compare AP instead"
         ]
 
     def details(self) -> Mapping[str, Mapping[str, float]]:

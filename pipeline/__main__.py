@@ -97,7 +97,7 @@ class Cell:
         for name in self.plan:
             preflight.check_files(self.stages[name])
         preflight.check_data(self.config, self.stages, self.plan, self.overrides)
-        preflight.check_choices(self.config, self.plan)
+        preflight.check_choices(self.config, self.plan, self.overrides)
         for name in self.plan:
             preflight.check_packages(self.stages[name])
         for name in self.plan:
@@ -108,6 +108,7 @@ class Cell:
                 folder = self.results.folder(self.stages[upstream])
                 if upstream not in self.plan and not made_here(read_manifest(folder), folder):
                     raise absent(name, folder, self.command(upstream))
+        preflight.check_images(self.stages, self.plan)
         if self.logged is not None:
             tracking.check(str(self.config.tracking.uri), str(self.config.name))
 

@@ -101,8 +101,11 @@ def unlike_metadata(file: Path, spec: NetworkSpec) -> list[str]:
         text = f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else value
         return f"model.spec.input.{key}={text}"
 
-    pairs = ((option(key, spec.input), option(key, own)) for key in ("order", "range", "mean", "std"))
-    return [f"{given}: the metadata of {file} says otherwise; give '{said}'" for given, said in pairs if given != said]
+    return [
+        f"{option(key, spec.input)}: the metadata of {file} says otherwise; give '{option(key, own)}'"
+        for key in ("order", "range", "mean", "std")
+        if getattr(spec.input, key) != getattr(own, key)
+    ]
 
 
 def check_request(

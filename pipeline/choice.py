@@ -48,7 +48,8 @@ def _sentence(table: Table, chosen: int, best: int, lost: Interval | None) -> st
     row, result, reference = table.rows[chosen], table.results[chosen], table.rows[best]
     file = _engine(result)
     said = [f"Ship {named(row)}{f' ({file})' if file is not None else ''}."]
-    speed = f"{row['latency_p50_ms']:.2f} ms (p50, {row['device']}, {row['threads']} thread(s), batch {row['batch']})"
+    p50 = between(row, "latency_p50_ms", 2) if row["latency_p50_ms_lo"] != "" else f"{row['latency_p50_ms']:.2f}"
+    speed = f"{p50} ms (p50, {row['device']}, {row['threads']} thread(s), batch {row['batch']})"
     if row["speedup_vs_fp32"] != "":
         speed += f" and is {between(row, 'speedup_vs_fp32', 2)} times as fast as its FP32"
     said.append(f"It takes {speed}.")

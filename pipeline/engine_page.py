@@ -80,8 +80,9 @@ def strip(layers: Sequence[Mapping[str, Any]]) -> str:
     timed = any(layer.get("us") for layer in layers)
     widths = [float(layer.get("us", 0.0)) if timed else float(layer["macs"]) for layer in layers]
     total = max(sum(widths), 1e-12)
+    quantized = any(layer["precision"] in ("int8", "fp8") for layer in layers)  # else nothing was meant to be
     boxes = "".join(
-        f'<div title="{html.escape(_words(layer))}" style="flex:{max(width / total, 0.0005):.5f} 0 0;height:28px;'
+        f'<div title="{html.escape(_words(layer, quantized))}" style="flex:{max(width / total, 0.0005):.5f} 0 0;height:28px;'
         f'background:{_COLOURS.get(layer["precision"], _OTHER)};{"opacity:.35" if layer.get("reformat") else ""}"></div>'
         for layer, width in zip(layers, widths, strict=True)
     )
@@ -95,8 +96,8 @@ def strip(layers: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _words(layer: Mapping[str, Any]) -> str:
+def _words(layer: Mapping[str, Any], quantized: bool) -> str:
     parts = [f"{layer['name']} ({layer['op']}): {layer['precision']}"]
     parts += [f"{layer['us']:.1f} us"] if layer.get("us") else []
     parts += [f"{layer['macs'] / 1e6:.2f} MMACs"] if layer["macs"] else []
-    return ", ".join(parts + ([layer["reason"]] if layer.get("reason") else []))
+    return ", ".join(parts + ([layer["reason"]] if layer.get("reason") and quantized else []))

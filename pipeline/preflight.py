@@ -85,7 +85,7 @@ def check_pruner(config: DictConfig) -> None:
         raise UserError(f"pruner={config.pruner.label}: a network that is given as ONNX cannot be pruned; choose pruner=none")
 
 
-def check_choices(config: DictConfig, plan: Sequence[str]) -> None:
+def check_choices(config: DictConfig, plan: Sequence[str], words: Sequence[str]) -> None:
     """Check the choices of groups against each other.
 
     Raises:
@@ -116,6 +116,11 @@ def check_choices(config: DictConfig, plan: Sequence[str]) -> None:
         from pipeline import comparison
 
         comparison.check(Path(str(config.outputs)), str(config.name), list(config.engines))
+        if any(entry.endswith(".json") for entry in config.engines) and not _data_named(words):
+            raise UserError(
+                "engines: files of results need the images that they are of; give data=coco with its options, or the "
+                "experiment that they come from"
+            )
     if config.exported is None and {"parity", "package"}.intersection(plan):
         raise UserError(f"stage={plan[0]}: model={config.model.label} is an engine; this is for networks that are built here")
 
@@ -126,7 +131,7 @@ def check_data(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[s
     Raises:
         UserError: the default data would be drawn for it, thousands of images.
     """
-    named = any(word.lstrip("+").partition("=")[0] in ("data", "experiment") for word in words)
+    named = _data_named(words)
     splits = {split for name in plan for split in stages[name].splits}
     if named or config.model.weights_from is not None or not splits:
         return
@@ -137,6 +142,33 @@ def check_data(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[s
         f"data: the network is given, so name the images that it is tried on; give data=coco {wanted}, "
         f"or data={config.data.label}, which draws {count:,} images"
     )
+
+
+def _data_named(words: Sequence[str]) -> bool:
+    return any(word.lstrip("+").partition("=")[0] in ("data", "experiment") for word in words)
+
+
+_OPTIONS = {"validation": "data.val", "unlabelled": "data.unlabelled", "agreement": "data.unlabelled"}  # else data.train
+
+
+def check_images(stages: Mapping[str, Stage], plan: Sequence[str]) -> None:
+    """Check the annotations and images of a given data set, of every split that is read; generated ones are drawn later.
+
+    Raises:
+        UserError: an image or an annotation is bad, a split is empty, or two splits share an image.
+    """
+    reading = [stages[name] for name in plan if stages[name].splits]
+    splits = dict.fromkeys(split for stage in reading for split in stage.splits)
+    node = arguments(reading[0]).get("data") if reading else None
+    if not isinstance(node, Mapping) or "counts" in node:
+        return
+    data = options.instances({"data": node})["data"]
+    for split in splits:
+        if split in data:
+            try:
+                data.open(split)
+            except UserError as error:
+                raise UserError(f"{_OPTIONS.get(split, 'data.train')}: {error}") from error
 
 
 def check_given(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from pipeline.artifacts import current, made_here
 COLUMNS = (
     "data", "network", "pruning", "params", "macs", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "ran",
     "backend", "device",
-    "threads", "batch", "rebuild", "images", "category",
+    "threads", "batch", "rebuild", "address", "images", "category",
     "ap", "ap_lo", "ap_hi", "ap50", "ap75", "ap_medium", "ap_large", "as_found_ap",
     "as_found_ap_lo", "as_found_ap_hi", "agreement_ap", "agreement_ap_lo", "agreement_ap_hi", "agreement_people",
     "agreement_with_dense",
@@ -66,11 +66,13 @@ class Table:
         rows: one an engine, ready for results.csv.
         results: the evaluation behind each row.
         left_out: what is not in the table, and why.
+        stale: how many of these were made from inputs that changed since.
     """
 
     rows: list[dict[str, Any]]
     results: list[Result]
     left_out: list[str]
+    stale: int = 0
 
     @cached_property
     def doubts(self) -> list[str]:
@@ -142,7 +144,7 @@ def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path)
         )
     )
     rows = [_row(result, results) for result in results]
-    return Table(rows, results, left_out)
+    return Table(rows, results, left_out, stale)
 
 
 def _chain(folder: Path, root: Path) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -217,6 +219,7 @@ def _row(result: Result, results: Sequence[Result]) -> dict[str, Any]:
             "speedup_vs_fp32_lo": row["speedup_lo"],
             "speedup_vs_fp32_hi": row["speedup_hi"],
         }
+    row["address"] = result.folder.name
     row["doubts"] = "; ".join(row.get("doubts", ()))
     return {column: "" if _unmeasured(column, row) else row[column] for column in COLUMNS}
 
@@ -258,8 +261,8 @@ def latency_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not any(row["latency_p50_ms"] != "" for row in rows):
         return []
     notes = [
-        "p50: of the network alone, each engine timed at its own moment. × FP32: both engines timed in turns in one run; to "
-        "compare speeds, take this one."
+        "p50: of the network alone, each engine timed at its own moment. × FP32: both engines timed in turns in one run, which "
+        "is the surer figure."
     ]
     if any(_p50(row).endswith("*") for row in rows):
         notes.append(f"*: the interval of this p50 is wider than {latency.NARROW:.0%}; raise stages.benchmark.seconds.")

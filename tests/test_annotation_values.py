@@ -344,7 +344,7 @@ def test_broken_images_of_every_kind_are_named_and_can_be_skipped(tmp_path, pixe
     good = ["0.png", "1.png", "2.png", "3.jpg"]
     bad = ["short.png", "zeroed.png", "short.webp", "short.bmp", "short.jpg", "zeroed.webp"]
     splits = folder_of(tmp_path, good + bad, damage)
-    with pytest.raises(UserError, match=r"images are missing or not whole: .*short\.png \(not a whole image\)"):
+    with pytest.raises(UserError, match=r"images are missing or not whole, of .*short\.png \(not a whole image\)"):
         splits(True).open("validation")
     loose = splits(False)
     kept = [r["file_name"] for r in loose.open("validation").records]

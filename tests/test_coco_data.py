@@ -4,11 +4,13 @@ import shutil
 import numpy as np
 import pytest
 
+from pipeline.artifacts import Stage
 from pipeline.datasets import annotations
 from pipeline.datasets.annotations import load_annotations
-from pipeline.datasets.coco import Coco, CocoSplits
+from pipeline.datasets.coco import SPLITS, Coco, CocoSplits
 from pipeline.datasets.images import inspect_files, read_header, read_image
 from pipeline.errors import UserError
+from pipeline.preflight import check_images
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def test_samples_hold_their_labels(images):
 def test_a_missing_image_is_named_and_can_be_skipped(folder):
     names = sorted(f.name for f in (folder / "images/validation").iterdir())
     (folder / "images/validation" / names[2]).unlink()
-    with pytest.raises(UserError, match=rf"1 images are missing or not whole: {names[2]} \(missing\)"):
+    with pytest.raises(UserError, match=rf"1 images are missing or not whole, of \d+: {names[2]} \(missing\)"):
         splits(folder).open("validation")
     loose = splits(folder, strict=False)
     assert len(loose.open("validation")) == len(names) - 1
@@ -58,7 +60,7 @@ def test_a_missing_image_is_named_and_can_be_skipped(folder):
 def test_a_corrupt_image_is_named_and_can_be_skipped(folder):
     file = min((folder / "images/validation").iterdir())
     file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(UserError, match=rf"1 images are missing or not whole: {file.name} \(not a whole image\)"):
+    with pytest.raises(UserError, match=rf"1 images are missing or not whole, of \d+: {file.name} \(not a whole image\)"):
         splits(folder).open("validation")
     with pytest.raises(UserError, match=f"{file.name}: not a whole image"):
         read_image(file)
@@ -132,6 +134,36 @@ def test_nobody_to_find_is_refused(folder):
     whole = splits(folder, splits=None)
     with pytest.raises(UserError, match="no images for the split 'validation'"):
         whole.open("validation")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: None, None),
+        (lambda folder: shutil.rmtree(folder / "images/train"), r"^data\.train\.images=.*train: no such folder"),
+        (
+            lambda folder: [file.unlink() for file in (folder / "images/validation").iterdir()],
+            r"^data\.\w+: .*24 images are missing or not whole, of 24",
+        ),
+        (
+            lambda folder: edit(folder / "annotations/validation.json", lambda c: c.update(images=[], annotations=[])),
+            r"^data\.val: .*validation\.json: no images for the split 'validation'",
+        ),
+    ],
+)
+def test_given_images_are_checked_before_any_work(folder, damage, message):
+    damage(folder)
+    part = {name: {"images": f"{folder}/images/{name}", "annotations": f"{folder}/annotations/{name}.json"} for name in SPLITS}
+    given = {"_target_": "pipeline.datasets.coco.CocoSplits", "train": part["train"], "val": part["validation"]}
+    given |= {"unlabelled": {"images": None}, "splits": None, "cache": f"{folder}/cache"}
+    reads = {"sample": ("train",), "export": (), "evaluate": ("validation", "agreement")}
+    stages = {name: Stage(name, "", {"data": given}, splits=split) for name, split in reads.items()}
+    if message is None:
+        check_images(stages, list(stages))
+        return
+    with pytest.raises(UserError, match=message):
+        check_images(stages, list(stages))
+    check_images(stages, ["export"])  # which reads none
 
 
 def test_splits_that_share_an_image_are_refused(folder):

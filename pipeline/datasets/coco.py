@@ -191,7 +191,10 @@ class Coco:
         if found.wrong:
             listed = ", ".join(f"{name} ({what})" for name, what in list(found.wrong.items())[:10])
             more = f" and {len(found.wrong) - 10} more" if len(found.wrong) > 10 else ""
-            raise UserError(f"{self.images}: {len(found.wrong)} images are missing or not whole: {listed}{more}; {self.remedy}")
+            raise UserError(
+                f"{self.images}: {len(found.wrong)} images are missing or not whole, of {len(self.records)}: {listed}{more}; "
+                f"{self.remedy}"
+            )
         for name, what in self.misfits(found).items():
             raise UserError(f"{self.images / name}: {what}; or pass strict=false to skip and count it")
         return found.digests

@@ -5,14 +5,21 @@ from typing import Any
 from pipeline import page, report
 from pipeline.artifacts import Job
 from pipeline.choice import choices, said
+from pipeline.errors import UserError
 
 _WIDTH = 100  # columns of what is printed into a pipe
 
 
 def run(job: Job, name: str) -> dict[str, Any]:
-    """Write report.html, results.csv and model_card.md from every evaluation and benchmark, and print the table."""
+    """Write report.html, results.csv and model_card.md from every evaluation and benchmark, and print the table.
+
+    Raises:
+        UserError: every evaluation is stale.
+    """
     evaluations, benchmarks = job.collected["evaluations"], job.collected["benchmarks"]
     table = report.collect(evaluations, benchmarks, evaluations[0].parent.parent)
+    if table.stale and not table.rows:
+        raise UserError(f"name={name}: every evaluation is stale, so the earlier report stays; run their cells again")
     if table.rows:
         report.write_csv(table, job.out / "results.csv")
         page.write_html(table, name, job.out / "report.html", job.collected["comparisons"])
