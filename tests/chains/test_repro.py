@@ -1,5 +1,6 @@
 """`dvc repro` does what is needed and nothing else."""
 
+import json
 import os
 import re
 import shutil
@@ -63,7 +64,10 @@ def test_repro_runs_what_changed_and_nothing_else(project):
     content = yaml.safe_load((project / "dvc.yaml").read_text())
     next(v for v in content["vars"] if "resolutions" in v)["resolutions"] = ["64x80", "72x88"]
     (project / "dvc.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    added = repro(project, "--dry")
+    added = repro(project)
     assert {name.partition("@")[0] for name in added} == {"quantize", "build", "tune", "measure", "report"}
     assert len(added) == 5
     assert all("72x88" in name for name in added if name != "report")
+    assert len(table.read_text().splitlines()) == 3
+    manifest = json.loads((project / "outputs/smoke/report/manifest.json").read_text())
+    assert manifest["summary"]["engines"] == 2
