@@ -751,13 +751,7 @@ def test_without_tensorrt_nothing_is_started(tmp_path):
 
 @pytest.mark.real
 def test_on_real_images_its_ap_is_onnx_runtimes(tmp_path):
-    words = [
-        *real_options(),
-        "data.unlabelled.images=null",
-        "tracking=none",
-        "resolution=176x208",
-        "stage=[train,export,quantize,build,tune,evaluate]",
-    ]
+    words = [*real_options(), "tracking=none", "resolution=176x208", "stage=[train,export,quantize,build,tune,evaluate]"]
     pipeline("--multirun", *words, "backend=onnxruntime,tensorrt", cwd=tmp_path, double=True, check=0)
     figures = {}
     for file in (tmp_path / "outputs/mobilenetv2_paf_coco/evaluate").glob("*/metrics.json"):
