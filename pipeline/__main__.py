@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,25 @@ from pipeline.models.trust import trust
 RUN_VARIABLE = "POSEPRESS_RUN"
 os.environ.setdefault(RUN_VARIABLE, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
 register()
+
+
+class _Stages(Mapping[str, Stage]):
+    """The stages of a configuration, each resolved when it is first asked for: a run needs few of them."""
+
+    def __init__(self, node: DictConfig) -> None:
+        self._node = node
+        self._resolved: dict[str, Stage] = {}
+
+    def __getitem__(self, name: str) -> Stage:
+        if name not in self._resolved:
+            self._resolved[name] = Stage.from_config(name, _resolved(self._node[name]))
+        return self._resolved[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return map(str, self._node)
+
+    def __len__(self) -> int:
+        return len(self._node)
 
 
 class Cell:
@@ -63,7 +82,7 @@ class Cell:
         trust(_plain(config.trusted_modules), _plain(config.model.get("_target_")))
         self.plan, self.skipped = preflight.planned(config, sweep)
         preflight.check_options(config, self.plan, self.overrides, sweep)
-        self.stages = {str(name): self._stage(str(name)) for name in config.stages}
+        self.stages = _Stages(config.stages)
         self.ran: list[dict[str, Any]] = []
         self.summaries: dict[str, Mapping[str, Any]] = {}
 
@@ -78,9 +97,6 @@ class Cell:
         if not self.config.tracking.enabled or not self.results.writable:
             return None
         return tracking.Log(self.results.outputs, str(self.config.tracking.uri), str(self.config.name))
-
-    def _stage(self, name: str) -> Stage:
-        return Stage.from_config(name, _resolved(self.config.stages[name]))
 
     def command(self, stage: str) -> str:
         """The command line that runs a stage of this cell."""

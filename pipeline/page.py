@@ -115,6 +115,14 @@ def _waterfall_html(results: Sequence[Result]) -> str:
     return text
 
 
+_DETAILS = {"keypoints": "AP by keypoint", "strata": "AP by stratum", "errors": "kinds of error"}
+_LEGEND = (
+    "AP by stratum: images by their number of people, people by the share of their labelled keypoints that are hidden. "
+    "error_*: share of the labelled keypoints of matched people; gain_*: AP gained without that kind; background: share of the "
+    "found people that match nobody; missed: share of the people that nothing matches."
+)
+
+
 def _details_html(result: Result) -> str:
     """AP by keypoint and stratum, and the kinds of error, of one engine."""
     tables = json.loads((result.folder / "details.json").read_text())
@@ -122,8 +130,8 @@ def _details_html(result: Result) -> str:
     for name, table in tables.items():
         shown = {key: "–" if value == -1 else f"{value:.3f}" for key, value in table.items()}
         lines = "".join(f"<tr><td>{html.escape(key)}</td><td>{value}</td></tr>" for key, value in shown.items())
-        text += f"<div><h3>{html.escape(name)}</h3><table><tbody>{lines}</tbody></table></div>"
-    return f'<div class="details">{text}</div>'
+        text += f"<div><h3>{html.escape(_DETAILS.get(name, name))}</h3><table><tbody>{lines}</tbody></table></div>"
+    return f'<div class="details">{text}</div><p class="note">{_LEGEND}</p>'
 
 
 def _plot(table: Table, members: Sequence[int], first: bool) -> str:
@@ -232,7 +240,7 @@ def _comparisons_html(folders: Sequence[Path]) -> str:
             head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
             body = "".join("<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row) + "</tr>" for row in rows)
             text += (
-                f'<h2>{html.escape(title)}</h2><div class="wide"><table><thead><tr>{head}</tr></thead>'
+                f'<h2>Comparison: {html.escape(title)}</h2><div class="wide"><table><thead><tr>{head}</tr></thead>'
                 f"<tbody>{body}</tbody></table></div>"
             )
     return text

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -320,7 +321,7 @@ def _views(images, cache, splits=("train",), **changes):
 
 
 def _train(images, checkpoint, teacher=None, distillation=None, tune=None, network=None, **changes):
-    network, views = network or _network(), _views(images, checkpoint.parent)
+    network, views = network or _network(), _views(images, Path(images.cache))  # one shard for all
     found = train(network, views, _options(**changes), checkpoint, teacher, distillation, tune)
     return network, found
 
