@@ -47,22 +47,17 @@ def _engine(result: Result) -> Path | None:
 def _sentence(table: Table, chosen: int, best: int, lost: Interval | None) -> str:
     row, result, reference = table.rows[chosen], table.results[chosen], table.rows[best]
     file = _engine(result)
-    said = [f"Ship {named(row)}{f' ({file})' if file is not None else ''}."]
-    p50 = between(row, "latency_p50_ms", 2) if row["latency_p50_ms_lo"] != "" else f"{row['latency_p50_ms']:.2f}"
-    speed = f"{p50} ms (p50, {row['device']}, {row['threads']} thread(s), batch {row['batch']})"
-    if row["speedup_vs_fp32"] != "":
-        speed += f" and is {between(row, 'speedup_vs_fp32', 2)} times as fast as its FP32"
-    said.append(f"It takes {speed}.")
-    highest = ", the highest here" if lost is None else ""
-    said.append(f"Its AP is {row['ap']:.3f}{highest}.")
+    where = f" ({file})" if file is not None else ""
+    loss = "the highest here"
     if lost is not None:
-        said.append(
-            f"The highest AP has {named(reference)}; the difference is {lost.value:+.3f} [{lost.low:+.3f}, {lost.high:+.3f}]."
-        )
+        loss = f"{lost.value:+.3f} [{lost.low:+.3f}, {lost.high:+.3f}] to {named(reference)}, which has the highest"
+    said = [f"Ship {named(row)}{where}: {row['latency_p50_ms']:.2f} ms, AP {row['ap']:.3f}, {loss}."]
     same = ("data", "network", "pruning", "resolution", "keep_aspect_ratio_mode")
     if row["ap_vs_fp32"] != "" and (reference["precision"] != "fp32" or any(row[key] != reference[key] for key in same)):
-        said.append(f"The difference to its FP32 is {between(row, 'ap_vs_fp32', 3, '+')}.")
-    said.append(f"It is the fastest, by p50, that loses at most {MOST_LOST:g} AP.")
+        said.append(f"The AP's difference to its FP32 is {between(row, 'ap_vs_fp32', 3, '+')}.")
+    if row["speedup_vs_fp32"] != "":
+        said.append(f"It is {between(row, 'speedup_vs_fp32', 2)} times as fast as its FP32.")
+    said.append(f"It is the fastest, by p50 on {row['device']}, that loses at most {MOST_LOST:g} AP.")
     if (tuned := result.made_of.get("tune")) is not None:
         said.append(f"The decoder's thresholds are in {tuned / 'decoder.json'}.")
     return " ".join(said)

@@ -265,6 +265,9 @@ class _Check:
         for key in WIRING:
             if key in node and key != "address":
                 self.option(node, key, wiring[key], stage=name)
+        for key in node.get("files") or []:
+            if key.partition(".")[0] not in node:
+                raise UserError(f"stages.{name}.files: {key} is no option of this stage{nearest(key, map(str, node))}")
         self.arguments(node, _target(node), given=("job",), skipped=WIRING, stage=name)
 
     def component(self, node: DictConfig, stage: str = "") -> None:

@@ -41,15 +41,16 @@ def test_the_fastest_engine_that_loses_next_to_nothing_is_chosen(tmp_path):
         engine(tmp_path, "never timed", 0.790, ""),
     )
     (sentence,) = choices(made)
-    assert sentence.startswith("Ship fast dense 64x80 fp32. It takes 4.00 ms")
-    assert "Its AP is 0.797. The highest AP has slow dense 64x80 fp32; the difference is -0.003 [-0.005, -0.001]." in sentence
+    assert sentence.startswith(
+        "Ship fast dense 64x80 fp32: 4.00 ms, AP 0.797, -0.003 [-0.005, -0.001] to slow dense 64x80 fp32, which"
+    )
 
 
 def test_an_interval_that_reaches_further_disqualifies(tmp_path):
     made = table(engine(tmp_path, "slow", 0.8, 9.0), engine(tmp_path, "unsure", 0.8 - 1e-6, 4.0, SPREAD * 10))
     (sentence,) = choices(made)
     assert sentence.startswith("Ship slow")
-    assert "Its AP is 0.800, the highest here." in sentence
+    assert "AP 0.800, the highest here." in sentence
 
 
 def test_research_settings_and_other_machines_are_told_apart(tmp_path):
@@ -78,8 +79,8 @@ def test_the_loss_to_its_own_fp32_is_said_and_where_the_thresholds_lie(tmp_path)
     }
     row, result = engine(tmp_path, "small", 0.8, 4.0, precision="int8", **figures)
     (sentence,) = choices(table((row, replace(result, made_of={"tune": tmp_path / "tune"}))))
-    assert "The difference to its FP32 is -0.001 [-0.003, +0.002]." in sentence
-    assert "2.00 [1.90, 2.10] times as fast as its FP32" in sentence
+    assert "The AP's difference to its FP32 is -0.001 [-0.003, +0.002]." in sentence
+    assert "It is 2.00 [1.90, 2.10] times as fast as its FP32." in sentence
     assert str(tmp_path / "tune" / "decoder.json") in sentence
 
 
