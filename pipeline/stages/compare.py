@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from annotated_types import Interval
 
 from pipeline.artifacts import Job
-from pipeline.comparison import check, evaluated, find, rows_of, scored
+from pipeline.comparison import evaluated, find, rows_of, scored
 from pipeline.errors import UserError
 from pipeline.specs import Splits
 
@@ -35,10 +35,9 @@ def run(
         resamples: of the bootstrap, for files of results.
 
     Raises:
-        UserError: not two, one is not there, or they were evaluated on different images.
+        UserError: one is bad, or they were evaluated on different images; `comparison.check` refused other things before.
     """
     root = Path(outputs)
-    check(root, name, engines)
     sweeps = [root / entry / "evaluate" for entry in engines]
     if all(folder.is_dir() for folder in sweeps):
         ours, theirs = ({f.parent.name for f in folder.glob("[!.]*/manifest.json")} for folder in sweeps)
