@@ -192,8 +192,30 @@ def read(file: Path) -> onnx.ModelProto:
 
 
 def quantized(model: onnx.ModelProto) -> list[str]:
-    """The names of the nodes that compute or hold integers instead of floats."""
-    return [node.name or "".join(node.output[:1]) for node in _nodes(model) if _INTEGER.fullmatch(node.op_type)]
+    """The names of the nodes that compute or hold integers instead of floats, or round what is clipped to a range of them."""
+    nodes = list(_nodes(model))
+    narrow = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)
+    weights = {tensor.name for tensor in model.graph.initializer if tensor.data_type in narrow and len(tensor.dims) > 1}
+    makers = {name: node for node in nodes for name in node.output}
+    rounds: set[int] = set()  # in either order, as Round(Clip(x / scale)) and Clip(Round(x / scale) + zero point)
+    for node in nodes:
+        for other in _before(node, makers) if node.op_type in ("Clip", "Round") else ():
+            if {node.op_type, other.op_type} == {"Clip", "Round"}:
+                rounds.add(id(node if node.op_type == "Round" else other))
+
+    def integer(node: onnx.NodeProto) -> bool:
+        held = node.op_type == "Cast" and node.input[0] in weights
+        return held or id(node) in rounds or _INTEGER.fullmatch(node.op_type) is not None
+
+    return [node.name or "".join(node.output[:1]) for node in nodes if integer(node)]
+
+
+def _before(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """The node that makes the first input, and the one before where a zero point is added between."""
+    found = [makers[name] for name in node.input[:1] if name in makers]
+    if found and found[0].op_type in ("Add", "Sub"):
+        found += [makers[name] for name in found[0].input if name in makers]
+    return found
 
 
 def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:

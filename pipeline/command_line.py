@@ -105,6 +105,13 @@ def read(words: Sequence[str]) -> Words:
             raise UserError(f"{word}: no option of this program; give a folder of further choices as --config-dir FOLDER")
         if key == "hydra.mode":
             raise UserError(f"{word}: add the flag --multirun for a sweep; without it the command runs one cell")
+        if key in ("hydra.launcher", "hydra.sweeper"):
+            part = key.rpartition(".")[2]
+            raise UserError(
+                f"{word}: give its options one by one, as {key}.OPTION=VALUE, or choose another as hydra/{part}=NAME"
+            )
+        if key.startswith("hydra/") and _no_texts(word):
+            raise UserError(f"{word}: no name of a choice; give one that is installed, as {key}=basic")
         if key in groups and (wrong := _no_texts(word)):
             raise UserError(f"{key}={wrong[0]}: choose one of {', '.join(_choices(key, folders))}")
     return Words(flags, [part for word in readable for part in _removable(word)])

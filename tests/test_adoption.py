@@ -509,6 +509,34 @@ def test_a_quantized_file_stands_for_no_float_network(file, kind):
     asked(file, precision="external")
 
 
+ROUNDED = {
+    "round, then clip": [("Div", "x s", "a"), ("Round", "a", "b"), ("Clip", "b low high", "c"), ("Mul", "c s", "z")],
+    "clip, then round": [("Div", "x s", "a"), ("Clip", "a low high", "b"), ("Round", "b", "c"), ("Mul", "c s", "z")],
+    "a zero point between": [("Div", "x s", "a"), ("Round", "a", "b"), ("Add", "b s", "c"), ("Clip", "c low high", "z")],
+    "int8 weights": [("Cast", "narrow", "a"), ("Mul", "a s", "z")],
+}
+
+
+@pytest.mark.parametrize("way", ROUNDED)
+def test_simulated_quantization_is_quantization(way):
+    model = network()
+    assert not quantized(model)
+    for name, value in (("s", 0.1), ("low", -128), ("high", 127)):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(value, np.float32), name))
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((4, 4), np.int8), "narrow"))
+    for kind, given, made in ROUNDED[way]:
+        options = {"to": TensorProto.FLOAT} if kind == "Cast" else {}
+        model.graph.node.append(helper.make_node(kind, given.split(), [made], **options))
+    assert len(quantized(model)) == 1
+
+
+def test_rounding_alone_is_no_quantization():
+    model = network()
+    for kind, given, made in [("Round", "x", "a"), ("Relu", "a", "b"), ("Clip", "b", "z")]:
+        model.graph.node.append(helper.make_node(kind, [given], [made]))
+    assert not quantized(model)
+
+
 def cell(tmp_path, monkeypatch, *words, model="onnx"):
     """A cell of the command, composed in this process."""
     import hydra

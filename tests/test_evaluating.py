@@ -250,6 +250,20 @@ def test_what_scores_best_on_the_tune_images_is_chosen(chain, exported, wanted, 
     assert json.loads((job("x").out.parent / "chosen/decoder.json").read_text())["options"] == {"threshold": best}
 
 
+def test_tune_images_without_people_measure_nothing(chain, exported):
+    class Nothing(CocoKeypoints):
+        def evaluate(self):
+            return {**super().evaluate(), self.primary: -1}
+
+    job, data = chain
+    read = partial(HeatmapPafDecoder, heatmap_threshold=0.05)
+    summary = tune.run(
+        replace(job("nothing"), inputs={"network": exported}), data, OnnxRuntime(), WholeImage(), read, Nothing, "64x80"
+    )
+    assert summary["tune_images"] == 4
+    assert "tune_ap" not in summary
+
+
 # --- compare ---------------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from evaluation import scores
 from evaluation.averaging import AveragedFields
+from evaluation.coco import NOT_MEASURED
 from evaluation.together import Together
 from evaluation.types import Resolution
 from pipeline.artifacts import Job
@@ -69,11 +70,13 @@ def run(
         figures = [measure.evaluate()[measure.primary] for measure in measures]
         best = max(range(len(tried)), key=lambda n: figures[n])
         chosen = {**tried[best], **plain}
-        summary: dict[str, Any] = {**tried[best], "tune_images": len(results[best]), "tune_ap": figures[best]}
+        summary: dict[str, Any] = {**tried[best], "tune_images": len(results[best])}
+        if figures[best] != NOT_MEASURED:
+            summary["tune_ap"] = figures[best]
         weights = scores.fit(measures[best], [(truth, poses) for _, truth, poses in results[best]]) if fitted else None
         if weights is not None:
             summary["tune_ap_fitted"] = _refitted(measures[best], results[best], weights)
-            if summary["tune_ap_fitted"] >= summary["tune_ap"]:
+            if summary["tune_ap_fitted"] >= figures[best]:
                 chosen["score_weights"] = weights
         reference = decoder(runner.spec, **chosen)
         if "agreement" in data:
