@@ -27,7 +27,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pipeline import __version__, command_line, options, preflight, tracking
 from pipeline.artifacts import MANIFEST, Job, Results, Stage, absent, arguments, made_here, read_manifest
 from pipeline.errors import UserError
-from pipeline.labels import register
+from pipeline.labels import register, settle
 from pipeline.models.trust import trust
 
 RUN_VARIABLE = "POSEPRESS_RUN"
@@ -76,6 +76,7 @@ class Cell:
         """
         self.config, self.overrides, self.sweep, self.flags = config, list(overrides), sweep, list(flags)
         options.check_command(config)
+        settle(config)
         _keep_compiled(Path(str(config.outputs)))  # before numba is imported
         options.check_wiring(config)
         preflight.check_pruner(config)

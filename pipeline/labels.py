@@ -6,7 +6,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.artifacts import digest_of
 
@@ -108,6 +109,18 @@ def _without_vnni(backend: str) -> bool:
     except OSError:
         return False
     return backend == "onnxruntime" and "avx2" in text and "vnni" not in text
+
+
+def settle(config: DictConfig) -> None:
+    """Put each label and address in place of what it is made of: a hundred options refer to them."""
+    components = [node for node in config.values() if isinstance(node, DictConfig) and "_target_" in node]
+    places = [(node, key) for node in components for key in ("recipe", "label", "address") if key in node]
+    places += [(node, str(key)) for node in (config.addresses, config.axes) for key in node]
+    for node, key in places:
+        try:
+            node[key] = node[key]
+        except OmegaConfBaseException:
+            continue  # made of an option that is wrong, which is named in its own place
 
 
 def register() -> None:

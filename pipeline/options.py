@@ -136,7 +136,8 @@ def check_command(config: DictConfig) -> None:
         _refuse_unless(isinstance(config[key], DictConfig), key, config[key], DictConfig)
     about = get_type_hints(About, include_extras=True)
     for node in (config[key] for key, hint in known.items() if hint is Any and isinstance(config[key], DictConfig)):
-        for key in (key for key in about if key in node and not OmegaConf.is_interpolation(node, key)):
+        here = node.keys()  # "in node" resolves the value
+        for key in (key for key in about if key in here and not OmegaConf.is_interpolation(node, key)):
             check.option(node, key, about[key])
 
 
@@ -153,7 +154,8 @@ def check_wiring(config: DictConfig) -> None:
         if not isinstance(node, DictConfig):
             raise UserError(f"{place}={_shown(node)}: no stage; {shape}{nearest(name, set(config.stages) - {name})}")
         kinds = {"_target_": str, "inputs": Mapping[str, str | None], "address": str}
-        absent = [key for key in kinds if key not in node]
+        here = node.keys()
+        absent = [key for key in kinds if key not in here]
         if len(absent) == len(kinds):
             raise UserError(f"{place}: no such stage{nearest(name, set(config.stages) - {name})}; {shape}")
         if absent:
@@ -262,8 +264,9 @@ class _Check:
     def stage(self, node: DictConfig, name: str) -> None:
         """A stage's wiring, and its options against the signature of its function."""
         wiring = get_type_hints(Stage, include_extras=True) | {"inputs": Mapping[str, str | None]}  # null: no such input here
+        here = node.keys()
         for key in WIRING:
-            if key in node and key != "address":
+            if key in here and key != "address":
                 self.option(node, key, wiring[key], stage=name)
         for key in node.get("files") or []:
             if key.partition(".")[0] not in node:
@@ -307,7 +310,8 @@ class _Check:
             hint = takes[key].hint if key in takes else Any
             tuned = node._get_full_key(None) == TUNED  # noqa: SLF001 - OmegaConf has no other way to a node's place
             self.option(node, key, _candidates(hint) if tuned else hint, stage=stage)
-        lost = [key for key, takes_it in takes.items() if takes_it.required and key not in node and key not in given]
+        here = {*map(str, node), *given}
+        lost = [key for key, takes_it in takes.items() if takes_it.required and key not in here]
         if lost and not partial:
             raise UserError(f"{_name(node, lost[0])}: is not there, and {target} needs it")
 

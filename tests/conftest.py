@@ -11,6 +11,7 @@ import traceback
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from itertools import count
@@ -20,12 +21,17 @@ from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
 
+import forks
 import omegaconf.base
 import pytest
 from filelock import FileLock
+from hydra._internal import config_loader_impl
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hypothesis import settings
 from omegaconf import OmegaConf
+
+from pipeline import processes
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKES = ROOT / "tests" / "fakes"
@@ -51,6 +57,35 @@ def load_once(file):
 
 
 OmegaConf.load = load_once
+_lists, _composed = {}, {}
+_list, _compose = config_loader_impl.create_defaults_list, ConfigLoaderImpl._compose_config_from_defaults_list
+
+
+def list_once(repo, config_name, overrides_list, **options):
+    """Hydra's list of the files of some choices, which no option but those of groups changes."""
+    if any(source.provider not in ("hydra", "main", "schema") for source in repo.get_sources()):
+        return _list(repo=repo, config_name=config_name, overrides_list=overrides_list, **options)
+    plain = [override for override in overrides_list if not override.is_sweep_override()]
+    chosen = [o for o in plain if repo.group_exists(o.key_or_group) and not isinstance(o.value(), dict)]
+    key = (config_name, *options.values(), *(override.input_line for override in chosen))
+    if key not in _lists:
+        _lists[key] = _list(repo=repo, config_name=config_name, overrides_list=overrides_list, **options)
+    return replace(_lists[key], config_overrides=[override for override in plain if override not in chosen])
+
+
+def compose_once(loader, defaults, repo):
+    """What Hydra makes of such a list, before other options are applied."""
+    if not any(made.defaults is defaults for made in _lists.values()):
+        return _compose(loader, defaults, repo)
+    if id(defaults) not in _composed:
+        _composed[id(defaults)] = pickle.dumps(_compose(loader, defaults, repo))
+    return pickle.loads(_composed[id(defaults)])
+
+
+config_loader_impl.create_defaults_list = list_once
+ConfigLoaderImpl._compose_config_from_defaults_list = compose_once
+
+processes.pool = forks.pool
 
 # `make fuzz` asks for many examples that differ from run to run; the other runs see the same few each time.
 settings.register_profile("ci", max_examples=200, derandomize=True, deadline=None, database=None)
