@@ -1,11 +1,13 @@
 """What the tests share: the command, a finished smoke sweep, the real data where there is some."""
 
+import atexit
 import io
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections import defaultdict
@@ -16,6 +18,7 @@ from functools import cache
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import SimpleNamespace
 from unittest import mock
 
@@ -249,15 +252,41 @@ def _checked(done, status):
     return done
 
 
-def command(*words, cwd, double=False, check=None, timeout=300, env=None):
-    """Run `python -m pipeline` as a process of its own; with `double`, TensorRT's test double can be imported."""
-    paths = [str(ROOT), *([str(FAKES)] if double else [])]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200", **(env or {})}
+@contextmanager
+def forking(root=ROOT):
+    """A server that forks processes of the project at `root`; its socket, in a new folder."""
+    folder = Path(tempfile.mkdtemp())
+    address = folder / "forks"
+    words = [sys.executable, str(Path(forks.__file__)), str(address), str(root)]
+    server = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(root)})
+    try:
+        while not address.exists():
+            assert server.poll() is None, "it says why, above"
+            time.sleep(0.05)
+        yield address
+    finally:
+        server.kill()
+        server.wait()
+        shutil.rmtree(folder)
+
+
+@cache
+def _server():
+    """This worker's; it ends with it."""
+    server = forking()
+    atexit.register(server.__exit__, None, None, None)
+    return server.__enter__()
+
+
+def command(*words, cwd, check=None, timeout=300, env=None):
+    """Run the command in a process of its own, forked from the server of this worker."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **(env or {})}
     variables.pop("POSEPRESS_RUN", None)
-    with shared_exports(cwd, *words):
-        done = subprocess.run(
-            [sys.executable, "-m", "pipeline", *words], cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout
-        )
+    with shared_exports(cwd, *words), open(os.devnull) as given, TemporaryFile("w+") as out, TemporaryFile("w+") as err:
+        status = forks.ask(_server(), words, cwd, variables, timeout, [file.fileno() for file in (given, out, err)])
+        for file in (out, err):
+            file.seek(0)
+        done = SimpleNamespace(returncode=status, stdout=out.read(), stderr=err.read())
     return _checked(done, check)
 
 

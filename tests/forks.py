@@ -1,21 +1,145 @@
-"""Fresh processes without the second that a new interpreter takes to import libraries: forked from one that has them."""
+"""Processes without the seconds that an interpreter takes to import libraries: forked from one that has them.
 
+As a program, `forks.py SOCKET` runs `python -m pipeline WORDS` for whoever asks by the socket; `ask` does.
+"""
+
+import atexit
+import json
 import os
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context, set_forkserver_preload
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from functools import partial
+from importlib import import_module
+from pathlib import Path
 
-from pipeline import processes
-
-LIBRARIES = ["cv2", "numba", "onnx", "onnxruntime", "pipeline.timing", "pipeline.datasets.synthetic"]
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = ("torch", "onnx", "onnxruntime", "onnxsim", "torch_pruning", "plotly.graph_objects", "scipy.stats", "cv2")
+_LONGEST = 180_000  # bytes of a request, below what a socket takes at once
 
 
 def pool(workers):
-    """As `processes.pool`."""
-    set_forkserver_preload(LIBRARIES)
+    """As `processes.pool`, forked from a server that has imported what is measured."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context, set_forkserver_preload
+
+    set_forkserver_preload(["cv2", "numba", "onnx", "onnxruntime", "pipeline.timing", "pipeline.datasets.synthetic"])
     return ProcessPoolExecutor(workers, get_context("forkserver"), _begin, (dict(os.environ),))
 
 
 def _begin(environment):
     os.environ.clear()
     os.environ.update(environment)
-    processes._end_with_parent()
+    import_module("pipeline.processes")._end_with_parent()
+
+
+def load_libraries(root=ROOT):
+    """Load what a run needs, so that a forked run begins at once."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.path.insert(0, str(root))
+    for file in sorted((root / "pipeline" / "stages").glob("[a-z]*.py")):
+        import_module(f"pipeline.stages.{file.stem}")
+    for name in (*MODULES, "pipeline.__main__"):
+        import_module(name)
+
+
+def leave(function):
+    """Call a function in a forked process, which ends as an interpreter does, without threads that are not there."""
+    status = 1
+    try:
+        try:
+            function()
+            status = 0
+        except SystemExit as error:
+            status = error.code or 0
+        threading._shutdown()
+        atexit._run_exitfuncs()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)
+
+
+def ask(server, words, cwd, environment, timeout, streams=(0, 1, 2)):
+    """Run the command in a process forked from a server; its exit status, negative for a signal.
+
+    Args:
+        server: the path of its socket.
+        words: of the command.
+        cwd: the folder it runs in.
+        environment: of the process; PYTHONPATH is put in front of its path.
+        timeout: in seconds, after which it is killed and TimeoutError is raised.
+        streams: the file descriptors of its input, output and errors.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.settimeout(timeout)
+        connection.connect(str(server))
+        request = json.dumps({"words": list(words), "cwd": str(cwd), "environment": dict(environment)}).encode()
+        socket.send_fds(connection, [request], streams)
+        return int(connection.recv(16) or -signal.SIGKILL)
+
+
+def serve(address, root):
+    """Answer requests until the process that started this one ends."""
+    load_libraries(root)
+    parent = os.getppid()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+        server.bind(f"{address}.new")
+        server.listen()
+        Path(f"{address}.new").rename(address)  # it is there when it answers
+        server.settimeout(1)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        while os.getppid() == parent:
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                continue
+            if os.fork() == 0:
+                server.close()
+                leave(partial(_answer, connection))
+            connection.close()
+
+
+def _answer(connection):
+    """Run a request in a child, so that it can end in any way; it is killed with the connection."""
+    import select
+
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    request, streams, _, _ = socket.recv_fds(connection, _LONGEST, 3)
+    pid = os.fork()
+    if pid == 0:
+        connection.close()
+        _run(**json.loads(request), streams=streams)
+    for stream in streams:
+        os.close(stream)
+    ended = os.pidfd_open(pid)
+    ready, _, _ = select.select([ended, connection], [], [])
+    if ended not in ready:
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    if ended in ready:
+        connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+
+
+def _run(words, cwd, environment, streams):
+    program = import_module("pipeline.__main__")
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update({program.RUN_VARIABLE: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}", **environment})
+    sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", *sys.path)]
+    sys.argv = ["pipeline", *words]
+    leave(program.main)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], Path(sys.argv[2]))

@@ -6,7 +6,6 @@ decide all of it but the time a stage takes.
 """
 
 import argparse
-import atexit
 import csv
 import hashlib
 import json
@@ -17,14 +16,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-import traceback
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+from forks import leave, load_libraries
+
 WORDS = ["experiment=smoke", "tracking=none", "pruner=l1", "precision=int8"]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TARGETS = ("process", "group")
@@ -35,46 +35,13 @@ STAGES = {
 }  # fmt: skip
 MEASURED = ("benchmark", "report")  # their files hold latencies
 NEW_INTERPRETER = 0.1  # of the runs; the others are forked from a process that has loaded the libraries
-MODULES = ("torch", "onnx", "onnxruntime", "onnxsim", "torch_pruning", "plotly.graph_objects", "scipy.stats", "cv2")
 COLUMNS = ("round", "stages", "signal", "target", "seconds", "verdict")
-
-
-def load_libraries():
-    """Load what a run needs, so that a forked run begins at once."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    sys.path.insert(0, str(ROOT))
-    for file in sorted((ROOT / "pipeline" / "stages").glob("[a-z]*.py")):
-        import_module(f"pipeline.stages.{file.stem}")
-    for name in (*MODULES, "pipeline.__main__"):
-        import_module(name)
 
 
 def hear_signals():
     """Undo what nohup and a shell's background jobs do to signals."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def leave(function):
-    """Call a function in a forked process, which ends as an interpreter does, without threads that are not there."""
-    status = 1
-    try:
-        try:
-            function()
-            status = 0
-        except SystemExit as error:
-            status = error.code or 0
-        threading._shutdown()
-        atexit._run_exitfuncs()
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status if isinstance(status, int) else 1)
 
 
 class Run:
