@@ -415,11 +415,9 @@ def real():
 
 def real_options():
     """The same as options of the command."""
-    weights = REAL / "weights" / "bottomup_mobilenetv2_paf" / "mobilenetv2_w1.4_paf_state.pt"
     train, val, loose = REAL / "coco-train-70", REAL / "coco-val-72", REAL / "coco-train-unlabelled"
     return [
-        "experiment=mobilenetv2_paf_coco",
-        f"weights={weights}",
+        "data=coco",
         f"data.train.images={train}/images/train2017",
         f"data.train.annotations={train}/annotations/person_keypoints_train2017.json",
         f"data.val.images={val}/images/val2017",
