@@ -74,7 +74,13 @@ def _hungarian(scores: F32, pairs: I32, nA: int, nB: int) -> I32:
         if owner[s] > 0 and index[owner[s] - 1, s - 1] >= 0:
             kept[n] = index[owner[s] - 1, s - 1]
             n += 1
-    return kept[:n][np.argsort(-scores[kept[:n]], kind="mergesort")]
+    values, ordered = np.empty(n, np.float32), np.empty(n, np.int32)
+    for c in range(n):
+        values[c] = -scores[kept[c]]
+    order = np.argsort(values, kind="mergesort")
+    for c in range(n):  # indexing with an array compiles for as long as all the rest
+        ordered[c] = kept[order[c]]
+    return ordered
 
 
 @compiled
@@ -174,14 +180,17 @@ def group(
         found, total = 0, limb_scores[p]
         for k in range(K):
             if alive[p] and members[p, k] >= 0:
-                keypoints[n, k] = peaks[k, members[p, k]]
+                for c in range(3):
+                    keypoints[n, k, c] = peaks[k, members[p, k], c]
                 found += 1
                 total += keypoints[n, k, 2]
         if alive[p] and found >= min_keypoints and total >= min_score * found:
             limb_scores[n] = limb_scores[p]
             n += 1
         else:
-            keypoints[n] = np.nan
+            for k in range(K):
+                for c in range(3):
+                    keypoints[n, k, c] = np.nan
     return keypoints[:n], limb_scores[:n]
 
 

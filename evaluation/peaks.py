@@ -140,12 +140,12 @@ def find_peaks(heatmaps: F32, K: int, threshold: float, max_peaks: int) -> tuple
         strange = strange or odd
         if n > max_peaks:
             dropped += n - max_peaks
-            values = np.empty(n, np.float32)
+            values, every = np.empty(n, np.float32), np.empty(n, np.int32)
             for c in range(n):
-                values[c] = -heatmap[tops[c] // W, tops[c] % W]
-            kept = np.argsort(values, kind="mergesort")[:max_peaks].copy()
-            chosen = tops[kept]
-            tops[:max_peaks] = chosen
+                values[c], every[c] = -heatmap[tops[c] // W, tops[c] % W], tops[c]
+            order = np.argsort(values, kind="mergesort")
+            for c in range(max_peaks):  # slices compile for as long as all the rest
+                tops[c] = every[order[c]]
             n = max_peaks
         for c in range(n):
             i, j = tops[c] // W, tops[c] % W

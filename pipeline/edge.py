@@ -25,9 +25,9 @@ _INSTALL = """#!/bin/sh
 set -e
 cd "$(dirname "$0")"
 "${PYTHON:-python3}" -m venv --system-site-packages .venv
-.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements-edge.lock
+.venv/bin/python -m pip install -q --no-compile --disable-pip-version-check -r requirements-edge.lock
 cuda=$(sed -n 's/.*"version" *: *"\\([0-9]*\\)\\..*/\\1/p' /usr/local/cuda/version.json 2>/dev/null | head -n 1)
-if [ -n "$cuda" ]; then .venv/bin/python -m pip install -q --disable-pip-version-check "cuda-python==$cuda.*"; fi
+if [ -n "$cuda" ]; then .venv/bin/python -m pip install -q --no-compile --disable-pip-version-check "cuda-python==$cuda.*"; fi
 """
 _README = """Builds, evaluates, times and audits an engine on this device, in two commands:
 

@@ -53,7 +53,7 @@ def test_processes_that_start_together_share_one_database(tmp_path):
         subprocess.Popen(
             [*words, str(n)], cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}, stderr=subprocess.PIPE, text=True
         )
-        for n in range(3)
+        for n in range(2)
     ]
     for process in started:
         _, errors = process.communicate(timeout=200)
@@ -61,7 +61,7 @@ def test_processes_that_start_together_share_one_database(tmp_path):
     client = MlflowClient(f"sqlite:///{tmp_path}/outputs/mlflow.db")
     found = client.search_runs([client.get_experiment_by_name("race").experiment_id])
     kinds = [r.data.tags["kind"] for r in found]
-    assert (kinds.count("sweep"), kinds.count("cell"), kinds.count("stage")) == (1, 3, 3)
+    assert (kinds.count("sweep"), kinds.count("cell"), kinds.count("stage")) == (1, 2, 2)
 
 
 def test_the_double_and_failures_are_marked(tmp_path):
