@@ -167,6 +167,7 @@ def shared(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     _shared[:] = [base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base]
     (_shared[0] / "exports").mkdir(exist_ok=True)
+    forks.keep_operators()
     return _shared[0]
 
 

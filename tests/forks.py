@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 
@@ -44,6 +44,14 @@ def load_libraries(root=ROOT):
         import_module(f"pipeline.stages.{file.stem}")
     for name in (*MODULES, "pipeline.__main__"):
         import_module(name)
+    keep_operators()
+    import_module("torch.onnx._internal.exporter._registration").ONNXRegistry.from_torchlib(opset_version=20)
+
+
+def keep_operators():
+    """Let torch's exporter read its table of operators once, not with every export; it does not change."""
+    registry = import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+    registry.from_torchlib = staticmethod(cache(registry.from_torchlib))
 
 
 def leave(function):
