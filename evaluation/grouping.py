@@ -78,7 +78,7 @@ def _hungarian(scores: F32, pairs: I32, nA: int, nB: int) -> I32:
     for c in range(n):
         values[c] = -scores[kept[c]]
     order = np.argsort(values, kind="mergesort")
-    for c in range(n):  # indexing with an array compiles for as long as all the rest
+    for c in range(n):  # numba takes a second to compile an array as index
         ordered[c] = kept[order[c]]
     return ordered
 

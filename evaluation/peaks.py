@@ -144,7 +144,7 @@ def find_peaks(heatmaps: F32, K: int, threshold: float, max_peaks: int) -> tuple
             for c in range(n):
                 values[c], every[c] = -heatmap[tops[c] // W, tops[c] % W], tops[c]
             order = np.argsort(values, kind="mergesort")
-            for c in range(max_peaks):  # slices compile for as long as all the rest
+            for c in range(max_peaks):  # numba takes seconds to compile a slice here
                 tops[c] = every[order[c]]
             n = max_peaks
         for c in range(n):

@@ -24,6 +24,8 @@ _AXES = {"batch": 0, "height": 2, "width": 3}
 _LEAST_OPSET = 13  # scales for each channel begin there
 _OPSETS = (20, _LEAST_OPSET)  # older files are raised to one of them
 _SAME = 1e-3  # two passes that should agree differ by less, as a part of the greatest value
+_LIMITS = ("Clip", "Max", "Min")
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _INTEGER = re.compile(  # of ONNX and of ONNX Runtime
     r"(Dynamic)?QuantizeLinear|DequantizeLinear|QLinear\w+|\w+Integer|QGemm|MatMulIntegerToFloat|MatMul(NBits|Bnb4)|"
     r"DynamicQuantize\w+|Q(Attention|Concat|MoE|Embed\w+|Ordered\w+)|GatherBlockQuantized"
@@ -158,6 +160,11 @@ def check_request(
             "keep_aspect_ratio_mode=pad_image_input 'scales=[1.0]'"
         )
     said = [f"{where} is quantized itself, so that figures beside FP32 compare it with itself"] if integers else []
+    if precision != "external" and (rounding := simulated(model)):
+        said.append(
+            f"{where} looks like simulated quantization ({len(rounding)} nodes, the first is '{rounding[0]}'), so that what is "
+            f"called precision={precision} includes it; give the network as it was before, where that is not wanted"
+        )
     half = half_weights(model)
     if half and precision != "external":
         said.append(f"{where} has weights of 16 bits ('{half[0]}'), so that what is called precision=fp32 is theirs")
@@ -192,40 +199,54 @@ def read(file: Path) -> onnx.ModelProto:
 
 
 def quantized(model: onnx.ModelProto) -> list[str]:
-    """The names of the nodes that compute or hold integers instead of floats, or round what is clipped to a range of them."""
-    nodes = list(_nodes(model))
+    """The names of the nodes that compute or hold integers instead of floats."""
+    return [_called(node) for nodes in _scopes(model) for node in nodes if _INTEGER.fullmatch(node.op_type)]
+
+
+def simulated(model: onnx.ModelProto) -> list[str]:
+    """The names of the nodes that look like simulated quantization: rounding beside a limit, integer weights made float.
+
+    Rounding is looked for at most five nodes before a limit, and a limit at most five before rounding, through additions and
+    casts. So a zero point and the straight-through form `x + (round(x) - x)` are found.
+    """
     narrow = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)
     weights = {tensor.name for tensor in model.graph.initializer if tensor.data_type in narrow and len(tensor.dims) > 1}
-    makers = {name: node for node in nodes for name in node.output}
-    rounds: set[int] = set()  # in either order, as Round(Clip(x / scale)) and Clip(Round(x / scale) + zero point)
-    for node in nodes:
-        for other in _before(node, makers) if node.op_type in ("Clip", "Round") else ():
-            if {node.op_type, other.op_type} == {"Clip", "Round"}:
-                rounds.add(id(node if node.op_type == "Round" else other))
-
-    def integer(node: onnx.NodeProto) -> bool:
-        held = node.op_type == "Cast" and node.input[0] in weights
-        return held or id(node) in rounds or _INTEGER.fullmatch(node.op_type) is not None
-
-    return [node.name or "".join(node.output[:1]) for node in nodes if integer(node)]
+    names: dict[str, None] = {}
+    for nodes in _scopes(model):
+        makers = {name: node for node in nodes for name in node.output}
+        for node in nodes:
+            kinds = {"Round": _LIMITS, **dict.fromkeys(_LIMITS, ("Round",))}.get(node.op_type, ())
+            pairs = [other for other in _before(node, makers) if other.op_type in kinds]
+            names |= {_called(one): None for other in pairs for one in (node, other) if one.op_type == "Round"}
+            to = next((attribute.i for attribute in node.attribute if attribute.name == "to"), 0)
+            if node.op_type == "Cast" and to in _FLOATS and weights.intersection(node.input):
+                names[_called(node)] = None
+    return list(names)
 
 
 def _before(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """The node that makes the first input, and the one before where a zero point is added between."""
-    found = [makers[name] for name in node.input[:1] if name in makers]
-    if found and found[0].op_type in ("Add", "Sub"):
-        found += [makers[name] for name in found[0].input if name in makers]
-    return found
+    """The nodes that make the inputs of a node, and those before them as far as only additions and casts lie between."""
+    reached: list[onnx.NodeProto] = []
+    step = [node]
+    for _ in range(5):
+        step = [makers[name] for one in step for name in one.input if name in makers]
+        reached += step
+        step = [one for one in step if one.op_type in ("Add", "Sub", "Cast", "Identity", *_LIMITS)]
+    return reached
 
 
-def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    """The nodes of a file, of its inner graphs and of its functions."""
-    waiting = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+def _called(node: onnx.NodeProto) -> str:
+    return node.name or "".join(node.output[:1])
+
+
+def _scopes(model: onnx.ModelProto) -> Iterator[Sequence[onnx.NodeProto]]:
+    """The nodes of a file, of each of its inner graphs and of each of its functions."""
+    waiting = [model.graph.node, *(function.node for function in model.functions)]
     while waiting:
-        node = waiting.pop(0)
-        yield node
-        for attribute in node.attribute:
-            waiting += [inner for graph in (attribute.g, *attribute.graphs) for inner in graph.node]
+        nodes = waiting.pop(0)
+        yield nodes
+        attributes = [attribute for node in nodes for attribute in node.attribute]
+        waiting += [graph.node for attribute in attributes for graph in (attribute.g, *attribute.graphs) if graph.node]
 
 
 def half_weights(model: onnx.ModelProto) -> list[str]:

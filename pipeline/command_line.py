@@ -108,10 +108,10 @@ def read(words: Sequence[str]) -> Words:
         if key in ("hydra.launcher", "hydra.sweeper"):
             part = key.rpartition(".")[2]
             raise UserError(
-                f"{word}: give its options one by one, as {key}.OPTION=VALUE, or choose another as hydra/{part}=NAME"
+                f"{word}: takes no value; give its options one by one, as {key}.OPTION=VALUE, or choose hydra/{part}=NAME"
             )
         if key.startswith("hydra/") and _no_texts(word):
-            raise UserError(f"{word}: no name of a choice; give one that is installed, as {key}=basic")
+            raise UserError(f"{word}: no name of a choice; give the name of one that is installed")
         if key in groups and (wrong := _no_texts(word)):
             raise UserError(f"{key}={wrong[0]}: choose one of {', '.join(_choices(key, folders))}")
     return Words(flags, [part for word in readable for part in _removable(word)])

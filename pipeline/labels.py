@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.artifacts import digest_of
 
+_REFERENCE = re.compile(r"\$\{[.\w]+\}")
 _FRAMINGS = {None: "stretch", "pad_image_input": "pad", "adjust_network_input": "adjust"}
 
 
@@ -112,15 +113,22 @@ def _without_vnni(backend: str) -> bool:
 
 
 def settle(config: DictConfig) -> None:
-    """Put each label and address in place of what it is made of: a hundred options refer to them."""
-    components = [node for node in config.values() if isinstance(node, DictConfig) and "_target_" in node]
-    places = [(node, key) for node in components for key in ("recipe", "label", "address") if key in node]
-    places += [(node, str(key)) for node in (config.addresses, config.axes) for key in node]
-    for node, key in places:
-        try:
-            node[key] = node[key]
-        except OmegaConfBaseException:
-            continue  # made of an option that is wrong, which is named in its own place
+    """Replace the interpolation of each label and address by its value: a hundred options refer to them.
+
+    A plain reference stays, for a message names the option that it refers to.
+    """
+    for group in map(str, config):
+        node: Any = config._get_node(group)  # noqa: SLF001 - reading it would resolve an interpolation, which may fail
+        keys = ("recipe", "label", "address") if group not in ("addresses", "axes") else node or ()
+        for key in keys if isinstance(node, DictConfig) else ():
+            raw: Any = node._get_node(key, validate_access=False)  # noqa: SLF001
+            text = None if raw is None else raw._value()  # noqa: SLF001
+            if not isinstance(text, str) or "${" not in text or _REFERENCE.fullmatch(text):
+                continue
+            try:
+                node[key] = node[key]
+            except OmegaConfBaseException:
+                continue  # made of an option that is wrong, which is named in its own place
 
 
 def register() -> None:

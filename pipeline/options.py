@@ -136,7 +136,7 @@ def check_command(config: DictConfig) -> None:
         _refuse_unless(isinstance(config[key], DictConfig), key, config[key], DictConfig)
     about = get_type_hints(About, include_extras=True)
     for node in (config[key] for key, hint in known.items() if hint is Any and isinstance(config[key], DictConfig)):
-        here = node.keys()  # "in node" resolves the value
+        here = [key for key in node if not OmegaConf.is_missing(node, key)]  # "in node" resolves the value
         for key in (key for key in about if key in here and not OmegaConf.is_interpolation(node, key)):
             check.option(node, key, about[key])
 

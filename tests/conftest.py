@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryFile
+from threading import Lock
 from types import SimpleNamespace
 from unittest import mock
 
@@ -65,7 +66,7 @@ _list, _compose = config_loader_impl.create_defaults_list, ConfigLoaderImpl._com
 
 
 def list_once(repo, config_name, overrides_list, **options):
-    """Hydra's list of the files of some choices, which no option but those of groups changes."""
+    """Hydra's defaults list. It depends on the choices of groups alone, so each set of choices has it computed once."""
     if any(source.provider not in ("hydra", "main", "schema") for source in repo.get_sources()):
         return _list(repo=repo, config_name=config_name, overrides_list=overrides_list, **options)
     plain = [override for override in overrides_list if not override.is_sweep_override()]
@@ -77,7 +78,7 @@ def list_once(repo, config_name, overrides_list, **options):
 
 
 def compose_once(loader, defaults, repo):
-    """What Hydra makes of such a list, before other options are applied."""
+    """The configuration of a defaults list, before other options are applied."""
     if not any(made.defaults is defaults for made in _lists.values()):
         return _compose(loader, defaults, repo)
     if id(defaults) not in _composed:
@@ -157,7 +158,7 @@ def pytest_terminal_summary(terminalreporter):
 
 # --- the command -----------------------------------------------------------------------------------------------------------
 
-_launches = count()
+_launches, _starting = count(), Lock()
 _shared: list[Path] = []  # the folder of this run that all workers share
 
 
@@ -167,8 +168,13 @@ def shared(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     _shared[:] = [base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base]
     (_shared[0] / "exports").mkdir(exist_ok=True)
-    forks.keep_operators()
     return _shared[0]
+
+
+@pytest.fixture(autouse=True)
+def operators():
+    """Exports after a worker's first do not read torch's table of operators again."""
+    forks.keep_operators()
 
 
 @contextmanager
@@ -257,14 +263,13 @@ def _checked(done, status):
 def forking(root=ROOT):
     """A server that forks processes of the project at `root`; its socket, in a new folder."""
     folder = Path(tempfile.mkdtemp())
-    address = folder / "forks"
-    words = [sys.executable, str(Path(forks.__file__)), str(address), str(root)]
+    words = [sys.executable, str(Path(forks.__file__)), str(folder), str(root)]
     server = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(root)})
     try:
-        while not address.exists():
-            assert server.poll() is None, "it says why, above"
+        while not (folder / "forks").exists():
+            assert server.poll() is None, "the server ended; its error is printed above"
             time.sleep(0.05)
-        yield address
+        yield folder / "forks"
     finally:
         server.kill()
         server.wait()
@@ -273,7 +278,7 @@ def forking(root=ROOT):
 
 @cache
 def _server():
-    """This worker's; it ends with it."""
+    """The server of this worker, which ends with the worker."""
     server = forking()
     atexit.register(server.__exit__, None, None, None)
     return server.__enter__()
@@ -284,7 +289,9 @@ def command(*words, cwd, check=None, timeout=300, env=None):
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **(env or {})}
     variables.pop("POSEPRESS_RUN", None)
     with shared_exports(cwd, *words), open(os.devnull) as given, TemporaryFile("w+") as out, TemporaryFile("w+") as err:
-        status = forks.ask(_server(), words, cwd, variables, timeout, [file.fileno() for file in (given, out, err)])
+        with _starting:
+            server = _server()
+        status = forks.ask(server, words, cwd, variables, timeout, [file.fileno() for file in (given, out, err)])
         for file in (out, err):
             file.seek(0)
         done = SimpleNamespace(returncode=status, stdout=out.read(), stderr=err.read())
@@ -353,7 +360,10 @@ def finished(shared):
         if not (folder / "done").exists():
             folder.mkdir(exist_ok=True)
             words = ["--multirun", "experiment=smoke", "pruner=none,l1", "precision=fp32,int8"]
-            (folder / "log").write_text(command(*words, cwd=folder, check=0, timeout=900).stdout)
+            program = [sys.executable, "-m", "pipeline", *words]  # the whole chain, once a run, as users start it
+            variables = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+            with shared_exports(folder, *words), (folder / "log").open("w") as log:
+                subprocess.run(program, cwd=folder, env=variables, stdout=log, stderr=log, check=True, timeout=900)
             (folder / "done").touch()
     return folder
 

@@ -1,11 +1,13 @@
 """Processes without the seconds that an interpreter takes to import libraries: forked from one that has them.
 
-As a program, `forks.py SOCKET` runs `python -m pipeline WORDS` for whoever asks by the socket; `ask` does.
+As a program, `forks.py FOLDER ROOT` serves the project at ROOT by the socket FOLDER/forks: it runs `python -m pipeline WORDS`
+for each request. `ask` sends one. The server ends with the process that started it, and takes its folder with it.
 """
 
 import atexit
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -44,14 +46,16 @@ def load_libraries(root=ROOT):
         import_module(f"pipeline.stages.{file.stem}")
     for name in (*MODULES, "pipeline.__main__"):
         import_module(name)
+    registry = import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
     keep_operators()
-    import_module("torch.onnx._internal.exporter._registration").ONNXRegistry.from_torchlib(opset_version=20)
+    registry.from_torchlib(opset_version=20)
 
 
 def keep_operators():
-    """Let torch's exporter read its table of operators once, not with every export; it does not change."""
-    registry = import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
-    registry.from_torchlib = staticmethod(cache(registry.from_torchlib))
+    """Let torch's exporter, once it is imported, read its table of operators once, for the table does not change."""
+    module = sys.modules.get("torch.onnx._internal.exporter._registration")
+    if module is not None and not hasattr(module.ONNXRegistry.from_torchlib, "cache_info"):
+        module.ONNXRegistry.from_torchlib = staticmethod(cache(module.ONNXRegistry.from_torchlib))
 
 
 def leave(function):
@@ -87,22 +91,23 @@ def ask(server, words, cwd, environment, timeout, streams=(0, 1, 2)):
         timeout: in seconds, after which it is killed and TimeoutError is raised.
         streams: the file descriptors of its input, output and errors.
     """
+    request = json.dumps({"words": list(words), "cwd": str(cwd), "environment": dict(environment)}).encode()
+    assert len(request) <= _LONGEST, "the command and its environment are too long for the socket"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.settimeout(timeout)
         connection.connect(str(server))
-        request = json.dumps({"words": list(words), "cwd": str(cwd), "environment": dict(environment)}).encode()
         socket.send_fds(connection, [request], streams)
         return int(connection.recv(16) or -signal.SIGKILL)
 
 
-def serve(address, root):
+def serve(folder, root):
     """Answer requests until the process that started this one ends."""
-    load_libraries(root)
     parent = os.getppid()
+    load_libraries(root)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
-        server.bind(f"{address}.new")
+        server.bind(str(folder / "new"))
         server.listen()
-        Path(f"{address}.new").rename(address)  # it is there when it answers
+        (folder / "new").rename(folder / "forks")  # the socket has its name once it accepts connections
         server.settimeout(1)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         while os.getppid() == parent:
@@ -110,10 +115,13 @@ def serve(address, root):
                 connection, _ = server.accept()
             except TimeoutError:
                 continue
+            sys.stdout.flush()
+            sys.stderr.flush()
             if os.fork() == 0:
                 server.close()
                 leave(partial(_answer, connection))
             connection.close()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _answer(connection):
@@ -142,12 +150,13 @@ def _run(words, cwd, environment, streams):
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     os.chdir(cwd)
+    kept = {name: os.environ[name] for name in ("HYDRA_FULL_ERROR", "PYTHONWARNINGS")}  # of the program, when it is imported
     os.environ.clear()
-    os.environ.update({program.RUN_VARIABLE: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}", **environment})
+    os.environ.update({**kept, program.RUN_VARIABLE: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}", **environment})
     sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", *sys.path)]
     sys.argv = ["pipeline", *words]
     leave(program.main)
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], Path(sys.argv[2]))
+    serve(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -16,7 +16,7 @@ from evaluation.topdown import TopDownDecoder
 from evaluation.types import FieldSpec, InputSpec, NetworkSpec, Resolution, Skeleton
 from evaluation.views import PersonCrops, WholeImage
 from pipeline import __main__ as main
-from pipeline.adoption import adopt, check_request, quantized, unlike_metadata
+from pipeline.adoption import adopt, check_request, quantized, simulated, unlike_metadata
 from pipeline.artifacts import Results, Stage
 from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.errors import UserError
@@ -513,28 +513,55 @@ ROUNDED = {
     "round, then clip": [("Div", "x s", "a"), ("Round", "a", "b"), ("Clip", "b low high", "c"), ("Mul", "c s", "z")],
     "clip, then round": [("Div", "x s", "a"), ("Clip", "a low high", "b"), ("Round", "b", "c"), ("Mul", "c s", "z")],
     "a zero point between": [("Div", "x s", "a"), ("Round", "a", "b"), ("Add", "b s", "c"), ("Clip", "c low high", "z")],
+    "limits that are tensors": [("Div", "x s", "a"), ("Round", "a", "b"), ("Max", "b low", "c"), ("Min", "c high", "z")],
+    "straight-through": [
+        *(("Div", "x s", "a"), ("Round", "a", "b"), ("Sub", "b a", "c"), ("Add", "a c", "d"), ("Add", "d s", "e")),
+        ("Clip", "e low high", "z"),
+    ],
     "int8 weights": [("Cast", "narrow", "a"), ("Mul", "a s", "z")],
 }
 
 
-@pytest.mark.parametrize("way", ROUNDED)
-def test_simulated_quantization_is_quantization(way):
+def with_nodes(nodes):
+    """The network with further nodes, as kind, inputs and output."""
     model = network()
-    assert not quantized(model)
     for name, value in (("s", 0.1), ("low", -128), ("high", 127)):
         model.graph.initializer.append(numpy_helper.from_array(np.array(value, np.float32), name))
     model.graph.initializer.append(numpy_helper.from_array(np.ones((4, 4), np.int8), "narrow"))
-    for kind, given, made in ROUNDED[way]:
+    for kind, given, made in nodes:
         options = {"to": TensorProto.FLOAT} if kind == "Cast" else {}
         model.graph.node.append(helper.make_node(kind, given.split(), [made], **options))
-    assert len(quantized(model)) == 1
+    return model
 
 
-def test_rounding_alone_is_no_quantization():
-    model = network()
-    for kind, given, made in [("Round", "x", "a"), ("Relu", "a", "b"), ("Clip", "b", "z")]:
-        model.graph.node.append(helper.make_node(kind, [given], [made]))
+@pytest.mark.parametrize("way", ROUNDED)
+def test_simulated_quantization_is_said(file, way):
+    model = with_nodes(ROUNDED[way])
+    assert len(simulated(model)) == 1
     assert not quantized(model)
+    file.write_bytes(model.SerializeToString())
+    (said,) = check_request(file, RAW, "int8", {}, {}, True)
+    assert "looks like simulated quantization (1 nodes, the first is '" in said
+    assert check_request(file, RAW, "external", {}, {}, True) == []
+
+
+NOT_SIMULATED = {
+    "rounding alone": [("Round", "x", "a"), ("Mul", "a s", "z")],
+    "a limit far from it": [("Round", "x", "a"), ("Relu", "a", "b"), ("Clip", "b low high", "z")],
+    "hard swish": [("Add", "x s", "a"), ("Clip", "a low high", "b"), ("Mul", "x b", "z")],
+}
+
+
+@pytest.mark.parametrize("way", NOT_SIMULATED)
+def test_a_float_network_is_not_called_quantized(way):
+    assert not simulated(with_nodes(NOT_SIMULATED[way]))
+
+
+def test_integers_that_become_no_float_are_no_weights():
+    model = with_nodes([])
+    model.graph.node.append(helper.make_node("Cast", ["narrow"], ["mask"], to=TensorProto.BOOL))
+    model.graph.node.append(helper.make_node("Cast", [], ["nothing"], to=TensorProto.FLOAT))
+    assert not simulated(model)
 
 
 def cell(tmp_path, monkeypatch, *words, model="onnx"):

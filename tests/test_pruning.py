@@ -775,14 +775,15 @@ def test_what_ranks_channels_is_in_the_address_of_the_sensitivity(smoke, monkeyp
     monkeypatch.chdir(smoke)
     register()
     addresses = set()
-    for more in ([], ["pruner.equalization_criterion=intersection"], ["pruner.normalizer=L2"]):
+    other = "pruner.equalization_criterion=intersection"
+    for more in ([], ["pruner.normalizer=L2"], ["pruner.normalizer=L2", other]):
         words = [*SMOKE, "pruner=l1", "pruner.criterion=l2", "pruner.sensitivity=sensitivity", "stage=sensitivity", *more]
         with initialize_config_module("conf", version_base="1.3"):
             cell = Cell(compose("config", words), words, sweep=False)
         addresses.add(cell.stages["sensitivity"].address)
     assert len(addresses) == 3
     cell.run()
-    assert seen == [("l2", "L2", "union")]
+    assert seen == [("l2", "L2", "intersection")]
 
 
 def test_the_report_shows_the_control_beside_the_rest(smoke):

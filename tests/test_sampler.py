@@ -217,7 +217,7 @@ def test_calibration_images_come_from_train_or_unlabelled_only(smoke):
 def test_a_study_of_calibration_is_plotted_without_a_benchmark(smoke):
     (weights,) = (smoke / "outputs/smoke/train").glob("*/model.safetensors")
     words = ["experiment=calibration_study", f"weights={weights}", "data=synthetic_smoke", "model.width=0.125", "tracking=none"]
-    words += ["training_resolution=64x80", "sampler=coverage", "sampler.num_images=4", "sampler.seed=0,1"]
+    words += ["training_resolution=64x80", "sampler=uniform,coverage", "sampler.num_images=4", "sampler.seed=0,1"]
     pipeline("--multirun", *words, "precision.calibration_method=minmax", cwd=smoke, check=0)
     page = (smoke / "outputs/calibration_study/report/report.html").read_text()
     assert "Calibration study" in page

@@ -41,7 +41,7 @@ def run(
         resolution: of the input.
 
     Returns:
-        What was chosen, and the primary figure on the tune images before and after the scores were fitted.
+        What was chosen, and the primary figure on the tune images before and after the scores were fitted, where it is one.
     """
     options: Mapping[str, Any] = decoder.keywords  # type: ignore[attr-defined]
     tried = candidates(options)
@@ -71,9 +71,11 @@ def run(
         best = max(range(len(tried)), key=lambda n: figures[n])
         chosen = {**tried[best], **plain}
         summary: dict[str, Any] = {**tried[best], "tune_images": len(results[best])}
+        weights = None
         if figures[best] != NOT_MEASURED:
             summary["tune_ap"] = figures[best]
-        weights = scores.fit(measures[best], [(truth, poses) for _, truth, poses in results[best]]) if fitted else None
+            if fitted:
+                weights = scores.fit(measures[best], [(truth, poses) for _, truth, poses in results[best]])
         if weights is not None:
             summary["tune_ap_fitted"] = _refitted(measures[best], results[best], weights)
             if summary["tune_ap_fitted"] >= figures[best]:
@@ -83,7 +85,8 @@ def run(
             found = passed("agreement", reference)
             people = [(sample.id, reference.variants(poses).get("as_found", poses)) for sample, poses in found]
             save_results(job.out / "reference.npz", people)
-    table = [{**options, "figure": figure} for options, figure in zip(tried, figures, strict=True)]
+    known = [None if figure == NOT_MEASURED else figure for figure in figures]
+    table = [{**options, "figure": figure} for options, figure in zip(tried, known, strict=True)]
     (job.out / "decoder.json").write_text(json.dumps({"options": chosen, "tried": table}, indent=1))
     words = ", ".join(f"{name} {value:.4g}" for name, value in summary.items())
     console = Console(stderr=True, highlight=False)

@@ -47,13 +47,14 @@ def started(words, cwd):
     return subprocess.Popen(command, cwd=cwd, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=listen)  # noqa: PLW1509
 
 
-LONG = ["stages.train.training.steps=40", "stages.train.training.checkpoint_every=2", "force=true"]
+def lasting(steps):
+    return [f"stages.train.training.steps={steps}", "stages.train.training.checkpoint_every=2", "force=true"]
 
 
 def test_an_interrupted_training_goes_on(smoke):
     shutil.rmtree(smoke / "outputs/cache/scratch/smoke/train", ignore_errors=True)
     before = snapshot(smoke)
-    process = started([*SMOKE, "stage=train", *LONG], smoke)
+    process = started([*SMOKE, "stage=train", *lasting(40)], smoke)
     until = time.monotonic() + 90
     while not list((smoke / "outputs/cache/scratch/smoke").glob("train/*/state.ckpt")):
         assert process.poll() is None, process.stderr.read()
@@ -65,7 +66,7 @@ def test_an_interrupted_training_goes_on(smoke):
     assert "interrupted; run the same command to go on" in errors
     assert "Traceback" not in errors
     assert snapshot(smoke).items() >= before.items(), "the earlier result is still there"
-    words = [w for w in LONG if w != "force=true"]
+    words = [w for w in lasting(40) if w != "force=true"]
     done = pipeline(*SMOKE, "stage=train", *words, cwd=smoke, check=0)
     assert "done" in done.stderr
     (manifest,) = (smoke / "outputs/smoke/train").glob("*/manifest.json")
@@ -74,13 +75,13 @@ def test_an_interrupted_training_goes_on(smoke):
 
 
 def test_two_processes_on_one_address(smoke):
-    process = started([*SMOKE, "stage=train", *LONG], smoke)
+    process = started([*SMOKE, "stage=train", *lasting(400)], smoke)
     try:
         until = time.monotonic() + 60
         while not list((smoke / "outputs/runs/locks/smoke").glob("train@*.holder")):
             assert time.monotonic() < until
             time.sleep(0.05)
-        text = refused(pipeline(*SMOKE, "stage=train", *LONG, cwd=smoke))
+        text = refused(pipeline(*SMOKE, "stage=train", *lasting(400), cwd=smoke))
         assert f"is being made by process {process.pid} on" in text
     finally:
         process.kill()
