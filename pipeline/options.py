@@ -9,7 +9,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
@@ -317,12 +317,12 @@ class _Check:
 
     def option(self, node: DictConfig, key: str, hint: Any, stage: str = "") -> None:
         """One value against its annotation."""
-        name = _name(node, key)
+        name = partial(_name, node, key)  # that is looked up for an error alone
         try:
             value = node[key]
         except (MissingMandatoryValue, InterpolationToMissingValueError):
             needs = f", and stage={stage} needs it" if stage else ""
-            raise UserError(f"{name} has no value{needs}; give it as {name}=...") from None
+            raise UserError(f"{name()} has no value{needs}; give it as {name()}=...") from None
         except OmegaConfBaseException:
             return  # made of an option that is wrong, which is named in its own place
         if isinstance(value, dict):  # a resolver made it
@@ -341,7 +341,7 @@ class _Check:
             else:
                 _refuse_unless(_fits(hint, plain), name, plain, hint)
 
-    def mapping(self, value: DictConfig, name: str, hint: Any, stage: str) -> None:
+    def mapping(self, value: DictConfig, name: Callable[[], str], hint: Any, stage: str) -> None:
         """Each value of a mapping against the annotation of its values."""
         kinds = [
             kind for kind in _alternatives(hint) if kind is Any or is_typeddict(kind) or _container(kind) in (dict, Mapping)
@@ -352,18 +352,18 @@ class _Check:
             known = get_type_hints(kind, include_extras=True)
             for key in map(str, value):
                 if key not in known:
-                    raise UserError(f"{name}.{key}: no such option{nearest(key, known)}; choose {', '.join(known)}")
+                    raise UserError(f"{name()}.{key}: no such option{nearest(key, known)}; choose {', '.join(known)}")
                 self.option(value, key, known[key], stage)
             lost = [key for key in kind.__required_keys__ if key not in value]
             if lost:
-                raise UserError(f"{name}.{min(lost)}: is not there, and is needed")
+                raise UserError(f"{name()}.{min(lost)}: is not there, and is needed")
             return
         keys, values = get_args(kind) or (Any, Any)
         if values is object:
             return
         for key in map(str, value):
             if not _fits(keys, key):
-                raise UserError(f"{name}.{key}: no such option; choose {described(keys)}")
+                raise UserError(f"{name()}.{key}: no such option; choose {described(keys)}")
             self.option(value, key, values, stage)
 
 
@@ -463,8 +463,9 @@ def _fits(hint: Any, value: Any) -> bool:
     return True
 
 
-def _refuse_unless(fits: bool, name: str, value: Any, hint: Any) -> None:
+def _refuse_unless(fits: bool, name: str | Callable[[], str], value: Any, hint: Any) -> None:
     if not fits:
+        name = name if isinstance(name, str) else name()
         words = [word for kind in _alternatives(hint) if get_origin(kind) is Literal for word in get_args(kind)]
         raise UserError(f"{name}={_shown(value)}: choose {described(hint)}{nearest(value, map(str, words)) if words else ''}")
 
