@@ -82,7 +82,7 @@ class PoseAgreement:
             return []
         return [
             f"agreement is not measured: FP32 finds no person with a mean keypoint score of {SURE} or more in the agreement "
-            "images. Add images with people; where this network's scores are low, compare AP instead"
+            "images. Where its scores are low on all images, compare AP instead; else add images with people"
         ]
 
     def details(self) -> Mapping[str, Mapping[str, float]]:

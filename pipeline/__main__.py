@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from pipeline import __version__, command_line, options, preflight, tracking
-from pipeline.artifacts import MANIFEST, Job, Results, Stage, absent, arguments, made_here, read_manifest
+from pipeline.artifacts import MANIFEST, SHOWN, Job, Results, Stage, absent, arguments, made_here, read_manifest
 from pipeline.errors import UserError
 from pipeline.labels import register, settle
 from pipeline.models.trust import trust
@@ -208,6 +208,8 @@ class Cell:
 
         folder = self.results.folder(stage)
         console.print(f"[dim]{stage.name:10} fresh  {escape(str(folder))}[/]", soft_wrap=True)
+        if (folder / SHOWN).is_file():
+            print((folder / SHOWN).read_text(), end="")
         self.summaries[stage.name] = (read_manifest(folder) or {}).get("summary", {})
         if self.logged is not None and not self.logged.has(stage.name, stage.address, fingerprint):
             made = (folder / MANIFEST).stat().st_mtime

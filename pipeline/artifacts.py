@@ -21,6 +21,7 @@ from pipeline.errors import UserError, nearest
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = "manifest.json"
+SHOWN = "shown.txt"  # in a result: what a run that finds it fresh prints again
 # Keys of a component's yaml that say something about it and are no arguments.
 DESCRIPTIVE = (
     "label",

@@ -257,7 +257,12 @@ def explained(error: Exception, words: Words) -> str:
             inside = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
             if having := _having(key, folders):
                 return f"{key}: what is chosen here has no such option; add one that has it: {', '.join(having)}"
-            hint = nearest(key, inside) or nearest(key, known)
+            elsewhere = {option: choice for option, choice in _elsewhere(key, folders).items() if option not in known}
+            last = key.rpartition(".")[2]
+            holding = [option for option in elsewhere if last in option.rpartition(".")[2].split("_")]
+            hint = nearest(key, holding) or nearest(key, [*inside, *elsewhere]) or nearest(key, known)
+            for option, choice in elsewhere.items():
+                hint = hint.replace(f"'{option}'?", f"'{option}', of {choice}?")
             return f"{key}: no such option{hint}; `python -m pipeline --cfg job` lists them"
     if found := re.match(r"Error merging override (.*)", str(error)):
         return f"{found[1]}: not what this option takes; `python -m pipeline --cfg job` shows its value"
@@ -295,6 +300,13 @@ def _having(key: str, folders: Sequence[Path]) -> list[str]:
     groups = sorted(_groups(folders) - {"experiment", "stages"})
     files = [(group, file) for group in groups for folder in folders for file in sorted((folder / group).glob("*.yaml"))]
     return [f"{group}={file.stem}" for group, file in files if key in _options_of(file, group)]
+
+
+def _elsewhere(key: str, folders: Sequence[Path]) -> dict[str, str]:
+    """The options of all choices of the group that a key begins with, each with its first choice, as GROUP=CHOICE."""
+    group = key.partition(".")[0]
+    files = [file for folder in folders for file in sorted((folder / group).glob("*.yaml"), reverse=True)]
+    return {option: f"{group}={file.stem}" for file in files for option in _options_of(file, group)}
 
 
 def _options_of(file: Path, group: str) -> set[str]:

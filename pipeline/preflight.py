@@ -82,7 +82,7 @@ def check_pruner(config: DictConfig) -> None:
             "stages.retrain.training.patience=null"
         )
     if config.pruner.weights_from != "train" and config.model.weights_from is None:
-        raise UserError(f"pruner={config.pruner.label}: a network that is given as ONNX cannot be pruned; choose pruner=none")
+        raise UserError("pruner: a network that is given as ONNX cannot be pruned; choose pruner=none")
 
 
 def check_choices(config: DictConfig, plan: Sequence[str], words: Sequence[str]) -> None:

@@ -265,7 +265,10 @@ def latency_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "is the surer figure."
     ]
     if any(_p50(row).endswith("*") for row in rows):
-        notes.append(f"*: the interval of this p50 is wider than {latency.NARROW:.0%}; raise stages.benchmark.seconds.")
+        notes.append(
+            f"*: the interval of this p50 is wider than {latency.NARROW:.0%}. Time again on an idle machine: add "
+            "'stage=[benchmark,report]' force=true, or raise stages.benchmark.seconds."
+        )
     return notes
 
 

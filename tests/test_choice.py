@@ -124,8 +124,9 @@ def test_the_printed_table_fits_100_columns(tmp_path, monkeypatch):
     out = io.StringIO()
     plain = console.Console
     monkeypatch.setattr(console, "Console", lambda *a, **k: plain(*a, **k, file=out))
-    _print(table(*rows), "demo")
+    _print(table(*rows), "demo", tmp_path / "shown.txt")
     shown = out.getvalue()
+    assert (tmp_path / "shown.txt").read_text() == shown
     printed = shown[: shown.index("Ship ")].splitlines()
     assert max(map(len, printed)) <= 100
     assert "…" not in shown

@@ -41,6 +41,8 @@ def test_a_finished_chain_is_not_run_again(smoke):
     fresh = [line.split()[0] for line in done.stderr.splitlines() if " fresh " in line]
     assert fresh == ["train", "export", "quantize", "build", "tune", "evaluate", "benchmark", "report"]
     assert snapshot(smoke) == before
+    assert "lwop-s2-w0.125" in done.stdout, "the table is shown again"
+    assert "No engine is recommended: the highest AP is" in done.stdout
 
 
 def test_a_change_runs_what_depends_on_it(smoke):

@@ -1,9 +1,10 @@
 """report: all cells in one page, one table and one card."""
 
+from pathlib import Path
 from typing import Any
 
 from pipeline import page, report
-from pipeline.artifacts import Job
+from pipeline.artifacts import SHOWN, Job
 from pipeline.choice import choices, said
 from pipeline.errors import UserError
 
@@ -24,18 +25,18 @@ def run(job: Job, name: str) -> dict[str, Any]:
         report.write_csv(table, job.out / "results.csv")
         page.write_html(table, name, job.out / "report.html", job.collected["comparisons"])
         report.write_card(table, name, job.out / "model_card.md")
-    (job.out / "left_out.txt").write_text("\n".join(table.left_out))
-    _print(table, name)
+    _print(table, name, job.out / SHOWN)
     return {"engines": len(table.rows), "left_out": len(table.left_out)}
 
 
-def _print(table: report.Table, name: str) -> None:
+def _print(table: report.Table, name: str, file: Path) -> None:
+    """Print the table and what to ship, and keep the text for the runs that find this report fresh."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(width=None if Console().is_terminal else _WIDTH, highlight=False)
+    console = Console(width=None if Console().is_terminal else _WIDTH, highlight=False, record=True)
     rows = report.narrow(table.rows)
     if rows:
         grid = Table(title=escape(name), header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
@@ -58,3 +59,4 @@ def _print(table: report.Table, name: str) -> None:
     for line in table.left_out:
         console.print(f"left out: {line}", soft_wrap=True, markup=False)
     console.print(said(list(choices(table))), soft_wrap=True, markup=False)
+    file.write_text(console.export_text())
