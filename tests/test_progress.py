@@ -114,7 +114,8 @@ def test_a_training_says_its_rate_since_the_last_line_and_its_losses(log):
     ]
 
 
-def test_a_pass_over_images_says_what_held_it_up(capsys):
+def test_a_pass_over_images_says_what_held_it_up(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_LINES", Lines())  # whatever ran before in this process
     watch = Watch({"network": 1}, {"network": 1.0})
     assert list(shown(iter("abc"), watch, "tune images", 3)) == ["a", "b", "c"]
     (line,) = capsys.readouterr().err.splitlines()
