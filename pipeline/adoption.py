@@ -215,9 +215,11 @@ def simulated(model: onnx.ModelProto) -> list[str]:
     for nodes in _scopes(model):
         makers = {name: node for node in nodes for name in node.output}
         for node in nodes:
-            kinds = {"Round": _LIMITS, **dict.fromkeys(_LIMITS, ("Round",))}.get(node.op_type, ())
-            pairs = [other for other in _before(node, makers) if other.op_type in kinds]
-            names |= {_called(one): None for other in pairs for one in (node, other) if one.op_type == "Round"}
+            near = _before(node, makers) if node.op_type in ("Round", *_LIMITS) else []
+            if node.op_type == "Round" and any(other.op_type in _LIMITS for other in near):
+                names[_called(node)] = None
+            elif node.op_type in _LIMITS:
+                names |= {_called(other): None for other in near if other.op_type == "Round"}
             to = next((attribute.i for attribute in node.attribute if attribute.name == "to"), 0)
             if node.op_type == "Cast" and to in _FLOATS and weights.intersection(node.input):
                 names[_called(node)] = None

@@ -10,8 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.artifacts import digest_of
+from pipeline.options import REFERENCE
 
-_REFERENCE = re.compile(r"\$\{[.\w]+\}")
 _FRAMINGS = {None: "stretch", "pad_image_input": "pad", "adjust_network_input": "adjust"}
 
 
@@ -123,7 +123,7 @@ def settle(config: DictConfig) -> None:
         for key in keys if isinstance(node, DictConfig) else ():
             raw: Any = node._get_node(key, validate_access=False)  # noqa: SLF001
             text = None if raw is None else raw._value()  # noqa: SLF001
-            if not isinstance(text, str) or "${" not in text or _REFERENCE.fullmatch(text):
+            if not isinstance(text, str) or "${" not in text or REFERENCE.fullmatch(text):
                 continue
             try:
                 node[key] = node[key]

@@ -24,7 +24,7 @@ from pipeline.artifacts import DESCRIPTIVE, WIRING, Stage
 from pipeline.errors import UserError, nearest
 
 _HYDRAS = ("_target_", "_partial_", "_convert_", "_recursive_")
-_REFERENCE = re.compile(r"\$\{(?:oc\.select:)?(\.*)([\w.]+)(?:,[^{}]*)?\}")  # an interpolation that is another option
+REFERENCE = re.compile(r"\$\{(?:oc\.select:)?(\.*)([\w.]+)(?:,[^{}]*)?\}")  # an interpolation that is another option
 _CONTAINERS = (list, tuple, dict, Sequence, Mapping)
 TUNED, FITTED = "decoder", "tuned"  # whose options may be lists of candidates, and the word for what the stage `tune` fits
 
@@ -419,7 +419,7 @@ def _name(node: DictConfig, key: str) -> str:
     full = str(node._get_full_key(key))  # noqa: SLF001 - OmegaConf has no other way to a node's place
     raw: Any = node._get_node(key, validate_access=False)  # noqa: SLF001
     text = raw._value() if raw is not None else None  # noqa: SLF001
-    found = _REFERENCE.fullmatch(text) if isinstance(text, str) else None
+    found = REFERENCE.fullmatch(text) if isinstance(text, str) else None
     if found is None:
         return full
     place: Any = node

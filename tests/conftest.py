@@ -1,13 +1,11 @@
 """What the tests share: the command, a finished smoke sweep, the real data where there is some."""
 
-import atexit
 import io
 import os
 import pickle
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections import defaultdict
@@ -19,7 +17,6 @@ from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryFile
-from threading import Lock
 from types import SimpleNamespace
 from unittest import mock
 
@@ -158,7 +155,7 @@ def pytest_terminal_summary(terminalreporter):
 
 # --- the command -----------------------------------------------------------------------------------------------------------
 
-_launches, _starting = count(), Lock()
+_launches = count()
 _shared: list[Path] = []  # the folder of this run that all workers share
 
 
@@ -259,39 +256,12 @@ def _checked(done, status):
     return done
 
 
-@contextmanager
-def forking(root=ROOT):
-    """A server that forks processes of the project at `root`; its socket, in a new folder."""
-    folder = Path(tempfile.mkdtemp())
-    words = [sys.executable, str(Path(forks.__file__)), str(folder), str(root)]
-    server = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(root)})
-    try:
-        while not (folder / "forks").exists():
-            assert server.poll() is None, "the server ended; its error is printed above"
-            time.sleep(0.05)
-        yield folder / "forks"
-    finally:
-        server.kill()
-        server.wait()
-        shutil.rmtree(folder)
-
-
-@cache
-def _server():
-    """The server of this worker, which ends with the worker."""
-    server = forking()
-    atexit.register(server.__exit__, None, None, None)
-    return server.__enter__()
-
-
 def command(*words, cwd, check=None, timeout=300, env=None):
     """Run the command in a process of its own, forked from the server of this worker."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **(env or {})}
     variables.pop("POSEPRESS_RUN", None)
     with shared_exports(cwd, *words), open(os.devnull) as given, TemporaryFile("w+") as out, TemporaryFile("w+") as err:
-        with _starting:
-            server = _server()
-        status = forks.ask(server, words, cwd, variables, timeout, [file.fileno() for file in (given, out, err)])
+        status = forks.ask(forks.server(), words, cwd, variables, timeout, [file.fileno() for file in (given, out, err)])
         for file in (out, err):
             file.seek(0)
         done = SimpleNamespace(returncode=status, stdout=out.read(), stderr=err.read())

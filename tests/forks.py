@@ -14,12 +14,14 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import contextmanager
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = ("torch", "onnx", "onnxruntime", "onnxsim", "torch_pruning", "plotly.graph_objects", "scipy.stats", "cv2")
+_starting, _servers = threading.Lock(), []
 _LONGEST = 180_000  # bytes of a request, below what a socket takes at once
 
 
@@ -122,6 +124,36 @@ def serve(folder, root):
                 leave(partial(_answer, connection))
             connection.close()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def serving(root=ROOT):
+    """A server of the project at `root`, in a process of its own; its socket, in a new folder."""
+    import subprocess
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp())
+    words = [sys.executable, __file__, str(folder), str(root)]
+    process = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(root)})
+    try:
+        while not (folder / "forks").exists():
+            assert process.poll() is None, "the server ended; its error is printed above"
+            time.sleep(0.05)
+        yield folder / "forks"
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder)
+
+
+def server():
+    """The server of this process, started once; it ends with the process."""
+    with _starting:
+        if not _servers:
+            started = serving()
+            atexit.register(started.__exit__, None, None, None)
+            _servers.append(started.__enter__())
+    return _servers[0]
 
 
 def _answer(connection):

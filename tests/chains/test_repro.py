@@ -7,9 +7,10 @@ import shutil
 import subprocess
 import sys
 
+import forks
 import pytest
 import yaml
-from conftest import ROOT, compiled_before, forking, shared_exports
+from conftest import ROOT, compiled_before, shared_exports
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ sys.exit(forks.ask({server!r}, sys.argv[3:], os.getcwd(), os.environ, None))
 def python(project, tmp_path_factory):
     """A folder with a `python` that forks the commands of the project, instead of importing all of it for each."""
     folder = tmp_path_factory.mktemp("bin")
-    with forking(project) as server:
+    with forks.serving(project) as server:
         text = PYTHON.format(python=sys.executable, tests=str(ROOT / "tests"), server=str(server))
         (folder / "python").write_text(text)
         (folder / "python").chmod(0o755)
