@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test fuzz kills rtx test-gpu lint clean
+.PHONY: install demo test fuzz kills rtx test-gpu lint dvc.yaml clean
 install: .venv/installed
 
 .venv/installed: requirements.lock pyproject.toml
@@ -46,6 +46,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/hadolint docker/*
+
+# The source files that each stage of dvc.yaml runs, by the function that makes fingerprints.
+dvc.yaml: install
+	PYTHONPATH=.:tests $(BIN)/python tests/test_dvc.py
 
 clean:
 	rm -rf .venv outputs

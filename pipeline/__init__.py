@@ -1,7 +1,5 @@
 """Posepress: from a trained pose network to the smallest, fastest engine that still finds the people."""
 
-__version__ = "0.1.0"
-
 import os
 
 MOST_PIXELS = 100_000_000  # of an image; OpenCV, which reads this when it is first imported, refuses larger ones undecoded

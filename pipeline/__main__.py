@@ -24,11 +24,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from pipeline import __version__, command_line, options, preflight, tracking
-from pipeline.artifacts import MANIFEST, SHOWN, Job, Results, Stage, absent, arguments, made_here, read_manifest
+from pipeline import command_line, options, preflight, tracking
 from pipeline.errors import UserError
 from pipeline.labels import register, settle
 from pipeline.models.trust import trust
+from pipeline.results.job import Job
+from pipeline.results.manifest import MANIFEST, SHOWN, absent, made_here, read_manifest
+from pipeline.results.stage import Stage, arguments
+from pipeline.results.store import Results
+from pipeline.version import VERSION
 
 RUN_VARIABLE = "POSEPRESS_RUN"
 os.environ.setdefault(RUN_VARIABLE, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
@@ -392,7 +396,7 @@ def main() -> None:
     try:
         words = command_line.read(sys.argv[1:] or ["--help"])
         if "--version" in words.flags:
-            print(f"posepress {__version__}")
+            print(f"posepress {VERSION}")
             return
         sys.argv[1:] = [*words.flags, *words.options]
         _cell()

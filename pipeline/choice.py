@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from evaluation.statistics import Draws, Interval, paired
-from pipeline.artifacts import read_manifest
 from pipeline.report import Result, Table, averaged, between, comparable, named
+from pipeline.results.manifest import read_manifest
 
 MOST_LOST = 0.01  # of AP, at the worse end of the paired interval
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from evaluation.coco import NOT_MEASURED
 from evaluation.statistics import Draws, Interval, bootstrap, paired
-from pipeline.artifacts import current, read_manifest
 from pipeline.datasets.results import load_results
 from pipeline.errors import UserError, nearest
+from pipeline.results.manifest import current, read_manifest
 from pipeline.specs import Splits
 
 _SHOWN = 20  # addresses in an error

@@ -14,8 +14,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import MANIFEST, ROOT, parse_json, read_manifest
 from pipeline.errors import UserError
+from pipeline.results.content import parse_json
+from pipeline.results.fingerprint import ROOT
+from pipeline.results.manifest import MANIFEST, read_manifest
 
 STAGES = ("build", "evaluate", "benchmark")
 PACKAGE, RESULTS, LOCK = "package.json", "results.zip", "requirements-edge.lock"

@@ -9,8 +9,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.artifacts import digest_of
 from pipeline.options import REFERENCE
+from pipeline.results.content import digest_of
 
 _FRAMINGS = {None: "stretch", "pad_image_input": "pad", "adjust_network_input": "adjust"}
 

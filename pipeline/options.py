@@ -20,8 +20,8 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
-from pipeline.artifacts import DESCRIPTIVE, WIRING, Stage
 from pipeline.errors import UserError, nearest
+from pipeline.results.stage import DESCRIPTIVE, WIRING, Stage
 
 _HYDRAS = ("_target_", "_partial_", "_convert_", "_recursive_")
 REFERENCE = re.compile(r"\$\{(?:oc\.select:)?(\.*)([\w.]+)(?:,[^{}]*)?\}")  # an interpolation that is another option

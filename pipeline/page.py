@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import engine_page, pruning_page, quantization_page
-from pipeline.artifacts import plain
 from pipeline.choice import choices, said
 from pipeline.report import (
     MORE_STEPS,
@@ -25,6 +24,7 @@ from pipeline.report import (
     tabulated,
     waterfalls,
 )
+from pipeline.results.manifest import plain
 
 _MOST_PICTURE = 16 << 20  # bytes
 

@@ -11,8 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from evaluation.types import InputSpec, Resolution
 from pipeline import options
-from pipeline.artifacts import Stage, arguments, closure, option_of, read_manifest, requested, sha256, targets, value_at
 from pipeline.errors import UserError
+from pipeline.launch.chain import needed, requested
+from pipeline.results.content import sha256
+from pipeline.results.manifest import read_manifest
+from pipeline.results.stage import Stage, arguments, option_of, targets, value_at
 
 
 def planned(config: DictConfig, sweep: bool) -> tuple[list[str], list[str]]:
@@ -29,7 +32,7 @@ def planned(config: DictConfig, sweep: bool) -> tuple[list[str], list[str]]:
     asked: Any = OmegaConf.to_container(config.stage) if OmegaConf.is_list(config.stage) else config.stage
     skipped: list[str] = []
     if sweep and asked != "all":
-        chain = closure(wiring, ["report"])
+        chain = needed(wiring, ["report"])
         asked = [asked] if isinstance(asked, str) else list(asked or [])
         if "all" not in asked and not (asked and all(name in wiring and wiring[name].aside for name in asked)):
             skipped = [name for name in asked if name in wiring and name not in chain]

@@ -15,7 +15,7 @@ from evaluation import latency
 from evaluation.coco import NOT_MEASURED
 from evaluation.statistics import Draws, Interval, paired, spearman
 from evaluation.types import NetworkSpec
-from pipeline.artifacts import current, made_here
+from pipeline.results.manifest import current, made_here
 
 COLUMNS = (
     "data", "network", "pruning", "params", "macs", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "ran",

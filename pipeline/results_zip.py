@@ -19,20 +19,14 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 
 from evaluation.statistics import Draws
-from pipeline.artifacts import (
-    MANIFEST,
-    MOST_JSON,
-    Results,
-    checked_manifest,
-    parse_json,
-    plain,
-    read_manifest,
-)
 from pipeline.edge import PACKAGE, STAGES
 from pipeline.errors import UserError
 from pipeline.inference import DAMAGED
 from pipeline.page import picture, web_address
 from pipeline.report import AXES, COLUMNS, TEXTS
+from pipeline.results.content import MOST_JSON, parse_json
+from pipeline.results.manifest import MANIFEST, checked_manifest, plain, read_manifest
+from pipeline.results.store import Results
 
 _MOST_MEMBERS = 10_000
 _MOST_BYTES = 8 << 30  # of all members, unpacked

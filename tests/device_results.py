@@ -7,7 +7,10 @@ from hashlib import sha256
 
 import numpy as np
 
-from pipeline.artifacts import MANIFEST, Results, Stage, digest_of
+from pipeline.results.content import digest_of
+from pipeline.results.manifest import MANIFEST
+from pipeline.results.stage import Stage
+from pipeline.results.store import Results
 
 DEVICE = "a.cpu"
 NETWORK = "net_dense_64x80_pad_int8"

@@ -17,11 +17,12 @@ from evaluation.types import FieldSpec, InputSpec, NetworkSpec, Resolution, Skel
 from evaluation.views import PersonCrops, WholeImage
 from pipeline import __main__ as main
 from pipeline.adoption import adopt, check_request, quantized, simulated, unlike_metadata
-from pipeline.artifacts import Results, Stage
 from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.errors import UserError
 from pipeline.onnx_parts import external_files
 from pipeline.quantization.graph import place
+from pipeline.results.stage import Stage
+from pipeline.results.store import Results
 from pipeline.specs import SPEC_KEY, described, named, read_spec
 
 SIZE = Resolution(32, 48)

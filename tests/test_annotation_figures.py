@@ -15,13 +15,13 @@ from evaluation.coco import CocoKeypoints
 from evaluation.skeletons import COCO_17
 from evaluation.types import FieldSpec, InputSpec, NetworkSpec, Poses, Resolution
 from evaluation.views import WholeImage
-from pipeline.artifacts import Job
 from pipeline.datasets import synthetic
 from pipeline.datasets.coco import Coco, CocoSplits
 from pipeline.datasets.packaged import Packaged, pack
 from pipeline.datasets.results import load_results
 from pipeline.errors import UserError
 from pipeline.report import COLUMNS
+from pipeline.results.job import Job
 from pipeline.results_zip import check_figures
 from pipeline.stages import evaluate, tune
 from pipeline.training.shard import _refuse_others

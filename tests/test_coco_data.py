@@ -4,13 +4,13 @@ import shutil
 import numpy as np
 import pytest
 
-from pipeline.artifacts import Stage
 from pipeline.datasets import annotations
 from pipeline.datasets.annotations import load_annotations
 from pipeline.datasets.coco import SPLITS, Coco, CocoSplits
 from pipeline.datasets.images import inspect_files, read_header, read_image
 from pipeline.errors import UserError
 from pipeline.preflight import check_images
+from pipeline.results.stage import Stage
 
 
 @pytest.fixture

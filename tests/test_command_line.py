@@ -14,10 +14,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import pipeline.__main__ as main
-from pipeline import __version__, command_line, options, preflight
-from pipeline.artifacts import Stage, sha256
+from pipeline import command_line, options, preflight
 from pipeline.errors import UserError
 from pipeline.models.trust import network_class, trust
+from pipeline.results.content import sha256
+from pipeline.results.stage import Stage
+from pipeline.version import VERSION
 
 
 def test_flags_stand_in_any_place():
@@ -53,7 +55,7 @@ def test_a_comma_is_a_sweep_or_is_quoted():
 
 @pytest.mark.parametrize("words", [["--version"], ["stage=train", "--version"]])
 def test_the_version_is_ours(words, tmp_path):
-    assert pipeline(*words, "tracking=none", cwd=tmp_path, check=0).stdout == f"posepress {__version__}\n"
+    assert pipeline(*words, "tracking=none", cwd=tmp_path, check=0).stdout == f"posepress {VERSION}\n"
     assert not list(tmp_path.iterdir())
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import pipeline
 
-from pipeline.artifacts import Job
+from pipeline.results.job import Job
 from pipeline.stages import doctor
 
 

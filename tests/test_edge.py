@@ -11,9 +11,10 @@ import pytest
 from conftest import FAKES, ROOT, SMOKE, command, compiled_before, pipeline, refused
 
 from pipeline import edge, results_zip
-from pipeline.artifacts import Results, write_manifest
 from pipeline.datasets.packaged import Packaged
 from pipeline.errors import UserError
+from pipeline.results.manifest import write_manifest
+from pipeline.results.store import Results
 
 WORDS = [*SMOKE, "precision=int8"]
 

@@ -18,11 +18,12 @@ from evaluation.statistics import Draws
 from evaluation.types import Poses
 from evaluation.views import WholeImage
 from pipeline import inference, report
-from pipeline.artifacts import Job, write_manifest
 from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.comparison import Side, rows_of
 from pipeline.datasets.synthetic import Synthetic
 from pipeline.inference import Watch, load_results, predict, save_results
+from pipeline.results.job import Job
+from pipeline.results.manifest import write_manifest
 from pipeline.stages import evaluate, tune
 
 CELL = [*SMOKE, "precision=int8"]

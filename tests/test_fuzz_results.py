@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from evaluation.skeletons import COCO_17
 from evaluation.types import Poses
 from pipeline import inference, page, report, results_zip
-from pipeline.artifacts import MANIFEST, Stage, checked_manifest, current, read_manifest, write_manifest
 from pipeline.datasets.results import load_results
 from pipeline.errors import UserError
 from pipeline.models import store
 from pipeline.models.lightweight_openpose import LightweightOpenPose
+from pipeline.results.manifest import MANIFEST, checked_manifest, current, read_manifest, write_manifest
+from pipeline.results.stage import Stage
 from pipeline.stages import import_results
 
 NUMBERS = st.one_of(

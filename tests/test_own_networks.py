@@ -25,7 +25,6 @@ from evaluation.skeletons import OPENPOSE_18
 from evaluation.types import FieldSpec, InputSpec, NetworkSpec, Resolution, Skeleton
 from evaluation.views import WholeImage
 from pipeline import command_line, export
-from pipeline.artifacts import Job
 from pipeline.errors import UserError
 from pipeline.models import contract, store
 from pipeline.models.lightweight_openpose import LightweightOpenPose
@@ -38,6 +37,7 @@ from pipeline.pruning.sensitivity import curves
 from pipeline.pruning.sparse24 import Sparse24, is_sparse
 from pipeline.pruning.torch_pruning_default import TorchPruningDefault
 from pipeline.pruning_page import norm_plot, section
+from pipeline.results.job import Job
 from pipeline.stages import prune, sensitivity
 from pipeline.stages import train as stage
 from pipeline.training.augment import NONE

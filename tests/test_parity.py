@@ -13,10 +13,11 @@ from onnx import numpy_helper
 from evaluation.parity import Difference, compare, first_apart
 from evaluation.types import Resolution
 from evaluation.views import WholeImage
-from pipeline.artifacts import Job, write_manifest
 from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.onnx_parts import cut, tensors_of
 from pipeline.quantization.graph import computed_over
+from pipeline.results.job import Job
+from pipeline.results.manifest import write_manifest
 from pipeline.specs import ModelFiles, Shapes, read_spec
 from pipeline.stages import parity
 

@@ -23,7 +23,6 @@ from evaluation.skeletons import OPENPOSE_18
 from evaluation.types import FieldSpec, InputSpec, NetworkSpec
 from evaluation.views import WholeImage
 from pipeline.__main__ import Cell
-from pipeline.artifacts import arguments
 from pipeline.backends.torch import Torch
 from pipeline.errors import UserError
 from pipeline.labels import register
@@ -36,6 +35,7 @@ from pipeline.pruning.pruner import Pruner, Target, UnreachableError
 from pipeline.pruning.sensitivity import curves
 from pipeline.pruning.torch_pruning_default import TorchPruningDefault
 from pipeline.pruning_page import curve, section
+from pipeline.results.stage import arguments
 from pipeline.specs import Shapes
 
 

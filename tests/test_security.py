@@ -18,11 +18,13 @@ from device_results import AXES, BENCHMARK, BUILD, DEVICE, EVALUATE, FIGURES, JP
 from torch import nn
 
 from pipeline import command_line, page, report, results_zip
-from pipeline.artifacts import Job, Stage, current, made_here, read_manifest, write_manifest
 from pipeline.errors import UserError
 from pipeline.models import store
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.models.trust import trust
+from pipeline.results.job import Job
+from pipeline.results.manifest import current, made_here, read_manifest, write_manifest
+from pipeline.results.stage import Stage
 from pipeline.stages import import_results
 from pipeline.stages import report as report_stage
 

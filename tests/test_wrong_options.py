@@ -19,8 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 import pipeline.__main__ as main
 from pipeline import command_line, options, preflight
-from pipeline.artifacts import DESCRIPTIVE, WIRING
 from pipeline.errors import UserError
+from pipeline.results.stage import DESCRIPTIVE, WIRING
 
 CASES = yaml.safe_load((ROOT / "tests/wrong_options.yaml").read_text())
 GROUPS = {folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir()}

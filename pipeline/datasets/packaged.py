@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import parse_json, sha256
 from pipeline.datasets import records
 from pipeline.datasets.coco import Coco
 from pipeline.errors import UserError
+from pipeline.results.content import parse_json, sha256
 from pipeline.specs import Splits
 
 LISTED = "data.json"

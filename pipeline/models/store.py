@@ -17,13 +17,13 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from evaluation.types import NetworkSpec
-from pipeline.artifacts import parse_json
 from pipeline.errors import UserError
 from pipeline.models.contract import created, tied
 from pipeline.models.trust import network_class
 from pipeline.progress import say
 from pipeline.pruning import sparse24
 from pipeline.pruning.graph import History, replay
+from pipeline.results.content import parse_json
 
 _MOST_TIMES = 64  # parameters to bytes
 WEIGHTS, ARCHITECTURE = "model.safetensors", "architecture.json"

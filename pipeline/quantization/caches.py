@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-from pipeline.artifacts import parse_json
 from pipeline.errors import UserError
 from pipeline.inference import DAMAGED
 from pipeline.quantization import calibration
 from pipeline.quantization.calibration import Histogram
+from pipeline.results.content import parse_json
 from pipeline.specs import FLAVOURS
 
 # What calibration follows from, as an error names it.

@@ -10,11 +10,12 @@ from annotated_types import Ge, Interval
 
 from evaluation import audit, device, power
 from evaluation.types import Resolution
-from pipeline.artifacts import Job, read_manifest
 from pipeline.errors import UserError
 from pipeline.inference import decoder_options
 from pipeline.processes import alone
 from pipeline.progress import say
+from pipeline.results.job import Job
+from pipeline.results.manifest import read_manifest
 from pipeline.specs import Backend, Decoder, Framing, ModelFiles, Shapes, Splits
 from pipeline.timing import Work, apart, measure
 

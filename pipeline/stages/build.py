@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge
 
 from evaluation.types import Resolution
-from pipeline.artifacts import Job
 from pipeline.progress import Progress
+from pipeline.results.job import Job
 from pipeline.specs import Backend, Framing, ModelFiles, Shapes, described, named, read_spec
 
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 from annotated_types import Interval
 
-from pipeline.artifacts import Job
 from pipeline.comparison import evaluated, find, rows_of, scored
 from pipeline.errors import UserError
+from pipeline.results.job import Job
 from pipeline.specs import Splits
 
 

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from evaluation import device
-from pipeline.artifacts import Job
 from pipeline.errors import UserError
+from pipeline.results.job import Job
 
 _LEAST_DISK, _LEAST_MEMORY = 10, 8  # GiB
 _TOO_OLD = ("TX2", "Nano Developer Kit", "TX1")  # whose last TensorRT is 8.2; an Orin Nano is another machine

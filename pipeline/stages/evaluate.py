@@ -13,10 +13,11 @@ from evaluation.averaging import AveragedFields
 from evaluation.coco import NOT_MEASURED
 from evaluation.statistics import bootstrap
 from evaluation.types import Resolution
-from pipeline.artifacts import Job, read_manifest
 from pipeline.errors import UserError
 from pipeline.inference import Watch, decoder_options, load_results, predict, resumed
 from pipeline.progress import say
+from pipeline.results.job import Job
+from pipeline.results.manifest import read_manifest
 from pipeline.specs import Backend, Decoder, Framing, Metric, Splits
 
 
@@ -99,10 +100,8 @@ def run(
     (job.out / "pictures" / "captions.json").write_text(json.dumps(captions))
     summary = _figures(job, measures, resamples, images)
     (job.out / "details.json").write_text(json.dumps(measures[""].details(), indent=1))
-    doubts = [
-        *images.doubts(job.cache),
-        *(d for name in ("", "agreement") if name in measures for d in measures[name].doubts()),
-    ]
+    doubts = [*images.doubts(job.cache)]
+    doubts += [doubt for name in ("", "agreement") if name in measures for doubt in measures[name].doubts()]
     summary |= {
         "primary": measures[""].primary,
         "images": len(images),

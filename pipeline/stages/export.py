@@ -12,13 +12,13 @@ from evaluation.pixels import normalise
 from evaluation.types import NetworkSpec, Resolution
 from pipeline import export as onnx_export
 from pipeline.adoption import adopt
-from pipeline.artifacts import Job
 from pipeline.errors import UserError
 from pipeline.inference import batches
 from pipeline.models import store
 from pipeline.progress import Progress, say
 from pipeline.pruning.graph import macs
 from pipeline.pruning.sparse24 import sparse_layers
+from pipeline.results.job import Job
 from pipeline.specs import Framing, Splits
 
 MODEL = "model.onnx"

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import results_zip
-from pipeline.artifacts import MANIFEST, Job, Results, Stage, write_manifest
 from pipeline.edge import PACKAGE
 from pipeline.errors import UserError
 from pipeline.progress import say
+from pipeline.results.job import Job
+from pipeline.results.manifest import MANIFEST, write_manifest
+from pipeline.results.stage import Stage
+from pipeline.results.store import Results
 
 
 def run(job: Job, results: str | None, outputs: str, name: str) -> dict[str, Any]:

@@ -17,12 +17,13 @@ from rich.table import Table
 from evaluation.parity import compare, first_apart
 from evaluation.pixels import normalise
 from evaluation.types import NetworkSpec, Resolution
-from pipeline.artifacts import Job, read_manifest
 from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.backends.torch import Torch
 from pipeline.inference import batches
 from pipeline.onnx_parts import cut, tensors_of
 from pipeline.quantization.graph import Graph, computed_over
+from pipeline.results.job import Job
+from pipeline.results.manifest import read_manifest
 from pipeline.specs import FLAVOURS, Backend, Framing, ModelFiles, Runner, Shapes, Splits, read_spec
 
 

@@ -9,7 +9,6 @@ from annotated_types import Interval
 from torch import Tensor, nn
 
 from evaluation.types import Resolution
-from pipeline.artifacts import Job
 from pipeline.errors import UserError
 from pipeline.inference import decoder_options
 from pipeline.models import store
@@ -20,6 +19,7 @@ from pipeline.pruning.pruner import Pruner
 from pipeline.pruning.sparse24 import Sparse24
 from pipeline.pruning.torch_pruning_default import TorchPruningDefault
 from pipeline.quantization.probe import Probe
+from pipeline.results.job import Job
 from pipeline.specs import Backend, Framing, Objective, Splits
 from pipeline.training.augment import NONE, Augmentation
 from pipeline.training.distillation import Distillation, splits

@@ -7,12 +7,12 @@ import torch
 from annotated_types import Interval
 
 from evaluation.types import Resolution
-from pipeline.artifacts import Job
 from pipeline.backends.macs import macs
 from pipeline.errors import UserError
 from pipeline.export import stamp
 from pipeline.quantization.feed import calibration_feed
 from pipeline.quantization.quantizers import Int8
+from pipeline.results.job import Job
 from pipeline.specs import Framing, Objective, Splits, read_spec
 from pipeline.training.augment import Augmentation
 from pipeline.training.fake_quantization import FakeQuantized

@@ -10,12 +10,12 @@ import onnx
 from annotated_types import Interval
 
 from evaluation.types import Resolution
-from pipeline.artifacts import Job
 from pipeline.backends.macs import macs
 from pipeline.errors import UserError
 from pipeline.progress import say
 from pipeline.quantization.feed import calibration_feed
 from pipeline.quantization.probe import Probe
+from pipeline.results.job import Job
 from pipeline.specs import Backend, Framing, Quantizer, Splits, read_spec
 
 

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import page, report
-from pipeline.artifacts import SHOWN, Job
 from pipeline.choice import choices, said
 from pipeline.errors import UserError
+from pipeline.results.job import Job
+from pipeline.results.manifest import SHOWN
 
 _WIDTH = 100  # columns of what is printed into a pipe
 

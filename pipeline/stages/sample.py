@@ -10,10 +10,10 @@ from annotated_types import MinLen
 
 from calib_samplers.stratified import UNKNOWN, CalibrationSet
 from evaluation.types import Resolution
-from pipeline.artifacts import Job
 from pipeline.datasets.coco import Coco
 from pipeline.errors import UserError
 from pipeline.quantization.pictures import contact_sheet, strata_chart
+from pipeline.results.job import Job
 from pipeline.specs import Framing, Sampler, Splits
 
 FILE = "calibration.json"

@@ -10,13 +10,13 @@ from annotated_types import Interval
 from torch import nn
 
 from evaluation.types import Resolution
-from pipeline.artifacts import Job
 from pipeline.errors import UserError
 from pipeline.models import store
 from pipeline.pruning.criteria import importance, taylor_gates
 from pipeline.pruning.graph import survey
 from pipeline.pruning.pruner import nothing_to_prune
 from pipeline.pruning.sensitivity import curves
+from pipeline.results.job import Job
 from pipeline.specs import Objective, Splits
 from pipeline.training.augment import NONE, Augmentation
 from pipeline.training.views import Views

@@ -11,13 +11,14 @@ from annotated_types import Interval
 from torch import nn
 
 from evaluation.types import Resolution
-from pipeline.artifacts import Job, read_manifest
 from pipeline.errors import UserError
 from pipeline.models import store
 from pipeline.models.contract import check, created
 from pipeline.progress import say
 from pipeline.pruning.criteria import importance
 from pipeline.pruning.graph import groups, macs
+from pipeline.results.job import Job
+from pipeline.results.manifest import read_manifest
 from pipeline.specs import Objective, Splits
 from pipeline.training.augment import NONE, Augmentation
 from pipeline.training.distillation import Distillation, splits

@@ -11,10 +11,10 @@ from evaluation.averaging import AveragedFields
 from evaluation.coco import NOT_MEASURED
 from evaluation.together import Together
 from evaluation.types import Resolution
-from pipeline.artifacts import Job
 from pipeline.errors import UserError
 from pipeline.inference import FITTED, Watch, candidates, predict, save_results, shown
 from pipeline.progress import say
+from pipeline.results.job import Job
 from pipeline.specs import Backend, Decoder, Framing, Splits
 
 _FEW = 4  # tune images below which chosen thresholds are in doubt

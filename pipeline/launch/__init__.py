@@ -1,0 +1,1 @@
+"""The command: from a configuration to stages that run."""

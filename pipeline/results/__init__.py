@@ -1,0 +1,1 @@
+"""Results on disk: where each lies, what it was made from, and whether it is still good."""

@@ -1,0 +1,45 @@
+"""Content of files: JSON that may be damaged, and digests."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+MOST_JSON = 64 << 20  # bytes
+
+
+def parse_json(content: bytes) -> Any:
+    """What JSON says that may be damaged or made to harm.
+
+    Raises:
+        ValueError: it is no JSON, nested too deeply or larger than 64 MiB.
+    """
+    if len(content) > MOST_JSON:
+        raise ValueError(f"{len(content)} bytes of JSON, more than {MOST_JSON}")
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hex.
+
+    Raises:
+        UserError: the file may not be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    except PermissionError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); its owner must allow it") from error
+    return digest.hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of plain data, in hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
