@@ -30,7 +30,8 @@ from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.models.mobilenetv2_paf import MobileNetV2Paf
 from pipeline.pruning.cycle import DIVISORS, exported
 from pipeline.pruning.graph import Costs, remove, replay
-from pipeline.pruning.pruner import Pruner, UnreachableError
+from pipeline.pruning.plan import UnreachableError, choose
+from pipeline.pruning.pruner import Pruner
 from pipeline.pruning.torch_pruning_default import TorchPruningDefault
 from pipeline.specs import Shapes
 
@@ -55,7 +56,7 @@ def seconds_of(make: type[nn.Module], size: Resolution) -> list[str]:
     dense = Costs(network, [], size)([])["macs"]
     began = time.perf_counter()
     pruner = Pruner(target="macs", value="0.5x")
-    history = remove(network, pruner.plan(network, size, reach={"macs": 0.5 * dense}).dropped)
+    history = remove(network, choose(pruner, network, size, reach={"macs": 0.5 * dense}).dropped)
     pruned = time.perf_counter() - began
     again = make().eval()
     began = time.perf_counter()
@@ -164,7 +165,7 @@ def main() -> None:
         for divisor in DIVISORS:
             pruner = Pruner(target="macs", value="0.5x", min_num_filters=min(8, divisor), max_pruning_ratio=0.95)
             try:
-                plan = pruner.plan(network, size, reach={"macs": ratio * dense}, round_to=divisor)
+                plan = choose(pruner, network, size, reach={"macs": ratio * dense}, round_to=divisor)
             except UnreachableError:
                 continue
             pruned = deepcopy(network)

@@ -1,14 +1,14 @@
 """Calibration images that cover what a network's activations do, by its own statistics."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from annotated_types import Interval
+from annotated_types import Interval, MinLen
 from numpy.typing import NDArray
 
-from calib_samplers.stratified import CalibrationSet, check_options, eligible_rows, strata
+from calib_samplers.stratified import CalibrationSet, check_options, eligible_rows, label, strata
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Coverage:
         min_persons_per_image: images with fewer labelled people are not eligible.
         min_kpts_per_person: images whose people have fewer visible keypoints on average are not eligible.
         seed: of the draw, and of the first image.
+        images: splits to choose from: train, unlabelled.
+        image_dir: a folder of images without labels to choose from instead.
     """
 
     num_images: Annotated[int, Interval(ge=1, le=10**7)] = 64
@@ -28,6 +30,13 @@ class Coverage:
     min_persons_per_image: Annotated[int, Interval(ge=0, le=10**6)] = 1
     min_kpts_per_person: Annotated[float, Interval(ge=0, le=10**6)] = 1
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
+    images: Annotated[Sequence[Literal["train", "unlabelled"]], MinLen(1)] = ("train",)
+    image_dir: str | None = None
+
+    @staticmethod
+    def label_of(options: Mapping[str, Any], _: Mapping[str, str]) -> str:
+        """How many images of what, and the seed, in a label."""
+        return label(options)
 
     def __post_init__(self) -> None:
         """Check the counts.

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
-from annotated_types import Interval
+from annotated_types import Interval, MinLen
 from numpy.typing import NDArray
 
 Allocation = Literal["proportional", "equal", "square_root"]
@@ -33,6 +33,8 @@ class CalibrationSet:
         strata: the stratum of each.
         quotas: for each stratum: images eligible, asked for and met.
         seed: of the draw.
+        images: splits to choose from: train, unlabelled.
+        image_dir: a folder of images without labels to choose from instead.
     """
 
     ids: tuple[str, ...]
@@ -127,6 +129,15 @@ def allocate(sizes: Mapping[str, int], count: int, allocation: Allocation = "pro
     return quota
 
 
+def label(options: Mapping[str, Any]) -> str:
+    """How many images of what, how they are shared among the strata, and the seed, in a label."""
+    images = list(options.get("images", ["train"]))
+    where = "-dir" if options.get("image_dir") is not None else "" if images == ["train"] else f"-{'+'.join(images)}"
+    allocation = options.get("allocation", "proportional")
+    shares = "" if allocation == "proportional" else f"-{allocation}"
+    return f"{options['num_images']}{where}{shares}-s{options['seed']}"
+
+
 def check_options(min_persons: object, min_keypoints: object, seed: object) -> None:
     """Check what all samplers share.
 
@@ -183,6 +194,13 @@ class Stratified:
     min_persons_per_image: Annotated[int, Interval(ge=0, le=10**6)] = 1
     min_kpts_per_person: Annotated[float, Interval(ge=0, le=10**6)] = 1
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
+    images: Annotated[Sequence[Literal["train", "unlabelled"]], MinLen(1)] = ("train",)
+    image_dir: str | None = None
+
+    @staticmethod
+    def label_of(options: Mapping[str, Any], _: Mapping[str, str]) -> str:
+        """How many images of what, and the seed, in a label."""
+        return label(options)
 
     def __post_init__(self) -> None:
         """Check the options.

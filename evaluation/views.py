@@ -1,8 +1,8 @@
 """Framing: which part of an image becomes which network input, and the one place where pixel centres are shifted."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Interval, MinLen
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from evaluation.types import FieldSpec, InputSpec, Resolution, View, number
 
 KeepAspectRatioMode = Literal["pad_image_input", "adjust_network_input"]
+_LABELS = {None: "stretch", "pad_image_input": "pad", "adjust_network_input": "adjust"}
 
 
 def cells_to_input(points: NDArray[np.float64], spec: FieldSpec) -> NDArray[np.float64]:
@@ -75,6 +76,14 @@ class WholeImage:
         if not isinstance(self.flip, bool):
             raise ValueError(f"flip={self.flip}: choose true or false")  # noqa: TRY004
 
+    @staticmethod
+    def label_of(options: Mapping[str, Any], _: Mapping[str, str]) -> str:
+        """The framing in a word of an address: pad, or pad-x0.5-1-1.5-flip where several views are averaged."""
+        mode, scales = options.get("keep_aspect_ratio_mode"), options.get("scales", [1])
+        scales = scales if isinstance(scales, Sequence) else [scales]  # which is refused later
+        several = "" if list(scales) == [1] else "-x" + "-".join(f"{scale:g}" for scale in scales)
+        return f"{_LABELS.get(mode, mode)}{several}{'-flip' if options.get('flip') else ''}"
+
     @property
     def one_size(self) -> bool:
         """Whether every view has the same size."""
@@ -130,6 +139,11 @@ class PersonCrops:
             ValueError: it is no number from 0.1 to 10.
         """
         number("framing.padding", self.padding, 0.1, 10)
+
+    @staticmethod
+    def label_of(options: Mapping[str, Any], _: Mapping[str, str]) -> str:
+        """The framing in a word of an address: crop1.25."""
+        return f"crop{options['padding']}"
 
     @property
     def one_size(self) -> bool:

@@ -26,7 +26,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from pipeline import command_line, options, preflight, tracking
 from pipeline.errors import UserError
-from pipeline.labels import register, settle
+from pipeline.launch import labels
 from pipeline.models.trust import trust
 from pipeline.results.job import Job
 from pipeline.results.manifest import MANIFEST, SHOWN, absent, made_here, read_manifest
@@ -36,18 +36,19 @@ from pipeline.version import VERSION
 
 RUN_VARIABLE = "POSEPRESS_RUN"
 os.environ.setdefault(RUN_VARIABLE, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-register()
+labels.register()
 
 
 class _Stages(Mapping[str, Stage]):
     """The stages of a configuration, each resolved when it is first asked for: a run needs few of them."""
 
-    def __init__(self, node: DictConfig) -> None:
-        self._node = node
+    def __init__(self, config: DictConfig) -> None:
+        self._config, self._node = config, config.stages
         self._resolved: dict[str, Stage] = {}
 
     def __getitem__(self, name: str) -> Stage:
         if name not in self._resolved:
+            labels.wire(self._config, [name])
             self._resolved[name] = Stage.from_config(name, _resolved(self._node[name]))
         return self._resolved[name]
 
@@ -80,14 +81,14 @@ class Cell:
         """
         self.config, self.overrides, self.sweep, self.flags = config, list(overrides), sweep, list(flags)
         options.check_command(config)
-        settle(config)
+        labels.settle(config)
         _keep_compiled(Path(str(config.outputs)))  # before numba is imported
         options.check_wiring(config)
         preflight.check_pruner(config)
         trust(_plain(config.trusted_modules), _plain(config.model.get("_target_")))
         self.plan, self.skipped = preflight.planned(config, sweep)
         preflight.check_options(config, self.plan, self.overrides, sweep)
-        self.stages = _Stages(config.stages)
+        self.stages = _Stages(config)
         self.ran: list[dict[str, Any]] = []
         self.summaries: dict[str, Mapping[str, Any]] = {}
 

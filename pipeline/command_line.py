@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.errors import UserError, nearest
+from pipeline.launch.labels import MOVED, SHARED
 
 _ALONE = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--multirun", "-m", "--run", "-r")
 _WITH_VALUE = (
@@ -114,7 +115,7 @@ def read(words: Sequence[str]) -> Words:
             raise UserError(f"{word}: no name of a choice; give the name of one that is installed")
         if key in groups and (wrong := _no_texts(word)):
             raise UserError(f"{key}={wrong[0]}: choose one of {', '.join(_choices(key, folders))}")
-    return Words(flags, [part for word in readable for part in _removable(word)])
+    return Words(flags, [part for word in readable for part in _for_hydra(word)])
 
 
 def _check_flags(flags: Sequence[str]) -> None:
@@ -149,9 +150,20 @@ def _no_texts(word: str) -> list[str]:
     return wrong
 
 
-def _removable(word: str) -> list[str]:
-    """A word for Hydra. `++model.X=0` before `~model.X` makes taking an option out no error where it is not there."""
-    return [f"++{word[1:]}=0", word] if re.fullmatch(r"~model\.\w+", word) else [word]
+def _for_hydra(word: str) -> list[str]:
+    """A word for Hydra, which takes an option without a plus only where a file holds it.
+
+    `++model.X=0` before `~model.X` makes taking an option out no error where it is not there. Options that a stage takes from
+    the whole command, or from another stage's training, are in no file of it. What is said about a choice stands in `about`.
+    """
+    if re.fullmatch(r"~model\.\w+", word):
+        return [f"++{word[1:]}=0", word]
+    option, equals, value = word.partition("=")
+    parts = option.split(".")
+    if len(parts) == 2 and parts[1] in MOVED.get(parts[0], ()):
+        return [f"++{parts[0]}.about.{parts[1]}{equals}{value}"]
+    shared = len(parts) == 3 and parts[0] == "stages" and parts[2] in SHARED
+    return [f"++{word}"] if shared or re.fullmatch(r"stages\.(retrain|prune|qat)\.training\.\w+", option) else [word]
 
 
 def check_config_dir(folder: Path) -> None:

@@ -109,7 +109,7 @@ def run(package: Path, words: Sequence[str]) -> Path:
             f"{package / PACKAGE}: not a package ({', '.join(sorted(lost))}); run this in the folder that stage=package wrote"
         )
     device = _device(str(about["backend"]))
-    words = [f"stage=[{','.join(STAGES)}]", *about["options"], f"backend.label={about['backend']}-{device}", *words]
+    words = [f"stage=[{','.join(STAGES)}]", *about["options"], f"backend.about.label={about['backend']}-{device}", *words]
     done = subprocess.run([sys.executable, "-m", "pipeline", *words], cwd=package, check=False)
     if done.returncode:
         raise UserError(f"python -m pipeline {' '.join(words)}: ended with {done.returncode}; see its message above")

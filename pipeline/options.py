@@ -21,7 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from pipeline.errors import UserError, nearest
-from pipeline.results.stage import DESCRIPTIVE, WIRING, Stage
+from pipeline.results.stage import ABOUT, WIRING, Stage
 
 _HYDRAS = ("_target_", "_partial_", "_convert_", "_recursive_")
 REFERENCE = re.compile(r"\$\{(?:oc\.select:)?(\.*)([\w.]+)(?:,[^{}]*)?\}")  # an interpolation that is another option
@@ -52,6 +52,7 @@ class Command(TypedDict):
     control: Literal["pruned", "scratch"] | None
     control_seed: Seed
     exported: str | None
+    quantized: str | None
     tuned_by: str | None
     weights: str | None
     trusted_modules: Sequence[str]
@@ -65,6 +66,7 @@ class Command(TypedDict):
     debug: bool
     addresses: Mapping[str, object]
     axes: Mapping[str, object]
+    judged_by: Mapping[str, Any]
     stages: Mapping[str, object]
     data: Any
     model: Any
@@ -88,12 +90,15 @@ class Tracking(TypedDict):
 
 
 class About(TypedDict, total=False):
-    """What a component's file says beside the arguments of its `_target_`; other words of it are references."""
+    """What a component's file says about it, in `about`: words that are no arguments of its `_target_`.
+
+    `name` and `label` stand in addresses and tables: a label is `name` and what the component's `label_of` makes of its
+    options, unless it is given. `network`, `calibration`, `checkpoint` and `tuned_by` are stages that the component reads.
+    """
 
     label: str
     name: str
     recipe: str
-    weights_from: str | None
     calibration: str | None
     checkpoint: str | None
     network: str | None
@@ -103,12 +108,10 @@ class About(TypedDict, total=False):
     multiple: Annotated[int, Interval(ge=1, le=4096)]
     offset: Annotated[int, Interval(ge=0, le=4096)]
     last_tensorrt: Annotated[int, Ge(1)]
-    images: Annotated[Sequence[Literal["train", "unlabelled"]], MinLen(1)]
-    image_dir: str | None
-    measures_here: bool
-    sensitivity: Literal["sensitivity"] | None
-    pruning_granularity: Annotated[int, Interval(ge=1, le=65536)]
     retrain_lr: Annotated[float, Interval(ge=0, le=100)]
+    measured_on: Any
+    framing: Any
+    resolution: str | None
 
 
 class _Parameter(NamedTuple):
@@ -127,18 +130,21 @@ def check_command(config: DictConfig) -> None:
     for key in map(str, config):
         if key not in known and key != "hydra":
             raise UserError(f"{key}: no such option{nearest(key, known)}; `python -m pipeline --cfg job` lists them")
+    here = set(config.keys())  # "in config" resolves the value
     for key, hint in known.items():
-        if key not in config:
+        if key not in here:
             raise UserError(f"{key}: is not there; this configuration takes it out, and it is needed")
         if hint is not Any:
             check.option(config, key, hint)
     for key in ("data", "model", "pruner", "precision", "backend"):  # of every chain
         _refuse_unless(isinstance(config[key], DictConfig), key, config[key], DictConfig)
-    about = get_type_hints(About, include_extras=True)
-    for node in (config[key] for key, hint in known.items() if hint is Any and isinstance(config[key], DictConfig)):
-        here = [key for key in node if not OmegaConf.is_missing(node, key)]  # "in node" resolves the value
-        for key in (key for key in about if key in here and not OmegaConf.is_interpolation(node, key)):
-            check.option(node, key, about[key])
+    for key in config.model if "_target_" not in config.model else ():
+        if OmegaConf.is_missing(config.model, key):
+            raise UserError(f"model.{key} has no value; give it as model.{key}=FILE")
+    for key, hint in known.items():
+        node = config[key] if hint is Any else None
+        if isinstance(node, DictConfig) and ABOUT in node and not OmegaConf.is_missing(node, ABOUT):
+            check.option(node, ABOUT, About)
 
 
 def check_wiring(config: DictConfig) -> None:
@@ -215,8 +221,8 @@ def check_added(config: DictConfig, words: Sequence[str]) -> None:
         parts = key.split(".")
         components = [n for n in range(1, len(parts)) if _component_at(config, parts[:n]) is not None]
         free = parts[:2] in (["model", "spec"], ["model", "tensors"])
-        if len(parts) == 1 or (free and not components):
-            continue  # `Command` or the network's description takes it
+        if len(parts) == 1 or parts[1] == ABOUT or (free and not components):
+            continue  # `Command`, `About` or the network's description takes it
         place = components[-1] if components else 0
         node = _component_at(config, parts[:place]) if components else None
         if node is not None and not installed(node):
@@ -282,10 +288,7 @@ class _Check:
         if not isinstance(node.get("_partial_", False), bool):
             raise UserError(f"{_name(node, '_partial_')}={_shown(node['_partial_'])}: choose true or false")
         target = _target(node)
-        reserved = [key for key in _parameters(target) if key in DESCRIPTIVE and key in node]
-        if reserved:
-            raise UserError(f"{_name(node, reserved[0])}: this word describes a component; rename the argument of {target}")
-        self.arguments(node, target, skipped=DESCRIPTIVE, partial=bool(node.get("_partial_")), stage=stage)
+        self.arguments(node, target, skipped=(ABOUT,), partial=bool(node.get("_partial_")), stage=stage)
 
     def arguments(
         self,

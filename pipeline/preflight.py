@@ -12,10 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from evaluation.types import InputSpec, Resolution
 from pipeline import options
 from pipeline.errors import UserError
+from pipeline.launch import labels
 from pipeline.launch.chain import needed, requested
 from pipeline.results.content import sha256
 from pipeline.results.manifest import read_manifest
-from pipeline.results.stage import Stage, arguments, option_of, targets, value_at
+from pipeline.results.stage import ABOUT, Stage, arguments, option_of, targets, value_at
 
 
 def planned(config: DictConfig, sweep: bool) -> tuple[list[str], list[str]]:
@@ -47,14 +48,16 @@ def check_options(config: DictConfig, plan: Sequence[str], words: Sequence[str],
         UserError: one is unknown, missing or wrong.
     """
     lost = [word for word in words if word.lstrip("+").startswith("pruner.")]
-    if lost and config.pruner.weights_from == "train":
+    if lost and not labels.prunes(config):
         if not sweep:
             raise UserError(f"{lost[0]}: there is no pruner; add pruner=l1")
         words = [word for word in words if word not in lost]  # of another cell
+    labels.wire(config, plan)
     options.check_added(config, words)
     keys = [word.lstrip("+~").partition("=")[0].split(".") for word in words]
     named = [key[1] for key in keys if key[0] == "stages" and len(key) > 1]
     named = [name for name in named if options.installed(config.stages.get(name))]
+    labels.wire(config, named)
     options.check_stages(config, list(dict.fromkeys([*plan, *named])))
     for key in keys:
         if key[0] != "stages" and len(key) > 1 and options.installed(config.get(key[0])):
@@ -69,7 +72,7 @@ def check_pruner(config: DictConfig) -> None:
     """
     if (by := config.pruner.get("sensitivity")) not in (None, "sensitivity"):
         raise UserError(f"pruner.sensitivity={by}: choose sensitivity (the stage that sets the ratios then) or null")
-    if config.control is not None and config.pruner.weights_from == "train":
+    if config.control is not None and not labels.prunes(config):
         raise UserError(f"control={config.control}: there is no pruner; add pruner=l1")
     if config.control == "scratch" and config.weights is not None:
         raise UserError(
@@ -84,7 +87,7 @@ def check_pruner(config: DictConfig) -> None:
             f"control=scratch: a retraining with patience={patience} ends when it will; give it and the control "
             "stages.retrain.training.patience=null"
         )
-    if config.pruner.weights_from != "train" and config.model.weights_from is None:
+    if labels.prunes(config) and labels.given(config):
         raise UserError("pruner: a network that is given as ONNX cannot be pruned; choose pruner=none")
 
 
@@ -95,11 +98,12 @@ def check_choices(config: DictConfig, plan: Sequence[str], words: Sequence[str])
         UserError: a choice does not run on the backend, the resolution does not fit, a stage is of other networks.
     """
     backend = str(config.backend._target_).rpartition(".")[0].rpartition(".")[2]
-    for group, label in (("precision", config.precision.name), ("model", config.model.label)):
-        only = config[group].get("only_on")
+    precision = str(labels.said(config, "precision", "name"))
+    for group, name in (("precision", precision), ("model", labels.label(config, "model"))):
+        only = labels.said(config, group, "only_on")
         if only not in (None, backend):
-            raise UserError(f"{group}={label}: runs on backend={only} alone; choose it or another {group}")
-    grid = (int(config.model.multiple), int(config.model.get("offset", 0)))
+            raise UserError(f"{group}={name}: runs on backend={only} alone; choose it or another {group}")
+    grid = labels.grid(config)
     for option in ("training_resolution", "resolution"):
         _check_resolution(option, str(config[option]), *grid)
     for given in OmegaConf.to_container(config.stages.build.profiles) or []:
@@ -107,12 +111,12 @@ def check_choices(config: DictConfig, plan: Sequence[str], words: Sequence[str])
 
         for size in Shapes.parse(given).resolution:
             _check_resolution("stages.build.profiles", str(size), *grid)
-    if (last := config.precision.get("last_tensorrt")) is not None:
+    if (last := labels.said(config, "precision", "last_tensorrt")) is not None:
         from pipeline.backends.tensorrt_runner import installed
 
         if int((installed() or "0").split(".")[0]) > last:
             raise UserError(
-                f"precision={config.precision.name}: TensorRT {installed()} has no calibrators, the last that had them is "
+                f"precision={precision}: TensorRT {installed()} has no calibrators, the last that had them is "
                 f"{last}; choose precision=int8, whose scales are in the file"
             )
     if "compare" in plan:
@@ -124,8 +128,9 @@ def check_choices(config: DictConfig, plan: Sequence[str], words: Sequence[str])
                 "engines: files of results need the images that they are of; give data=coco with its options, or the "
                 "experiment that they come from"
             )
+    name = labels.label(config, "model")
     if config.exported is None and {"parity", "package"}.intersection(plan):
-        raise UserError(f"stage={plan[0]}: model={config.model.label} is an engine; this is for networks that are built here")
+        raise UserError(f"stage={plan[0]}: model={name} is an engine; this is for networks that are built here")
 
 
 def check_data(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[str], words: Sequence[str]) -> None:
@@ -136,14 +141,14 @@ def check_data(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[s
     """
     named = _data_named(words)
     splits = {split for name in plan for split in stages[name].splits}
-    if named or config.model.weights_from is not None or not splits:
+    if named or not labels.given(config) or not splits:
         return
     count = sum(config.data.get("counts", {}).values())
     parts = ["train"] if splits - {"validation"} else []
     wanted = " ".join(f"data.{part}.images=FOLDER data.{part}.annotations=FILE" for part in [*parts, "val"])
     raise UserError(
         f"data: the network is given, so name the images that it is tried on; give data=coco {wanted}, "
-        f"or data={config.data.label}, which draws {count:,} images"
+        f"or data={labels.label(config, 'data')}, which draws {count:,} images"
     )
 
 
@@ -214,7 +219,7 @@ def check_given(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[
     sizes |= {f"{one}[{n}].{k}": size for n, p in enumerate(profiles) for k, size in enumerate(p.resolution)}
     batches = {"batch": config.batch}
     batches |= {f"{one}[{n}].{k}": count for n, p in enumerate(profiles) for k, count in enumerate(p.batch)}
-    precision = str(config.precision.name)
+    precision = str(labels.said(config, "precision", "name"))
     asked = check_request(file, raw, precision, sizes, batches, parts["framing"].one_size)  # which refuses what is no ONNX
     for doubt in [*unlike_metadata(file, spec), *asked]:
         print(f"warning: {doubt}", file=sys.stderr)
@@ -258,10 +263,12 @@ def check_packages(stage: Stage) -> None:
     for component in stage.options.values():
         if not (isinstance(component, Mapping) and any(targets(component))):
             continue
-        for module in component.get("requires") or []:
+        about = component.get(ABOUT) or {}
+        name = about.get("label") or about.get("name", stage.name)
+        for module in about.get("requires") or []:
             if find_spec(module) is None:
                 raise UserError(
-                    f"{component.get('label', stage.name)}: the Python package '{module}' is not installed here; "
+                    f"{name}: the Python package '{module}' is not installed here; "
                     f"install it (pip install -e '.[{module}]') or choose another backend"
                 )
 

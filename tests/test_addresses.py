@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
-from omegaconf import OmegaConf
 
 from pipeline import command_line
-from pipeline.labels import register
+from pipeline.launch.labels import register
+from pipeline.quantization import quantizers
 
 FILE = Path(__file__).with_name("addresses.yaml")
 KEPT = yaml.safe_load(FILE.read_text()) if FILE.exists() else {}
@@ -73,7 +73,7 @@ def every_case():
 def addresses(words):
     """The address of every stage whose address has a value, and the labels of what a sweep's cells differ in."""
     register()
-    OmegaConf.register_new_resolver("without_vnni", lambda backend: False, replace=True)  # the same on every processor
+    quantizers.without_vnni = lambda backend: False  # the same on every processor
     options = []
     for word in words.split():
         options += command_line.read([word]).options
@@ -83,10 +83,9 @@ def addresses(words):
 
 
 @pytest.fixture(autouse=True)
-def ours():
-    """The words of labels as they are, after each test."""
-    yield
-    register()
+def ours(monkeypatch):
+    """The function as it is, after each test."""
+    monkeypatch.setattr(quantizers, "without_vnni", quantizers.without_vnni)
 
 
 @pytest.mark.parametrize("words", KEPT)

@@ -17,8 +17,9 @@ from omegaconf import OmegaConf
 import pipeline.__main__ as main
 from evaluation.types import NetworkSpec
 from pipeline import options, specs
+from pipeline.launch import labels
 from pipeline.results.fingerprint import closure
-from pipeline.results.stage import DESCRIPTIVE, WIRING, Stage, _component, arguments
+from pipeline.results.stage import ABOUT, WIRING, Stage, _component, arguments
 
 CONF = ROOT / "conf"
 GROUPS = ("data", "family", "model", "pruner", "sampler", "precision", "backend", "tracking", "experiment")
@@ -29,7 +30,10 @@ NEEDED = ["weights=w", "data.train.images=a", "data.train.annotations=a", "data.
 
 def compose(*words):
     with hydra.initialize_config_module("conf", version_base="1.3"):
-        return hydra.compose("config", list(words))
+        config = hydra.compose("config", list(words))
+    labels.settle(config)
+    labels.wire(config, config.stages)
+    return config
 
 
 @functools.cache
@@ -45,7 +49,7 @@ whole = functools.cache(compose)
 def composed(group, choice):
     more = {
         "onnx": ["model.onnx=m"],
-        "packaged": ["data.label=d"],
+        "packaged": ["data.about.label=d"],
         "plan": ["model.plan=p", "backend=tensorrt"],
         "external": ["precision.file=f"],
         "calibration_study": ["weights=w"],
@@ -113,12 +117,12 @@ def test_the_multiple_in_the_file_is_the_networks(model):
     if model in ("onnx", "plan"):
         spec = specs.described(OmegaConf.to_container(config.model.spec, resolve=True))
     else:
-        plain = {k: v for k, v in main._resolved(config.model).items() if k not in DESCRIPTIVE}
+        plain = {k: v for k, v in main._resolved(config.model).items() if k != ABOUT}
         made = options.instances({"it": plain})["it"]
         assert isinstance(made, functools.partial)
         spec = made().spec
     assert isinstance(spec, NetworkSpec)
-    assert spec.input.multiple == config.model.multiple
+    assert labels.grid(config) == (spec.input.multiple, spec.input.offset)
 
 
 def test_stage_files_are_short():
@@ -132,18 +136,6 @@ def test_wiring_is_known():
     for file in (CONF / "stages").glob("*.yaml"):
         (content,) = yaml.safe_load(file.read_text()).values()
         assert set(content) >= {"_target_", "address", "inputs"}
-        assert not set(content) & set(DESCRIPTIVE) - {
-            "onnx",
-            "spec",
-            "name",
-            "images",
-            "judged_by",
-            "image_dir",
-            "network",
-            "framing",
-            "resolution",
-            "address",
-        }
         assert all(key in WIRING for key in ("address", "inputs"))
 
 

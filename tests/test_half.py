@@ -12,7 +12,7 @@ from evaluation.skeletons import COCO_17
 from evaluation.types import FieldSpec, InputSpec, NetworkSpec
 from pipeline.errors import UserError
 from pipeline.models.onnx_graph import OnnxNetwork, RoundedToHalf
-from pipeline.quantization import calibration, half
+from pipeline.quantization import calibration, half, half_pass
 from pipeline.quantization.quantizers import Fp16
 from pipeline.specs import SPEC_KEY
 from pipeline.stages import quantize
@@ -165,7 +165,7 @@ def test_what_overflows_in_half_precision_is_found_kept_and_named(large, tmp_pat
     plain = half.convert(given)
     assert np.isfinite(run(plain, images()[0])).all(), "ONNX Runtime's processor kernels hide it"
     assert not np.isfinite(in_torch(plain, images()[0])).all(), "torch shows it"
-    assert half.overflowing(given, plain, images()) == ["b"]
+    assert half_pass.overflowing(given, plain, images()) == ["b"]
     report, made = files(Fp16(), large, tmp_path / "out", images())
     assert set(report["kept_fp32"]) >= {"b", "c"}
     assert report["near_overflow"]["b"] > 65504
@@ -270,13 +270,13 @@ def test_what_torch_fails_at_is_no_failure(tmp_path):
 def test_half_precision_is_computed_for_four_images_at_most(large, monkeypatch):
     model = onnx.shape_inference.infer_shapes(onnx.load(large))
     seen = []
-    computed = half.overflowing
+    computed = half_pass.overflowing
 
     def counted(model, made, feed):
         seen.append([float(one.ravel()[0]) for one in feed])
         return computed(model, made, feed)
 
-    monkeypatch.setattr(half, "overflowing", counted)
+    monkeypatch.setattr(half_pass, "overflowing", counted)
     given = images(19)
     kept = half.kept_in_fp32(model, (), lambda: iter(given))
     assert kept.images == 4

@@ -12,6 +12,7 @@ from pipeline.models import store
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.models.mobilenetv2_paf import MobileNetV2Paf
 from pipeline.pruning.graph import remove, replay
+from pipeline.pruning.plan import choose
 from pipeline.pruning.pruner import Pruner
 
 MAKERS = [partial(LightweightOpenPose, stages=2, width=0.25), partial(MobileNetV2Paf, width=0.5)]
@@ -69,7 +70,7 @@ def test_impossible_networks_are_refused(options, message):
 def test_saving_and_loading_changes_nothing(make, ratio, tmp_path):
     network, history = trained(make), []
     if ratio is not None:
-        history = remove(network, Pruner(pruning_ratio=ratio).plan(network, SIZE).dropped)
+        history = remove(network, choose(Pruner(pruning_ratio=ratio), network, SIZE).dropped)
     before = outputs(network)
     store.save(network, tmp_path, make, history)
     loaded, again, replayed = store.load(tmp_path)

@@ -32,6 +32,7 @@ from pipeline.options import check_added, check_component
 from pipeline.pruning import graph
 from pipeline.pruning.cycle import Cycle
 from pipeline.pruning.graph import LAYERS, Costs, apart, groups, mask, remove, replay, survey
+from pipeline.pruning.plan import choose
 from pipeline.pruning.pruner import Pruner
 from pipeline.pruning.sensitivity import curves
 from pipeline.pruning.sparse24 import Sparse24, is_sparse
@@ -250,7 +251,7 @@ def left_out(network):
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_what_is_pruned_gives_what_the_masked_network_gives(kind, tmp_path):
     network = lively(kind)
-    plan = Pruner(**SMALL).plan(network, SIZE)
+    plan = choose(Pruner(**SMALL), network, SIZE)
     dense = contract.duplicate(network)
     contract.fold(dense)
     for group in plan.groups:
@@ -266,7 +267,7 @@ def test_what_is_pruned_gives_what_the_masked_network_gives(kind, tmp_path):
 def test_what_can_be_followed_is_pruned(kind):
     network = lively(kind)
     assert not survey(network).left_out
-    plan = Pruner(**SMALL).plan(network, SIZE)
+    plan = choose(Pruner(**SMALL), network, SIZE)
     expected = Costs(network, plan.groups, SIZE)(plan.kept)
     remove(network, plan.dropped)
     assert expected["params"] == sum(p.numel() for p in network.parameters())
@@ -362,7 +363,7 @@ def test_a_network_that_nothing_can_be_pruned_of_says_why():
     why = r"no channels (that|of).* can be (removed|pruned).*stem\.0 \(GroupNorm: .*choose"
     network = Norms()
     with pytest.raises(UserError, match=why):
-        Pruner(**SMALL).plan(network, SIZE)
+        choose(Pruner(**SMALL), network, SIZE)
     with pytest.raises(UserError, match=why):
         Penalty(network, "l1", 1.0)
     broken = Norms()
@@ -370,7 +371,7 @@ def test_a_network_that_nothing_can_be_pruned_of_says_why():
     with pytest.raises(
         UserError, match=r"Norms\.forward fails on images \[1, 3, 128, 128\] in evaluation: RuntimeError: shape"
     ):
-        Pruner(**SMALL).plan(broken, SIZE)
+        choose(Pruner(**SMALL), broken, SIZE)
 
 
 def test_what_torch_pruning_raises_is_no_fault_of_forward(monkeypatch):
@@ -383,10 +384,10 @@ def test_what_torch_pruning_raises_is_no_fault_of_forward(monkeypatch):
 
 def test_layers_that_are_left_out_may_be_excluded_too():
     network = lively("group_norm")
-    plan = Pruner(**SMALL, excluded_layers=["block.before.*", "stem.0.*"]).plan(network, SIZE)
+    plan = choose(Pruner(**SMALL, excluded_layers=["block.before.*", "stem.0.*"]), network, SIZE)
     assert {*plan.dropped} == {"stem.1.0", "block.after.0"}
     with pytest.raises(UserError, match=r"excluded_layers=block\.befor\.0: matches no layer"):
-        Pruner(**SMALL, excluded_layers=["block.befor.0"]).plan(network, SIZE)
+        choose(Pruner(**SMALL, excluded_layers=["block.befor.0"]), network, SIZE)
 
 
 def test_an_output_that_is_in_no_list_of_heads_is_left_out():
@@ -402,7 +403,7 @@ def test_frozen_layers_stay_frozen_where_they_are_pruned():
     network = lively("frozen")
     inner = network.block.inner
     names = [name for name, weight in network.named_parameters() if not weight.requires_grad]
-    history = remove(network, Pruner(**SMALL).plan(network, SIZE).dropped)
+    history = remove(network, choose(Pruner(**SMALL), network, SIZE).dropped)
     again = Own("frozen")
     replay(again, history)
     for pruned in (network, again):

@@ -8,6 +8,7 @@ from collections import defaultdict
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -25,13 +26,14 @@ from evaluation.views import WholeImage
 from pipeline.__main__ import Cell
 from pipeline.backends.torch import Torch
 from pipeline.errors import UserError
-from pipeline.labels import register
+from pipeline.launch import labels
 from pipeline.models import store
-from pipeline.pruning import sparse24
-from pipeline.pruning.criteria import CRITERIA, EQUALIZATIONS, importance, taylor_gates
+from pipeline.pruning import semi_structured as sparse24
+from pipeline.pruning.criteria import importance, taylor_gates
 from pipeline.pruning.cycle import Cycle, exported
 from pipeline.pruning.graph import Costs, _Trial, folded, groups, macs, mask, normalised, remove, replay
-from pipeline.pruning.pruner import Pruner, Target, UnreachableError
+from pipeline.pruning.plan import UnreachableError, choose
+from pipeline.pruning.pruner import Criterion, Equalization, Pruner, Target
 from pipeline.pruning.sensitivity import curves
 from pipeline.pruning.torch_pruning_default import TorchPruningDefault
 from pipeline.pruning_page import curve, section
@@ -122,7 +124,7 @@ def tried_once(monkeypatch):
 
 
 def pruned(network, **options):
-    plan = Pruner(**{"pruning_ratio": 0.5, **options}).plan(network, SIZE)
+    plan = choose(Pruner(**{"pruning_ratio": 0.5, **options}), network, SIZE)
     return plan, remove(network, plan.dropped)
 
 
@@ -248,7 +250,7 @@ def test_taylor_is_the_squared_gradient_of_a_gate(norm, layer, channels):
     assert torch.allclose(gates[getattr(network, layer)].float(), gate.grad**2, rtol=1e-3)
 
 
-@pytest.mark.parametrize("how", EQUALIZATIONS)
+@pytest.mark.parametrize("how", get_args(Equalization))
 def test_tied_layers_agree_as_they_are_told(how):
     network = trained(UNetLike)
     group = next(g for g in groups(network) if {p.name for p in g.producers} == {"joined", "skip"})
@@ -310,13 +312,13 @@ def test_all_groups_can_be_ranked_together_or_with_their_likes():
         assert (max(abs(part - 0.5) for part in parts) < 0.05) == ("isomorphic" in options)
 
 
-@pytest.mark.parametrize("how", [{"global_pruning": True}, {"by_sensitivity": True}])
+@pytest.mark.parametrize("how", [{"global_pruning": True}, {"sensitivity": "sensitivity"}])
 def test_layers_that_stay_do_not_make_others_go_or_stay(how):
     network = trained(MAKERS[0])
     found = groups(network)
     told = {g.name: {"0.25": 0.1 + 0.01 * n, "0.5": 0.3, "0.9": 1.0} for n, g in enumerate(found)}
     pruner = Pruner(pruning_ratio=0.5, excluded_layers=["backbone.*"], round_to=1, min_num_filters=1, criterion="l1", **how)
-    plan = pruner.plan(network, SIZE, curves=told if "by_sensitivity" in how else None)
+    plan = choose(pruner, network, SIZE, curves=told if "sensitivity" in how else None)
     open_ones = [n for n, g in enumerate(found) if not any(p.outputs and p.name.startswith("backbone.") for p in g.parts)]
     assert all(k == g.size for n, (g, k) in enumerate(zip(found, plan.kept, strict=True)) if n not in open_ones)
     assert sum(plan.kept[n] for n in open_ones) / sum(found[n].size for n in open_ones) == pytest.approx(0.5, abs=0.03)
@@ -410,7 +412,7 @@ def test_targets_are_met_closely_and_never_passed(make, kind, part):
     network = trained(make)
     dense = Costs(network, [], SIZE)([])[kind]
     pruner = Pruner(target=kind, value=f"{part}x", round_to=4, min_num_filters=4)
-    plan = pruner.plan(network, SIZE, reach={kind: part * dense})
+    plan = choose(pruner, network, SIZE, reach={kind: part * dense})
     remove(network, plan.dropped)
     reached = Costs(network, [], SIZE)([])[kind] / dense
     assert 0.9 * part <= reached <= part
@@ -419,8 +421,8 @@ def test_targets_are_met_closely_and_never_passed(make, kind, part):
 def test_what_cannot_be_reached_says_what_can():
     network = trained(MAKERS[0])
     with pytest.raises(UnreachableError) as error:
-        Pruner(target="macs", value="0.01x").plan(network, SIZE, reach={"macs": 0.01 * macs(network, SIZE)})
-    plan = Pruner(target="macs", value="0.5x").plan(network, SIZE, reach={"macs": error.value.least})
+        choose(Pruner(target="macs", value="0.01x"), network, SIZE, reach={"macs": 0.01 * macs(network, SIZE)})
+    plan = choose(Pruner(target="macs", value="0.5x"), network, SIZE, reach={"macs": error.value.least})
     remove(network, plan.dropped)
     assert macs(network, SIZE) == error.value.least
 
@@ -443,7 +445,9 @@ def test_sensitivity_finds_what_matters_and_leaves_the_network_alone():
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
     assert set(made[silent.name].values()) == {0.0}
     assert made["first"]["0.9"] > made["first"]["0.1"] > 0
-    plan = Pruner(pruning_ratio=0.5, by_sensitivity=True, round_to=1, min_num_filters=1).plan(network, SIZE, curves=made)
+    plan = choose(
+        Pruner(pruning_ratio=0.5, sensitivity="sensitivity", round_to=1, min_num_filters=1), network, SIZE, curves=made
+    )
     kept = dict(zip((g.name for g in plan.groups), plan.kept, strict=True))
     assert kept[silent.name] / silent.size <= 0.1 + 1 / silent.size
     assert sum(plan.kept) / sum(g.size for g in found) == pytest.approx(0.5, abs=0.1)
@@ -454,7 +458,7 @@ def test_looking_at_a_network_leaves_its_modes_and_gradients_alone():
     network.backbone[0].eval()
     modes = [module.training for module in network.modules()]
     groups(network), macs(network, SIZE), normalised(network)
-    Pruner(pruning_ratio=0.5).plan(network, SIZE)
+    choose(Pruner(pruning_ratio=0.5), network, SIZE)
     assert [module.training for module in network.modules()] == modes
     assert all(p.requires_grad and p.grad is None for p in network.parameters())
 
@@ -563,7 +567,7 @@ def test_two_of_four_weights_are_zero_and_stay_so(tmp_path):
         ({"round_to": 0}, "round_to=0: choose a whole number, at least 1"),
         ({"min_num_filters": 0}, "min_num_filters=0"),
         ({"isomorphic": True}, "needs pruner.global_pruning=true"),
-        ({"global_pruning": True, "by_sensitivity": True}, "both set the ratios"),
+        ({"global_pruning": True, "sensitivity": "sensitivity"}, "both set the ratios"),
         ({"pruning_ratio": None, "target": "flops"}, "target=flops.*choose null, params, macs, latency"),
     ],
 )
@@ -598,7 +602,7 @@ def test_targets_are_read_as_people_write_them():
         ({"pruning_ratio_dict": {"nothing": 0.5}}, "pruning_ratio_dict=nothing: matches no layer"),
         ({"pruning_ratio": 0.0}, "nothing to remove with pruning_ratio=0.0"),
         ({"pruning_ratio": 0.1, "round_to": None, "unmeasured": 64}, "nothing to remove with .*round_to=64"),
-        ({"by_sensitivity": True}, "by_sensitivity follows from pruner.sensitivity"),
+        ({"sensitivity": "sensitivity"}, "by_sensitivity follows from pruner.sensitivity"),
         ({"pruning_ratio": None, "pruning_threshold": 2, "normalizer": "max"}, "every channel lies below it.*lie in .* to 1 "),
         ({"pruning_ratio": None, "pruning_threshold": 1e-9}, "no channel lies below it, none would go; the norms.*lie in"),
         (
@@ -630,11 +634,11 @@ def test_every_criterion_ranks_every_group_of_a_network_with_batch_norms():
     found = groups(network)
     gates = taylor_gates(network, Fixed(torch.rand(1, 3, 64, 64)))
     orders = set()
-    for criterion in CRITERIA:
+    for criterion in get_args(Criterion):
         ranked = importance(network, found, criterion, None, "union", gates)
         assert all(r is not None and len(r) == g.size and bool((r >= 0).all()) for g, r in zip(found, ranked, strict=True))
         orders.add(tuple(torch.cat(ranked).argsort().tolist()))
-    assert len(orders) == len(CRITERIA)
+    assert len(orders) == len(get_args(Criterion))
 
 
 @pytest.mark.parametrize(
@@ -685,7 +689,7 @@ def test_the_command_prunes_to_a_target_in_steps(smoke):
 
 def test_torch_times_the_network_that_it_will_run(tmp_path):
     network = trained(MAKERS[0])
-    history = remove(network, Pruner(pruning_ratio=0.5).plan(network, SIZE).dropped)
+    history = remove(network, choose(Pruner(pruning_ratio=0.5), network, SIZE).dropped)
     candidate = exported(network, SIZE, partial(store.save, network, make=MAKERS[0], history=history))
     (tmp_path / "engine").mkdir()
     with Torch().load(Torch().build(candidate.write(tmp_path), Shapes((SIZE,) * 3, (1, 1, 1)), tmp_path / "engine")) as runner:
@@ -790,7 +794,7 @@ def test_what_ranks_channels_is_in_the_address_of_the_sensitivity(smoke, monkeyp
     seen = []
     monkeypatch.setattr("pipeline.stages.sensitivity.importance", lambda *how: seen.append(how[2:5]) or importance(*how))
     monkeypatch.chdir(smoke)
-    register()
+    labels.register()
     addresses = set()
     other = "pruner.equalization_criterion=intersection"
     for more in ([], ["pruner.normalizer=L2"], ["pruner.normalizer=L2", other]):
@@ -841,9 +845,10 @@ def test_prunings_of_other_layers_have_other_addresses(words):
 
     def label(layers):
         with initialize_config_module("conf", version_base="1.3"):
-            return compose("config", ["experiment=smoke", *(word.format(layers) for word in words)]).pruner.label
+            config = compose("config", ["experiment=smoke", *(word.format(layers) for word in words)])
+            return labels.label(config, "pruner")
 
-    register()
+    labels.register()
     assert label("initial.0.0") == label("initial.0.0")
     assert label("initial.0.0") != label("initial.1.0")
 

@@ -105,7 +105,7 @@ def test_labels_and_paths_are_not_part_of_a_fingerprint(results, tmp_path):
     def stage(label, file):
         options = {
             "_target_": "x.y",
-            "part": {"_target_": "pipeline.pruning.pruner.Pruner", "label": label},
+            "part": {"_target_": "pipeline.pruning.pruner.Pruner", "about": {"label": label}},
             "weights": str(tmp_path / file),
         }
         return Stage("train", "a", options, files=["weights"])
@@ -113,7 +113,7 @@ def test_labels_and_paths_are_not_part_of_a_fingerprint(results, tmp_path):
     first = results.fingerprint(stage("a", "one"), {}, None, {})
     assert first == results.fingerprint(stage("b", "two"), {}, None, {})
     assert str(tmp_path) not in json.dumps(first[1])
-    assert "label" not in arguments(stage("a", "one"))["part"]
+    assert "about" not in arguments(stage("a", "one"))["part"]
     with pytest.raises(UserError, match="weights=.*three: no such file"):
         results.fingerprint(stage("a", "three"), {}, None, {})
 

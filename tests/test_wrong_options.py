@@ -20,7 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 import pipeline.__main__ as main
 from pipeline import command_line, options, preflight
 from pipeline.errors import UserError
-from pipeline.results.stage import DESCRIPTIVE, WIRING
+from pipeline.launch import labels
+from pipeline.results.stage import ABOUT, WIRING
 
 CASES = yaml.safe_load((ROOT / "tests/wrong_options.yaml").read_text())
 GROUPS = {folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir()}
@@ -106,7 +107,7 @@ def annotated(config):
             continue
         stage = node._get_full_key(None).startswith("stages.") and node._get_full_key(None).count(".") == 1
         for key, parameter in options._parameters(node["_target_"]).items():
-            if key in node and key not in (WIRING if stage else DESCRIPTIVE) and not OmegaConf.is_interpolation(node, key):
+            if key in node and key not in (WIRING if stage else (ABOUT,)) and not OmegaConf.is_interpolation(node, key):
                 hint = options._candidates(parameter.hint) if node._get_full_key(None) == "decoder" else parameter.hint
                 yield node._get_full_key(key), hint
 
@@ -143,7 +144,7 @@ def wrong_values(name, hint):
             found += [outside(markers), float("nan"), float("inf"), True, *([] if str in inside else ["abc"])]
             found += [1.5] if kind is int else []
         elif kind is bool:
-            found += ["maybe", 5, None]
+            found += ["maybe", 5]
         elif get_origin(kind) is Literal:
             found += ["nonsense", True, [1]]
         elif kind is str:
@@ -166,6 +167,7 @@ def refused(config, name):
             options.check_stages(config, [rest.partition(".")[0]])
         else:
             options.check_component(config, group)
+            labels.wire(config, ["quantize", "qat"])
             options.check_stages(config, ["quantize", "qat"] if "trained_with" in rest else ["quantize"])
     except UserError as error:
         return str(error)
@@ -178,6 +180,8 @@ def test_every_option_is_checked_against_its_annotation():
         before_set = len(tried)
         choices = [word for word in words if word.partition("=")[0] in GROUPS]
         config = changed(base(*SMOKE, *choices), [word for word in words if word not in choices])
+        labels.settle(config)
+        labels.wire(config, config.stages)
         for name, hint in annotated(config):
             parent, _, key = name.rpartition(".")
             node = OmegaConf.select(config, parent) if parent else config

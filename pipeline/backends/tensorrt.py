@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Interval, MinLen
+from annotated_types import Ge, Interval, MinLen
 from filelock import FileLock
 
 from evaluation.types import NetworkSpec, Resolution
@@ -50,6 +50,7 @@ class TensorRT:
         error_on_timing_cache_miss: build from kernels that were measured before, or fail: the same plan again.
         plugins: libraries to load before parsing.
         timing_cache: a folder where measured kernels are kept, by version and GPU; None measures anew.
+        rebuild: number of this build of the same engine; from 1 on the timing cache is left alone.
         avg_timing_iterations: how often a kernel is measured.
         cuda_graph: replay the plan as one CUDA graph for each input shape.
         device: number of the GPU, or numbers of several that share the work; the first builds.
@@ -71,6 +72,12 @@ class TensorRT:
     avg_timing_iterations: Annotated[int, Interval(ge=1, le=1000)] = 1
     cuda_graph: bool = True
     device: _Gpu | Annotated[Sequence[_Gpu], MinLen(1)] = 0
+    rebuild: Annotated[int, Ge(0)] = 0
+
+    @staticmethod
+    def label_of(options: Mapping[str, Any], _: Mapping[str, str]) -> str:
+        """What differs from the usual, in a label."""
+        return "tf32" if options.get("tf32") else ""
 
     def __post_init__(self) -> None:
         """Check the options that are the same for all versions.
@@ -102,6 +109,11 @@ class TensorRT:
         ):
             if not isinstance(getattr(self, option), bool):
                 raise ValueError(f"backend.{option}={getattr(self, option)}: choose true or false")  # noqa: TRY004
+
+    @property
+    def cache(self) -> str | None:
+        """The folder of measured kernels; a rebuild measures anew."""
+        return None if self.rebuild else self.timing_cache
 
     @property
     def devices(self) -> list[int]:
@@ -166,7 +178,7 @@ class TensorRT:
         finish = None
         if files.calibration is not None:
             empty = builder.create_optimization_profile()
-            kept = None if self.timing_cache is None else Path(self.timing_cache)
+            kept = None if self.cache is None else Path(self.cache)
             finish = calibrate(trt, config, empty, files.calibration, spec.input, memory, kept)
         plan = self._built(trt, builder, network, config, memory.gpu)
         if finish is not None:
@@ -318,10 +330,10 @@ class TensorRT:
         Raises:
             UserError: the timing cache is damaged, or of another version or GPU.
         """
-        if self.timing_cache is None:
+        if self.cache is None:
             return builder.build_serialized_network(network, config)
         name = "-".join(gpu["name"].split())
-        file = Path(self.timing_cache) / f"tensorrt-{trt.__version__}-{name}-sm{gpu['sm']}.timing"
+        file = Path(self.cache) / f"tensorrt-{trt.__version__}-{name}-sm{gpu['sm']}.timing"
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -38,6 +38,11 @@ class Torch:
     cuda_graph: bool = True
     compile: bool = False
 
+    @staticmethod
+    def label_of(options: Mapping[str, Any], _: Mapping[str, str]) -> str:
+        """What differs from the usual, in a label."""
+        return "compiled" if options.get("compile") else ""
+
     def __post_init__(self) -> None:
         """Check the precision.
 

@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.models.contract import created, tied
 from pipeline.models.trust import network_class
 from pipeline.progress import say
-from pipeline.pruning import sparse24
+from pipeline.pruning import semi_structured
 from pipeline.pruning.graph import History, replay
 from pipeline.results.content import parse_json
 
@@ -83,7 +83,7 @@ def load(folder: Path) -> tuple[nn.Module, "partial[nn.Module]", list[Any]]:
         what = f"{architecture['target']} with its options and pruning"
         raise UserError(f"{file}: cannot make {what} ({type(error).__name__}: {error}); it is of another version") from error
     load_state(network, state, folder / WEIGHTS)
-    sparse24.check(network)
+    semi_structured.check(network)
     return network, make, history
 
 
@@ -108,7 +108,7 @@ def _removal(entry: list[Any]) -> bool:
     if len(entry) != 3 or not isinstance(entry[0], str) or not isinstance(entry[2], list):
         return False
     numbers = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in entry[2])
-    return numbers and (isinstance(entry[1], bool) or entry[1] == sparse24.KIND)
+    return numbers and (isinstance(entry[1], bool) or entry[1] == semi_structured.KIND)
 
 
 def _check_size(make: "partial[nn.Module]", weights: Path) -> None:
@@ -133,8 +133,8 @@ def build(make: "partial[nn.Module]", history: History) -> nn.Module:
         UserError: the history is of another network.
     """
     network = created(make)
-    replay(network, [entry for entry in history if entry[1] != sparse24.KIND])
-    sparse24.apply(network, history)
+    replay(network, [entry for entry in history if entry[1] != semi_structured.KIND])
+    semi_structured.apply(network, history)
     return network
 
 

@@ -10,10 +10,6 @@ from pipeline.errors import UserError
 from pipeline.models.contract import duplicate, fold
 from pipeline.pruning.graph import LAYERS, Group, Part, folded, normalised, output_axis
 
-CRITERIA = ("l1", "l2", "bn_scale", "taylor", "group_l1")
-NORMALIZERS = ("max", "L2")
-EQUALIZATIONS = ("union", "intersection", "arithmetic_mean", "geometric_mean")
-
 _GATE_IMAGES, _GATE_BATCH = 64, 8  # train images that the criterion "taylor" looks at
 
 

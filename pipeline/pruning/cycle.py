@@ -18,7 +18,8 @@ from pipeline.models.contract import duplicate, fold
 from pipeline.progress import say
 from pipeline.pruning.criteria import importance
 from pipeline.pruning.graph import Costs, apart, mask, remove, survey
-from pipeline.pruning.pruner import Curves, Plan, Pruner, Target, UnreachableError, nothing_to_prune
+from pipeline.pruning.plan import Curves, Plan, UnreachableError, choose, nothing, nothing_to_prune
+from pipeline.pruning.pruner import Pruner, Target
 from pipeline.quantization.probe import Candidate, Probe
 
 DIVISORS = (1, 4, 8, 16, 32)
@@ -139,7 +140,7 @@ class Cycle:
                 self.last = self._plan(reach, part)
                 dropped = self.last.dropped
                 if not dropped and not self.history:
-                    raise UserError(pruner.nothing(self.last.ranked))
+                    raise UserError(nothing(pruner, self.last.ranked))
                 left, whole = sum(self.last.kept), sum(self.whole.values())
                 cut = sum(kept < self.whole[group.name] for group, kept in zip(self.last.groups, self.last.kept, strict=True))
                 say(f"{whole - left} of {whole} channels go, from {cut} of {len(self.whole)} groups")
@@ -251,7 +252,9 @@ class Cycle:
 
     def _plan(self, reach: Mapping[str, float] | None, part: float = 1.0, round_to: int | None = None) -> Plan:
         gates = self.gates(self.network) if self.gates is not None and self.pruner.criterion == "taylor" else None
-        return self.pruner.plan(self.network, self.size, gates, self.curves, reach, round_to or self.round_to, self.whole, part)
+        return choose(
+            self.pruner, self.network, self.size, gates, self.curves, reach, round_to or self.round_to, self.whole, part
+        )
 
     def _pruned(self, plan: Plan) -> tuple[nn.Module, Candidate]:
         network = duplicate(self.network)
@@ -272,7 +275,7 @@ class Cycle:
                 "choose a smaller target"
             )
         try:
-            if self.pruner.round_to is None and self.probe is not None and self.probe.backend.timeable:
+            if self.pruner.multiple is None and self.probe is not None and self.probe.backend.timeable:
                 self._choose_divisor({target.kind: goal})
             self._plan({target.kind: goal})
         except UnreachableError as error:
@@ -334,7 +337,7 @@ class Cycle:
             raise UserError(f"pruner.value={self.pruner.value}: the dense network takes {dense:.3g} ms already; choose less")
         ratio = goal / dense  # to begin with, milliseconds are taken to follow MACs
         try:
-            if self.pruner.round_to is None:
+            if self.pruner.multiple is None:
                 self._choose_divisor({"macs": ratio * self.dense["macs"]})
         except UnreachableError as error:  # so few MACs; what the fewest take is measured below
             ratio = error.least / self.dense["macs"] * 1.0005

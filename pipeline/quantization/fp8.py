@@ -1,5 +1,6 @@
 """FP8 (E4M3, arXiv:2209.05433) for GPUs from SM 8.9 on: Q/DQ with one scale a tensor, the rest in half precision."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,11 @@ class Fp8:
 
     high_precision_dtype: Literal["fp16", "fp32"] = "fp16"
     nodes_to_exclude: tuple[str, ...] = ()
+
+    @staticmethod
+    def label_of(options: Mapping[str, Any], setting: Mapping[str, str]) -> str:
+        """The type of the rest, and the calibration images, in a label."""
+        return f"{options['high_precision_dtype']}-{setting['sampler']}"
 
     def __post_init__(self) -> None:
         """Check the options.

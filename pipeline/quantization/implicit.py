@@ -1,7 +1,7 @@
 """INT8 that TensorRT 10 calibrates itself while it builds: the network stays float, its calibration inputs lie beside it."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,11 @@ class ImplicitInt8:
 
     calibrator: Literal["entropy", "minmax"] = "entropy"
     high_precision_dtype: Literal["fp32", "fp16"] = "fp32"
+
+    @staticmethod
+    def label_of(options: Mapping[str, Any], setting: Mapping[str, str]) -> str:
+        """The calibrator, the type of the rest, and the calibration images, in a label."""
+        return f"{options['calibrator']}-{options['high_precision_dtype']}-{setting['sampler']}"
 
     def __post_init__(self) -> None:
         """Check the options.

@@ -5,11 +5,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from annotated_types import Gt, Interval, doc
-from scipy.optimize import isotonic_regression
 
 from evaluation.statistics import spearman
 from pipeline.errors import UserError
@@ -65,6 +64,25 @@ class Mixed:
     units: Annotated[int, Interval(ge=1, le=1000)] = 32
     finalists: Annotated[int, Interval(ge=2, le=1000)] = 10
     seconds: Annotated[float, Interval(gt=0, le=86400)] = 20.0
+    judged: ClassVar[bool] = True  # candidates are judged by what the decoder finds, not by their fields alone
+
+    @staticmethod
+    def measures(_: Mapping[str, Any]) -> bool:
+        """The budget holds for this machine."""
+        return True
+
+    @staticmethod
+    def settled(options: Mapping[str, Any], setting: Mapping[str, str]) -> dict[str, Any]:
+        """What is left to INT8."""
+        return {"int8": Int8.settled(options["int8"], setting)}
+
+    @staticmethod
+    def label_of(options: Mapping[str, Any], setting: Mapping[str, str]) -> str:
+        """The budget, INT8's options, and where it holds, in a label."""
+        int8 = {**options["int8"], **Int8.settled(options["int8"], setting)}
+        latency = "" if options["max_latency"] is None else f"-t{options['max_latency']}"
+        budget = f"d{options['max_drop']}-a{options['min_agreement']}{latency}"
+        return f"{budget}-{Int8.label_of(int8, setting)}-{setting['backend']}-t{setting['threads']}"
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -217,6 +235,8 @@ def _smooth(rows: list[dict[str, Any]]) -> None:
     """
     if all("agreement" in row for row in rows):
         order = np.argsort([row["error"] for row in rows], kind="stable")
+        from scipy.optimize import isotonic_regression
+
         fitted = isotonic_regression(np.array([rows[n]["agreement"] for n in order]), increasing=False).x
         for n, value in zip(order, fitted, strict=True):
             rows[n]["expected_agreement"] = float(value)

@@ -15,11 +15,8 @@ import onnx
 from numpy.typing import NDArray
 
 from evaluation import latency
-from evaluation.averaging import AveragedFields
-from evaluation.pixels import normalise
 from evaluation.statistics import Draws, bootstrap, paired
 from evaluation.types import Resolution
-from pipeline.inference import batches, predict
 from pipeline.quantization.graph import computed_over
 from pipeline.specs import FLAVOURS, Backend, Decoder, Framing, Metric, ModelFiles, Runner, Shapes, Splits, read_spec
 
@@ -118,6 +115,8 @@ class Probe:
     @cached_property
     def frames(self) -> list[NDArray[np.uint8]]:
         """Framed images, uint8 [1, H, W, 3]."""
+        from pipeline.inference import batches
+
         made = batches(self.images, self.framing, self.spec.input, self.size, 1, self.indices)
         return [batch.images for batch in made if batch.views]
 
@@ -154,6 +153,8 @@ class Probe:
     def errors_in_tensorrt(self, candidate: Candidate) -> dict[str, float]:
         """Likewise, of TensorRT's file as it is written, which this processor computes where the backend is another."""
         names = [field.name for field in self.spec.fields]
+        from evaluation.pixels import normalise
+
         inputs = (normalise(frame, self.spec.input) for frame in self.frames)
         return field_errors(computed_over(candidate.models["tensorrt"], names, inputs, optimise=False), self._expected)
 
@@ -165,6 +166,9 @@ class Probe:
 
     def _predictions(self, runner: Runner) -> Iterator[tuple[Any, Any]]:
         assert self.decoder is not None
+        from evaluation.averaging import AveragedFields
+        from pipeline.inference import predict
+
         read: Any = AveragedFields(self.decoder, self.spec) if self.framing.averaged else self.decoder
         return predict(self.images, runner, self.framing, read, self.size, 1, self.indices)
 

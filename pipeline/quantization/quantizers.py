@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -36,9 +36,23 @@ _TRIED: tuple[tuple[calibration.Method, float], ...] = (
 )  # fmt: skip
 
 
+def without_vnni(backend: str) -> bool:
+    """Whether INT8 kernels of this processor add two products of 8 bits in 16 bits, so that weights need one bit less."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return backend == "onnxruntime" and "avx2" in text and "vnni" not in text
+
+
 @dataclass(frozen=True)
 class Fp32:
     """The network as it is."""
+
+    @staticmethod
+    def label_of(_options: Mapping[str, Any], _setting: Mapping[str, str]) -> str:
+        """Nothing: there are no options."""
+        return ""
 
     def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:  # noqa: ARG002
         """Write both flavours, which are the same."""
@@ -59,6 +73,11 @@ class Fp16:
     """
 
     nodes_to_exclude: tuple[str, ...] = ()
+
+    @staticmethod
+    def label_of(_: Mapping[str, Any], setting: Mapping[str, str]) -> str:
+        """The calibration images, in a label."""
+        return setting["sampler"]
 
     def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:
         """Write both flavours, which are the same.
@@ -88,7 +107,8 @@ class Int8:
         equalize_concatenations: rescale what is concatenated, so that each channel fills the scale it shares.
         equalize_layers: likewise between convolutions.
         bias_correction: take the mean error of rounding out of each convolution's bias.
-        reduce_range: weights of 7 bits, for kernels that add two products of 8 x 8 bits in 16 bits (processors without VNNI).
+        reduce_range: weights of 7 bits, for kernels that add two products of 8 x 8 bits in 16 bits (processors without VNNI);
+            None is false, and in a configuration what this processor needs.
         high_precision_dtype: "fp32" or "fp16", of what is not INT8 in TensorRT's flavour.
         nodes_to_exclude: patterns of names of nodes that stay in float.
         placement: "default", or "search" for the Q/DQ nodes with which the whole engine is fastest on the backend.
@@ -104,13 +124,43 @@ class Int8:
     equalize_concatenations: bool = True
     equalize_layers: bool = True
     bias_correction: bool = True
-    reduce_range: bool = False
+    reduce_range: bool | None = None
     high_precision_dtype: Literal["fp32", "fp16"] = "fp32"
     nodes_to_exclude: tuple[str, ...] = ()
     placement: Literal["default", "search"] = "default"
     cal_data_file: str | None = None
     cal_cache_file: str | None = None
     tensorrt_cache: str | None = None
+
+    @staticmethod
+    def measures(options: Mapping[str, Any]) -> bool:
+        """Whether candidates are timed on this machine."""
+        return options.get("placement") == "search"
+
+    @staticmethod
+    def settled(options: Mapping[str, Any], setting: Mapping[str, str]) -> dict[str, Any]:
+        """Weights of 7 bits on a processor whose kernels would overflow with 8."""
+        return {"reduce_range": without_vnni(setting["backend"])} if options.get("reduce_range") is None else {}
+
+    @classmethod
+    def label_of(cls, options: Mapping[str, Any], setting: Mapping[str, str]) -> str:
+        """The method, what of the options differs from the usual, and the calibration images, in a label."""
+        placed = f"-placed-{setting['backend']}-t{setting['threads']}" if cls.measures(options) else ""
+        return f"{cls.words(options)}-{setting['sampler']}{placed}"
+
+    @classmethod
+    def words(cls, options: Mapping[str, Any]) -> str:
+        """The method, and what of the options differs from the usual."""
+        usual = {option.name: option.default for option in fields(cls)}
+        given = {**usual, **options}
+        switches = {"equalize_concatenations": "concat", "equalize_layers": "layers", "bias_correction": "bias"}
+        words = [str(given["calibration_method"])]
+        words += [str(given["percentile"])] if given["percentile"] != usual["percentile"] else []
+        words += [f"-w.{given['weight_scale']}"] if given["weight_scale"] != usual["weight_scale"] else []
+        words += [f"-no.{word}" for option, word in switches.items() if not given[option]]
+        high = given["high_precision_dtype"]
+        words += [f"-{high}"] if high != usual["high_precision_dtype"] else []
+        return "".join(words) + ("-w7" if given["reduce_range"] else "")
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -127,8 +177,9 @@ class Int8:
             if getattr(self, option) not in known:
                 raise ValueError(f"precision.{option}={getattr(self, option)}: choose {', '.join(known)}")
         for option in ("equalize_concatenations", "equalize_layers", "bias_correction", "reduce_range"):
-            if not isinstance(getattr(self, option), bool):
-                raise ValueError(f"precision.{option}={getattr(self, option)}: choose true or false")  # noqa: TRY004
+            value = getattr(self, option)
+            if not isinstance(value, bool) and (value is not None or option != "reduce_range"):
+                raise ValueError(f"precision.{option}={getattr(self, option)}: choose true or false")
         if not isinstance(self.percentile, (int, float)) or not 50 < self.percentile <= 100:  # type: ignore[redundant-expr]
             raise ValueError(f"precision.percentile={self.percentile}: choose above 50 to 100")
         if self.tensorrt_cache:
@@ -511,9 +562,32 @@ class Retrained:
 
     Attributes:
         high_precision_dtype: "fp32" or "fp16", of what is not INT8 in TensorRT's flavour.
+        trained_with: what calibrates the network before it is retrained, in the stage qat.
     """
 
     high_precision_dtype: Literal["fp32", "fp16"] = "fp32"
+    trained_with: Int8 | None = None
+
+    def __post_init__(self) -> None:
+        """Check the type.
+
+        Raises:
+            ValueError: an unknown one.
+        """
+        if self.high_precision_dtype not in ("fp32", "fp16"):
+            raise ValueError(f"precision.high_precision_dtype={self.high_precision_dtype}: choose fp32, fp16")
+
+    @staticmethod
+    def settled(options: Mapping[str, Any], setting: Mapping[str, str]) -> dict[str, Any]:
+        """What is left to the quantizer that it is trained with."""
+        return {"trained_with": Int8.settled(options["trained_with"], setting)}
+
+    @staticmethod
+    def label_of(options: Mapping[str, Any], setting: Mapping[str, str]) -> str:
+        """The steps of training, and what of INT8 differs from the usual; biases are trained, not corrected."""
+        automatic = Int8.settled(options["trained_with"], setting)
+        words = Int8.words({**options["trained_with"], **automatic, "bias_correction": True, "weight_scale": "max"})
+        return f"qat{setting['qat_steps']}-{words}-{setting['sampler']}"
 
     def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:  # noqa: ARG002
         """Write both flavours and scales.json."""

@@ -167,10 +167,13 @@ def _options(stage: Stage, data: str | None, cache: Path) -> dict[str, Any]:
                 inner[name]["weights"] = weights
     if "data" in options:
         options["data"] = data
-    if options.get("image_dir") is not None:
-        from pipeline.datasets.coco import Coco
+    for key in stage.folders:
+        if (folder := value_at(options, key)) is not None:
+            from pipeline.datasets.coco import Coco
 
-        options["image_dir"] = digest_of(sorted(Coco.folder(options["image_dir"]).contents(cache).items()))
+            where, _, name = key.rpartition(".")
+            inner = value_at(options, where) if where else options
+            inner[name] = digest_of(sorted(Coco.folder(folder).contents(cache).items()))
     return options
 
 

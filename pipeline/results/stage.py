@@ -7,39 +7,9 @@ from typing import Any, Literal
 
 from pipeline.errors import UserError
 
-# Keys of a component's yaml that say something about it and are no arguments.
-DESCRIPTIVE = (
-    "label",
-    "weights_from",
-    "calibration",
-    "checkpoint",
-    "requires",
-    "multiple",
-    "offset",
-    "name",
-    "recipe",
-    "onnx",
-    "spec",
-    "address",
-    "network",
-    "images",
-    "image_dir",
-    "tuned_by",
-    "measured_on",
-    "only_on",
-    "last_tensorrt",
-    "measuring",
-    "measures_here",
-    "sensitivity",
-    "pruning_granularity",
-    "retrain_lr",
-    "trained_with",
-    "judged_by",
-    "framing",
-    "resolution",
-)
+ABOUT = "about"  # the key of a component's file that holds what is no argument: its name, what it needs, where it runs
 # Keys of a stage's yaml that wire it and are no arguments.
-WIRING = ("address", "inputs", "toolchain", "splits", "files", "collect", "device", "aside")
+WIRING = ("address", "inputs", "toolchain", "splits", "files", "folders", "collect", "device", "aside")
 
 
 @dataclass(frozen=True)
@@ -54,6 +24,7 @@ class Stage:
         toolchain: distributions whose version changes the result's bytes.
         splits: splits of `options["data"]` that it reads.
         files: options that name files of the user.
+        folders: options that name folders of images of the user.
         collect: reads every finished result of its inputs, not one.
         device: its result belongs to this machine.
         aside: it belongs to no chain, and always runs when it is asked for; a stage that collects works without it.
@@ -66,6 +37,7 @@ class Stage:
     toolchain: Sequence[str] = ()
     splits: Sequence[Literal["train", "unlabelled", "tune", "agreement", "validation"]] = ()
     files: Sequence[str] = ()
+    folders: Sequence[str] = ()
     collect: bool = False
     device: bool = False
     aside: bool = False
@@ -103,8 +75,9 @@ def targets(value: Any) -> Iterator[str]:
     if isinstance(value, Mapping):
         if isinstance(value.get("_target_"), str):
             yield value["_target_"]
-        for inner in value.values():
-            yield from targets(inner)
+        for key, inner in value.items():
+            if key != ABOUT:
+                yield from targets(inner)
     elif isinstance(value, list):
         for inner in value:
             yield from targets(inner)
@@ -117,5 +90,5 @@ def arguments(stage: Stage) -> dict[str, Any]:
 
 def _component(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {k: _component(v) for k, v in value.items() if not ("_target_" in value and k in DESCRIPTIVE)}
+        return {key: _component(inner) for key, inner in value.items() if key != ABOUT}
     return [_component(v) for v in value] if isinstance(value, (list, tuple)) else value

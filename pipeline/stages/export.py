@@ -17,7 +17,7 @@ from pipeline.inference import batches
 from pipeline.models import store
 from pipeline.progress import Progress, say
 from pipeline.pruning.graph import macs
-from pipeline.pruning.sparse24 import sparse_layers
+from pipeline.pruning.semi_structured import sparse_layers
 from pipeline.results.job import Job
 from pipeline.specs import Framing, Splits
 

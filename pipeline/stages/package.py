@@ -44,7 +44,7 @@ def run(
     words = [
         *kept,
         "data=packaged",
-        f"data.label={data_label}",
+        f"data.about.label={data_label}",
         "data.folder=data",
         *fixed,
         "tracking=none",

@@ -72,6 +72,7 @@ def run(
         learns = pruner.criterion == "taylor" or pruner.iterative_steps > 1
         if learns and objective is None:
             raise UserError("pruner: this family's networks are not trained here; choose another criterion, and one step")
+        distillation = distillation if pruner.iterative_steps > 1 else None
         teacher = store.load(job.inputs["network"])[0] if distillation is not None else None
         seen = Resolution.parse(training_resolution)
 

@@ -57,7 +57,9 @@ def run(
     if backend is not None and "tune" in data:
         tuned = job.inputs.get("tuned")
         options = json.loads((tuned / "decoder.json").read_text())["options"] if tuned else {}
-        judge = judged_by or {"decoder": None, "metric": None, "agreement": None, "threads": 0}
+        judge = {"decoder": None, "metric": None, "agreement": None, "threads": 0, **(judged_by or {})}
+        if not getattr(quantizer, "judged", False):  # its candidates are compared by their fields, and timed
+            judge = {**judge, "decoder": None, "metric": None, "agreement": None}
         decode = judge["decoder"](spec, **options) if judge["decoder"] else None
         probe = Probe(
             data,

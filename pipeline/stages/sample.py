@@ -75,8 +75,9 @@ def run(
     (job.out / FILE).write_text(json.dumps(content, indent=1))
     strata_chart(chosen.quotas, job.out / "strata.png")
     contact_sheet([parts[where[row][0]][where[row][1]] for row in chosen.rows], chosen.strata, job.out / "contact_sheet.jpg")
+    options: dict[str, Any] = {k: v for k, v in asdict(sampler).items() if k != "image_dir"}  # type: ignore[call-overload]
     labelled = int((np.asarray(table["persons"]) != UNKNOWN).sum())
-    return {"images": len(listed), "strata": len(chosen.quotas), "labelled_candidates": labelled, "sampler": asdict(sampler)}  # type: ignore[call-overload]
+    return {"images": len(listed), "strata": len(chosen.quotas), "labelled_candidates": labelled, "sampler": options}
 
 
 def _refuse_leaks(job: Job, data: Splits, listed: Sequence[dict[str, str]]) -> None:

@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.models import store
 from pipeline.pruning.criteria import importance, taylor_gates
 from pipeline.pruning.graph import survey
-from pipeline.pruning.pruner import nothing_to_prune
+from pipeline.pruning.plan import nothing_to_prune
 from pipeline.pruning.sensitivity import curves
 from pipeline.results.job import Job
 from pipeline.specs import Objective, Splits

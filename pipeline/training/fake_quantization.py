@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.onnx_graph import OnnxNetwork
-from pipeline.pruning.sparse24 import is_sparse
+from pipeline.pruning.semi_structured import is_sparse
 from pipeline.quantization.graph import WEIGHTED, Placement
 from pipeline.quantization.writers import Scales
 

@@ -22,7 +22,7 @@ from pipeline.errors import UserError, first_line
 from pipeline.models.contract import duplicate
 from pipeline.progress import TrainingProgress
 from pipeline.pruning.graph import example, macs
-from pipeline.pruning.sparse24 import zeros
+from pipeline.pruning.semi_structured import zeros
 from pipeline.training.augment import layout
 from pipeline.training.cuda_graph import Recorded
 from pipeline.training.distillation import Distillation, Teacher

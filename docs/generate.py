@@ -1,0 +1,107 @@
+"""Writes docs/reference/options.md from the signatures and docstrings of components, stages and the command.
+
+`make docs` runs it; tests/test_docs.py compares the page with what it would write.
+"""
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from pipeline import options
+from pipeline.launch.labels import SHARED
+from pipeline.results.stage import WIRING
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "reference" / "options.md"
+GROUPS = ("data", "model", "family", "pruner", "sampler", "precision", "backend", "stages")
+_SECTION = re.compile(r"^(?:Attributes|Args):\n((?:(?: {4}.*)?\n?)*)", re.MULTILINE)
+_ENTRY = re.compile(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
+
+
+def sentences(target: str) -> dict[str, str]:
+    """What the docstring of a class or function says of each argument."""
+    module, _, name = target.rpartition(".")
+    text = inspect.getdoc(getattr(importlib.import_module(module), name)) or ""
+    section = _SECTION.search(text)
+    entries = _ENTRY.findall(section[1]) if section else []
+    return {argument: " ".join(said.split()).replace("|", "\\|") for argument, said in entries}
+
+
+def components(node: Any, place: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Nested mappings with a `_target_`, with their place on the command line."""
+    if isinstance(node, Mapping):
+        if isinstance(node.get("_target_"), str):
+            yield place, node
+        for key, inner in node.items():
+            if key != "about":
+                yield from components(inner, f"{place}.{key}" if place else str(key))
+
+
+def shown(value: Any) -> str:
+    """A default as it is written on the command line; of a reference, the option that it follows."""
+    if isinstance(value, str) and (found := re.fullmatch(r"\$\{(?:oc\.select:)?([\w.]+)(?:,[^{}]*)?\}", value)):
+        return f"that of `{found[1]}`"
+    return f"`{options._shown(value)}`"  # noqa: SLF001 - the same words as in messages
+
+
+def rows(place: str, node: Mapping[str, Any], skipped: tuple[str, ...] = ()) -> Iterator[str]:
+    """One row an option: its name, what it takes, its default, and a sentence."""
+    said = sentences(node["_target_"])
+    for name, parameter in options._parameters(node["_target_"]).items():  # noqa: SLF001
+        if name == "**" or name in skipped:
+            continue
+        value = node.get(name)
+        if isinstance(value, Mapping) and "_target_" in value:
+            continue  # has a table of its own
+        default = shown(value) if name in node else "the default of the class" if not parameter.required else "none: give it"
+        takes = options.described(parameter.hint).replace("|", "\\|")
+        yield f"| `{place}.{name}` | {takes} | {default} | {said.get(name, '')} |"
+
+
+def table(lines: Iterator[str]) -> Iterator[str]:
+    """A Markdown table of rows, nothing where there are none."""
+    found = list(lines)
+    if found:
+        yield from ["", "| option | takes | default | what it is |", "|---|---|---|---|", *found]
+
+
+def command() -> Iterator[str]:
+    """The options of the whole command, with the remarks of conf/config.yaml."""
+    text = (ROOT / "conf" / "config.yaml").read_text()
+    for name, hint in get_type_hints(options.Command, include_extras=True).items():
+        found = re.search(rf"^{name}: ([^#\n]*?)\s*(?:#\s*(.*))?$", text, re.MULTILINE)
+        if hint is not Any and found and not found[1].startswith("{") and "label_of" not in found[1]:
+            value = yaml.safe_load(found[1])
+            remark = (found[2] or "").replace("|", "\\|")
+            yield f"| `{name}` | {options.described(hint).replace('|', chr(92) + '|')} | {shown(value)} | {remark} |"
+
+
+def page() -> str:
+    """The whole page."""
+    lines = ["# Options", "", "`make docs` writes this page from the signatures. An option is given as OPTION=VALUE.", ""]
+    lines += ["## Of the command", *table(command())]
+    for group in GROUPS:
+        lines += ["", f"## {'Of stages' if group == 'stages' else group}"]
+        for file in sorted((ROOT / "conf" / group).glob("*.yaml")):
+            content = yaml.safe_load(file.read_text())
+            places = list(components(content, "stages" if group == "stages" else "" if group == "family" else group))
+            body = []
+            for place, node in places:
+                stage = group == "stages" and place.count(".") == 1
+                skipped = ("job", *WIRING, *(name for name in SHARED if name not in node)) if stage else ()
+                body += table(rows(place, node, skipped))
+            if body:
+                lines += ["", f"### {file.stem if group == 'stages' else f'{group}={file.stem}'}", *body]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    PAGE.write_text(page())
+    sys.stdout.write(f"{PAGE.relative_to(ROOT)}\n")

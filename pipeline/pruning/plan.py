@@ -1,0 +1,292 @@
+"""Which channels go: counts by ratio, threshold, sensitivity or target, and the channels that are worth least."""
+
+import fnmatch
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evaluation.types import Resolution
+from pipeline.errors import UserError, nearest
+from pipeline.pruning.criteria import importance
+from pipeline.pruning.graph import Costs, Group, Survey, survey
+from pipeline.pruning.pruner import Pruner
+
+Curves = Mapping[str, Mapping[str, float]]  # loss by ratio ("0.25"), of each group, as the stage "sensitivity" measured it
+
+
+class UnreachableError(Exception):
+    """A size cannot be reached.
+
+    Attributes:
+        least: the least that can.
+    """
+
+    def __init__(self, least: float) -> None:
+        super().__init__(f"the least is {least}")
+        self.least = least
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be removed, and why.
+
+    Attributes:
+        dropped: channels by the name of their group.
+        kept: how many channels of each group stay.
+        ranked: importance of each group's channels; None where the criterion says nothing.
+        groups: all groups.
+        level: the ratio or threshold that decided.
+    """
+
+    dropped: Mapping[str, Sequence[int]]
+    kept: Sequence[int]
+    ranked: Sequence[Tensor | None]
+    groups: Sequence[Group]
+    level: float
+
+
+def _match(found: Sequence[Group], pattern: str) -> list[int]:
+    return [n for n, g in enumerate(found) if fnmatch.filter([p.name for p in g.parts if p.outputs], pattern)]
+
+
+def _matched(found: Sequence[Group], patterns: Sequence[str], option: str) -> dict[str, list[int]]:
+    """The groups that hold a layer of each pattern.
+
+    Raises:
+        UserError: a pattern matches nothing.
+    """
+    matched = {}
+    for pattern in patterns:
+        matched[pattern] = _match(found, pattern)
+        if not matched[pattern]:
+            everything = sorted({p.name for g in found for p in g.parts if p.outputs})
+            raise UserError(
+                f"pruner.{option}={pattern}: matches no layer that can be pruned{nearest(pattern, everything)}; "
+                f"there are {', '.join(everything[:6])}, ... (patterns like {everything[0].split('.')[0]}.* are allowed)"
+            )
+    return matched
+
+
+def choose(
+    pruner: Pruner,
+    network: nn.Module,
+    resolution: Resolution,
+    gates: Any = None,
+    curves: Curves | None = None,
+    reach: Mapping[str, float] | None = None,
+    round_to: int | None = None,
+    whole: Mapping[str, int] | None = None,
+    part: float = 1.0,
+) -> Plan:
+    """Which channels to remove.
+
+    Args:
+        pruner: what decides.
+        network: whose channels they are.
+        resolution: of the MACs.
+        gates: for the criterion "taylor".
+        curves: for `sensitivity`.
+        reach: {"macs": number} or {"params": number} to get below, instead of the ratio.
+        round_to: instead of the option of that name.
+        whole: how many channels each group had before anything was removed, where steps are taken; ratios are of these, and
+            a step may remove nothing.
+        part: of the ratio, for a step on the way to it.
+
+    Raises:
+        UserError: nothing can be removed, or everything would be.
+        UnreachableError: what is to be reached cannot be.
+    """
+    surveyed = survey(network)
+    found = surveyed.groups
+    if not found:
+        raise UserError(nothing_to_prune(surveyed))
+    others = [name for own in surveyed.left_out for name in own.layers]  # which stay whole as it is
+    patterns = [p for p in pruner.excluded_layers if not fnmatch.filter(others, p) or _match(found, p)]
+    excluded = {n for own in _matched(found, patterns, "excluded_layers").values() for n in own}
+    ratios = pruner.pruning_ratio_dict or {}
+    own_ratio = {
+        n: ratios[pattern] * part
+        for pattern, matched in _matched(found, list(ratios), "pruning_ratio_dict").items()
+        for n in matched
+    }
+    ranked = importance(network, found, pruner.criterion, pruner.normalizer, pruner.equalization_criterion, gates)
+    divisor = round_to or pruner.divisor
+    if (pruner.sensitivity is not None) != (curves is not None):
+        raise UserError("pruner.sensitivity: the curves of the stage 'sensitivity' belong to it; give both or none")
+    sizes = [(whole or {}).get(group.name, group.size) for group in found]
+    wanted = _wanted(pruner, found, sizes, ranked, own_ratio, curves, excluded)
+
+    def kept(level: float) -> list[int]:
+        counts = []
+        for n, (group, keep) in enumerate(zip(found, wanted(level), strict=True)):
+            least = max(pruner.min_num_filters, math.ceil(sizes[n] * (1 - pruner.max_pruning_ratio) - 1e-9))
+            stays = n in excluded or ranked[n] is None
+            rounded = -(-max(math.ceil(keep - 1e-9), least) // divisor) * divisor
+            counts.append(group.size if stays or rounded >= group.size else int(rounded))
+        return counts
+
+    if pruner.pruning_threshold is not None:
+        level = float(pruner.pruning_threshold)
+        _check_threshold(ranked, level, [n for n in range(len(found)) if n not in excluded])
+        counts = kept(level)
+    elif reach is None:
+        level = (pruner.pruning_ratio or 0.0) * part
+        if pruner.sensitivity is not None:
+            left = [n for n in range(len(found)) if n not in excluded]
+            total = sum(sizes[n] for n in left)
+            level = _bisect(lambda x: sum(kept(x)[n] for n in left), total * (1 - level), *_span(curves))
+        counts = kept(level)
+    else:
+        costs = Costs(network, found, resolution)
+        ((kind, value),) = reach.items()
+        span = _span(curves)
+        least = costs(kept(span[1]))[kind]
+        if least > value:
+            raise UnreachableError(least)
+        level = _bisect(lambda x: costs(kept(x))[kind], value, *span)
+        open_to = [g.size if n not in own_ratio else k for n, (g, k) in enumerate(zip(found, kept(level), strict=True))]
+        counts = _restored(kept(level), open_to, wanted(level), divisor, lambda c: costs(c)[kind], value)
+    dropped = {}
+    for group, values, keep in zip(found, ranked, counts, strict=True):
+        if keep < group.size and values is not None:
+            dropped[group.name] = sorted(torch.argsort(values, stable=True)[: group.size - keep].tolist())
+    if not dropped and whole is None:
+        raise UserError(nothing(pruner, ranked))
+    return Plan(dropped, counts, ranked, found, level)
+
+
+def _span(curves: Curves | None) -> tuple[float, float]:
+    if curves is None:
+        return 0.0, 1.0 - 1e-6
+    return 0.0, max(loss for curve in curves.values() for loss in curve.values())
+
+
+def _wanted(
+    pruner: Pruner,
+    found: Sequence[Group],
+    sizes: Sequence[int],
+    ranked: Sequence[Tensor | None],
+    own_ratio: Mapping[int, float],
+    curves: Curves | None,
+    excluded: Collection[int],
+) -> Callable[[float], list[float]]:
+    """The number of channels that each group keeps at a level, before it is rounded; `sizes` is before any step."""
+    if pruner.pruning_threshold is not None:
+        return lambda level: [
+            s * (1 - own_ratio[n]) if n in own_ratio else float((r >= level).sum()) if r is not None else s
+            for n, (s, r) in enumerate(zip(sizes, ranked, strict=True))
+        ]
+    if pruner.global_pruning:
+        even = [None if r is None else r / r.mean().clamp(min=1e-30) for r in ranked]
+        pools: dict[Any, list[Tensor]] = {}
+        before: dict[Any, int] = {}
+        keys = [group.signature() if pruner.isomorphic else "" for group in found]
+        for n, (key, values) in enumerate(zip(keys, even, strict=True)):
+            if values is not None and n not in own_ratio and n not in excluded:
+                pools.setdefault(key, []).append(values)
+                before[key] = before.get(key, 0) + sizes[n]
+        sorted_pools = {key: torch.cat(values).sort().values for key, values in pools.items()}
+
+        def of_all(level: float) -> list[float]:
+            cut = {}
+            for key, values in sorted_pools.items():
+                gone = len(values) - (1 - level) * before[key]  # steps before this one removed some
+                cut[key] = values[min(max(int(gone), 0), len(values) - 1)]
+            return [
+                s * (1 - own_ratio[n]) if n in own_ratio else s if r is None else float((r >= cut.get(k, 0)).sum())
+                for n, (s, r, k) in enumerate(zip(sizes, even, keys, strict=True))
+            ]
+
+        return of_all
+    if pruner.sensitivity is not None:
+        assert curves is not None
+        return lambda level: [
+            sizes[n] * (1 - own_ratio.get(n, _tolerated(curves.get(g.name, {}), level))) for n, g in enumerate(found)
+        ]
+    return lambda level: [s * (1 - own_ratio.get(n, level)) for n, s in enumerate(sizes)]
+
+
+def _check_threshold(ranked: Sequence[Tensor | None], level: float, open_groups: Sequence[int]) -> None:
+    judged = [r for n in open_groups if (r := ranked[n]) is not None]
+    if not judged:
+        raise UserError("pruner.excluded_layers: nothing is left to prune; exclude less")
+    values = torch.cat(judged)
+    low, high = float(values.min()), float(values.max())
+    middle = ", ".join(f"{q:.0%} below {float(values.quantile(q)):.3g}" for q in (0.1, 0.5, 0.9))
+    every = all(bool((r < level).all()) for n in open_groups if (r := ranked[n]) is not None)
+    if level > low and not every:
+        return
+    what = "every channel lies below it, all would go" if every else "no channel lies below it, none would go"
+    raise UserError(
+        f"pruner.pruning_threshold={level:g}: {what}; the norms of this network lie in {low:.3g} to {high:.3g} "
+        f"({middle}): choose a threshold between"
+    )
+
+
+def nothing(pruner: Pruner, ranked: Sequence[Tensor | None]) -> str:
+    """What to say where nothing is removed."""
+    if pruner.pruning_threshold is not None:
+        values = torch.cat([r for r in ranked if r is not None])
+        return (
+            f"pruner.pruning_threshold={pruner.pruning_threshold:g}: nothing to remove with round_to={pruner.divisor} and "
+            f"min_num_filters={pruner.min_num_filters}, and norms of {float(values.min()):.3g} to "
+            f"{float(values.max()):.3g}; raise the threshold or lower the others"
+        )
+    return (
+        f"pruner: nothing to remove with pruning_ratio={pruner.pruning_ratio}, round_to={pruner.divisor}, "
+        f"min_num_filters={pruner.min_num_filters} and {len(pruner.excluded_layers)} excluded_layers; raise the ratio or lower "
+        "the others"
+    )
+
+
+def nothing_to_prune(surveyed: Survey) -> str:
+    """What to say of a network without a group that may be pruned."""
+    why = f": left out are {surveyed.words()}" if surveyed.left_out else ""
+    return f"pruner: this network has no channels that can be removed{why}; choose pruner=none"
+
+
+def _bisect(measure: Callable[[float], float], value: float, low: float, high: float) -> float:
+    """The least level whose measure is at most a value; the measure falls with the level."""
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if measure(middle) <= value else (middle, high)
+    return high
+
+
+def _restored(
+    counts: list[int],
+    sizes: Sequence[int],
+    wanted: Sequence[float],
+    divisor: int,
+    cost: Callable[[Sequence[int]], float],
+    value: float,
+) -> list[int]:
+    """Give channels back, a divisor's worth at a time, as long as the cost stays below a value.
+
+    Many groups are of one size and are rounded at the same level, so that a level alone lands far off. Those that rounding
+    favoured least come first.
+    """
+    step = [min(divisor, size - count) for count, size in zip(counts, sizes, strict=True)]
+    for n in sorted(range(len(counts)), key=lambda n: counts[n] - wanted[n]):
+        if 0 < counts[n] < sizes[n]:
+            more = [*counts[:n], counts[n] + step[n], *counts[n + 1 :]]
+            if cost(more) <= value:
+                counts = more
+    return counts
+
+
+def _tolerated(curve: Mapping[str, float], level: float) -> float:
+    """The greatest ratio whose loss is at most a level, between the measured ones on a line; 0 where nothing is measured."""
+    points = sorted((float(ratio), loss) for ratio, loss in curve.items())
+    before, reached = (0.0, 0.0), 0.0
+    for ratio, loss in points:
+        if loss > level:
+            rise = loss - before[1]
+            return before[0] + (ratio - before[0]) * (level - before[1]) / rise if rise > 0 else before[0]
+        before = (ratio, max(loss, 0.0))
+        reached = ratio
+    return reached
