@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test fuzz kills rtx test-gpu lint dvc.yaml clean
+.PHONY: install demo test fuzz kills rtx test-gpu lint dvc.yaml docs clean
 install: .venv/installed
 
 .venv/installed: requirements.lock pyproject.toml
@@ -50,6 +50,10 @@ lint: install
 # The source files that each stage of dvc.yaml runs, by the function that makes fingerprints.
 dvc.yaml: install
 	PYTHONPATH=.:tests $(BIN)/python tests/test_dvc.py
+
+# The reference of options, from signatures and docstrings.
+docs: install
+	PYTHONPATH=. $(BIN)/python docs/generate.py
 
 clean:
 	rm -rf .venv outputs

@@ -33,8 +33,6 @@ class CalibrationSet:
         strata: the stratum of each.
         quotas: for each stratum: images eligible, asked for and met.
         seed: of the draw.
-        images: splits to choose from: train, unlabelled.
-        image_dir: a folder of images without labels to choose from instead.
     """
 
     ids: tuple[str, ...]
@@ -186,6 +184,8 @@ class Stratified:
         min_persons_per_image: images with fewer labelled people are not eligible.
         min_kpts_per_person: images whose people have fewer visible keypoints on average are not eligible.
         seed: of the draw.
+        images: splits to choose from: train, unlabelled.
+        image_dir: a folder of images without labels to choose from instead.
     """
 
     num_images: Annotated[int, Interval(ge=1, le=10**7)] = 64

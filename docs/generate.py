@@ -91,7 +91,7 @@ def page() -> str:
         for file in sorted((ROOT / "conf" / group).glob("*.yaml")):
             content = yaml.safe_load(file.read_text())
             places = list(components(content, "stages" if group == "stages" else "" if group == "family" else group))
-            body = []
+            body: list[str] = []
             for place, node in places:
                 stage = group == "stages" and place.count(".") == 1
                 skipped = ("job", *WIRING, *(name for name in SHARED if name not in node)) if stage else ()

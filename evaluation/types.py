@@ -109,7 +109,12 @@ def _part(kind: type[T], path: str, raw: object, lists: Iterable[str] = ()) -> T
 
 @dataclass(frozen=True, order=True)
 class Resolution:
-    """A size in pixels."""
+    """A size in pixels.
+
+    Attributes:
+        height: of the image or input.
+        width: likewise.
+    """
 
     height: Annotated[int, Interval(ge=1, lt=10**6)]
     width: Annotated[int, Interval(ge=1, lt=10**6)]

@@ -53,7 +53,11 @@ def check(file: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> N
 
 
 def tensor_data(
-    file: Path | None, key: Mapping[str, Any], tensors: Sequence[str], make: Callable[[], dict[str, Histogram]]
+    file: Path | None,
+    key: Mapping[str, Any],
+    tensors: Sequence[str],
+    make: Callable[[], dict[str, Histogram]],
+    option: str = "precision.cal_data_file",
 ) -> dict[str, Histogram]:
     """Histograms from a file, or made and then written to it.
 
@@ -62,6 +66,7 @@ def tensor_data(
         key: what they follow from.
         tensors: whose histograms they are.
         make: them.
+        option: that names the file.
 
     Raises:
         UserError: the file is no such cache, or was made of other things.
@@ -77,7 +82,7 @@ def tensor_data(
         except DAMAGED as error:
             raise UserError(f"{file}: not a cache of tensor data; delete it or name another") from error
     if file is not None:
-        writable(file, "precision.cal_data_file")
+        writable(file, option)
     made = make()
     if file is not None:
         unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")

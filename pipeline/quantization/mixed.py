@@ -90,6 +90,7 @@ class Mixed:
         Raises:
             ValueError: a number is out of range.
         """
+        object.__setattr__(self, "int8", replace(self.int8, _where="precision.int8"))
         for option in ("max_drop", "min_agreement", "seconds"):
             if not isinstance(getattr(self, option), (int, float)):
                 raise ValueError(f"precision.{option}={getattr(self, option)}: choose a number")  # noqa: TRY004

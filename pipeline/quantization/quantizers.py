@@ -131,6 +131,7 @@ class Int8:
     cal_data_file: str | None = None
     cal_cache_file: str | None = None
     tensorrt_cache: str | None = None
+    _where: str = "precision"  # its options stand there, for messages
 
     @staticmethod
     def measures(options: Mapping[str, Any]) -> bool:
@@ -175,19 +176,19 @@ class Int8:
             ("placement", ("default", "search")),
         ):
             if getattr(self, option) not in known:
-                raise ValueError(f"precision.{option}={getattr(self, option)}: choose {', '.join(known)}")
+                raise ValueError(f"{self._where}.{option}={getattr(self, option)}: choose {', '.join(known)}")
         for option in ("equalize_concatenations", "equalize_layers", "bias_correction", "reduce_range"):
             value = getattr(self, option)
             if not isinstance(value, bool) and (value is not None or option != "reduce_range"):
-                raise ValueError(f"precision.{option}={getattr(self, option)}: choose true or false")
+                raise ValueError(f"{self._where}.{option}={getattr(self, option)}: choose true or false")
         if not isinstance(self.percentile, (int, float)) or not 50 < self.percentile <= 100:  # type: ignore[redundant-expr]
-            raise ValueError(f"precision.percentile={self.percentile}: choose above 50 to 100")
+            raise ValueError(f"{self._where}.percentile={self.percentile}: choose above 50 to 100")
         if self.tensorrt_cache:
             caches.read_tensorrt(Path(self.tensorrt_cache))
         if self.tensorrt_cache and (self.equalize_concatenations or self.equalize_layers):
             raise ValueError(
-                f"precision.tensorrt_cache={self.tensorrt_cache}: its scales are of the network without equalization; add "
-                "precision.equalize_concatenations=false precision.equalize_layers=false"
+                f"{self._where}.tensorrt_cache={self.tensorrt_cache}: its scales are of the network without equalization; add "
+                f"{self._where}.equalize_concatenations=false {self._where}.equalize_layers=false"
             )
 
     def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:
@@ -228,20 +229,20 @@ class Int8:
         model = load(onnx_file)
         key = {"network": caches.network_digest(model), "images": feed.images, "preprocessing": feed.preprocessing}
         key["program"] = caches.program_digest()
-        excluded = matching(model, self.nodes_to_exclude, "precision.nodes_to_exclude")
+        excluded = matching(model, self.nodes_to_exclude, f"{self._where}.nodes_to_exclude")
         in_half = self.high_precision_dtype == "fp16"
         model = unshared(with_opset(model, 19, "high_precision_dtype=fp16") if in_half else model)
         placement = place(model, excluded)
         if not placement.quantized(model):
             raise UserError(
                 f"{onnx_file.name}: no convolution is left to quantize with "
-                f"precision.nodes_to_exclude={list(self.nodes_to_exclude)}; shorten it"
+                f"{self._where}.nodes_to_exclude={list(self.nodes_to_exclude)}; shorten it"
                 if self.nodes_to_exclude
                 else f"{onnx_file.name}: INT8 takes convolutions with constant weights, but for the last before each output, "
                 "and this network has none; choose precision=fp16 or fp32"
             )
         rescaled, left_out = {"channels": 0, "tensors": 0}, {}
-        imported = _content(Path(self.tensorrt_cache)) if self.tensorrt_cache else None
+        imported = _content(Path(self.tensorrt_cache), f"{self._where}.tensorrt_cache") if self.tensorrt_cache else None
         ranged = [self.equalize_concatenations, self.equalize_layers, sorted(excluded), imported]
         if self.equalize_concatenations or self.equalize_layers:
             extremes = calibration.observe(model, placement.tensors, feed.read(most), histograms=False)
@@ -264,9 +265,9 @@ class Int8:
             thresholds, source = caches.thresholds(rows), str(kept)
         else:
             if kept is not None:
-                caches.writable(kept, "precision.cal_cache_file")
+                caches.writable(kept, f"{self._where}.cal_cache_file")
             source = self.tensorrt_cache or (str(data) if data is not None and data.exists() else "the calibration images")
-            found = caches.tensor_data(data, ranges, placement.tensors, observe)
+            found = caches.tensor_data(data, ranges, placement.tensors, observe, f"{self._where}.cal_data_file")
             thresholds, tried = self._thresholds(model, placement, found, feed)
         scales = {flavour: self._scales(some, found, placement) for flavour, some in thresholds.items()}
         shifts = equalization.mean_shifts(model, placement, scales, feed.read(most)) if self.bias_correction else {}
@@ -300,15 +301,16 @@ class Int8:
             return dict.fromkeys(FLAVOURS, chosen), {}
         error = self._trial(model, placement, found, feed)
         if self.tensorrt_cache:
-            imported = _imported(Path(self.tensorrt_cache), placement, found, caches.network_digest(model))
+            imported = _imported(Path(self.tensorrt_cache), self._where, placement, found, caches.network_digest(model))
             plain = {name: one.threshold("minmax") for name, one in found.items()}
             for flavour in FLAVOURS:
                 wrong, ours = error(imported, flavour), error(plain, flavour)
                 if not wrong < max(_USELESS, _FAR * ours):
                     raise UserError(
-                        f"precision.tensorrt_cache={self.tensorrt_cache}: its scales do not fit: with them the fields' error "
-                        f"on calibration images is {wrong:.2f} of their size in {_RUNTIMES[flavour]}'s file, with the range of "
-                        f"these images {ours:.2f}; it may be of another network with the same tensor names: calibrate this one"
+                        f"{self._where}.tensorrt_cache={self.tensorrt_cache}: its scales do not fit: with them the fields' "
+                        f"error on calibration images is {wrong:.2f} of their size in {_RUNTIMES[flavour]}'s file, with the "
+                        f"range of these images {ours:.2f}; it may be of another network with the same tensor names: calibrate "
+                        "this one"
                     )
             return dict.fromkeys(FLAVOURS, imported), {}
         choices = {
@@ -364,20 +366,20 @@ class Int8:
         yield {"step": "as written, all images", **probe.errors(final)}
 
 
-def _imported(file: Path, placement: Placement, found: Mapping[str, Histogram], network: str) -> dict[str, float]:
+def _imported(file: Path, place: str, placement: Placement, found: Mapping[str, Histogram], network: str) -> dict[str, float]:
     """Thresholds of every placed tensor from a TensorRT calibration cache.
 
     Raises:
         UserError: it lacks one, we wrote it for another network, or a scale is far from what a tensor holds.
     """
-    where = f"precision.tensorrt_cache={file}"
+    where = f"{place}.tensorrt_cache={file}"
     scales = caches.read_tensorrt(file)
     marks = [name.removeprefix(_MARK) for name in scales if name.startswith(_MARK)]
     if marks and marks[0] != network[:_MARKED]:
         raise UserError(
             f"{where}: its scales are of another network, perhaps of this one equalized (float.onnx "
-            "beside the file); quantize that one, or calibrate with precision.equalize_concatenations=false "
-            "precision.equalize_layers=false for a cache of this one"
+            f"beside the file); quantize that one, or calibrate with {place}.equalize_concatenations=false "
+            f"{place}.equalize_layers=false for a cache of this one"
         )
     missing = [name for name in placement.tensors if name not in scales]
     if missing:
@@ -424,7 +426,7 @@ def _last(steps: list[dict[str, Any]]) -> dict[str, float]:
     return {f"error_{name}": value for name, value in steps[-1].items() if name != "step"}
 
 
-def _content(file: Path) -> str:
+def _content(file: Path, option: str) -> str:
     """SHA-256 of a file that the user named.
 
     Raises:
@@ -433,7 +435,7 @@ def _content(file: Path) -> str:
     try:
         return sha256(file.read_bytes()).hexdigest()
     except OSError as error:
-        raise UserError(f"precision.tensorrt_cache={file}: cannot read it ({error.strerror})") from error
+        raise UserError(f"{option}={file}: cannot read it ({error.strerror})") from error
 
 
 def _digest(content: Any) -> str:
@@ -576,6 +578,8 @@ class Retrained:
         """
         if self.high_precision_dtype not in ("fp32", "fp16"):
             raise ValueError(f"precision.high_precision_dtype={self.high_precision_dtype}: choose fp32, fp16")
+        if self.trained_with is not None:
+            object.__setattr__(self, "trained_with", replace(self.trained_with, _where="precision.trained_with"))
 
     @staticmethod
     def settled(options: Mapping[str, Any], setting: Mapping[str, str]) -> dict[str, Any]:

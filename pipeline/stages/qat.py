@@ -1,5 +1,6 @@
 """qat: retrain the exported network with INT8's rounding in the loop."""
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 import onnx
@@ -59,6 +60,7 @@ def run(
     spec = read_spec(exported)
     chosen = job.inputs["calibration"] / "calibration.json"
     feed = calibration_feed(chosen, data, image_dir, framing, spec.input, size, job.cache)
+    quantizer = replace(quantizer, _where="precision.trained_with")
     calibrated = quantizer.calibrate(exported, feed).as_in("tensorrt")  # whose rounding is that of the training
     network = FakeQuantized(calibrated.model, calibrated.placement, calibrated.scales["tensorrt"])
     views = Views.of(data, ["train"], objective, network, size, augment, seed, job.cache)
