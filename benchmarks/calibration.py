@@ -21,10 +21,11 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from evaluation import latency
+from pipeline.contracts import CalibrationFeed
+from pipeline.onnx_files.files import ModelFiles
 from pipeline.quantization import calibration
 from pipeline.quantization.graph import load, place
 from pipeline.quantization.quantizers import Int8
-from pipeline.specs import CalibrationFeed, ModelFiles
 
 
 def session(file: Path, threads: int = 0) -> onnxruntime.InferenceSession:
@@ -43,8 +44,8 @@ def images(count: int, size: tuple[int, int]) -> Iterator[NDArray[np.float32]]:
 def network(file: Path) -> None:
     import torch
 
-    from pipeline import export
     from pipeline.models.lightweight_openpose import LightweightOpenPose
+    from pipeline.onnx_files import export
 
     torch.manual_seed(0)
     made = LightweightOpenPose().eval()

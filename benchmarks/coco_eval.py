@@ -21,14 +21,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from evaluation.coco import FIGURES, CocoKeypoints
 from evaluation.latency import peak_rss_mb
-from evaluation.skeletons import COCO_17
+from evaluation.metrics.coco_keypoints import CocoKeypoints
+from evaluation.metrics.oks import FIGURES
 from evaluation.statistics import bootstrap
-from evaluation.types import Poses
 from pipeline.datasets.annotations import people
 from pipeline.datasets.coco import Coco
 from pipeline.datasets.results import load_results
+from posepress.results import Poses
+from posepress.skeletons import COCO_17
 
 IMAGES, DETECTIONS = 5000, 20  # an image
 

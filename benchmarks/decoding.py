@@ -18,11 +18,12 @@ from planted import STRIDE, H, W, plant, recovery
 from rich.console import Console
 from rich.table import Table
 
-from evaluation.coco import CocoKeypoints
-from evaluation.heatmap_paf import HeatmapPafDecoder
-from evaluation.skeletons import OPENPOSE_18
-from evaluation.types import FieldSpec, InputSpec, NetworkSpec, Poses, Resolution
-from evaluation.views import WholeImage
+from evaluation.metrics.coco_keypoints import CocoKeypoints
+from posepress.decoders.heatmap_paf.decoder import HeatmapPafDecoder
+from posepress.framing.whole_image import WholeImage
+from posepress.results import Poses
+from posepress.skeletons import OPENPOSE_18
+from posepress.spec import FieldSpec, InputSpec, NetworkSpec, Resolution
 
 F32 = NDArray[np.float32]
 Decoders = dict[str, Callable[[F32, F32], F32]]
@@ -73,7 +74,7 @@ def real(decoders: Decoders, engine: Path, images: Path, annotations: Path, size
     """AP of each decoder on the fields that an engine returns."""
     from pipeline.backends.onnxruntime import OnnxRuntime
     from pipeline.datasets.coco import Coco
-    from pipeline.inference import batches
+    from posepress.predict import batches
 
     data, framing = Coco(images, annotations), WholeImage("adjust_network_input")
     runner = OnnxRuntime().load(engine)

@@ -13,11 +13,11 @@ from planted import STRIDE, H, W, plant
 from rich.console import Console
 from rich.table import Table
 
-from evaluation.heatmap_paf import HeatmapPafDecoder, limb_order
-from evaluation.heatmap_paf_torch import OFTEN, TOP, to_candidates, to_host, to_scores
-from evaluation.skeletons import OPENPOSE_18
-from evaluation.types import FieldSpec, InputSpec, NetworkSpec, Resolution
-from evaluation.views import WholeImage
+from posepress.decoders.heatmap_paf.decoder import HeatmapPafDecoder, limb_order
+from posepress.decoders.heatmap_paf.on_gpu import OFTEN, TOP, to_candidates, to_host, to_scores
+from posepress.framing.whole_image import WholeImage
+from posepress.skeletons import OPENPOSE_18
+from posepress.spec import FieldSpec, InputSpec, NetworkSpec, Resolution
 
 SPEC = NetworkSpec(InputSpec("image"), (FieldSpec("heatmaps", 8, 19), FieldSpec("pafs", 8, 38)), OPENPOSE_18)
 CALLS = 200

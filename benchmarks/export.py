@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.export import export
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.models.mobilenetv2_paf import MobileNetV2Paf
+from pipeline.onnx_files.export import export
 
 REPEATS = 5
 AXES = {0: "batch", 2: "height", 3: "width"}

@@ -16,12 +16,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from evaluation.heatmap_paf import HeatmapPafDecoder
-from evaluation.types import Resolution
-from evaluation.views import WholeImage
 from pipeline.datasets.coco import Coco
-from pipeline.inference import Watch, batches, predict
-from pipeline.specs import Runner
+from posepress.contracts import Runner
+from posepress.decoders.heatmap_paf.decoder import HeatmapPafDecoder
+from posepress.framing.whole_image import WholeImage
+from posepress.predict import Watch, batches, predict
+from posepress.spec import Resolution
 
 
 def main() -> None:

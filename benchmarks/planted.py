@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.skeletons import OPENPOSE_18
+from posepress.skeletons import OPENPOSE_18
 
 H, W, STRIDE = 46, 62, 8
 HEIGHTS = {1: (240, 320), 5: (150, 230), 20: (90, 130), 50: (60, 80)}  # pixels, by the number of people

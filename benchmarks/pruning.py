@@ -23,17 +23,17 @@ from rich.table import Table
 from torch import nn
 
 from evaluation import latency
-from evaluation.types import Resolution
 from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.backends.torch_fusion import fused
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.models.mobilenetv2_paf import MobileNetV2Paf
+from pipeline.onnx_files.files import Shapes
 from pipeline.pruning.cycle import DIVISORS, exported
 from pipeline.pruning.graph import Costs, remove, replay
 from pipeline.pruning.plan import UnreachableError, choose
 from pipeline.pruning.pruner import Pruner
 from pipeline.pruning.torch_pruning_default import TorchPruningDefault
-from pipeline.specs import Shapes
+from posepress.spec import Resolution
 
 NETWORKS = {"lightweight_openpose": LightweightOpenPose, "mobilenetv2_paf": MobileNetV2Paf}
 RATIOS = (0.7, 0.5, 0.3, 0.1)

@@ -22,9 +22,9 @@ from threading import Condition, Thread
 
 import torch
 
-from pipeline.errors import UserError
 from pipeline.pruning.pruner import Target
 from pipeline.pruning.torch_pruning_default import TorchPruningDefault
+from posepress.errors import UserError
 
 PRUNER = (
     "pruner=l1",

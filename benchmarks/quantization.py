@@ -25,12 +25,12 @@ from rich.table import Table
 
 from evaluation import latency
 from evaluation.statistics import Draws, paired
-from evaluation.types import Resolution
+from pipeline.contracts import CalibrationFeed
+from pipeline.probing.probe import of_all_fields
 from pipeline.quantization import alignment, writers
 from pipeline.quantization.graph import load
-from pipeline.quantization.probe import of_all_fields
 from pipeline.quantization.quantizers import Int8
-from pipeline.specs import CalibrationFeed
+from posepress.spec import Resolution
 
 SWITCHES = ("equalize_concatenations", "equalize_layers", "bias_correction")
 FAKES = Path(__file__).parent.parent / "tests" / "fakes"

@@ -12,8 +12,8 @@ import time
 from hashlib import sha256
 from pathlib import Path
 
-from pipeline.backends.tensorrt_runner import ENGINE, SIDE, check
-from pipeline.errors import UserError
+from posepress.errors import UserError
+from posepress.runners.tensorrt import ENGINE, SIDE, check
 
 REPEATS = 50
 GPU = {"name": "NVIDIA H200", "sm": "9.0"}

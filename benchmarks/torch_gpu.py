@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from evaluation.heatmap_paf import limb_order
-from evaluation.heatmap_paf_torch import OFTEN, candidates, to_candidates, to_scores
-from evaluation.pixels_torch import normalise
-from evaluation.types import Resolution
 from pipeline.backends.torch import TorchRunner
 from pipeline.models import store
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.pruning.graph import macs
+from posepress.decoders.heatmap_paf.decoder import limb_order
+from posepress.decoders.heatmap_paf.on_gpu import OFTEN, candidates, to_candidates, to_scores
+from posepress.pixels_torch import normalise
+from posepress.spec import Resolution
 
 REPEATS, WARM_UP = 300, 50
 DECODING = (0.0, 0.1, 0.05, 32)  # shift between fields, thresholds of peaks and limbs, peaks a map

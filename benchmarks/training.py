@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 import conf
-from evaluation.types import Resolution
 from pipeline.datasets.synthetic import Synthetic
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.training.augment import Augmentation
 from pipeline.training.heatmap_paf import HeatmapPafObjective
 from pipeline.training.loop import Training, train
 from pipeline.training.views import Batch, Views
+from posepress.spec import Resolution
 
 IMAGES = 512
 

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from pipeline import options
+from pipeline.launch import options
 from pipeline.launch.labels import SHARED
 from pipeline.results.stage import WIRING
 

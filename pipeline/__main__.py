@@ -24,15 +24,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from pipeline import command_line, options, preflight, tracking
-from pipeline.errors import UserError
-from pipeline.launch import labels
+from pipeline.launch import command_line, labels, options, preflight, tracking
 from pipeline.models.trust import trust
 from pipeline.results.job import Job
 from pipeline.results.manifest import MANIFEST, SHOWN, absent, made_here, read_manifest
 from pipeline.results.stage import Stage, arguments
 from pipeline.results.store import Results
 from pipeline.version import VERSION
+from posepress.errors import UserError
 
 RUN_VARIABLE = "POSEPRESS_RUN"
 os.environ.setdefault(RUN_VARIABLE, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
@@ -253,13 +252,13 @@ def _run_folder(outputs: Path) -> Path:
 
 def _keep_compiled(outputs: Path) -> None:
     """Where numba can keep what it compiles neither beside the code nor in the user's cache, it does so in outputs/cache."""
-    import evaluation
+    import posepress
 
     def writable(folder: Path) -> bool:
         there = next(part for part in (folder, *folder.parents) if part.exists())
         return os.access(there, os.W_OK)
 
-    own = Path(str(evaluation.__file__)).parent / "__pycache__"
+    own = Path(str(posepress.__file__)).parent / "__pycache__"
     user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute()
     if "NUMBA_CACHE_DIR" in os.environ or writable(own) or writable(user):
         return

@@ -14,14 +14,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
 from pipeline.results.content import parse_json
 from pipeline.results.fingerprint import ROOT
 from pipeline.results.manifest import MANIFEST, read_manifest
+from posepress.errors import UserError
 
 STAGES = ("build", "evaluate", "benchmark")
 PACKAGE, RESULTS, LOCK = "package.json", "results.zip", "requirements-edge.lock"
-_CODE = ("pipeline", "evaluation", "calib_samplers", "conf")
+_CODE = ("posepress", "evaluation", "calib_samplers", "pipeline", "conf")
 _INSTALL = """#!/bin/sh
 # Python 3.10 to 3.12 (PYTHON=...). TensorRT is the device's own: JetPack has it, elsewhere .venv/bin/pip install tensorrt.
 set -e
@@ -129,7 +129,7 @@ def _device(backend: str) -> str:
     from evaluation import device
 
     if backend == "tensorrt":
-        from pipeline.backends.device_memory import DeviceMemory
+        from posepress.runners.device_memory import DeviceMemory
 
         name = DeviceMemory().gpu["name"]
     else:

@@ -32,7 +32,7 @@ from hydra._internal.hydra import Hydra
 from hypothesis import settings
 from omegaconf import OmegaConf
 
-from pipeline import processes
+from pipeline.probing import processes
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKES = ROOT / "tests" / "fakes"
@@ -294,8 +294,8 @@ def perfect_fields(truth, view, spec):
     import numpy as np
     import torch
 
-    from evaluation.types import Resolution
     from pipeline.training.heatmap_paf import HeatmapPafObjective
+    from posepress.spec import Resolution
 
     objective, size = HeatmapPafObjective(), Resolution(1000, 1000)
     kept = objective.labels(truth, size, size, size, objective.people(truth))
@@ -340,7 +340,7 @@ def finished(shared):
 
 def forget_doubles():
     """Nothing that was imported from the doubles stays for the next test."""
-    if runner := sys.modules.get("pipeline.backends.tensorrt_runner"):
+    if runner := sys.modules.get("posepress.runners.tensorrt"):
         runner.logger.cache_clear()
         runner._library.cache_clear()
     for name in [name for name in sys.modules if name.partition(".")[0] in ("tensorrt", "cuda")]:
@@ -366,8 +366,8 @@ def smoke(finished, tmp_path):
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """A small generated data set on disk."""
-    from evaluation.types import Resolution
     from pipeline.datasets.synthetic import Preset, Synthetic
+    from posepress.spec import Resolution
 
     preset = Preset(Resolution(120, 160), (1, 3), (0.4, 0.9), 4, 1, 0.4, 0.3, 0.1)
     counts = {"train": 20, "unlabelled": 2, "tune": 4, "agreement": 2, "validation": 24}

@@ -30,14 +30,14 @@ def pool(workers):
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context, set_forkserver_preload
 
-    set_forkserver_preload(["cv2", "numba", "onnx", "onnxruntime", "pipeline.timing", "pipeline.datasets.synthetic"])
+    set_forkserver_preload(["cv2", "numba", "onnx", "onnxruntime", "pipeline.probing.timing", "pipeline.datasets.synthetic"])
     return ProcessPoolExecutor(workers, get_context("forkserver"), _begin, (dict(os.environ),))
 
 
 def _begin(environment):
     os.environ.clear()
     os.environ.update(environment)
-    import_module("pipeline.processes")._end_with_parent()
+    import_module("pipeline.probing.processes")._end_with_parent()
 
 
 def load_libraries(root=ROOT):

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from pipeline import command_line
+from pipeline.launch import command_line
 from pipeline.launch.labels import register
 from pipeline.quantization import quantizers
 

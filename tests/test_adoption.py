@@ -9,21 +9,22 @@ import pytest
 from conftest import REAL, replaced
 from onnx import TensorProto, helper, numpy_helper
 
-from evaluation.heatmap_paf import HeatmapPafDecoder
-from evaluation.pixels import normalise
-from evaluation.skeletons import OPENPOSE_18
-from evaluation.topdown import TopDownDecoder
-from evaluation.types import FieldSpec, InputSpec, NetworkSpec, Resolution, Skeleton
-from evaluation.views import PersonCrops, WholeImage
 from pipeline import __main__ as main
-from pipeline.adoption import adopt, check_request, quantized, simulated, unlike_metadata
 from pipeline.backends.onnxruntime import OnnxRuntime
-from pipeline.errors import UserError
-from pipeline.onnx_parts import external_files
+from pipeline.onnx_files.adopt import adopt, check_request, quantized, simulated, unlike_metadata
+from pipeline.onnx_files.cut import external_files
+from pipeline.onnx_files.files import described, named, read_spec
 from pipeline.quantization.graph import place
 from pipeline.results.stage import Stage
 from pipeline.results.store import Results
-from pipeline.specs import SPEC_KEY, described, named, read_spec
+from posepress.decoders.heatmap_argmax import TopDownDecoder
+from posepress.decoders.heatmap_paf.decoder import HeatmapPafDecoder
+from posepress.errors import UserError
+from posepress.framing.person_crops import PersonCrops
+from posepress.framing.whole_image import WholeImage
+from posepress.pixels import normalise
+from posepress.skeletons import OPENPOSE_18
+from posepress.spec import SPEC_KEY, FieldSpec, InputSpec, NetworkSpec, Resolution, Skeleton
 
 SIZE = Resolution(32, 48)
 RAW = {

@@ -11,20 +11,21 @@ import numpy as np
 import pytest
 from test_annotation_values import DOG, HAND, PERSON, content, person, written
 
-from evaluation.coco import CocoKeypoints
-from evaluation.skeletons import COCO_17
-from evaluation.types import FieldSpec, InputSpec, NetworkSpec, Poses, Resolution
-from evaluation.views import WholeImage
+from evaluation.metrics.coco_keypoints import CocoKeypoints
 from pipeline.datasets import synthetic
 from pipeline.datasets.coco import Coco, CocoSplits
 from pipeline.datasets.packaged import Packaged, pack
 from pipeline.datasets.results import load_results
-from pipeline.errors import UserError
-from pipeline.report import COLUMNS
+from pipeline.deploy.results_zip import check_figures
+from pipeline.report.collect import COLUMNS
 from pipeline.results.job import Job
-from pipeline.results_zip import check_figures
 from pipeline.stages import evaluate, tune
 from pipeline.training.shard import _refuse_others
+from posepress.errors import UserError
+from posepress.framing.whole_image import WholeImage
+from posepress.results import Poses
+from posepress.skeletons import COCO_17
+from posepress.spec import FieldSpec, InputSpec, NetworkSpec, Resolution
 
 SPEC = NetworkSpec(InputSpec("image"), (FieldSpec("heatmaps", 8, 18),), COCO_17)
 POINTS = np.array(person()["keypoints"], np.float32).reshape(1, 17, 3)

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.coco import CocoKeypoints
-from evaluation.skeletons import COCO_17
-from evaluation.types import Poses, Skeleton
+from evaluation.metrics.coco_keypoints import CocoKeypoints
 from pipeline.datasets.annotations import load_annotations, people
 from pipeline.datasets.coco import Coco, CocoSplits
 from pipeline.datasets.images import IMAGE_TYPES, read_header, read_image, shown_size
-from pipeline.errors import UserError
+from posepress.errors import UserError
+from posepress.results import Poses
+from posepress.skeletons import COCO_17
+from posepress.spec import Skeleton
 
 POINTS = [10, 12, 2] * 16 + [40, 52, 1]
 

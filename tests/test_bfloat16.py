@@ -9,9 +9,9 @@ from onnx.reference import ReferenceEvaluator
 from test_half import with_spec
 from test_rtx import NETWORKS, Network, model_of
 
+from pipeline.onnx_files.files import ModelFiles
 from pipeline.quantization import bfloat16
 from pipeline.quantization.bfloat16 import Bf16
-from pipeline.specs import ModelFiles
 
 
 def saved(made, folder, channels=4):

@@ -7,16 +7,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_coco_metric import evaluated, world
 
-from evaluation import scores
-from evaluation.agreement import PoseAgreement, reference_people
-from evaluation.averaging import AveragedFields
-from evaluation.breakdown import by_keypoint, by_stratum, errors
-from evaluation.coco import CocoKeypoints
-from evaluation.heatmap_paf import HeatmapPafDecoder
-from evaluation.skeletons import COCO_17, OPENPOSE_18
-from evaluation.types import FieldSpec, InputSpec, NetworkSpec, People, Poses, Resolution
-from evaluation.views import PersonCrops, WholeImage, input_to_cells, mirrored
+from evaluation.metrics import score_fit as scores
+from evaluation.metrics.agreement import PoseAgreement, reference_people
+from evaluation.metrics.coco_breakdown import by_keypoint, by_stratum, errors
+from evaluation.metrics.coco_keypoints import CocoKeypoints
+from evaluation.truth import People
 from pipeline.datasets.annotations import people
+from posepress.decoders.averaged import AveragedFields
+from posepress.decoders.heatmap_paf.decoder import HeatmapPafDecoder
+from posepress.framing.person_crops import PersonCrops
+from posepress.framing.whole_image import WholeImage
+from posepress.geometry import input_to_cells, mirrored
+from posepress.results import Poses
+from posepress.skeletons import COCO_17, OPENPOSE_18
+from posepress.spec import FieldSpec, InputSpec, NetworkSpec, Resolution
 
 LEFT, RIGHT = COCO_17.names.index("left_wrist"), COCO_17.names.index("right_wrist")
 

@@ -17,9 +17,9 @@ from test_equalization import run as ran
 from test_half import with_spec
 from test_quantization import branches, described, fed, feed  # noqa: F401
 
-from pipeline.errors import UserError
 from pipeline.quantization import caches, calibration, graph
 from pipeline.quantization.quantizers import External, Int8
+from posepress.errors import UserError
 
 
 def filled(values):

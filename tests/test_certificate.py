@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT, SMOKE, pipeline
 
-from pipeline.backends.tensorrt_runner import logger
+from posepress.runners.tensorrt import logger
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pytest
 from conftest import ROOT
 
 from evaluation.statistics import Draws
-from pipeline import report
-from pipeline.choice import choices, said
-from pipeline.report import COLUMNS, Result, Table
+from pipeline.report import collect as report
+from pipeline.report.choice import choices, said
+from pipeline.report.collect import COLUMNS, Result, Table
 
 SPREAD = np.linspace(-0.002, 0.002, 101)
 

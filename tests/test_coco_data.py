@@ -8,9 +8,9 @@ from pipeline.datasets import annotations
 from pipeline.datasets.annotations import load_annotations
 from pipeline.datasets.coco import SPLITS, Coco, CocoSplits
 from pipeline.datasets.images import inspect_files, read_header, read_image
-from pipeline.errors import UserError
-from pipeline.preflight import check_images
+from pipeline.launch.preflight import check_images
 from pipeline.results.stage import Stage
+from posepress.errors import UserError
 
 
 @pytest.fixture
@@ -349,7 +349,7 @@ def test_an_image_above_a_hundred_megapixels_is_refused(tmp_path):
 
 
 def test_a_skeleton_of_its_own_needs_sigmas(folder):
-    from evaluation.coco import CocoKeypoints
+    from evaluation.metrics.coco_keypoints import CocoKeypoints
 
     names = ["nose", "left_eye", "right_eye", "left_ear", "right_ear"]
 
@@ -372,8 +372,8 @@ def test_a_skeleton_of_its_own_needs_sigmas(folder):
 
 
 def test_a_ground_truth_without_persons_is_refused_and_has_no_figure(folder):
-    from evaluation.coco import CocoKeypoints
-    from evaluation.types import Poses
+    from evaluation.metrics.coco_keypoints import CocoKeypoints
+    from posepress.results import Poses
 
     edit(folder / "annotations/validation.json", lambda c: c.update(annotations=[]))
     with pytest.raises(UserError, match=r"validation\.json: no person with keypoints in the split 'validation'"):

@@ -7,13 +7,14 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from evaluation.coco import FIGURES, CocoKeypoints
-from evaluation.skeletons import COCO_17, OPENPOSE_18
+from evaluation.metrics.coco_keypoints import CocoKeypoints
+from evaluation.metrics.oks import FIGURES
 from evaluation.statistics import Draws, bootstrap, paired
-from evaluation.types import Poses
 from pipeline.datasets.annotations import people
 from pipeline.datasets.coco import Coco
 from pipeline.datasets.results import load_results
+from posepress.results import Poses
+from posepress.skeletons import COCO_17, OPENPOSE_18
 
 
 def world(seed, images=40, ties=True):

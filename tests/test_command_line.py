@@ -14,12 +14,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import pipeline.__main__ as main
-from pipeline import command_line, options, preflight
-from pipeline.errors import UserError
+from pipeline.launch import command_line, options, preflight
 from pipeline.models.trust import network_class, trust
 from pipeline.results.content import sha256
 from pipeline.results.stage import Stage
 from pipeline.version import VERSION
+from posepress.errors import UserError
 
 
 def test_flags_stand_in_any_place():

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from numba.core import caching
 
-from evaluation.compiled import compiled
 from pipeline import __main__ as program
+from posepress.compiled import compiled
 
 
 def doubled(n):

@@ -15,11 +15,11 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 
 import pipeline.__main__ as main
-from evaluation.types import NetworkSpec
-from pipeline import options, specs
-from pipeline.launch import labels
+from pipeline.launch import labels, options
+from pipeline.onnx_files import files
 from pipeline.results.fingerprint import closure
 from pipeline.results.stage import ABOUT, WIRING, Stage, _component, arguments
+from posepress.spec import NetworkSpec
 
 CONF = ROOT / "conf"
 GROUPS = ("data", "family", "model", "pruner", "sampler", "precision", "backend", "tracking", "experiment")
@@ -115,7 +115,7 @@ def test_every_component_can_be_made(group, choice):
 def test_the_multiple_in_the_file_is_the_networks(model):
     config = composed("model", model)
     if model in ("onnx", "plan"):
-        spec = specs.described(OmegaConf.to_container(config.model.spec, resolve=True))
+        spec = files.described(OmegaConf.to_container(config.model.spec, resolve=True))
     else:
         plain = {k: v for k, v in main._resolved(config.model).items() if k != ABOUT}
         made = options.instances({"it": plain})["it"]
@@ -140,11 +140,18 @@ def test_wiring_is_known():
 
 
 LEAVES = [
-    "evaluation.types",
-    "evaluation.views",
-    "evaluation.skeletons",
-    "evaluation.heatmap_paf",
-    "evaluation.coco",
+    "posepress.spec",
+    "posepress.skeletons",
+    "posepress.geometry",
+    "posepress.framing.whole_image",
+    "posepress.framing.person_crops",
+    "posepress.decoders.heatmap_paf.decoder",
+    "posepress.decoders.heatmap_argmax",
+    "posepress.results",
+    "posepress.predict",
+    "posepress.runners.onnxruntime",
+    "posepress.runners.tensorrt",
+    "evaluation.metrics.coco_keypoints",
     "evaluation.latency",
     "calib_samplers.stratified",
 ]

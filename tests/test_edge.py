@@ -10,11 +10,12 @@ import zipfile
 import pytest
 from conftest import FAKES, ROOT, SMOKE, command, compiled_before, pipeline, refused
 
-from pipeline import edge, results_zip
+from pipeline import edge
 from pipeline.datasets.packaged import Packaged
-from pipeline.errors import UserError
+from pipeline.deploy import results_zip
 from pipeline.results.manifest import write_manifest
 from pipeline.results.store import Results
+from posepress.errors import UserError
 
 WORDS = [*SMOKE, "precision=int8"]
 

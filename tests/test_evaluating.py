@@ -11,20 +11,21 @@ import pytest
 from conftest import SMOKE, pipeline, refused
 
 from evaluation import audit
-from evaluation.agreement import PoseAgreement
-from evaluation.coco import CocoKeypoints
-from evaluation.heatmap_paf import HeatmapPafDecoder
+from evaluation.metrics.agreement import PoseAgreement
+from evaluation.metrics.coco_keypoints import CocoKeypoints
 from evaluation.statistics import Draws
-from evaluation.types import Poses
-from evaluation.views import WholeImage
-from pipeline import inference, report
 from pipeline.backends.onnxruntime import OnnxRuntime
-from pipeline.comparison import Side, rows_of
 from pipeline.datasets.synthetic import Synthetic
-from pipeline.inference import Watch, load_results, predict, save_results
+from pipeline.report import collect as report
+from pipeline.report.comparison import Side, rows_of
 from pipeline.results.job import Job
 from pipeline.results.manifest import write_manifest
 from pipeline.stages import evaluate, tune
+from posepress import predict as loop
+from posepress.decoders.heatmap_paf.decoder import HeatmapPafDecoder
+from posepress.framing.whole_image import WholeImage
+from posepress.predict import Watch, predict
+from posepress.results import Poses, load_results, save_results
 
 CELL = [*SMOKE, "precision=int8"]
 
@@ -171,7 +172,7 @@ def test_memory_does_not_grow_with_the_images(chain, finished):
         results = predict(Watched(), runner, WholeImage("pad_image_input"), decoder, size)
         ahead = max(read - n for n, _ in enumerate(results))
     assert read == 10 * len(part)
-    assert ahead <= inference._READ_AHEAD + runner.workers + 4
+    assert ahead <= loop._READ_AHEAD + runner.workers + 4
 
 
 def test_found_people_survive_a_file(chain, tmp_path):

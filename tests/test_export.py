@@ -9,16 +9,16 @@ import torch
 from conftest import REAL
 from torch import nn
 
-from evaluation.skeletons import OPENPOSE_18
-from evaluation.types import FieldSpec, InputSpec, NetworkSpec, Resolution
-from pipeline import export
-from pipeline.adoption import adopt
 from pipeline.backends.macs import macs as file_macs
-from pipeline.errors import UserError
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.models.recording import record
+from pipeline.onnx_files import export
+from pipeline.onnx_files.adopt import adopt
+from pipeline.onnx_files.files import read_spec
 from pipeline.pruning.graph import macs
-from pipeline.specs import read_spec
+from posepress.errors import UserError
+from posepress.skeletons import OPENPOSE_18
+from posepress.spec import FieldSpec, InputSpec, NetworkSpec, Resolution
 
 SHAPES = [(1, 3, 64, 80), (2, 3, 72, 88), (1, 3, 56, 104)]
 

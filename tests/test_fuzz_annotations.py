@@ -9,13 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from evaluation.skeletons import COCO_17
 from pipeline.datasets import annotations
 from pipeline.datasets.annotations import load_annotations
 from pipeline.datasets.coco import Coco, CocoSplits
 from pipeline.datasets.images import read_header, read_image
 from pipeline.datasets.results import load_results
-from pipeline.errors import UserError
+from posepress.errors import UserError
+from posepress.skeletons import COCO_17
 
 ALIKE = settings(deadline=None, suppress_health_check=list(HealthCheck))
 ODD = st.one_of(

@@ -11,16 +11,19 @@ from device_results import BENCHMARK, BUILD, EVALUATE, FIGURES, contents, draws,
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from evaluation.skeletons import COCO_17
-from evaluation.types import Poses
-from pipeline import inference, page, report, results_zip
 from pipeline.datasets.results import load_results
-from pipeline.errors import UserError
+from pipeline.deploy import results_zip
 from pipeline.models import store
 from pipeline.models.lightweight_openpose import LightweightOpenPose
+from pipeline.report import collect as report
+from pipeline.report import page
 from pipeline.results.manifest import MANIFEST, checked_manifest, current, read_manifest, write_manifest
 from pipeline.results.stage import Stage
 from pipeline.stages import import_results
+from posepress import results as codec
+from posepress.errors import UserError
+from posepress.results import Poses
+from posepress.skeletons import COCO_17
 
 NUMBERS = st.one_of(
     st.integers(-3, 300), st.integers(), st.floats(), st.booleans(), st.sampled_from([10**400, -(10**400), 1e308, 0.5, -1])
@@ -201,7 +204,7 @@ def test_predictions(folder, blob):
 @pytest.fixture(scope="module")
 def kept(folder):
     file = folder / "results.npz"
-    inference.save_results(file, [("1", Poses(np.ones((2, 17, 3)), np.ones(2))), ("2", Poses(np.ones((0, 17, 3)), np.ones(0)))])
+    codec.save_results(file, [("1", Poses(np.ones((2, 17, 3)), np.ones(2))), ("2", Poses(np.ones((0, 17, 3)), np.ones(0)))])
     return file.read_bytes()
 
 
@@ -211,7 +214,7 @@ def test_kept_results(folder, kept, data):
     file = folder / "damaged.npz"
     file.write_bytes(data.draw(damaged(kept)))
     try:
-        found = inference.load_results(file)
+        found = codec.load_results(file)
     except UserError as error:
         assert str(file) in str(error)
         return
@@ -225,7 +228,7 @@ def test_draws(folder, blob):
     file.write_bytes(blob)
     try:
         found = results_zip._draws(file)
-    except inference.DAMAGED:
+    except codec.DAMAGED:
         return
     assert abs(found.value) <= 1
 
@@ -263,7 +266,7 @@ def test_the_untouched_ones_are_good(folder, kept, checkpoint):
     results = local(folder / "good")
     assert results_zip.unpack(packed(results, folder / "good.zip"), results, folder / "good-unpacked").manifests
     (folder / "good.npz").write_bytes(kept)
-    assert set(inference.load_results(folder / "good.npz")) == {"1", "2"}
+    assert set(codec.load_results(folder / "good.npz")) == {"1", "2"}
     (folder / "good.json").write_bytes(as_bytes([RESULT]))
     assert len(load_results(folder / "good.json", COCO_17, {"1"})["1"].scores) == 1
     (checkpoint / store.ARCHITECTURE).write_bytes(as_bytes({**ARCHITECTURE, "pruning": []}))

@@ -5,10 +5,10 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluation.skeletons import COCO_17
-from evaluation.types import FieldSpec, InputSpec, NetworkSpec
-from pipeline.errors import UserError
-from pipeline.specs import described, named
+from pipeline.onnx_files.files import described, named
+from posepress.errors import UserError
+from posepress.skeletons import COCO_17
+from posepress.spec import FieldSpec, InputSpec, NetworkSpec
 
 NUMBERS = st.one_of(
     st.integers(-3, 300),

@@ -9,8 +9,8 @@ from device_results import BUILD, EVALUATE, local, packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import results_zip
-from pipeline.errors import UserError
+from pipeline.deploy import results_zip
+from posepress.errors import UserError
 
 PARTS = st.one_of(
     st.text(max_size=6),

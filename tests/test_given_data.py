@@ -3,8 +3,8 @@
 import pytest
 
 import pipeline.__main__ as main
-from pipeline import command_line
-from pipeline.errors import UserError
+from pipeline.launch import command_line
+from posepress.errors import UserError
 
 
 def preflight(*words):
@@ -15,7 +15,7 @@ def preflight(*words):
 @pytest.mark.parametrize("stage", ["stage=all", "stage=export", "stage=[export,build,evaluate]"])
 def test_the_images_of_a_given_network_are_named(stage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pipeline.preflight.check_files", lambda stage: None)
+    monkeypatch.setattr("pipeline.launch.preflight.check_files", lambda stage: None)
     with pytest.raises(UserError, match=r"data: .* name the images .* or data=synthetic, which draws 9,700 images"):
         preflight(stage)
     assert not list(tmp_path.iterdir())

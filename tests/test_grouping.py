@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from evaluation import heatmap_paf_torch, peaks
-from evaluation.grouping import _greedy, _hungarian
-from evaluation.heatmap_paf import HeatmapPafDecoder, limb_order
-from evaluation.skeletons import OPENPOSE_18
-from evaluation.types import FieldSpec, InputSpec, NetworkSpec, Resolution, Skeleton, View
-from evaluation.views import WholeImage
+from posepress.decoders.heatmap_paf import on_gpu as heatmap_paf_torch
+from posepress.decoders.heatmap_paf import peaks
+from posepress.decoders.heatmap_paf.decoder import HeatmapPafDecoder, limb_order
+from posepress.decoders.heatmap_paf.grouping import _greedy, _hungarian
+from posepress.framing.whole_image import WholeImage
+from posepress.geometry import View
+from posepress.skeletons import OPENPOSE_18
+from posepress.spec import FieldSpec, InputSpec, NetworkSpec, Resolution, Skeleton
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from planted import H, W, plant, recovery

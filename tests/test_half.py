@@ -8,14 +8,13 @@ from onnx import TensorProto, helper
 from test_equalization import conv, images, model_of, run, stages, weights  # noqa: F401
 from test_quantization import branches, described, fed, feed, files  # noqa: F401
 
-from evaluation.skeletons import COCO_17
-from evaluation.types import FieldSpec, InputSpec, NetworkSpec
-from pipeline.errors import UserError
 from pipeline.models.onnx_graph import OnnxNetwork, RoundedToHalf
 from pipeline.quantization import calibration, half, half_pass
 from pipeline.quantization.quantizers import Fp16
-from pipeline.specs import SPEC_KEY
 from pipeline.stages import quantize
+from posepress.errors import UserError
+from posepress.skeletons import COCO_17
+from posepress.spec import SPEC_KEY, FieldSpec, InputSpec, NetworkSpec
 
 
 def with_spec(model, channels):

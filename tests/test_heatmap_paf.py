@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from conftest import perfect_fields
 
-from evaluation.coco import CocoKeypoints
-from evaluation.heatmap_paf import HeatmapPafDecoder, limb_order
-from evaluation.skeletons import COCO_17, OPENPOSE_18
-from evaluation.types import FieldSpec, InputSpec, NetworkSpec, People, Resolution
-from evaluation.views import WholeImage
+from evaluation.metrics.coco_keypoints import CocoKeypoints
+from evaluation.truth import People
+from posepress.decoders.heatmap_paf.decoder import HeatmapPafDecoder, limb_order
+from posepress.framing.whole_image import WholeImage
+from posepress.skeletons import COCO_17, OPENPOSE_18
+from posepress.spec import FieldSpec, InputSpec, NetworkSpec, Resolution
 
 SPEC = NetworkSpec(InputSpec("image"), (FieldSpec("heatmaps", 8, 19), FieldSpec("pafs", 8, 38)), OPENPOSE_18)
 SIZE = Resolution(368, 496)

@@ -12,15 +12,16 @@ from conftest import SMOKE, pipeline, refused
 from test_half import with_spec
 from test_quantization import branches, fed, feed  # noqa: F401
 
-from evaluation.types import Resolution, Sample
-from evaluation.views import WholeImage
 from pipeline.backends.onnxruntime import OnnxRuntime
-from pipeline.errors import UserError
+from pipeline.probing.probe import Candidate, Probe
 from pipeline.quantization import graph, quantizers, writers
 from pipeline.quantization.mixed import Mixed
-from pipeline.quantization.probe import Candidate, Probe
 from pipeline.stages import quantize
 from pipeline.training.fake_quantization import FakeQuantized
+from posepress.errors import UserError
+from posepress.framing.whole_image import WholeImage
+from posepress.results import Sample
+from posepress.spec import Resolution
 
 QUICK = ["precision=mixed", "precision.seconds=0.5", "precision.units=4", "precision.finalists=3"]
 
@@ -280,7 +281,7 @@ def test_engines_lie_in_the_scratch_folder_and_what_a_killed_run_left_is_gone(br
 def test_two_that_are_timed_wait_for_each_other(monkeypatch, tmp_path):
     import fcntl
 
-    from pipeline.processes import alone
+    from pipeline.probing.processes import alone
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 

@@ -6,14 +6,14 @@ import torch
 from conftest import REAL
 from torch import nn
 
-from evaluation.types import Resolution
-from pipeline.errors import UserError
 from pipeline.models import store
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.models.mobilenetv2_paf import MobileNetV2Paf
 from pipeline.pruning.graph import remove, replay
 from pipeline.pruning.plan import choose
 from pipeline.pruning.pruner import Pruner
+from posepress.errors import UserError
+from posepress.spec import Resolution
 
 MAKERS = [partial(LightweightOpenPose, stages=2, width=0.25), partial(MobileNetV2Paf, width=0.5)]
 SIZE = Resolution(96, 128)

@@ -21,23 +21,21 @@ from test_pruning import EVERY, UNetLike
 from torch import nn
 from torch.nn import functional as F
 
-from evaluation.skeletons import OPENPOSE_18
-from evaluation.types import FieldSpec, InputSpec, NetworkSpec, Resolution, Skeleton
-from evaluation.views import WholeImage
-from pipeline import command_line, export
-from pipeline.errors import UserError
+from pipeline.launch import command_line
+from pipeline.launch.options import check_added, check_component
 from pipeline.models import contract, store
 from pipeline.models.lightweight_openpose import LightweightOpenPose
-from pipeline.options import check_added, check_component
+from pipeline.onnx_files import export
 from pipeline.pruning import graph
 from pipeline.pruning.cycle import Cycle
 from pipeline.pruning.graph import LAYERS, Costs, apart, groups, mask, remove, replay, survey
 from pipeline.pruning.plan import choose
 from pipeline.pruning.pruner import Pruner
+from pipeline.pruning.semi_structured import is_sparse
 from pipeline.pruning.sensitivity import curves
-from pipeline.pruning.sparse24 import Sparse24, is_sparse
+from pipeline.pruning.sparse24 import Sparse24
 from pipeline.pruning.torch_pruning_default import TorchPruningDefault
-from pipeline.pruning_page import norm_plot, section
+from pipeline.report.pruning import norm_plot, section
 from pipeline.results.job import Job
 from pipeline.stages import prune, sensitivity
 from pipeline.stages import train as stage
@@ -45,6 +43,10 @@ from pipeline.training.augment import NONE
 from pipeline.training.heatmap_paf import HeatmapPafObjective
 from pipeline.training.loop import Training, train
 from pipeline.training.sparsity import Penalty
+from posepress.errors import UserError
+from posepress.framing.whole_image import WholeImage
+from posepress.skeletons import OPENPOSE_18
+from posepress.spec import FieldSpec, InputSpec, NetworkSpec, Resolution, Skeleton
 
 C, SIZE = 8, Resolution(32, 48)
 

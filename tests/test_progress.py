@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from pipeline import progress
-from pipeline.inference import Watch, shown
+from pipeline.predictions import shown
 from pipeline.progress import Lines, Progress, TrainingProgress, track
+from posepress.predict import Watch
 
 
 class Clock:

@@ -20,25 +20,26 @@ from test_networks import MAKERS, SIZE, outputs, trained
 from torch import nn
 from torch.nn import functional as F
 
-from evaluation.skeletons import OPENPOSE_18
-from evaluation.types import FieldSpec, InputSpec, NetworkSpec
-from evaluation.views import WholeImage
 from pipeline.__main__ import Cell
 from pipeline.backends.torch import Torch
-from pipeline.errors import UserError
 from pipeline.launch import labels
 from pipeline.models import store
-from pipeline.pruning import semi_structured as sparse24
+from pipeline.onnx_files.files import Shapes
+from pipeline.pruning import semi_structured
 from pipeline.pruning.criteria import importance, taylor_gates
 from pipeline.pruning.cycle import Cycle, exported
 from pipeline.pruning.graph import Costs, _Trial, folded, groups, macs, mask, normalised, remove, replay
 from pipeline.pruning.plan import UnreachableError, choose
 from pipeline.pruning.pruner import Criterion, Equalization, Pruner, Target
 from pipeline.pruning.sensitivity import curves
+from pipeline.pruning.sparse24 import Sparse24
 from pipeline.pruning.torch_pruning_default import TorchPruningDefault
-from pipeline.pruning_page import curve, section
+from pipeline.report.pruning import curve, section
 from pipeline.results.stage import arguments
-from pipeline.specs import Shapes
+from posepress.errors import UserError
+from posepress.framing.whole_image import WholeImage
+from posepress.skeletons import OPENPOSE_18
+from posepress.spec import FieldSpec, InputSpec, NetworkSpec
 
 
 class UNetLike(nn.Module):
@@ -521,13 +522,13 @@ def test_torch_prunings_default_prunes_and_replays():
 def test_two_of_four_weights_are_zero_and_stay_so(tmp_path):
     network = trained(MAKERS[0])
     dense = deepcopy(network)
-    history = sparse24.Sparse24().prune(network)
+    history = Sparse24().prune(network)
     layers = dict(network.named_modules())
     assert len(history) > 20
     for name, kind, _ in history:
         weight = layers[name].weight.detach()
-        assert kind == sparse24.KIND
-        assert sparse24.is_sparse(weight.numpy())
+        assert kind == semi_structured.KIND
+        assert semi_structured.is_sparse(weight.numpy())
         shape = (weight.shape[0], weight.shape[1] // 4, 4, -1)
         fours = dict(dense.named_modules())[name].weight.abs().reshape(shape)
         kept, gone = (weight.reshape(shape) != 0), (weight.reshape(shape) == 0)
@@ -536,18 +537,18 @@ def test_two_of_four_weights_are_zero_and_stay_so(tmp_path):
     loaded, _, again = store.load(tmp_path)
     assert again == history
     assert torch.equal(outputs(loaded), outputs(network))
-    assert len(sparse24.zeros(loaded)) == len(history)
+    assert len(semi_structured.zeros(loaded)) == len(history)
     with torch.no_grad():
         layers[history[0][0]].weight += 1
     store.save(network, tmp_path, MAKERS[0], history)
     with pytest.raises(UserError, match="are not 2:4 sparse, though architecture.json says so"):
         store.load(tmp_path)
-    excluded = sparse24.Sparse24(excluded_layers=["backbone.*", "backbone.3.*"]).prune(trained(MAKERS[0]))
+    excluded = Sparse24(excluded_layers=["backbone.*", "backbone.3.*"]).prune(trained(MAKERS[0]))
     assert not any(name.startswith("backbone") for name, _, _ in excluded)
     with pytest.raises(UserError, match=r"excluded_layers=backbon\.0: matches no layer"):
-        sparse24.Sparse24(excluded_layers=["backbon.0"]).prune(trained(MAKERS[0]))
+        Sparse24(excluded_layers=["backbon.0"]).prune(trained(MAKERS[0]))
     with pytest.raises(UserError, match="excluded_layers: no layer is left that can be sparse"):
-        sparse24.Sparse24(excluded_layers=["*"]).prune(trained(MAKERS[0]))
+        Sparse24(excluded_layers=["*"]).prune(trained(MAKERS[0]))
 
 
 @pytest.mark.parametrize(
@@ -602,7 +603,7 @@ def test_targets_are_read_as_people_write_them():
         ({"pruning_ratio_dict": {"nothing": 0.5}}, "pruning_ratio_dict=nothing: matches no layer"),
         ({"pruning_ratio": 0.0}, "nothing to remove with pruning_ratio=0.0"),
         ({"pruning_ratio": 0.1, "round_to": None, "unmeasured": 64}, "nothing to remove with .*round_to=64"),
-        ({"sensitivity": "sensitivity"}, "by_sensitivity follows from pruner.sensitivity"),
+        ({"sensitivity": "sensitivity"}, "pruner.sensitivity: the curves of the stage"),
         ({"pruning_ratio": None, "pruning_threshold": 2, "normalizer": "max"}, "every channel lies below it.*lie in .* to 1 "),
         ({"pruning_ratio": None, "pruning_threshold": 1e-9}, "no channel lies below it, none would go; the norms.*lie in"),
         (
@@ -712,7 +713,7 @@ def test_sparse_weights_are_found_in_the_onnx_file(smoke):
     (folder,) = (smoke / "outputs/smoke/export").glob("*sparse24*")
     summary = json.loads((folder / "manifest.json").read_text())["summary"]
     graph = onnx.load(folder / "model.onnx").graph
-    assert summary["sparse24_layers"] == len(sparse24.sparse_layers(graph)) > 20
+    assert summary["sparse24_layers"] == len(semi_structured.sparse_layers(graph)) > 20
     sizes = {i.name: np.prod(i.dims) for i in graph.initializer}
     assert sum(sizes[n.input[1]] for n in graph.node if n.op_type == "Conv") == pytest.approx(sum(sizes.values()), rel=0.1)
 

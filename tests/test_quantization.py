@@ -11,15 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from pipeline import export
-from pipeline.errors import UserError
+from pipeline.contracts import CalibrationFeed
 from pipeline.models.lightweight_openpose import LightweightOpenPose
+from pipeline.onnx_files import export
+from pipeline.onnx_files.files import ModelFiles, read_spec
 from pipeline.quantization import calibration, graph, writers
 from pipeline.quantization.bfloat16 import Bf16
 from pipeline.quantization.fp8 import Fp8
 from pipeline.quantization.quantizers import Fp16, Fp32, Int8
 from pipeline.quantization.weights import quantized
-from pipeline.specs import SPEC_KEY, CalibrationFeed, ModelFiles, read_spec
+from posepress.errors import UserError
+from posepress.spec import SPEC_KEY
 
 
 @pytest.fixture(scope="module")
@@ -321,8 +323,8 @@ def test_excluding_a_node_that_is_not_there_is_refused(exported, tmp_path):
 @pytest.fixture
 def described(branches, tmp_path):
     """The network of `branches` as an exported file."""
-    from evaluation.skeletons import COCO_17
-    from evaluation.types import FieldSpec, InputSpec, NetworkSpec
+    from posepress.skeletons import COCO_17
+    from posepress.spec import FieldSpec, InputSpec, NetworkSpec
 
     spec = NetworkSpec(InputSpec("image", multiple=1), (FieldSpec("out", 1, 4),), COCO_17)
     model = onnx.ModelProto()

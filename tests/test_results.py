@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from test_coco_metric import oracle
 
-from evaluation.coco import FIGURES, CocoKeypoints
-from evaluation.skeletons import COCO_17
-from evaluation.types import Poses
+from evaluation.metrics.coco_keypoints import CocoKeypoints
+from evaluation.metrics.oks import FIGURES
 from pipeline.datasets.annotations import people
 from pipeline.datasets.records import Category
 from pipeline.datasets.results import load_results
-from pipeline.errors import UserError
+from posepress.errors import UserError
+from posepress.results import Poses
+from posepress.skeletons import COCO_17
 
 IMAGES = {"1", "7"}
 

@@ -13,14 +13,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from evaluation.skeletons import COCO_17
-from evaluation.types import FieldSpec, InputSpec, NetworkSpec
+from pipeline.contracts import CalibrationFeed
+from pipeline.onnx_files.files import ModelFiles
 from pipeline.quantization import bfloat16, half
 from pipeline.quantization.bfloat16 import Bf16
 from pipeline.quantization.fp8 import Fp8
 from pipeline.quantization.graph import load, place
 from pipeline.quantization.quantizers import Fp16, Fp32, Int8
-from pipeline.specs import SPEC_KEY, CalibrationFeed, ModelFiles
+from posepress.skeletons import COCO_17
+from posepress.spec import SPEC_KEY, FieldSpec, InputSpec, NetworkSpec
 
 rtx = pytest.mark.rtx
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16

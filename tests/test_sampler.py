@@ -184,9 +184,9 @@ def test_a_validation_image_is_refused_by_its_content(smoke, tmp_path):
 
 
 def test_an_image_with_the_id_of_a_validation_image_is_refused(images, tmp_path):
-    from pipeline.errors import UserError
     from pipeline.results.job import Job
     from pipeline.stages.sample import _refuse_leaks
+    from posepress.errors import UserError
 
     record = images.open("validation").records[0]
     job = Job(tmp_path, {}, {}, tmp_path, tmp_path)

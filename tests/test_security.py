@@ -17,16 +17,19 @@ import torch
 from device_results import AXES, BENCHMARK, BUILD, DEVICE, EVALUATE, FIGURES, JPEG, LAYERS, draws, local, packed
 from torch import nn
 
-from pipeline import command_line, page, report, results_zip
-from pipeline.errors import UserError
+from pipeline.deploy import results_zip
+from pipeline.launch import command_line
 from pipeline.models import store
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.models.trust import trust
+from pipeline.report import collect as report
+from pipeline.report import page
 from pipeline.results.job import Job
 from pipeline.results.manifest import current, made_here, read_manifest, write_manifest
 from pipeline.results.stage import Stage
 from pipeline.stages import import_results
 from pipeline.stages import report as report_stage
+from posepress.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +89,7 @@ def test_a_checkpoint_of_our_own_networks_loads(checkpoint):
 
 @pytest.mark.parametrize(
     "target",
-    ["os.system", "subprocess.Popen", "torch.nn.Linear", "builtins.eval", "pipeline.processes.pool", "others_nets.Net",
+    ["os.system", "subprocess.Popen", "torch.nn.Linear", "builtins.eval", "pipeline.probing.processes.pool", "others_nets.Net",
      "pipeline.modelsx.Net", "print"],
 )  # fmt: skip
 def test_a_class_of_another_module_is_not_even_imported(target, checkpoint, nets):

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
 from pipeline.launch.chain import needed, requested
 from pipeline.results.manifest import MANIFEST, current, read_manifest, write_manifest
 from pipeline.results.stage import Stage, arguments
 from pipeline.results.store import Results
+from posepress.errors import UserError
 
 
 def chain(**inputs):
@@ -85,7 +85,7 @@ def test_a_result_is_fresh_until_something_it_follows_from_changes(results):
     assert results.fresh(stage, fingerprint)
     changes = [
         Stage("train", "a", {**stage.options, "steps": 4}),
-        Stage("train", "a", {**stage.options, "x": {"_target_": "evaluation.views.WholeImage"}}),
+        Stage("train", "a", {**stage.options, "x": {"_target_": "posepress.framing.whole_image.WholeImage"}}),
         Stage("train", "a", stage.options, toolchain=["numpy"]),
     ]
     prints = {results.fingerprint(changed, {}, None, {})[0] for changed in changes}

@@ -9,12 +9,13 @@ import pytest
 from conftest import ROOT
 from pycocotools.coco import COCO
 
-from evaluation.coco import CocoKeypoints
-from evaluation.skeletons import COCO_17
-from evaluation.types import Poses, Resolution
+from evaluation.metrics.coco_keypoints import CocoKeypoints
 from pipeline.datasets.coco import SPLITS
 from pipeline.datasets.synthetic import VERSION, Preset, Synthetic, generate
-from pipeline.errors import UserError
+from posepress.errors import UserError
+from posepress.results import Poses
+from posepress.skeletons import COCO_17
+from posepress.spec import Resolution
 
 PRESET = Preset(Resolution(200, 240), (1, 6), (0.2, 0.9), 8, 2, 0.5, 0.5, 0.25)
 
@@ -111,7 +112,7 @@ def test_an_empty_split_is_refused():
 
 def test_generating_needs_neither_torch_nor_opencv():
     code = (
-        "import sys; from evaluation.types import Resolution; from pipeline.datasets.synthetic import Preset, generate;"
+        "import sys; from posepress.spec import Resolution; from pipeline.datasets.synthetic import Preset, generate;"
         "generate(Preset(Resolution(64, 80), (1, 2), (.5, .9), 2, 1, .5, .5, 0), [0]);"
         "print([m for m in ('torch', 'cv2', 'onnx', 'onnxruntime', 'mlflow') if m in sys.modules])"
     )

@@ -14,19 +14,20 @@ import pytest
 from conftest import FAKES, REAL, ROOT, SMOKE, pipeline, real_options, refused
 from onnx import numpy_helper
 
-from evaluation.pixels import normalise
-from evaluation.types import Resolution
-from pipeline.backends.device_memory import DeviceMemory
 from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.backends.tensorrt import TensorRT
-from pipeline.backends.tensorrt_runner import TensorRTRunner, check, logger
-from pipeline.errors import UserError
+from pipeline.contracts import CalibrationFeed
+from pipeline.onnx_files.files import ModelFiles, Shapes, read_spec
 from pipeline.quantization.bfloat16 import Bf16
 from pipeline.quantization.fp8 import Fp8
 from pipeline.quantization.graph import computed_over
 from pipeline.quantization.implicit import ImplicitInt8
 from pipeline.quantization.quantizers import Int8
-from pipeline.specs import CalibrationFeed, ModelFiles, Shapes, read_spec
+from posepress.errors import UserError
+from posepress.pixels import normalise
+from posepress.runners.device_memory import DeviceMemory
+from posepress.runners.tensorrt import TensorRTRunner, check, logger
+from posepress.spec import Resolution
 
 SIZE = Resolution(64, 80)
 
@@ -569,7 +570,7 @@ def test_a_wrong_engine_is_refused_before_tensorrt_is_loaded(trt, finished, tmp_
     code = f"""
 import sys
 from pathlib import Path
-from pipeline.backends.tensorrt_runner import TensorRTRunner
+from posepress.runners.tensorrt import TensorRTRunner
 try:
     TensorRTRunner(Path({str(engine)!r}))
 except Exception as error:

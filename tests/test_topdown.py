@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.skeletons import COCO_17
-from evaluation.topdown import TopDownDecoder
-from evaluation.types import FieldSpec, InputSpec, NetworkSpec, Resolution
-from evaluation.views import PersonCrops, input_to_cells
+from posepress.decoders.heatmap_argmax import TopDownDecoder
+from posepress.framing.person_crops import PersonCrops
+from posepress.geometry import input_to_cells
+from posepress.skeletons import COCO_17
+from posepress.spec import FieldSpec, InputSpec, NetworkSpec, Resolution
 
 SPEC = NetworkSpec(InputSpec("image"), (FieldSpec("heatmaps", 4, 17),), COCO_17)
 SIZE = Resolution(256, 192)

@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 from mlflow import MlflowClient
 
-from pipeline.errors import UserError
-from pipeline.tracking import Log, Tracker, check
+from pipeline.launch.tracking import Log, Tracker, check
+from posepress.errors import UserError
 
 
 def runs(folder):
@@ -42,7 +42,7 @@ def test_a_sweep_is_one_tree_whose_cells_compare(finished):
 
 def test_processes_that_start_together_share_one_database(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from pipeline.tracking import Tracker\n"
+        "import sys, time; from pathlib import Path; from pipeline.launch.tracking import Tracker\n"
         "t = Tracker('sqlite:///outputs/mlflow.db', 'race', Path('outputs/runs/one'))\n"
         "stage = {'stage': 'train', 'address': 'a', 'started': 1., 'ended': 2., 'summary': {}}\n"
         "t.log_cell({'network': sys.argv[1]}, {'ap': .5}, [stage], None)\n"
@@ -149,7 +149,7 @@ KILLED = """
 import os, signal, sys, time
 from pathlib import Path
 import mlflow.store.tracking.sqlalchemy_store
-from pipeline.tracking import Tracker
+from pipeline.launch.tracking import Tracker
 
 for delay in sys.argv[1:]:
     child = os.fork()

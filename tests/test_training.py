@@ -13,17 +13,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from evaluation.pixels import frame, normalise
-from evaluation.pixels_torch import normalise as normalise_torch
-from evaluation.skeletons import COCO_17, OPENPOSE_18
-from evaluation.types import People, Resolution
-from evaluation.views import WholeImage, resized
-from pipeline.errors import UserError
+from evaluation.truth import People
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.models.mobilenetv2_paf import MobileNetV2Paf
 from pipeline.pruning.criteria import importance
 from pipeline.pruning.graph import folded, groups, normalised
-from pipeline.pruning.sparse24 import Sparse24, is_sparse
+from pipeline.pruning.semi_structured import is_sparse
+from pipeline.pruning.sparse24 import Sparse24
 from pipeline.training import loop
 from pipeline.training.augment import NONE, Augmentation, cut
 from pipeline.training.distillation import Distillation
@@ -31,6 +27,13 @@ from pipeline.training.heatmap_paf import HeatmapPafObjective
 from pipeline.training.loop import Training, _items, learning_rate, loss_on, train
 from pipeline.training.sparsity import Penalty
 from pipeline.training.views import Views, _order, copied, uniform
+from posepress.errors import UserError
+from posepress.framing.whole_image import WholeImage
+from posepress.geometry import resized
+from posepress.pixels import frame, normalise
+from posepress.pixels_torch import normalise as normalise_torch
+from posepress.skeletons import COCO_17, OPENPOSE_18
+from posepress.spec import Resolution
 
 SPEC = LightweightOpenPose.spec
 SIZE = Resolution(64, 80)
@@ -656,7 +659,7 @@ def test_training_on_a_written_shard_needs_neither_opencv_nor_numba(images, tmp_
 import sys
 from pathlib import Path
 sys.modules["cv2"] = sys.modules["numba"] = None
-from evaluation.types import Resolution
+from posepress.spec import Resolution
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.training.augment import Augmentation
 from pipeline.training.heatmap_paf import HeatmapPafObjective

@@ -3,9 +3,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluation.skeletons import COCO_17, OPENPOSE_18
-from evaluation.types import FieldSpec, InputSpec, NetworkSpec, Resolution, Skeleton, View
-from evaluation.views import WholeImage, cells_to_input, input_to_cells, resized
+from posepress.framing.whole_image import WholeImage
+from posepress.geometry import View, cells_to_input, input_to_cells, resized
+from posepress.skeletons import COCO_17, OPENPOSE_18
+from posepress.spec import FieldSpec, InputSpec, NetworkSpec, Resolution, Skeleton
 
 SPEC = InputSpec("image", multiple=16)
 sizes = st.builds(Resolution, st.integers(16, 4000), st.integers(16, 4000))

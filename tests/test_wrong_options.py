@@ -18,10 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import pipeline.__main__ as main
-from pipeline import command_line, options, preflight
-from pipeline.errors import UserError
-from pipeline.launch import labels
+from pipeline.launch import command_line, labels, options, preflight
 from pipeline.results.stage import ABOUT, WIRING
+from posepress.errors import UserError
 
 CASES = yaml.safe_load((ROOT / "tests/wrong_options.yaml").read_text())
 GROUPS = {folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir()}

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.skeletons import OPENPOSE_18
+from posepress.skeletons import OPENPOSE_18
 
 F32 = NDArray[np.float32]
 Decode = Callable[[F32, F32], F32]

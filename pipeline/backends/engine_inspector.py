@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from pipeline.errors import UserError
+from posepress.errors import UserError
 
 _WORDS = (  # in this order: "BFloat16" holds "Float", "UInt8" holds "Int8"
     ("bfloat16", "bf16"),

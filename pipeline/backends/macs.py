@@ -3,7 +3,7 @@
 import numpy as np
 import onnx
 
-from evaluation.types import Resolution
+from posepress.spec import Resolution
 
 
 def macs(model: onnx.ModelProto, resolution: Resolution) -> dict[str, int]:

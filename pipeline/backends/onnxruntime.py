@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from evaluation.pixels import normalise
-from evaluation.types import Array, Fields, NetworkSpec, Resolution
-from pipeline.errors import UserError, first_line
-from pipeline.specs import FIELDS, SPEC_KEY, ModelFiles, Shapes
+from pipeline.onnx_files.files import ModelFiles, Shapes
+from posepress.errors import UserError, first_line
+from posepress.runners.onnxruntime import ENGINE, OnnxRuntimeRunner
+from posepress.spec import SPEC_KEY, NetworkSpec, Resolution
 
-ENGINE = "engine.onnx"
 _CONVOLUTIONS = {"Conv": 1, "FusedConv": 1, "NhwcFusedConv": 1, "ConvTranspose": 1, "QLinearConv": 3, "ConvInteger": 1}
+
 _FUSED = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid")
+
 _PROFILED = 5  # runs of which the least time counts
+
 _PRODUCTS = {
     "Gemm": 1,
     "MatMul": 1,
@@ -219,48 +220,3 @@ def _layer(
         "precision": "int8" if _integer(node.op_type) else "fp16" if half else "fp32",
         "macs": macs,
     }
-
-
-class OnnxRuntimeRunner:
-    """A loaded ONNX file."""
-
-    def __init__(self, session: Any, spec: NetworkSpec, workers: int = 1) -> None:
-        self.session, self.spec, self.workers = session, spec, workers
-        self._names = [field.name for field in spec.fields]
-
-    def __enter__(self) -> "OnnxRuntimeRunner":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.session = None
-
-    def upload(self, images: NDArray[Any]) -> Array:
-        """The network's input form, in the host's memory."""
-        return normalise(images, self.spec.input)
-
-    def download(self, fields: Fields) -> Mapping[str, NDArray[Any]]:
-        """The fields themselves."""
-        return fields
-
-    def __call__(self, images: Array) -> dict[str, NDArray[np.float32]]:
-        """Fields of uploaded images, float32 [B, 3, H, W].
-
-        Raises:
-            UserError: the network does not take them, or a field is not as described.
-        """
-        try:
-            returned = self.session.run(self._names, {self.spec.input.name: images})
-        except Exception as error:
-            first = first_line(error)
-            raise UserError(
-                f"the network does not run at {list(images.shape)} ({first}); choose a size and a batch it takes"
-            ) from error
-        for field, values in zip(self.spec.fields, returned, strict=True):
-            if field.name not in FIELDS:  # any tensor, of a network that was cut there
-                continue
-            if values.ndim != 4 or values.shape[:2] != (len(images), field.channels):
-                raise UserError(
-                    f"the network's output '{field.name}' is {list(values.shape)} for {len(images)} images, and its "
-                    f"description says {field.channels} channels; mend model.spec and export it again"
-                )
-        return dict(zip(self._names, returned, strict=True))

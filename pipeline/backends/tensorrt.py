@@ -12,13 +12,13 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Interval, MinLen
 from filelock import FileLock
 
-from evaluation.types import NetworkSpec, Resolution
-from pipeline.backends.device_memory import DeviceMemory
 from pipeline.backends.engine_inspector import layers
 from pipeline.backends.tensorrt_calibrator import calibrate
-from pipeline.backends.tensorrt_runner import ENGINE, SIDE, WEIGHTS, TensorRTRunner, failed, logger, prepare
-from pipeline.errors import UserError, nearest
-from pipeline.specs import ModelFiles, Shapes, read_spec
+from pipeline.onnx_files.files import ModelFiles, Shapes, read_spec
+from posepress.errors import UserError, nearest
+from posepress.runners.device_memory import DeviceMemory
+from posepress.runners.tensorrt import ENGINE, SIDE, WEIGHTS, TensorRTRunner, failed, logger, prepare
+from posepress.spec import NetworkSpec, Resolution
 
 _LAST_WITH_FLAG = 10  # later versions have no other kind of network than strongly typed ones
 _BF16_FROM, _FP8_FROM = 8.0, 8.9  # compute capability

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.pixels import normalise
-from evaluation.types import InputSpec
-from pipeline.backends.device_memory import DeviceMemory
-from pipeline.errors import UserError
+from pipeline.onnx_files.files import CALIBRATION, CALIBRATION_INPUTS
 from pipeline.progress import Progress
-from pipeline.specs import CALIBRATION, CALIBRATION_INPUTS
+from posepress.errors import UserError
+from posepress.pixels import normalise
+from posepress.runners.device_memory import DeviceMemory
+from posepress.spec import InputSpec
 
 _BASES = {"entropy": "IInt8EntropyCalibrator2", "minmax": "IInt8MinMaxCalibrator"}
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.types import Array, Fields, NetworkSpec, Resolution
-from pipeline.errors import UserError
-from pipeline.specs import ModelFiles, Shapes
+from pipeline.onnx_files.files import ModelFiles, Shapes
+from posepress.errors import UserError
+from posepress.spec import Array, Fields, NetworkSpec, Resolution
 
 ENGINE = "engine.json"
 _TYPED = "typed.onnx"
@@ -188,7 +188,7 @@ class TorchRunner:
         """Images on the device, in the network's precision."""
         import torch
 
-        from evaluation.pixels_torch import normalise
+        from posepress.pixels_torch import normalise
 
         with self._slot():
             return normalise(images, self.spec.input, self.device).to(self.dtype, memory_format=torch.channels_last)

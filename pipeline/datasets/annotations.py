@@ -18,13 +18,13 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from evaluation.skeletons import COCO_17
-from evaluation.types import People
+from evaluation.truth import People
 from pipeline import MOST_PIXELS
 from pipeline.datasets import records
 from pipeline.datasets.images import read_bytes
 from pipeline.datasets.records import FAR, Category
-from pipeline.errors import UserError
+from posepress.errors import UserError
+from posepress.skeletons import COCO_17
 
 MOST_BYTES = 4 << 30  # of a file of annotations or results; COCO's largest has a tenth
 _POLYGONS = re.compile(rb'"segmentation" ?: ?(\[\[[-+0-9.,eE \[\]]*\]\])')

@@ -13,8 +13,7 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.skeletons import COCO_17
-from evaluation.types import People, Resolution, Sample, Skeleton
+from evaluation.truth import People
 from pipeline.datasets.annotations import Annotations, load_annotations, people, read_file, read_json, unwatched
 from pipeline.datasets.images import (
     IMAGE_TYPES,
@@ -27,7 +26,10 @@ from pipeline.datasets.images import (
     turned,
 )
 from pipeline.datasets.records import file_name, plain
-from pipeline.errors import UserError, nearest
+from posepress.errors import UserError, nearest
+from posepress.results import Sample
+from posepress.skeletons import COCO_17
+from posepress.spec import Resolution, Skeleton
 
 _LOOKED_AT, _MANY_OUTSIDE = 4000, 0.2  # people; part of their keypoints or boxes outside images that is said
 SPLITS = ("train", "unlabelled", "tune", "agreement", "validation")

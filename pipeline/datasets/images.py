@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.types import Resolution
 from pipeline import MOST_PIXELS
-from pipeline.errors import UserError
+from posepress.errors import UserError
+from posepress.spec import Resolution
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 MOST_BYTES = 8 * MOST_PIXELS  # of a file: an image of 16-bit pixels, not compressed, with room to spare

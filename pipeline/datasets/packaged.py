@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pipeline.contracts import Splits
 from pipeline.datasets import records
 from pipeline.datasets.coco import Coco
-from pipeline.errors import UserError
 from pipeline.results.content import parse_json, sha256
-from pipeline.specs import Splits
+from posepress.errors import UserError
 
 LISTED = "data.json"
 _GROUPS = (("validation",), ("validation", "agreement"))  # whose digests the stages ask for

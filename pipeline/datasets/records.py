@@ -7,10 +7,10 @@ from typing import Any, NoReturn
 
 import orjson
 
-from evaluation.skeletons import COCO_17
-from evaluation.types import Skeleton
 from pipeline import MOST_PIXELS
-from pipeline.errors import UserError, nearest
+from posepress.errors import UserError, nearest
+from posepress.skeletons import COCO_17
+from posepress.spec import Skeleton
 
 FAR = 1e8  # pixels from the origin that no point or box is beyond
 _MOST_TEXT = 1000  # characters of an id or a file name

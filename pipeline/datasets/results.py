@@ -13,10 +13,11 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from evaluation.types import Poses, Skeleton
 from pipeline.datasets.annotations import read_file, read_json, unwatched
 from pipeline.datasets.records import Category, flattened, is_id, is_number, shown
-from pipeline.errors import UserError
+from posepress.errors import UserError
+from posepress.results import Poses
+from posepress.spec import Skeleton
 
 _PIECE = 1 << 20  # bytes read into Python's numbers at once
 

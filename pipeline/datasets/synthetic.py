@@ -19,11 +19,11 @@ import numpy as np
 from annotated_types import Interval
 from numpy.typing import NDArray
 
-from evaluation.skeletons import COCO_17
-from evaluation.types import Resolution
-from pipeline import processes
 from pipeline.datasets.coco import SPLITS, Coco, CocoSplits
-from pipeline.errors import UserError
+from pipeline.probing import processes
+from posepress.errors import UserError
+from posepress.skeletons import COCO_17
+from posepress.spec import Resolution
 
 VERSION = 1  # raise it with every change of a pixel or a label
 

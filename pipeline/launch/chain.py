@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.errors import UserError, nearest
 from pipeline.results.stage import Stage
+from posepress.errors import UserError, nearest
 
 _WAKES = {
     "prune": "pruner=l1",

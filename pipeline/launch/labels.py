@@ -40,6 +40,16 @@ _GONE: Mapping[str, tuple[str, ...]] = {
     "precision": ("tuned_by", "judged_by", "measures_here"),
     "backend": ("checkpoint",),
 }
+# Classes that files of choices written for version 0.1 name.
+_TARGETS: Mapping[str, str] = {
+    "evaluation.types.Resolution": "posepress.spec.Resolution",
+    "evaluation.views.WholeImage": "posepress.framing.whole_image.WholeImage",
+    "evaluation.views.PersonCrops": "posepress.framing.person_crops.PersonCrops",
+    "evaluation.heatmap_paf.HeatmapPafDecoder": "posepress.decoders.heatmap_paf.decoder.HeatmapPafDecoder",
+    "evaluation.topdown.TopDownDecoder": "posepress.decoders.heatmap_argmax.TopDownDecoder",
+    "evaluation.coco.CocoKeypoints": "evaluation.metrics.coco_keypoints.CocoKeypoints",
+    "evaluation.agreement.PoseAgreement": "evaluation.metrics.agreement.PoseAgreement",
+}
 # Parameters of stages that are options of the whole command: a stage's file need not name them.
 SHARED = (
     *("data", "pruner", "sampler", "backend", "objective", "framing", "decoder", "metric", "agreement", "resolution", "batch"),
@@ -80,9 +90,13 @@ def recipe(config: Config, group: str = "precision") -> str:
     )
 
 
-def measures(config: Config, group: str) -> bool:
-    """Whether a choice measures candidates on this machine, so that what it makes belongs here."""
-    function = _method(config, group, "measures")
+def holds(config: Config, condition: str) -> bool:
+    """Whether a choice says yes of its options: "pruner.measures", "precision.measures", "pruner.trains".
+
+    What measures candidates on this machine makes a result that belongs here.
+    """
+    group, _, name = condition.partition(".")
+    function = _method(config, group, name)
     with _quietly():
         return bool(function is not None and function(_options(config, group)))
     return False
@@ -267,10 +281,13 @@ def _quietly() -> Iterator[None]:
 
 def _move(config: Config) -> None:
     """Take files of choices written for version 0.1: what they say about a component goes into `about`."""
-    for group in {*MOVED, *_GONE}:
-        node = config.get(group)
+    for group in map(str, config):
+        node = config._get_node(group)  # noqa: SLF001 - reading it would resolve an interpolation
         if not isinstance(node, DictConfig):
             continue
+        if isinstance(target := node.get("_target_"), str) and target in _TARGETS:
+            print(f"warning: {group}._target_={target}: write {_TARGETS[target]}", file=sys.stderr)
+            node["_target_"] = _TARGETS[target]
         moved = [key for key in MOVED.get(group, ()) if _has(node, key)]
         for key in moved:
             OmegaConf.set_struct(node, value=False)
@@ -338,14 +355,14 @@ def wire(config: DictConfig, names: Iterable[str]) -> None:
         node: Any = config.stages.get(name)
         if not isinstance(node, DictConfig):
             continue
-        group = node.get("device")
-        if group in GROUPS:
-            measured: Any = node.get("measured") if measures(config, group) else None
-            node["device"] = measured is not None
-            for key in measured or ():
-                node[key] = measured._get_node(key)._value()  # noqa: SLF001 - the reference, not what it refers to
-        if _has(node, "measured"):
-            _remove(node, "measured")
+        device, when = node.get("device"), node.get("when")
+        if isinstance(device, str) and device.partition(".")[0] in GROUPS:
+            node["device"] = holds(config, device)
+        for condition, instead in when.items() if isinstance(when, DictConfig) else ():
+            for key in instead if holds(config, str(condition)) else ():
+                node[key] = instead._get_node(key)._value()  # noqa: SLF001 - the reference, not what it refers to
+        if when is not None:
+            _remove(node, "when")
         function = _class(str(node.get("_target_")))
         for key in _parameters(function) if callable(function) else ():
             if key in SHARED and not _has(node, key) and key in config:

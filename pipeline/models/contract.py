@@ -15,9 +15,9 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from evaluation.types import FieldSpec, NetworkSpec, Resolution
-from pipeline.errors import UserError, first_line, nearest
-from pipeline.specs import Objective
+from pipeline.contracts import Objective
+from posepress.errors import UserError, first_line, nearest
+from posepress.spec import FieldSpec, NetworkSpec, Resolution
 
 _SEE = "see README, Networks"
 _IMAGES = 2  # of a forward pass: batch norms that train need more than one

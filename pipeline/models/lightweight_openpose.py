@@ -7,8 +7,8 @@ import torch
 from annotated_types import Interval
 from torch import Tensor, nn
 
-from evaluation.skeletons import OPENPOSE_18
-from evaluation.types import FieldSpec, InputSpec, NetworkSpec
+from posepress.skeletons import OPENPOSE_18
+from posepress.spec import FieldSpec, InputSpec, NetworkSpec
 
 _BACKBONE = (  # output channels, stride, dilation of each separable convolution: MobileNet v1 up to conv5_5
     (64, 1, 1), (128, 2, 1), (128, 1, 1), (256, 2, 1), (256, 1, 1), (512, 1, 1), (512, 1, 2), (512, 1, 1), (512, 1, 1),

@@ -12,9 +12,8 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluation.types import NetworkSpec
-from pipeline.errors import UserError
-from pipeline.specs import SPEC_KEY
+from posepress.errors import UserError
+from posepress.spec import SPEC_KEY, NetworkSpec
 
 _TYPES = {
     onnx.TensorProto.FLOAT: torch.float32,

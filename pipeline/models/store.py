@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from evaluation.types import NetworkSpec
-from pipeline.errors import UserError
 from pipeline.models.contract import created, tied
 from pipeline.models.trust import network_class
 from pipeline.progress import say
 from pipeline.pruning import semi_structured
 from pipeline.pruning.graph import History, replay
 from pipeline.results.content import parse_json
+from posepress.errors import UserError
+from posepress.spec import NetworkSpec
 
 _MOST_TIMES = 64  # parameters to bytes
 WEIGHTS, ARCHITECTURE = "model.safetensors", "architecture.json"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from posepress.errors import UserError
 
 _OWN = "pipeline.models"
 _VARIABLE = "POSEPRESS_TRUSTED_MODULES"  # the processes that a stage starts trust what their command trusts

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
 from pipeline.models.contract import duplicate, fold
 from pipeline.pruning.graph import LAYERS, Group, Part, folded, normalised, output_axis
+from posepress.errors import UserError
 
 _GATE_IMAGES, _GATE_BATCH = 64, 8  # train images that the criterion "taylor" looks at
 

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from evaluation.types import NetworkSpec, Resolution
-from pipeline import export
-from pipeline.errors import UserError, first_line
 from pipeline.models.contract import duplicate, fold
+from pipeline.onnx_files import export
+from pipeline.probing.probe import Candidate, Probe
 from pipeline.progress import say
 from pipeline.pruning.criteria import importance
 from pipeline.pruning.graph import Costs, apart, mask, remove, survey
 from pipeline.pruning.plan import Curves, Plan, UnreachableError, choose, nothing, nothing_to_prune
 from pipeline.pruning.pruner import Pruner, Target
-from pipeline.quantization.probe import Candidate, Probe
+from posepress.errors import UserError, first_line
+from posepress.spec import NetworkSpec, Resolution
 
 DIVISORS = (1, 4, 8, 16, 32)
 _OPSET = 20

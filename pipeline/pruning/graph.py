@@ -12,9 +12,9 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from evaluation.types import NetworkSpec, Resolution
-from pipeline.errors import UserError
 from pipeline.models.contract import duplicate, fold, forward, tied
+from posepress.errors import UserError
+from posepress.spec import NetworkSpec, Resolution
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 History = Sequence[

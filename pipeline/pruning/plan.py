@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evaluation.types import Resolution
-from pipeline.errors import UserError, nearest
 from pipeline.pruning.criteria import importance
 from pipeline.pruning.graph import Costs, Group, Survey, survey
 from pipeline.pruning.pruner import Pruner
+from posepress.errors import UserError, nearest
+from posepress.spec import Resolution
 
 Curves = Mapping[str, Mapping[str, float]]  # loss by ratio ("0.25"), of each group, as the stage "sensitivity" measured it
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from annotated_types import Ge, Gt, Interval
 
-from pipeline.errors import UserError, nearest
+from posepress.errors import UserError, nearest
 
 Criterion = Literal["l1", "l2", "bn_scale", "taylor", "group_l1"]
 Normalizer = Literal["max", "L2"]
@@ -191,6 +191,11 @@ class Pruner:
     def measures(options: Mapping[str, Any]) -> bool:
         """Whether steps are measured on this machine: to reach a target, or between trainings."""
         return options.get("target") is not None or options.get("iterative_steps", 1) > 1
+
+    @staticmethod
+    def trains(options: Mapping[str, Any]) -> bool:
+        """Whether the network is trained between steps."""
+        return bool(options.get("iterative_steps", 1) > 1)
 
     @staticmethod
     def settled(options: Mapping[str, Any], setting: Mapping[str, str]) -> dict[str, Any]:

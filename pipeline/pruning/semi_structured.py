@@ -8,9 +8,9 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
 from pipeline.models.contract import fold
 from pipeline.pruning.graph import History
+from posepress.errors import UserError
 
 KIND = "2:4"  # stands in a pruning history where a channel pruning says which side of the layer it is of
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import UserError, nearest
 from pipeline.pruning.pruner import digest_in_label
+from posepress.errors import UserError, nearest
 
 
 @dataclass(frozen=True)

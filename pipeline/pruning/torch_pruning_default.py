@@ -7,9 +7,9 @@ import torch_pruning as tp
 from annotated_types import Interval
 from torch import nn
 
-from pipeline.errors import UserError, first_line
 from pipeline.models.contract import fold
 from pipeline.pruning.graph import example, heads
+from posepress.errors import UserError, first_line
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from pipeline.contracts import CalibrationFeed
+from pipeline.probing.probe import Candidate, Probe
 from pipeline.quantization.graph import Graph, load, with_opset
-from pipeline.quantization.probe import Candidate, Probe
-from pipeline.specs import CalibrationFeed
 
 _SIZES = {"Resize": (1, 2, 3)}  # inputs that say how large something becomes; they stay float32
 # Operators that TensorRT's parser or builder refuses in bfloat16, and those that make float32 numbers of anything.

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import onnx
 
-from pipeline.errors import UserError
-from pipeline.inference import DAMAGED
+from pipeline.onnx_files.files import FLAVOURS
 from pipeline.quantization import calibration
 from pipeline.quantization.calibration import Histogram
 from pipeline.results.content import parse_json
-from pipeline.specs import FLAVOURS
+from posepress.errors import UserError
+from posepress.results import DAMAGED
 
 # What calibration follows from, as an error names it.
 PARTS = {

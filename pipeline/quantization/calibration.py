@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from evaluation.compiled import compiled
-from pipeline.errors import UserError
 from pipeline.quantization.graph import Graph, computed_over
+from posepress.compiled import compiled
+from posepress.errors import UserError
 
 Method = Literal["minmax", "moving_average", "percentile", "entropy", "mse"]
 METHODS: tuple[Method, ...] = get_args(Method)

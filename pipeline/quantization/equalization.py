@@ -15,10 +15,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from evaluation.compiled import compiled
 from pipeline.quantization.graph import Graph, Placement, attribute, channels_of, computed_over
 from pipeline.quantization.weights import quantized
 from pipeline.quantization.writers import Scales
+from posepress.compiled import compiled
 
 # Operators that return a multiple if they are given it.
 _HOMOGENEOUS = (

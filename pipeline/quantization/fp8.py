@@ -9,12 +9,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from pipeline.errors import UserError
+from pipeline.contracts import CalibrationFeed
+from pipeline.probing.probe import Candidate, Probe
 from pipeline.quantization import calibration, half, writers
 from pipeline.quantization.graph import Graph, attribute, load, matching, place, with_opset
-from pipeline.quantization.probe import Candidate, Probe
 from pipeline.quantization.weights import LEAST_SCALE
-from pipeline.specs import CalibrationFeed
+from posepress.errors import UserError
 
 _VECTOR = 16  # channels that FP8 tensor cores take at once
 

@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from pipeline.errors import UserError, first_line, nearest
+from posepress.errors import UserError, first_line, nearest
 
 Flavour = Literal["tensorrt", "onnxruntime"]
 

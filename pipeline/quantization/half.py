@@ -9,10 +9,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
 from pipeline.quantization import calibration
 from pipeline.quantization.calibration import Histogram
 from pipeline.quantization.graph import Graph
+from posepress.errors import UserError
 
 GREATEST = 65504.0  # of half precision
 LEAST_NORMAL = 2.0**-14

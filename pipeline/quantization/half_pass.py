@@ -7,9 +7,9 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
 from pipeline.models.onnx_graph import RoundedToHalf
 from pipeline.quantization.graph import Graph
+from posepress.errors import UserError
 
 
 class NotRunError(Exception):

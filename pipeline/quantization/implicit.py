@@ -10,9 +10,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
+from pipeline.contracts import CalibrationFeed
+from pipeline.onnx_files.files import CALIBRATION, CALIBRATION_INPUTS
 from pipeline.quantization.caches import network_digest
-from pipeline.specs import CALIBRATION, CALIBRATION_INPUTS, CalibrationFeed
+from posepress.errors import UserError
 
 CALIBRATORS = ("entropy", "minmax")
 

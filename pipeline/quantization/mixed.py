@@ -11,12 +11,12 @@ import numpy as np
 from annotated_types import Gt, Interval, doc
 
 from evaluation.statistics import spearman
-from pipeline.errors import UserError
+from pipeline.contracts import CalibrationFeed
+from pipeline.probing.probe import Probe, of_all_fields
 from pipeline.progress import track
 from pipeline.quantization.graph import place
-from pipeline.quantization.probe import Probe, of_all_fields
 from pipeline.quantization.quantizers import Calibrated, Int8
-from pipeline.specs import CalibrationFeed
+from posepress.errors import UserError
 
 SENSITIVITY = "sensitivity.json"
 

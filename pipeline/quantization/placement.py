@@ -6,10 +6,10 @@ from typing import Any
 
 import onnx
 
-from pipeline.errors import UserError
+from pipeline.probing.probe import Probe
 from pipeline.progress import track
 from pipeline.quantization.graph import WEIGHTED, place
-from pipeline.quantization.probe import Probe
+from posepress.errors import UserError
 
 _LEAST_GAIN = 0.01  # of the time, for which a variant is taken
 _SECONDS = 6.0  # of timing a pair of engines, at most

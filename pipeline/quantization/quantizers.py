@@ -15,14 +15,16 @@ from annotated_types import Interval
 from numpy.typing import NDArray
 from rich.console import Console
 
-from pipeline.errors import UserError, first_line
+from pipeline.contracts import CalibrationFeed
+from pipeline.onnx_files.files import FLAVOURS, read_spec
+from pipeline.probing.probe import Candidate, Probe, field_errors, of_all_fields
 from pipeline.progress import track
 from pipeline.quantization import alignment, caches, calibration, equalization, half, placement, writers
 from pipeline.quantization.calibration import Histogram
 from pipeline.quantization.graph import Graph, Placement, computed_over, load, matching, place, unshared, with_opset
-from pipeline.quantization.probe import Candidate, Probe, field_errors, of_all_fields
 from pipeline.quantization.weights import LEAST_SCALE, WEIGHT_SCALES, WeightScale
-from pipeline.specs import FLAVOURS, SPEC_KEY, CalibrationFeed, read_spec
+from posepress.errors import UserError, first_line
+from posepress.spec import SPEC_KEY
 
 SCALES, STEPS, FLOAT, TENSORRT_CACHE = "scales.json", "steps.json", "float.onnx", "calibration.cache"
 _STEP_IMAGES = 32  # calibration images for the table of steps

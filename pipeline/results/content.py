@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from posepress.errors import UserError
 
 MOST_JSON = 64 << 20  # bytes
 

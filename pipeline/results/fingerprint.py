@@ -13,13 +13,13 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
 from pipeline.results.content import digest_of, parse_json, sha256
 from pipeline.results.manifest import current
 from pipeline.results.stage import Stage, arguments, option_of, targets, value_at
+from posepress.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("pipeline", "evaluation", "calib_samplers")  # of the project
+PACKAGES = ("posepress", "evaluation", "calib_samplers", "pipeline")  # of the project
 ARCHITECTURE = "architecture.json"  # in a result that holds a network
 _ONNX_FILES = ("onnx", "file")  # options that name ONNX files, whose weights may lie in further files
 # A regular expression reads the imports of all modules in 15 ms, a syntax tree in 900.
@@ -136,7 +136,7 @@ def digest_of_code(files: Iterable[Path]) -> str:
 
 def _external(file: Path) -> dict[str, str]:
     """SHA-256 of each file that holds weights of an ONNX file, by its name there."""
-    from pipeline.onnx_parts import external_files
+    from pipeline.onnx_files.cut import external_files
 
     return {name: sha256(path) if path.is_file() else "missing" for name, path in external_files(file).items()}
 

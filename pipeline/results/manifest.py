@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.errors import UserError
 from pipeline.results.content import MOST_JSON, digest_of, parse_json
+from posepress.errors import UserError
 
 MANIFEST = "manifest.json"
 SHOWN = "shown.txt"  # in a result: what a run that finds it fresh prints again

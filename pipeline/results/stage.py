@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pipeline.errors import UserError
+from posepress.errors import UserError
 
 ABOUT = "about"  # the key of a component's file that holds what is no argument: its name, what it needs, where it runs
 # Keys of a stage's yaml that wire it and are no arguments.

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
 from pipeline.results.content import digest_of, sha256
 from pipeline.results.fingerprint import fingerprint
 from pipeline.results.manifest import MANIFEST, absent, current, made_here, plain, read_manifest, write_manifest
 from pipeline.results.stage import Stage
+from posepress.errors import UserError
 
 _TAKEN = ("runs", "cache", "mlartifacts")  # folders of outputs/ that hold no results
 

@@ -9,15 +9,17 @@ from typing import Annotated, Any
 from annotated_types import Ge, Interval
 
 from evaluation import audit, device, power
-from evaluation.types import Resolution
-from pipeline.errors import UserError
-from pipeline.inference import decoder_options
-from pipeline.processes import alone
+from pipeline.contracts import Backend, Splits
+from pipeline.decoder_options import decoder_options
+from pipeline.onnx_files.files import ModelFiles, Shapes
+from pipeline.probing.processes import alone
+from pipeline.probing.timing import Work, apart, measure
 from pipeline.progress import say
 from pipeline.results.job import Job
 from pipeline.results.manifest import read_manifest
-from pipeline.specs import Backend, Decoder, Framing, ModelFiles, Shapes, Splits
-from pipeline.timing import Work, apart, measure
+from posepress.contracts import Decoder, Framing
+from posepress.errors import UserError
+from posepress.spec import Resolution
 
 _IMAGES = 8  # of the validation split, seen in turns
 

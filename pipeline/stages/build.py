@@ -6,10 +6,12 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from evaluation.types import Resolution
+from pipeline.contracts import Backend
+from pipeline.onnx_files.files import ModelFiles, Shapes, described, named, read_spec
 from pipeline.progress import Progress
 from pipeline.results.job import Job
-from pipeline.specs import Backend, Framing, ModelFiles, Shapes, described, named, read_spec
+from posepress.contracts import Framing
+from posepress.spec import Resolution
 
 
 def run(

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 from annotated_types import Interval
 
-from pipeline.comparison import evaluated, find, rows_of, scored
-from pipeline.errors import UserError
+from pipeline.contracts import Splits
+from pipeline.report.comparison import evaluated, find, rows_of, scored
 from pipeline.results.job import Job
-from pipeline.specs import Splits
+from posepress.errors import UserError
 
 
 def run(
@@ -61,7 +61,7 @@ def _print(engines: Sequence[str], pairs: Sequence[dict[str, Any]], alone: Seque
     from rich.console import Console
     from rich.table import Table
 
-    from pipeline.report import differences
+    from pipeline.report.collect import differences
 
     console = Console(width=None if Console().is_terminal else 180)
     for title, columns, rows in differences(engines, pairs):

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from evaluation import device
-from pipeline.errors import UserError
 from pipeline.results.job import Job
+from posepress.errors import UserError
 
 _LEAST_DISK, _LEAST_MEMORY = 10, 8  # GiB
 _TOO_OLD = ("TX2", "Nano Developer Kit", "TX1")  # whose last TensorRT is 8.2; an Orin Nano is another machine
@@ -93,7 +93,7 @@ def _gpu(root: Path) -> Iterator[Finding]:
     if importlib.util.find_spec("cuda") is None:
         yield Finding("cuda-python", "not installed", "for backend=tensorrt: pip install cuda-python")
         return
-    from pipeline.backends.device_memory import DeviceMemory
+    from posepress.runners.device_memory import DeviceMemory
 
     try:
         memory = DeviceMemory()

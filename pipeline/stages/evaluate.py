@@ -9,16 +9,21 @@ from typing import Annotated, Any
 import cv2
 from annotated_types import Ge, Interval
 
-from evaluation.averaging import AveragedFields
-from evaluation.coco import NOT_MEASURED
+from evaluation.contracts import Metric
+from evaluation.metrics.oks import NOT_MEASURED
 from evaluation.statistics import bootstrap
-from evaluation.types import Resolution
-from pipeline.errors import UserError
-from pipeline.inference import Watch, decoder_options, load_results, predict, resumed
+from pipeline.contracts import Backend, Splits
+from pipeline.decoder_options import decoder_options
+from pipeline.predictions import resumed
 from pipeline.progress import say
 from pipeline.results.job import Job
 from pipeline.results.manifest import read_manifest
-from pipeline.specs import Backend, Decoder, Framing, Metric, Splits
+from posepress.contracts import Decoder, Framing
+from posepress.decoders.averaged import AveragedFields
+from posepress.errors import UserError
+from posepress.predict import Watch, predict
+from posepress.results import load_results
+from posepress.spec import Resolution
 
 
 def run(
@@ -121,18 +126,15 @@ def _figures(job: Job, measures: Mapping[str, Metric[Any, Any]], resamples: int,
     """The figures of every measure, with the primary one's interval; draws and predictions are written."""
     ids, category = {str(record["id"]): record["id"] for record in images.records}, images.truth.category.id
     summary: dict[str, Any] = {}
+
+    def identified(image: str) -> dict[str, Any]:
+        return {"image_id": ids.get(str(image), image), "category_id": 1 if category is None else category}
+
     for name, measure in measures.items():
         draws = bootstrap(measure.matches(), resamples)
         draws.save(job.out / f"draws{name and '.'}{name}.npz")
         (job.out / f"predictions{name and '.'}{name}.json").write_text(
-            _array(
-                {
-                    **r,
-                    "image_id": ids.get(str(r["image_id"]), r["image_id"]),
-                    "category_id": 1 if category is None else category,
-                }
-                for r in measure.results()
-            )
+            "[" + ",\n".join(json.dumps({**r, **identified(r["image_id"])}) for r in measure.results()) + "]"
         )
         figures = {
             **measure.evaluate(),
@@ -143,7 +145,3 @@ def _figures(job: Job, measures: Mapping[str, Metric[Any, Any]], resamples: int,
         measured = {key: value for key, value in figures.items() if value != NOT_MEASURED or key == kept}
         summary |= {f"{name}_{key}" if name else key: value for key, value in {**measured, **measure.counts()}.items()}
     return summary
-
-
-def _array(records: Iterator[Mapping[str, Any]]) -> str:
-    return "[" + ",\n".join(json.dumps(record) for record in records) + "]"

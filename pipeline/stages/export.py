@@ -8,18 +8,19 @@ import numpy as np
 from annotated_types import Gt, Interval
 from numpy.typing import NDArray
 
-from evaluation.pixels import normalise
-from evaluation.types import NetworkSpec, Resolution
-from pipeline import export as onnx_export
-from pipeline.adoption import adopt
-from pipeline.errors import UserError
-from pipeline.inference import batches
+from pipeline.contracts import Splits
 from pipeline.models import store
+from pipeline.onnx_files import export as onnx_export
+from pipeline.onnx_files.adopt import adopt
 from pipeline.progress import Progress, say
 from pipeline.pruning.graph import macs
 from pipeline.pruning.semi_structured import sparse_layers
 from pipeline.results.job import Job
-from pipeline.specs import Framing, Splits
+from posepress.contracts import Framing
+from posepress.errors import UserError
+from posepress.pixels import normalise
+from posepress.predict import batches
+from posepress.spec import NetworkSpec, Resolution
 
 MODEL = "model.onnx"
 

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import results_zip
+from pipeline.deploy import results_zip
 from pipeline.edge import PACKAGE
-from pipeline.errors import UserError
 from pipeline.progress import say
 from pipeline.results.job import Job
 from pipeline.results.manifest import MANIFEST, write_manifest
 from pipeline.results.stage import Stage
 from pipeline.results.store import Results
+from posepress.errors import UserError
 
 
 def run(job: Job, results: str | None, outputs: str, name: str) -> dict[str, Any]:

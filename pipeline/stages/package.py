@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import edge
+from pipeline.contracts import Splits
 from pipeline.datasets.packaged import pack
 from pipeline.progress import say
 from pipeline.results.job import Job
-from pipeline.specs import Splits
 
 _ELSEWHERE = ("stage", "data", "outputs", "tracking", "force", "weights", "target", "backend", "hydra", "debug")
 

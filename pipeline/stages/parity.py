@@ -15,16 +15,18 @@ from rich.console import Console
 from rich.table import Table
 
 from evaluation.parity import compare, first_apart
-from evaluation.pixels import normalise
-from evaluation.types import NetworkSpec, Resolution
 from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.backends.torch import Torch
-from pipeline.inference import batches
-from pipeline.onnx_parts import cut, tensors_of
+from pipeline.contracts import Backend, Splits
+from pipeline.onnx_files.cut import cut, tensors_of
+from pipeline.onnx_files.files import FLAVOURS, ModelFiles, Shapes, read_spec
 from pipeline.quantization.graph import Graph, computed_over
 from pipeline.results.job import Job
 from pipeline.results.manifest import read_manifest
-from pipeline.specs import FLAVOURS, Backend, Framing, ModelFiles, Runner, Shapes, Splits, read_spec
+from posepress.contracts import Framing, Runner
+from posepress.pixels import normalise
+from posepress.predict import batches
+from posepress.spec import NetworkSpec, Resolution
 
 
 def run(

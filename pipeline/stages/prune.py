@@ -8,23 +8,24 @@ from typing import Annotated, Any
 from annotated_types import Interval
 from torch import Tensor, nn
 
-from evaluation.types import Resolution
-from pipeline.errors import UserError
-from pipeline.inference import decoder_options
+from pipeline.contracts import Backend, Objective, Splits
+from pipeline.decoder_options import decoder_options
 from pipeline.models import store
+from pipeline.probing.probe import Probe
 from pipeline.pruning.criteria import taylor_gates
 from pipeline.pruning.cycle import Cycle, exported
 from pipeline.pruning.graph import macs
 from pipeline.pruning.pruner import Pruner
 from pipeline.pruning.sparse24 import Sparse24
 from pipeline.pruning.torch_pruning_default import TorchPruningDefault
-from pipeline.quantization.probe import Probe
 from pipeline.results.job import Job
-from pipeline.specs import Backend, Framing, Objective, Splits
 from pipeline.training.augment import NONE, Augmentation
 from pipeline.training.distillation import Distillation, splits
 from pipeline.training.loop import Training, train
 from pipeline.training.views import Views
+from posepress.contracts import Framing
+from posepress.errors import UserError
+from posepress.spec import Resolution
 
 
 def run(

@@ -7,18 +7,20 @@ import onnx
 import torch
 from annotated_types import Interval
 
-from evaluation.types import Resolution
 from pipeline.backends.macs import macs
-from pipeline.errors import UserError
-from pipeline.export import stamp
-from pipeline.quantization.feed import calibration_feed
+from pipeline.calibration.feed import calibration_feed
+from pipeline.contracts import Objective, Splits
+from pipeline.onnx_files.export import stamp
+from pipeline.onnx_files.files import read_spec
 from pipeline.quantization.quantizers import Int8
 from pipeline.results.job import Job
-from pipeline.specs import Framing, Objective, Splits, read_spec
 from pipeline.training.augment import Augmentation
 from pipeline.training.fake_quantization import FakeQuantized
 from pipeline.training.loop import Training, train
 from pipeline.training.views import Views
+from posepress.contracts import Framing
+from posepress.errors import UserError
+from posepress.spec import Resolution
 
 
 def run(

@@ -9,14 +9,16 @@ from typing import Annotated, Any
 import onnx
 from annotated_types import Interval
 
-from evaluation.types import Resolution
 from pipeline.backends.macs import macs
-from pipeline.errors import UserError
+from pipeline.calibration.feed import calibration_feed
+from pipeline.contracts import Backend, Quantizer, Splits
+from pipeline.onnx_files.files import read_spec
+from pipeline.probing.probe import Probe
 from pipeline.progress import say
-from pipeline.quantization.feed import calibration_feed
-from pipeline.quantization.probe import Probe
 from pipeline.results.job import Job
-from pipeline.specs import Backend, Framing, Quantizer, Splits, read_spec
+from posepress.contracts import Framing
+from posepress.errors import UserError
+from posepress.spec import Resolution
 
 
 def run(

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline import page, report
-from pipeline.choice import choices, said
-from pipeline.errors import UserError
+from pipeline.report import collect as report
+from pipeline.report import page
+from pipeline.report.choice import choices, said
 from pipeline.results.job import Job
 from pipeline.results.manifest import SHOWN
+from posepress.errors import UserError
 
 _WIDTH = 100  # columns of what is printed into a pipe
 

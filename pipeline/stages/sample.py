@@ -9,12 +9,13 @@ import numpy as np
 from annotated_types import MinLen
 
 from calib_samplers.stratified import UNKNOWN, CalibrationSet
-from evaluation.types import Resolution
+from pipeline.calibration.pictures import contact_sheet, strata_chart
+from pipeline.contracts import Sampler, Splits
 from pipeline.datasets.coco import Coco
-from pipeline.errors import UserError
-from pipeline.quantization.pictures import contact_sheet, strata_chart
 from pipeline.results.job import Job
-from pipeline.specs import Framing, Sampler, Splits
+from posepress.contracts import Framing
+from posepress.errors import UserError
+from posepress.spec import Resolution
 
 FILE = "calibration.json"
 
@@ -55,7 +56,7 @@ def run(
     contents = {split: part.contents(job.cache) for split, part in parts.items()}
     try:
         if "network" in job.inputs:
-            from pipeline.quantization.features import features
+            from pipeline.calibration.features import features
 
             assert framing is not None
             rows = sampler.candidates(table)  # type: ignore[attr-defined]

@@ -9,17 +9,17 @@ import torch
 from annotated_types import Interval
 from torch import nn
 
-from evaluation.types import Resolution
-from pipeline.errors import UserError
+from pipeline.contracts import Objective, Splits
 from pipeline.models import store
 from pipeline.pruning.criteria import importance, taylor_gates
 from pipeline.pruning.graph import survey
 from pipeline.pruning.plan import nothing_to_prune
 from pipeline.pruning.sensitivity import curves
 from pipeline.results.job import Job
-from pipeline.specs import Objective, Splits
 from pipeline.training.augment import NONE, Augmentation
 from pipeline.training.views import Views
+from posepress.errors import UserError
+from posepress.spec import Resolution
 
 _BATCH = 16
 

@@ -10,8 +10,7 @@ import torch
 from annotated_types import Interval
 from torch import nn
 
-from evaluation.types import Resolution
-from pipeline.errors import UserError
+from pipeline.contracts import Objective, Splits
 from pipeline.models import store
 from pipeline.models.contract import check, created
 from pipeline.progress import say
@@ -19,11 +18,12 @@ from pipeline.pruning.criteria import importance
 from pipeline.pruning.graph import groups, macs
 from pipeline.results.job import Job
 from pipeline.results.manifest import read_manifest
-from pipeline.specs import Objective, Splits
 from pipeline.training.augment import NONE, Augmentation
 from pipeline.training.distillation import Distillation, splits
 from pipeline.training.loop import Training, train
 from pipeline.training.views import Views
+from posepress.errors import UserError
+from posepress.spec import Resolution
 
 
 def run(

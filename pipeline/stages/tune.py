@@ -6,16 +6,20 @@ from typing import Any
 
 from rich.console import Console
 
-from evaluation import scores
-from evaluation.averaging import AveragedFields
-from evaluation.coco import NOT_MEASURED
-from evaluation.together import Together
-from evaluation.types import Resolution
-from pipeline.errors import UserError
-from pipeline.inference import FITTED, Watch, candidates, predict, save_results, shown
+from evaluation.metrics import score_fit as scores
+from evaluation.metrics.oks import NOT_MEASURED
+from pipeline.contracts import Backend, Splits
+from pipeline.decoder_options import FITTED, candidates
+from pipeline.predictions import shown
 from pipeline.progress import say
 from pipeline.results.job import Job
-from pipeline.specs import Backend, Decoder, Framing, Splits
+from posepress.contracts import Decoder, Framing
+from posepress.decoders.averaged import AveragedFields
+from posepress.decoders.several import Together
+from posepress.errors import UserError
+from posepress.predict import Watch, predict
+from posepress.results import save_results
+from posepress.spec import Resolution
 
 _FEW = 4  # tune images below which chosen thresholds are in doubt
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluation.types import InputSpec, Resolution
-from pipeline.errors import UserError
+from posepress.errors import UserError
+from posepress.spec import InputSpec, Resolution
 
 DRAWS = 9  # random numbers a view takes
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError, first_line
 from pipeline.training.views import Batch
+from posepress.errors import UserError, first_line
 
 _WARM = 3  # steps that run as they are before one is recorded: libraries allocate in them
 

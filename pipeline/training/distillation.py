@@ -10,9 +10,9 @@ from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.errors import UserError, nearest
-from pipeline.specs import Splits
+from pipeline.contracts import Splits
 from pipeline.training.augment import layout
+from posepress.errors import UserError, nearest
 
 
 @dataclass(frozen=True)

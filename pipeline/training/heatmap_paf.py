@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluation.skeletons import COCO_17
-from evaluation.types import FieldSpec, NetworkSpec, People, Resolution, Skeleton
-from pipeline.errors import UserError
+from evaluation.truth import People
 from pipeline.training.augment import sampling_grid
+from posepress.errors import UserError
+from posepress.skeletons import COCO_17
+from posepress.spec import FieldSpec, NetworkSpec, Resolution, Skeleton
 
 _MASK_STRIDE = 4  # stored pixels a cell of the mask of unlabelled people
 
@@ -40,7 +41,7 @@ class HeatmapPafObjective:
     def labels(
         self, truth: People | None, size: Resolution, stored: Resolution, whole: Resolution, most: int
     ) -> dict[str, NDArray[Any]]:
-        """What a training shard keeps of an image's truth; the arguments are those of `pipeline.specs.Objective.labels`.
+        """What a training shard keeps of an image's truth; the arguments are those of `pipeline.contracts.Objective.labels`.
 
         Returns:
             "keypoints" float32 [most, 17, 3] and "boxes" [most, 4] of labelled people, in pixels as stored, and "unlabelled"
@@ -201,7 +202,7 @@ def _named(labels: Mapping[str, Tensor], skeleton: Skeleton) -> tuple[Tensor, Te
 
 
 def _cells(points: Tensor, spec: FieldSpec) -> Tensor:
-    """`evaluation.views.input_to_cells`, where the tensor is."""
+    """`posepress.geometry.input_to_cells`, where the tensor is."""
     return (points + 0.5) / spec.stride - 0.5 - spec.shift
 
 

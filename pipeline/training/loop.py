@@ -18,7 +18,6 @@ from annotated_types import Ge, Gt, Interval
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from pipeline.errors import UserError, first_line
 from pipeline.models.contract import duplicate
 from pipeline.progress import TrainingProgress
 from pipeline.pruning.graph import example, macs
@@ -28,6 +27,7 @@ from pipeline.training.cuda_graph import Recorded
 from pipeline.training.distillation import Distillation, Teacher
 from pipeline.training.sparsity import TYPES, Penalty
 from pipeline.training.views import Batch, Views
+from posepress.errors import UserError, first_line
 
 _LOOK_EVERY = 20  # steps between looks at the losses: each waits for the device
 PRECISIONS = ("auto", "32-true", "bf16-mixed")

@@ -15,11 +15,12 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from evaluation import skeletons
-from evaluation.types import Resolution, Skeleton
 from pipeline import datasets
-from pipeline.errors import UserError
-from pipeline.specs import Dataset, Objective, Splits
+from pipeline.contracts import Objective, Splits
+from posepress import skeletons
+from posepress.contracts import Dataset
+from posepress.errors import UserError
+from posepress.spec import Resolution, Skeleton
 
 _SPARE = 1.05  # free disk space wanted, relative to the shard
 

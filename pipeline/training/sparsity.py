@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
 from pipeline.pruning.criteria import filters, group_norms
 from pipeline.pruning.graph import Group, normalised, survey
+from posepress.errors import UserError
 
 TYPES = ("l1", "l2", "group_lasso")
 

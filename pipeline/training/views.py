@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from evaluation.types import NetworkSpec, Resolution
-from pipeline.specs import Objective, Splits
+from pipeline.contracts import Objective, Splits
 from pipeline.training.augment import DRAWS, Augmentation, cut
 from pipeline.training.shard import Shard, shard
+from posepress.spec import NetworkSpec, Resolution
 
 _READ_AHEAD = 3  # batches
 _SETTLED = 8  # batches after which the memory a step takes is known

@@ -299,7 +299,7 @@ def ended_well(pid):
 def database(folder, kills):
     """Kill the process that makes MLflow's database; returns after how many kills the next one could log."""
     import_module("mlflow.store.tracking.sqlalchemy_store")
-    from pipeline.tracking import Tracker
+    from pipeline.launch.tracking import Tracker
 
     os.chdir(folder)
     file, run = Path("outputs/mlflow.db"), Path("outputs/runs/one")

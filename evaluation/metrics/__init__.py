@@ -1,0 +1,1 @@
+"""How good results are, one file a metric."""

@@ -1,0 +1,150 @@
+"""COCO's keypoint AP."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import numpy as np
+from annotated_types import Interval
+from numpy.typing import NDArray
+
+from evaluation.metrics.oks import _NUMBER, F64, MOST_FOUND, Everybody, Matches
+from evaluation.truth import People
+from posepress.results import Poses
+from posepress.spec import Skeleton
+
+
+@dataclass
+class CocoKeypoints:
+    """COCO keypoint average precision, filled image by image.
+
+    Attributes:
+        labels: skeleton of the ground truth, with its sigmas.
+        found_labels: skeleton of the found poses; keypoints are joined by name, others dropped.
+        most_found: so many people an image count, the surest first; COCO's 20.
+    """
+
+    labels: Skeleton
+    found_labels: Skeleton
+    most_found: Annotated[int, Interval(ge=1, le=10**9)] = MOST_FOUND
+    primary: str = field(default="ap", init=False)
+    _rows: dict[str, tuple[People, NDArray[Any], F64]] = field(default_factory=dict)
+    _dropped: int = 0
+    _not_finite: int = 0
+
+    def __post_init__(self) -> None:
+        """Join the two skeletons.
+
+        Raises:
+            ValueError: the network has none of the ground truth's keypoints, or the labels have no sigmas.
+        """
+        if len(self.labels.sigmas) != len(self.labels.names):
+            raise ValueError(
+                f"{len(self.labels.names)} keypoints but {len(self.labels.sigmas)} sigmas: OKS needs one for each; "
+                'add "sigmas": [...] to the category in the annotation file'
+            )
+        names = self.found_labels.names
+        self._columns = np.array([names.index(name) if name in names else -1 for name in self.labels.names])
+        if self._columns.max() < 0:
+            raise ValueError(
+                f"the network's keypoints ({', '.join(names[:4])}, ...) share no name with the ground truth's "
+                f"({', '.join(self.labels.names[:4])}, ...)"
+            )
+
+    def reset(self) -> None:
+        """Forget every image."""
+        self._rows.clear()
+        self._dropped = self._not_finite = 0
+
+    def keypoints(self, found: Poses) -> NDArray[Any]:
+        """Found poses in the ground truth's skeleton, [N, K, 3]; missing keypoints are zeros."""
+        chosen = found.keypoints[:, self._columns]
+        chosen[:, self._columns < 0] = 0
+        return chosen
+
+    def process(self, id: str, truth: People, found: Poses) -> None:  # noqa: A002
+        """Take the people found in an image.
+
+        Raises:
+            ValueError: the image came before, its labels are of another skeleton, or a score or a point is not finite.
+        """
+        if id in self._rows:
+            raise ValueError(f"image {id} is evaluated twice")
+        if truth.keypoints.shape[1] != len(self.labels.names):
+            raise ValueError(f"image {id}: {truth.keypoints.shape[1]} keypoints a person, not {len(self.labels.names)}")
+        keypoints = self.keypoints(found)
+        if not (np.isfinite(found.scores).all() and np.isfinite(keypoints).all()):
+            raise ValueError(f"image {id}: a found person has a score or a point that is not finite")
+        order = np.argsort(-found.scores, kind="mergesort")[: self.most_found]
+        self._rows[id] = (truth, keypoints[order], found.scores[order].astype(np.float64))
+        self._dropped += found.dropped_peaks
+        self._not_finite += found.not_finite
+
+    @property
+    def images(self) -> list[str]:
+        """The ids, in the order in which COCO's own evaluation takes them."""
+        return sorted(self._rows, key=int) if all(_NUMBER.fullmatch(key) for key in self._rows) else sorted(self._rows)
+
+    def people(self) -> Everybody:
+        """Everybody, found and true."""
+        ids = self.images
+        rows = [self._rows[i] for i in ids]
+        K = len(self.labels.names)
+        truths = [truth for truth, _, _ in rows]
+
+        def joined(arrays: Sequence[NDArray[Any]], *shape: int) -> NDArray[Any]:
+            return np.concatenate([np.zeros((0, *shape)), *arrays])
+
+        truth = joined([t.keypoints for t in truths], K, 3)
+        crowd = joined([t.crowd for t in truths]).astype(bool)
+        return Everybody(
+            images=tuple(ids),
+            found=np.ascontiguousarray(joined([k[..., :2] for _, k, _ in rows], K, 2)),
+            scores=joined([scores for _, _, scores in rows]),
+            found_starts=np.cumsum([0, *(len(scores) for _, _, scores in rows)]),
+            truth=truth,
+            true_starts=np.cumsum([0, *(len(t.crowd) for t in truths)]),
+            boxes=joined([t.boxes for t in truths], 4),
+            areas=joined([t.areas for t in truths]),
+            crowd=crowd,
+            never=joined([t.never for t in truths]).astype(bool),
+            sigmas=np.array(self.labels.sigmas),
+        )
+
+    def matches(self) -> Matches:
+        """The matched images."""
+        return self.people().matches()
+
+    def results(self) -> Iterator[dict[str, Any]]:
+        """Everything found, in COCO's result format (https://cocodataset.org/#format-results)."""
+        for id in self.images:  # noqa: A001
+            _, keypoints, scores = self._rows[id]
+            for points, score in zip(keypoints.astype(np.float64).round(3), scores.tolist(), strict=True):
+                yield {
+                    "image_id": int(id) if _NUMBER.fullmatch(id) else id,
+                    "category_id": 1,
+                    "keypoints": points.ravel().tolist(),
+                    "score": score,
+                }
+
+    def evaluate(self, images: NDArray[np.intp] | None = None) -> dict[str, float]:
+        """The ten figures, over all images or over those at the given indices (repeats count)."""
+        matches = self.matches()
+        counts = None if images is None else np.bincount(images, minlength=len(matches.images))
+        return matches.figures(counts)
+
+    def counts(self) -> dict[str, int]:
+        """What went wrong: peaks that had no room, and images in which the network returned NaN or infinity."""
+        return {"dropped_peaks": self._dropped, "images_not_finite": self._not_finite}
+
+    def doubts(self) -> list[str]:
+        """What may have made the figures other than expected, each with what to look at."""
+        from evaluation.metrics.plausibility import doubts
+
+        return doubts(self.people(), self.labels, self.found_labels)
+
+    def details(self) -> dict[str, dict[str, float]]:
+        """AP of each keypoint and stratum, and the kinds of error."""
+        from evaluation.metrics.coco_breakdown import details
+
+        return details(self.people(), self.labels)

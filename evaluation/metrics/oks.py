@@ -1,0 +1,306 @@
+"""COCO keypoint metrics: the ten figures, over any multiset of images, and what they are made of.
+
+The rules are those of COCO's evaluation (https://cocodataset.org/#keypoints-eval), including how its reference code breaks
+ties; tests compare the figures with pycocotools to 1e-9. Images only wait when they are processed; all are matched in one
+compiled call, whose outcome serves the figures, their intervals and paired comparisons.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from posepress.compiled import compiled
+
+F64 = NDArray[np.float64]
+
+I64 = NDArray[np.int64]
+
+THRESHOLDS = np.linspace(0.5, 0.95, 10)
+
+RECALLS = np.linspace(0.0, 1.0, 101)
+
+AREAS = {"all": (0.0, 1e10), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
+
+FIGURES = ("ap", "ap50", "ap75", "ap_medium", "ap_large", "ar", "ar50", "ar75", "ar_medium", "ar_large")
+
+MOST_FOUND = 20  # people an image that count, as in COCO
+
+HIT, MISS = 1, 2
+
+NOT_MEASURED = -1  # stands for a figure of which there is nothing to find, as in COCO's reference code
+
+_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,18}")  # an id that is a whole number; 007 is text
+
+
+@compiled
+def oks(found: F64, truth: F64, boxes: F64, areas: F64, sigmas: F64) -> F64:
+    """Object keypoint similarity [D, G] of found [D, K, 2] and true [G, K, 3] people.
+
+    A person without labelled keypoints (a crowd) is compared by how far points lie outside its doubled box, as COCO does.
+    """
+    D, G, K = found.shape[0], truth.shape[0], truth.shape[1]
+    out = np.zeros((D, G))
+    for g in range(G):
+        labelled = 0
+        for k in range(K):
+            labelled += truth[g, k, 2] > 0
+        x0, x1 = boxes[g, 0] - boxes[g, 2], boxes[g, 0] + boxes[g, 2] * 2
+        y0, y1 = boxes[g, 1] - boxes[g, 3], boxes[g, 1] + boxes[g, 3] * 2
+        for d in range(D):
+            total = 0.0
+            for k in range(K):
+                if labelled > 0:
+                    if truth[g, k, 2] <= 0:
+                        continue
+                    dx, dy = found[d, k, 0] - truth[g, k, 0], found[d, k, 1] - truth[g, k, 1]
+                else:
+                    dx = max(0.0, x0 - found[d, k, 0]) + max(0.0, found[d, k, 0] - x1)
+                    dy = max(0.0, y0 - found[d, k, 1]) + max(0.0, found[d, k, 1] - y1)
+                variance = (sigmas[k] * 2) ** 2
+                total += np.exp(-(dx * dx + dy * dy) / variance / (areas[g] + np.spacing(1.0)) / 2)
+            out[d, g] = total / (labelled if labelled > 0 else K)
+    return out
+
+
+@compiled
+def match(
+    found: F64,
+    found_starts: I64,
+    truth: F64,
+    true_starts: I64,
+    boxes: F64,
+    areas: F64,
+    crowd: NDArray[np.bool_],
+    sigmas: F64,
+    ignored: NDArray[np.bool_],
+    outside: NDArray[np.bool_],
+    thresholds: F64,
+) -> NDArray[np.uint8]:
+    """Match found people, best score first, to true ones, ignored ones last, image by image.
+
+    Args:
+        found: [D, K, 2], the images one after the other, each sorted by falling score.
+        found_starts: where each image's found people begin, [I + 1].
+        truth: [G, K, 3].
+        true_starts: where each image's true people begin, [I + 1].
+        boxes: [G, 4].
+        areas: [G].
+        crowd: [G].
+        sigmas: [K].
+        ignored: [S, G], true people outside a stratum.
+        outside: [S, D], found people that are no false alarm of a stratum if nobody matches them.
+        thresholds: [T] of OKS.
+
+    Returns:
+        [S, D, T]: HIT, MISS (a false alarm) or 0 (does not count).
+    """
+    S, T = ignored.shape[0], thresholds.shape[0]
+    outcome = np.zeros((S, found.shape[0], T), np.uint8)
+    for image in range(found_starts.shape[0] - 1):
+        d0, d1, g0, g1 = found_starts[image], found_starts[image + 1], true_starts[image], true_starts[image + 1]
+        similarity = oks(found[d0:d1], truth[g0:g1], boxes[g0:g1], areas[g0:g1], sigmas)
+        D, G = d1 - d0, g1 - g0
+        order = np.empty(G, np.int64)
+        for s in range(S):
+            n = 0
+            for last in range(2):
+                for g in range(G):
+                    if ignored[s, g0 + g] == (last == 1):
+                        order[n] = g
+                        n += 1
+            for t in range(T):
+                taken = np.zeros(G, np.bool_)
+                for d in range(D):
+                    best, at = min(thresholds[t], 1 - 1e-10), -1
+                    for g in order:
+                        if taken[g] and not crowd[g0 + g]:
+                            continue
+                        if at > -1 and not ignored[s, g0 + at] and ignored[s, g0 + g]:
+                            break
+                        if similarity[d, g] < best:
+                            continue
+                        best, at = similarity[d, g], g
+                    if at > -1:
+                        taken[at] = True
+                        if not ignored[s, g0 + at]:
+                            outcome[s, d0 + d, t] = HIT
+                    elif not outside[s, d0 + d]:
+                        outcome[s, d0 + d, t] = MISS
+    return outcome
+
+
+@compiled
+def _precision_recall(outcome: NDArray[np.uint8], image: I64, weight: F64, positives: float, recalls: F64) -> tuple[F64, F64]:
+    """Interpolated average precision and final recall, each [T], of found people [D, T] sorted by falling score."""
+    D, T = outcome.shape
+    tp, fp = np.zeros(T), np.zeros(T)
+    hits = np.zeros(T, np.int64)
+    at_recall, at_precision = np.empty((T, D)), np.empty((T, D))
+    for d in range(D):
+        w = weight[image[d]]
+        if w == 0:
+            continue
+        for t in range(T):
+            if outcome[d, t] == MISS:
+                fp[t] += w
+            elif outcome[d, t] == HIT:
+                # Precision only matters where recall rises, which is at hits.
+                tp[t] += w
+                at_recall[t, hits[t]] = tp[t] / positives
+                at_precision[t, hits[t]] = tp[t] / (fp[t] + tp[t] + np.spacing(1.0))
+                hits[t] += 1
+    ap, ar = np.zeros(T), np.zeros(T)
+    for t in range(T):
+        n = hits[t]
+        for d in range(n - 2, -1, -1):
+            at_precision[t, d] = max(at_precision[t, d], at_precision[t, d + 1])
+        d = 0
+        for r in range(recalls.shape[0]):
+            while d < n and at_recall[t, d] < recalls[r]:
+                d += 1
+            if d == n:
+                break
+            ap[t] += at_precision[t, d]
+        ap[t] /= recalls.shape[0]
+        ar[t] = at_recall[t, n - 1] if n else 0.0
+    return ap, ar
+
+
+@dataclass(frozen=True)
+class Matches:
+    """What is left of a data set once every image is matched; all that a figure needs.
+
+    Attributes:
+        images: the ids, in order.
+        image: int64 [D], index of each found person's image.
+        scores: float64 [D].
+        outcome: uint8 [S, D, T]: HIT, MISS or 0 (ignored), for each stratum and threshold.
+        positives: int64 [S, I], people to be found in each image.
+        strata: names of the strata.
+        primary: the figure that is resampled.
+    """
+
+    images: tuple[str, ...]
+    image: I64
+    scores: F64
+    outcome: NDArray[np.uint8]
+    positives: I64
+    strata: tuple[str, ...] = tuple(AREAS)
+    primary: str = "ap"
+
+    @cached_property
+    def _sorted(self) -> tuple[NDArray[np.uint8], I64]:
+        order = np.argsort(-self.scores, kind="mergesort")
+        return np.ascontiguousarray(self.outcome[:, order]), self.image[order]
+
+    def curves(self, stratum: str, counts: NDArray[Any] | None = None) -> tuple[F64, F64]:
+        """Average precision and recall at each threshold, [T]; -1 where there is nobody to find.
+
+        Args:
+            stratum: one of `strata`.
+            counts: how often each image counts, [I]; None counts each once.
+        """
+        weight = np.ones(len(self.images)) if counts is None else np.asarray(counts, np.float64)
+        s = self.strata.index(stratum)
+        outcome, image = self._sorted
+        positives = float(self.positives[s] @ weight)
+        if positives == 0:
+            nobody = np.full(len(THRESHOLDS), -1.0)
+            return nobody, nobody
+        return _precision_recall(outcome[s], image, weight, positives, RECALLS)
+
+    def figures(self, counts: NDArray[Any] | None = None, names: Sequence[str] = FIGURES) -> dict[str, float]:
+        """COCO's figures in 0..1; -1 where there is nobody to find.
+
+        Args:
+            counts: how often each image counts, [I]; None counts each once.
+            names: which figures, of `FIGURES`.
+        """
+        curves: dict[str, tuple[F64, F64]] = {}
+        figures = {}
+        for name in names:
+            suffix = name[2:].lstrip("_")
+            area = suffix if suffix in AREAS else "all"
+            if area not in curves:
+                curves[area] = self.curves(area, counts)
+            steps = {"50": [0], "75": [5]}.get(suffix, list(range(len(THRESHOLDS))))
+            figures[name] = float(np.mean(curves[area][int(name.startswith("ar"))][steps]))
+        return figures
+
+    def resampled(self, counts: NDArray[Any]) -> F64:
+        """The primary figure of every resample; `counts` [R, I] says how often each image counts in it.
+
+        NaN where a resample has nobody to find, as opposed to the -1 of a data set.
+        """
+        values = np.array([self.figures(row, [self.primary])[self.primary] for row in counts])
+        return np.where(values < 0, np.nan, values)
+
+
+@dataclass(frozen=True)
+class Everybody:
+    """All images of a data set as the compiled functions take them.
+
+    Attributes:
+        images: the ids, in order.
+        found: float64 [D, K, 2], each image sorted by falling score.
+        scores: float64 [D].
+        found_starts: int64 [I + 1].
+        truth: float64 [G, K, 3].
+        true_starts: int64 [I + 1].
+        boxes: float64 [G, 4].
+        areas: float64 [G].
+        crowd: bool [G].
+        never: bool [G], people whom nobody has to find: crowds and those without labels.
+        sigmas: float64 [K].
+    """
+
+    images: tuple[str, ...]
+    found: F64
+    scores: F64
+    found_starts: I64
+    truth: F64
+    true_starts: I64
+    boxes: F64
+    areas: F64
+    crowd: NDArray[np.bool_]
+    never: NDArray[np.bool_]
+    sigmas: F64
+
+    def matches(self, strata: Mapping[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]] | None = None) -> Matches:
+        """Match every image.
+
+        Args:
+            strata: name to (true people who do not belong to it [G], found people who are no false alarm of it [D]); None is
+                COCO's area ranges.
+        """
+        if strata is None:
+            size = np.prod(self.found.max(axis=1) - self.found.min(axis=1), axis=1)
+            strata = {
+                name: ((self.areas < least) | (self.areas > most), (size < least) | (size > most))
+                for name, (least, most) in AREAS.items()
+            }
+        ignored = np.array([self.never | away for away, _ in strata.values()])
+        outside = np.array([free for _, free in strata.values()])
+        outcome = match(
+            self.found,
+            self.found_starts,
+            self.truth,
+            self.true_starts,
+            self.boxes,
+            self.areas,
+            self.crowd,
+            self.sigmas,
+            ignored,
+            outside,
+            THRESHOLDS,
+        )
+        I = len(self.images)  # noqa: E741 - the number of images
+        image_of_true = np.repeat(np.arange(I), np.diff(self.true_starts))
+        positives = np.array([np.bincount(image_of_true[~row], minlength=I) for row in ignored], np.int64)
+        image = np.repeat(np.arange(I), np.diff(self.found_starts)).astype(np.int64)
+        return Matches(self.images, image, self.scores, outcome, positives.reshape(len(strata), I), tuple(strata))

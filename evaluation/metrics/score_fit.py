@@ -1,0 +1,47 @@
+"""A person's score, fitted to tune images: AP rewards scores that rank people by how well they are placed."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.metrics.coco_keypoints import CocoKeypoints
+from evaluation.metrics.oks import oks
+from evaluation.truth import People
+from posepress.results import Poses
+
+_STRENGTH = 10.0  # of the ridge, in people: few tune images must not decide alone
+_LEAST = 20  # found people below which nothing is fitted
+
+
+def placed(metric: CocoKeypoints, truth: People, found: Poses) -> NDArray[np.float64]:
+    """The greatest OKS of each found person, [N]; NaN for one that belongs to a person whom COCO ignores."""
+    points = metric.keypoints(found)[..., :2].astype(np.float64)
+    similarity = oks(points, truth.keypoints, truth.boxes, truth.areas, np.array(metric.labels.sigmas))
+    best: NDArray[np.float64] = similarity[:, ~truth.never].max(axis=1, initial=0)
+    ignored = similarity[:, truth.never].max(axis=1, initial=0)
+    return np.where((ignored > best) & (ignored > 0.5), np.nan, best)
+
+
+def fit(metric: CocoKeypoints, results: Sequence[tuple[People, Poses]]) -> list[float] | None:
+    """Weights of `Poses.features` that predict a person's OKS, by ridge regression.
+
+    Args:
+        metric: joins the skeletons.
+        results: truth and found people of each tune image; the found ones have features, the last of which is one.
+
+    Returns:
+        One weight a feature; None if too few people were found to fit any. Weighted features may be negative.
+    """
+    known = [found.features for _, found in results if found.features is not None]
+    features = np.concatenate(known or [np.zeros((0, 1), np.float32)])
+    target = np.concatenate([placed(metric, truth, found) for truth, found in results] or [np.zeros(0)])
+    counted = np.isfinite(target)
+    if counted.sum() < _LEAST:
+        return None
+    x, y = features[counted, :-1].astype(np.float64), target[counted]
+    mean, spread = x.mean(axis=0), x.std(axis=0)
+    spread = np.where(spread < 1e-9, 1, spread)
+    scaled = (x - mean) / spread
+    solved = np.linalg.solve(scaled.T @ scaled + _STRENGTH * np.eye(x.shape[1]), scaled.T @ (y - y.mean())) / spread
+    return [*solved.tolist(), float(y.mean() - solved @ mean)]

@@ -1,0 +1,1 @@
+"""Calibration images as network inputs."""

@@ -1,0 +1,45 @@
+"""What images do to a network's activations, in a few numbers each."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.onnx_files.files import read_spec
+from pipeline.progress import track
+from pipeline.quantization.graph import computed_over, load, place
+from posepress.contracts import Framing
+from posepress.pixels import normalise
+from posepress.predict import batches
+from posepress.spec import Resolution
+
+
+def features(onnx_file: Path, images: Sequence[tuple[Any, int]], framing: Framing, size: Resolution) -> NDArray[np.float64]:
+    """Logarithms of the greatest and the mean magnitude of every tensor that would be quantized.
+
+    Args:
+        onnx_file: a float network.
+        images: data sets and places in them.
+        framing: how they become inputs; of several views of an image the first counts.
+        size: of the network's input.
+
+    Returns:
+        float64 [images, 2 x tensors].
+    """
+    model, spec = load(onnx_file), read_spec(onnx_file)
+    tensors = place(model).tensors
+
+    def inputs() -> Iterator[NDArray[np.float32]]:
+        for data, index in track(images, "looking at activations", unit="images"):
+            batch = next(iter(batches(data, framing, spec.input, size, 1, [index])))
+            shape = (1, size.height, size.width, 3)
+            yield normalise(batch.images[:1] if batch.views else np.zeros(shape, np.uint8), spec.input)
+
+    rows = []
+    for made in computed_over(model, tensors, inputs()):
+        greatest = [float(np.abs(made[name]).max()) for name in tensors]
+        mean = [float(np.abs(made[name]).mean()) for name in tensors]
+        rows.append(np.log(np.array([*greatest, *mean]) + 1e-6))
+    return np.array(rows)

@@ -1,0 +1,69 @@
+"""The chosen calibration images as network inputs."""
+
+import json
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.contracts import CalibrationFeed, Splits
+from pipeline.datasets.coco import Coco
+from pipeline.progress import track
+from posepress.contracts import Framing
+from posepress.errors import UserError
+from posepress.pixels import normalise
+from posepress.predict import batches
+from posepress.spec import InputSpec, Resolution
+
+
+def calibration_feed(
+    chosen: Path, data: Splits, image_dir: str | None, framing: Framing, spec: InputSpec, size: Resolution, cache: Path
+) -> CalibrationFeed:
+    """Make a feed of what the stage `sample` chose.
+
+    Args:
+        chosen: its calibration.json.
+        data: the images are of its splits, unless they are of `image_dir`.
+        image_dir: the folder that they were sampled from.
+        framing: how they become inputs.
+        spec: of the network's input.
+        size: of the network's input.
+        cache: folder where digests of images are kept.
+
+    Raises:
+        UserError: an image is gone or changed.
+    """
+    images = json.loads(chosen.read_text())["images"]
+    sources = list(_sources(images, data, image_dir, cache))
+
+    def frames(most: int | None) -> Iterator[NDArray[np.uint8]]:
+        every = (batch for part, order in sources for batch in batches(part, framing, spec, size, 1, order))
+        for batch in track(islice(every, most), "calibrating", min(len(images), most or len(images)), "images"):
+            if batch.views:
+                yield batch.images
+
+    def read(most: int | None) -> Iterator[NDArray[np.float32]]:
+        return (normalise(images, spec) for images in frames(most))
+
+    form = json.dumps([repr(framing), str(size), spec.__dict__], default=str)
+    listed = json.dumps([[image["file_name"], image["sha256"]] for image in images])
+    return CalibrationFeed(read, frames, sha256(listed.encode()).hexdigest(), sha256(form.encode()).hexdigest())
+
+
+def _sources(
+    images: list[Mapping[str, str]], data: Splits, image_dir: str | None, cache: Path
+) -> Iterator[tuple[Any, list[int]]]:
+    """Data sets, and places in them."""
+    for split in dict.fromkeys(image["split"] for image in images):
+        part: Any = data.open(split) if split != "image_dir" else Coco.folder(str(image_dir))
+        contents = part.contents(cache)
+        listed = [image for image in images if image["split"] == split]
+        changed = [i["file_name"] for i in listed if contents.get(i["file_name"]) != i["sha256"]]
+        if changed:
+            raise UserError(f"calibration image {changed[0]} changed since it was chosen; run stage=sample again")
+        place = {record["file_name"]: n for n, record in enumerate(part.records)}
+        yield part, [place[image["file_name"]] for image in listed]

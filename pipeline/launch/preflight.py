@@ -1,0 +1,288 @@
+"""What must hold between options, and between them and this machine, before any work."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline.launch import labels, options
+from pipeline.launch.chain import needed, requested
+from pipeline.results.content import sha256
+from pipeline.results.manifest import read_manifest
+from pipeline.results.stage import ABOUT, Stage, arguments, option_of, targets, value_at
+from posepress.errors import UserError
+from posepress.spec import InputSpec, Resolution
+
+
+def planned(config: DictConfig, sweep: bool) -> tuple[list[str], list[str]]:
+    """The stages to run, in order; and those asked for that this cell of a sweep does not need.
+
+    Raises:
+        UserError: nothing or an unknown stage is asked for, or outside a sweep one that the configuration does not need.
+    """
+    wiring = {}
+    for name in config.stages:
+        node = config.stages[name]
+        inputs = {str(role): node.inputs[role] for role in node.inputs if node.inputs[role] is not None}
+        wiring[str(name)] = Stage(str(name), "", {}, inputs, aside=bool(node.get("aside", False)))
+    asked: Any = OmegaConf.to_container(config.stage) if OmegaConf.is_list(config.stage) else config.stage
+    skipped: list[str] = []
+    if sweep and asked != "all":
+        chain = needed(wiring, ["report"])
+        asked = [asked] if isinstance(asked, str) else list(asked or [])
+        if "all" not in asked and not (asked and all(name in wiring and wiring[name].aside for name in asked)):
+            skipped = [name for name in asked if name in wiring and name not in chain]
+            asked = [name for name in asked if name not in skipped]
+    return ([] if skipped and not asked else requested(asked, wiring)), skipped
+
+
+def check_options(config: DictConfig, plan: Sequence[str], words: Sequence[str], sweep: bool) -> None:
+    """Check the options of what is planned and of what the command names.
+
+    Raises:
+        UserError: one is unknown, missing or wrong.
+    """
+    lost = [word for word in words if word.lstrip("+").startswith("pruner.")]
+    if lost and not labels.prunes(config):
+        if not sweep:
+            raise UserError(f"{lost[0]}: there is no pruner; add pruner=l1")
+        words = [word for word in words if word not in lost]  # of another cell
+    labels.wire(config, plan)
+    options.check_added(config, words)
+    keys = [word.lstrip("+~").partition("=")[0].split(".") for word in words]
+    named = [key[1] for key in keys if key[0] == "stages" and len(key) > 1]
+    named = [name for name in named if options.installed(config.stages.get(name))]
+    labels.wire(config, named)
+    options.check_stages(config, list(dict.fromkeys([*plan, *named])))
+    for key in keys:
+        if key[0] != "stages" and len(key) > 1 and options.installed(config.get(key[0])):
+            options.check_component(config, key[0])
+
+
+def check_pruner(config: DictConfig) -> None:
+    """Check what pruning and its control need of each other.
+
+    Raises:
+        UserError: they do not go together.
+    """
+    if (by := config.pruner.get("sensitivity")) not in (None, "sensitivity"):
+        raise UserError(f"pruner.sensitivity={by}: choose sensitivity (the stage that sets the ratios then) or null")
+    if config.control is not None and not labels.prunes(config):
+        raise UserError(f"control={config.control}: there is no pruner; add pruner=l1")
+    if config.control == "scratch" and config.weights is not None:
+        raise UserError(
+            "control=scratch: the dense network came trained (weights=), so what its training took is not known; train it here "
+            "with weights=null, or choose control=pruned"
+        )
+    scratch = config.control == "scratch" and "retrain" in config.stages
+    training = config.stages.retrain.get("training") if scratch else None
+    patience = training.get("patience") if isinstance(training, DictConfig) else None  # else refused with the stage's options
+    if patience is not None:
+        raise UserError(
+            f"control=scratch: a retraining with patience={patience} ends when it will; give it and the control "
+            "stages.retrain.training.patience=null"
+        )
+    if labels.prunes(config) and labels.given(config):
+        raise UserError("pruner: a network that is given as ONNX cannot be pruned; choose pruner=none")
+
+
+def check_choices(config: DictConfig, plan: Sequence[str], words: Sequence[str]) -> None:
+    """Check the choices of groups against each other.
+
+    Raises:
+        UserError: a choice does not run on the backend, the resolution does not fit, a stage is of other networks.
+    """
+    backend = str(config.backend._target_).rpartition(".")[0].rpartition(".")[2]
+    precision = str(labels.said(config, "precision", "name"))
+    for group, name in (("precision", precision), ("model", labels.label(config, "model"))):
+        only = labels.said(config, group, "only_on")
+        if only not in (None, backend):
+            raise UserError(f"{group}={name}: runs on backend={only} alone; choose it or another {group}")
+    grid = labels.grid(config)
+    for option in ("training_resolution", "resolution"):
+        _check_resolution(option, str(config[option]), *grid)
+    for given in OmegaConf.to_container(config.stages.build.profiles) or []:
+        from pipeline.onnx_files.files import Shapes
+
+        for size in Shapes.parse(given).resolution:
+            _check_resolution("stages.build.profiles", str(size), *grid)
+    if (last := labels.said(config, "precision", "last_tensorrt")) is not None:
+        from posepress.runners.tensorrt import installed
+
+        if int((installed() or "0").split(".")[0]) > last:
+            raise UserError(
+                f"precision={precision}: TensorRT {installed()} has no calibrators, the last that had them is "
+                f"{last}; choose precision=int8, whose scales are in the file"
+            )
+    if "compare" in plan:
+        from pipeline.report import comparison
+
+        comparison.check(Path(str(config.outputs)), str(config.name), list(config.engines))
+        if any(entry.endswith(".json") for entry in config.engines) and not _data_named(words):
+            raise UserError(
+                "engines: files of results need the images that they are of; give data=coco with its options, or the "
+                "experiment that they come from"
+            )
+    name = labels.label(config, "model")
+    if config.exported is None and {"parity", "package"}.intersection(plan):
+        raise UserError(f"stage={plan[0]}: model={name} is an engine; this is for networks that are built here")
+
+
+def check_data(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[str], words: Sequence[str]) -> None:
+    """Check that a given network is tried on images that the command names.
+
+    Raises:
+        UserError: the default data would be drawn for it, thousands of images.
+    """
+    named = _data_named(words)
+    splits = {split for name in plan for split in stages[name].splits}
+    if named or not labels.given(config) or not splits:
+        return
+    count = sum(config.data.get("counts", {}).values())
+    parts = ["train"] if splits - {"validation"} else []
+    wanted = " ".join(f"data.{part}.images=FOLDER data.{part}.annotations=FILE" for part in [*parts, "val"])
+    raise UserError(
+        f"data: the network is given, so name the images that it is tried on; give data=coco {wanted}, "
+        f"or data={labels.label(config, 'data')}, which draws {count:,} images"
+    )
+
+
+def _data_named(words: Sequence[str]) -> bool:
+    return any(word.lstrip("+").partition("=")[0] in ("data", "experiment") for word in words)
+
+
+_OPTIONS = {"validation": "data.val", "unlabelled": "data.unlabelled", "agreement": "data.unlabelled"}  # else data.train
+
+
+def check_images(stages: Mapping[str, Stage], plan: Sequence[str]) -> None:
+    """Check the annotations and images of a given data set, of every split that is read; generated ones are drawn later.
+
+    Raises:
+        UserError: an image or an annotation is bad, a split is empty, or two splits share an image.
+    """
+    reading = [stages[name] for name in plan if stages[name].splits]
+    splits = dict.fromkeys(split for stage in reading for split in stage.splits)
+    node = arguments(reading[0]).get("data") if reading else None
+    if not isinstance(node, Mapping) or "counts" in node:
+        return
+    data = options.instances({"data": node})["data"]
+    for split in splits:
+        if split in data or split in ("train", "validation"):  # the others may be without images
+            try:
+                data.open(split)
+            except UserError as error:
+                raise UserError(f"{_OPTIONS.get(split, 'data.train')}: {error}") from error
+
+
+def check_given(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[str]) -> None:
+    """Check the description of a given file, and what is asked of it; a file that is not adopted yet is run once.
+
+    Raises:
+        UserError: the description is none, or does not fit the file, the decoder or the options of the engine.
+    """
+    keys = ("onnx", "plan", "spec", "outputs")
+    node = config.model
+    model: dict[str, Any] = {
+        key: OmegaConf.to_container(node[key]) if OmegaConf.is_config(node.get(key)) else node.get(key) for key in keys
+    }
+    if model["onnx"] == model["plan"] or all(stages[name].collect for name in plan):
+        return
+    from pipeline.decoder_options import decoder_options
+    from pipeline.onnx_files.files import Shapes, described, named
+
+    raw = model["spec"]
+    if config.model.get("_target_") is not None:
+        raise UserError(f"model.onnx={model['onnx']}: choose model=onnx, whose model.spec describes the file")
+    spec, _ = named(described(raw))
+    for doubt in spec.input.doubts:
+        print(f"warning: model.spec.input.{doubt}", file=sys.stderr)
+    given = arguments(stages["evaluate"])
+    parts = options.instances({key: given[key] for key in ("decoder", "framing")})
+    try:
+        parts["decoder"](spec, **decoder_options(None, parts["decoder"]))
+        if getattr(parts["framing"], "flip", False):
+            _ = spec.skeleton.limb_flip
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.spec: {error}") from error
+    if model["onnx"] is None or not Path(str(model["onnx"])).is_file():
+        return
+    from pipeline.onnx_files.adopt import adopt, check_request, unlike_metadata
+
+    file, one = Path(str(model["onnx"])), "stages.build.profiles"
+    profiles = [Shapes.parse(profile) for profile in OmegaConf.to_container(config.stages.build.profiles) or []]
+    sizes = {"resolution": _resolution("resolution", str(config.resolution))}
+    sizes |= {f"{one}[{n}].{k}": size for n, p in enumerate(profiles) for k, size in enumerate(p.resolution)}
+    batches = {"batch": config.batch}
+    batches |= {f"{one}[{n}].{k}": count for n, p in enumerate(profiles) for k, count in enumerate(p.batch)}
+    precision = str(labels.said(config, "precision", "name"))
+    asked = check_request(file, raw, precision, sizes, batches, parts["framing"].one_size)  # which refuses what is no ONNX
+    for doubt in [*unlike_metadata(file, spec), *asked]:
+        print(f"warning: {doubt}", file=sys.stderr)
+    export = Path(str(config.outputs)) / str(config.name) / "export" / stages["export"].address
+    if "export" in plan and (config.force or not _adopted(read_manifest(export), stages["export"], file)):
+        adopt(file, raw, model["outputs"], _resolution("training_resolution", str(config.training_resolution)))
+
+
+def _adopted(manifest: Mapping[str, Any] | None, export: Stage, file: Path) -> bool:
+    """Whether a result was made of this very file, described and tried in the same way."""
+    from pipeline.onnx_files.cut import external_files
+
+    if manifest is None:
+        return False
+    content: dict[str, Any] = {"sha256": sha256(file)}
+    if weights := external_files(file):
+        content["weights"] = {name: sha256(path) if path.is_file() else "missing" for name, path in weights.items()}
+    now = {key: value for key, value in arguments(export).items() if key in ("spec", "outputs", "resolution")}
+    now = json.loads(json.dumps({**now, "onnx": content}))
+    return bool({key: manifest["config"].get(key) for key in now} == now)
+
+
+def check_files(stage: Stage) -> None:
+    """Check that the files are there that a stage reads.
+
+    Raises:
+        UserError: one is missing.
+    """
+    for option in stage.files:
+        file = value_at(stage.options, option)
+        if file is not None and not Path(str(file)).is_file():
+            raise UserError(f"{option_of(option)}={file}: no such file; give the path of an existing one")
+
+
+def check_packages(stage: Stage) -> None:
+    """Check that the packages are installed that a stage's components need.
+
+    Raises:
+        UserError: one is missing.
+    """
+    for component in stage.options.values():
+        if not (isinstance(component, Mapping) and any(targets(component))):
+            continue
+        about = component.get(ABOUT) or {}
+        name = about.get("label") or about.get("name", stage.name)
+        for module in about.get("requires") or []:
+            if find_spec(module) is None:
+                raise UserError(
+                    f"{name}: the Python package '{module}' is not installed here; "
+                    f"install it (pip install -e '.[{module}]') or choose another backend"
+                )
+
+
+def _resolution(option: str, text: str) -> Resolution:
+    try:
+        return Resolution.parse(text)
+    except ValueError as error:
+        raise UserError(f"{option}{str(error).removeprefix('resolution')}") from error
+
+
+def _check_resolution(option: str, text: str, multiple: int, offset: int) -> None:
+    resolution = _resolution(option, text)
+    spec = InputSpec("image", multiple=multiple, offset=offset)
+    if not spec.fits(resolution):
+        near = Resolution(*(spec.fit(n - multiple / 2) for n in (resolution.height, resolution.width)))
+        shape = f"multiples of {multiple}" + (f" plus {offset}" if offset else "")
+        raise UserError(f"{option}={resolution}: this network takes {shape}; the nearest is {option}={near}")

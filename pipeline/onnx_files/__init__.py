@@ -1,0 +1,1 @@
+"""ONNX files: written, adopted, cut and executed."""

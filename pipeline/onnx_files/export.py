@@ -1,0 +1,382 @@
+"""Torch to ONNX: exported, simplified, described and compared with what it came from."""
+
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir
+import onnxruntime
+import onnxscript
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from pipeline.models.contract import duplicate
+from pipeline.models.recording import Recording, record, tensors
+from pipeline.progress import say
+from posepress.errors import UserError, first_line
+from posepress.spec import SPEC_KEY, NetworkSpec
+
+_SAME = 1e-3  # of a field's range, between torch and a file that was exported by a shorter way
+_SMALL = 320  # pixels of an input's longer side
+_AXES = {0: "batch", 2: "height", 3: "width"}
+# Runs a module as a program without torch, which the simplifiers import and do not use: that took most of their time.
+_TOOL = "import runpy, sys; sys.modules['torch'] = None; del sys.argv[0]; runpy.run_module(sys.argv[0], run_name='__main__')"
+
+Reference = Callable[[NDArray[np.float32]], Mapping[str, NDArray[np.float32]]]
+
+
+class _Ordered(nn.Module):
+    """A network whose fields come as a tuple in the order of its description."""
+
+    def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.network, self.names = network, names
+        self.spec: NetworkSpec = network.spec  # type: ignore[assignment]
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        fields = self.network(images)
+        return tuple(fields[name] for name in self.names)
+
+
+def export(
+    network: nn.Module,
+    example: NDArray[np.float32],
+    opset: int,
+    out: Path,
+    any_shape: bool = True,
+    graphs: Path | None = None,
+) -> None:
+    """Write a network as ONNX with torch's dynamo exporter.
+
+    Shorter ways are tried first: a kept graph, batch norms folded before, one shape for a network whose operators are the same
+    at all. What comes of them is compared with torch at two shapes, on random images. The exporter's own way is the last.
+
+    Args:
+        network: in evaluation mode, with a `spec`.
+        example: images [B, 3, H, W], of which the shape counts.
+        opset: of the file.
+        out: the file.
+        any_shape: leave free what the description calls dynamic; False exports for the example's shape alone.
+        graphs: a folder that keeps graphs without weights, for networks of the same structure. None keeps none.
+    """
+    spec: NetworkSpec = network.spec  # type: ignore[assignment]
+    names = [field.name for field in spec.fields]
+    free = {axis: name for axis, name in _AXES.items() if any_shape and name in spec.dynamic}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision's operators, which nobody asked for
+    ordered = _Ordered(network, names).eval()
+    images = [np.random.default_rng(0).standard_normal(shape, np.float32) for shape in _shapes(example, free, spec)]
+    recorded = _recorded(ordered, images)
+    kept, graph, folded, why = None, None, ordered, list[str]()
+    if recorded:
+        folded = _without_batch_norms(ordered, recorded[0].norms)
+        if graphs is not None:
+            fixed = [size for axis, size in enumerate(example.shape) if axis not in free]
+            kept = graphs / _key(ordered, [opset, free, fixed, spec.to_json(), *recorded])
+            for file, filled in ((_kept(kept, "folded"), folded), (_kept(kept, "plain"), ordered)):
+                if file.exists():
+                    if _written(partial(_filled, file, filled), network, images[:1], out, why) is not None:
+                        return
+                    print(f"{file}: this kept graph is damaged or does not fit ({why[-1]}); it is made anew", file=sys.stderr)
+        if free and len({one.digest for one in recorded}) == 1:
+            graph = _written(lambda: _freed(_graph(folded, images[1], opset, {}), free), network, images, out, why)
+        else:
+            graph = _written(lambda: _graph(folded, example, opset, free), network, images, out, why)
+    if graph is None:
+        reason = why[-1] if why else "its operators cannot be recorded"
+        say(f"The network is exported with torch's exporter, which takes longer: {reason}")
+        graph, folded = _graph(ordered, example, opset, free), ordered
+        _optimized(graph).save(out, external_data=False)
+    if kept is not None:
+        _keep(graph, folded, _kept(kept, "plain" if folded is ordered else "folded"))
+
+
+def _shapes(example: NDArray[np.float32], free: Mapping[int, str], spec: NetworkSpec) -> list[list[int]]:
+    """The example's shape, and one of twice its size or half, where coarse maps have other sizes too."""
+    shape, step = list(example.shape), spec.input.multiple
+    if not free:
+        return [shape]
+    larger = max(shape[2:]) < _SMALL
+    other = [shape[0] + 1, shape[1]]
+    other += [2 * size + (n + 1) * step if larger else max(size // 2 // step, 1) * step for n, size in enumerate(shape[2:])]
+    return [shape, [new if axis in free else size for axis, (size, new) in enumerate(zip(shape, other, strict=True))]]
+
+
+def _recorded(ordered: _Ordered, images: Sequence[NDArray[np.float32]]) -> list[Recording]:
+    """A recording at each shape; none where the network cannot be recorded at one of them."""
+    recorded = []
+    for one in images:
+        if (recording := record(ordered, one)) is None:
+            return []
+        recorded.append(recording)
+    return recorded
+
+
+def _kept(name: Path, kind: str) -> Path:
+    """A kept graph; its weights are those of the network itself, or with its batch norms folded."""
+    return name.with_suffix(f".{kind}.onnx")
+
+
+def _graph(ordered: _Ordered, example: NDArray[np.float32], opset: int, free: Mapping[int, str]) -> onnx.ModelProto:
+    """What torch's exporter makes of a network, not optimised."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            ordered,
+            (torch.from_numpy(example),),
+            dynamo=True,
+            opset_version=opset,
+            input_names=[ordered.spec.input.name],
+            output_names=ordered.names,
+            dynamic_shapes=(dict(free),) if free else None,
+            verbose=False,
+            optimize=False,
+        )
+    assert program is not None
+    return program.model_proto
+
+
+def _freed(model: onnx.ModelProto, free: Mapping[int, str]) -> onnx.ModelProto:
+    """A graph that was exported for one shape, with axes that may have any size."""
+    del model.graph.value_info[:]
+    for axis, name in free.items():
+        for given in model.graph.input:
+            given.type.tensor_type.shape.dim[axis].dim_param = name
+        for field in model.graph.output:
+            field.type.tensor_type.shape.dim[axis].dim_param = name if axis == 0 else f"{field.name}_{name}"
+    return model
+
+
+def _written(
+    make: Callable[[], onnx.ModelProto],
+    network: nn.Module,
+    images: Sequence[NDArray[np.float32]],
+    out: Path,
+    why: list[str],
+) -> onnx.ModelProto | None:
+    """A graph, optimised and written; None where it computes something else than the network, or cannot be made.
+
+    Args:
+        make: the graph.
+        network: what it must compute.
+        images: what both are compared on.
+        out: the file.
+        why: the reason is added where there is none.
+    """
+    try:
+        graph = make()
+        _optimized(graph).save(out, external_data=False)
+        compare(out, network.spec, torch_reference(network), images, _SAME)  # type: ignore[arg-type]
+    except Exception as error:  # noqa: BLE001 - of torch, protobuf, ONNX Runtime and ours; another graph is made, whatever it was
+        why.append(first_line(error))
+        return None
+    return graph
+
+
+def _without_batch_norms(ordered: _Ordered, norms: Sequence[tuple[str, str]]) -> _Ordered:
+    """A copy whose batch norms are folded into the convolutions before them: less than half as many operators to export.
+
+    Args:
+        ordered: the network.
+        norms: see `Recording`.
+
+    Returns:
+        The copy, in which layers stay that are more than convolutions and batch norms; the network itself if none is folded.
+    """
+    copy, any_folded = _Ordered(duplicate(ordered.network), ordered.names).eval(), False
+    owners = defaultdict(list)
+    for module in copy.modules():
+        for tensor in module.parameters(recurse=False):
+            owners[id(tensor)].append(module)
+    found = tensors(copy)
+    for weight, scale in norms:
+        layers, after = owners[id(found[weight])], owners[id(found[scale])]
+        if len(layers) == len(after) == 1 and _foldable(layers[0], after[0]):
+            _replace(copy, layers[0], fuse_conv_bn_eval(layers[0], after[0]))  # type: ignore[type-var, arg-type]
+            _replace(copy, after[0], nn.Identity())
+            any_folded = True
+    return copy if any_folded else ordered
+
+
+def _foldable(layer: nn.Module, norm: nn.Module) -> bool:
+    """Whether two layers compute what their classes say, and nothing more."""
+    plain = type(norm).forward is nn.BatchNorm2d.forward and not norm._forward_hooks and not norm._forward_pre_hooks  # noqa: SLF001
+    return isinstance(layer, nn.Conv2d) and plain and not layer.training and not norm.training
+
+
+def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a layer in the place of another, wherever that is registered."""
+    for place, module in list(network.named_modules(remove_duplicate=False)):
+        if module is old:
+            parent, _, name = place.rpartition(".")
+            setattr(network.get_submodule(parent), name, new)
+
+
+def _optimized(model: onnx.ModelProto) -> Any:
+    """An optimised graph; its weights are needed, because what batch norms are left are folded into them."""
+    program = torch.onnx.ONNXProgram(onnx_ir.from_proto(model), None)
+    program.optimize()
+    return program
+
+
+def _keep(model: onnx.ModelProto, network: nn.Module, file: Path) -> None:
+    """Write a graph without the network's weights, whole or not at all."""
+    weights = tensors(network)
+    for initializer in model.graph.initializer:
+        if initializer.name in weights:
+            initializer.ClearField("raw_data")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}.tmp")
+    part.write_bytes(model.SerializeToString())
+    part.replace(file)
+
+
+def _filled(file: Path, network: nn.Module) -> onnx.ModelProto:
+    """A kept graph with a network's weights."""
+    model = onnx.load(file)
+    weights = tensors(network)
+    for initializer in model.graph.initializer:
+        if initializer.name in weights:
+            tensor = onnx.numpy_helper.from_array(weights[initializer.name].detach().cpu().numpy(), initializer.name)
+            if (tensor.dims, tensor.data_type) != (initializer.dims, initializer.data_type):
+                raise ValueError(f"{initializer.name} is {initializer.dims}, not {tensor.dims}")
+            initializer.CopyFrom(tensor)
+    return model
+
+
+def _key(network: nn.Module, more: Sequence[Any]) -> str:
+    """A digest of all that a network's graph follows from, but for its weights' values."""
+    about: list[Any] = [torch.__version__, onnxscript.__version__, onnx_ir.__version__, *more]
+    about += [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors(network).items()]
+    return sha256(repr(about).encode()).hexdigest()
+
+
+def simplify(file: Path, seconds: float) -> str:
+    """Simplify an ONNX file in place, in a process that may crash or hang.
+
+    Args:
+        file: the ONNX file.
+        seconds: how long each simplifier may take.
+
+    Returns:
+        Which simplifier did it: "onnxsim", or "onnxslim" where onnxsim failed.
+
+    Raises:
+        UserError: both failed.
+    """
+    complaints = []
+    for tool in ("onnxsim", "onnxslim"):
+        out = file.with_suffix(f".{tool}.onnx")
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", _TOOL, tool, str(file), str(out)],
+                capture_output=True,
+                text=True,
+                timeout=seconds,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            out.unlink(missing_ok=True)
+            complaints.append(f"{tool} took more than {seconds:.0f} s")
+            continue
+        if done.returncode == 0 and out.exists():
+            out.replace(file)
+            return tool
+        out.unlink(missing_ok=True)
+        last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no message"]
+        complaints.append(f"{tool} ended with {done.returncode} ({last[0]})")
+    raise UserError(f"{file.name}: cannot be simplified: {'; '.join(complaints)}; raise stages.export.simplify_seconds")
+
+
+def stamp(file: Path, spec: NetworkSpec) -> None:
+    """Write a network's description into the metadata of its ONNX file."""
+    model = onnx.load(file)
+    kept = {entry.key: entry.value for entry in model.metadata_props if entry.key != SPEC_KEY}
+    onnx.helper.set_model_props(model, {**kept, SPEC_KEY: spec.to_json()})
+    onnx.checker.check_model(model)
+    onnx.save(model, file)
+
+
+def torch_reference(network: nn.Module) -> Reference:
+    """A network as a function of arrays."""
+
+    def run(images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        with torch.inference_mode():
+            return {name: field.numpy() for name, field in network.eval()(torch.from_numpy(images)).items()}
+
+    return run
+
+
+def onnx_reference(file: Path, spec: NetworkSpec, sources: Mapping[str, str]) -> Reference:
+    """A given ONNX file as a function of arrays; see `pipeline.onnx_files.adopt.Adopted` for `sources`."""
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+
+    def run(images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        returned = dict(zip(names, session.run(names, {spec.input.name: images}), strict=True))
+        if sources:
+            return {field: returned[source] for field, source in sources.items()}
+        ends = np.cumsum([field.channels for field in spec.fields])[:-1]
+        parts = np.split(returned[names[0]], ends, axis=1)
+        return {field.name: part for field, part in zip(spec.fields, parts, strict=True)}
+
+    return run
+
+
+def compare(
+    file: Path, spec: NetworkSpec, reference: Reference, inputs: Sequence[NDArray[np.float32]], tolerance: float
+) -> dict[str, Any]:
+    """Compare an ONNX file with what it was made from, at several shapes.
+
+    Args:
+        file: the ONNX file.
+        spec: its description.
+        reference: what it must equal.
+        inputs: images [B, 3, H, W] of several shapes.
+        tolerance: greatest difference, as a part of a field's greatest magnitude.
+
+    Returns:
+        The largest relative difference and the shapes compared.
+
+    Raises:
+        UserError: a field differs by more, or has another shape.
+    """
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    names = [field.name for field in spec.fields]
+    worst = 0.0
+    for images in inputs:
+        try:
+            found = session.run(names, {spec.input.name: images})
+        except Exception as error:
+            first = first_line(error)
+            shape = "x".join(map(str, images.shape))
+            raise UserError(
+                f"{file.name}: does not run at {shape} ({first}); the network's code depends on its input's size: make it "
+                "of layers that take every size, or name the free axes in the spec's dynamic"
+            ) from error
+        expected = reference(images)
+        for name, ours in zip(names, found, strict=True):
+            theirs = expected[name]
+            if ours.shape != theirs.shape:
+                raise UserError(
+                    f"{file.name}: '{name}' is {ours.shape} instead of {theirs.shape} for an input of {images.shape}"
+                )
+            difference = float(np.abs(ours - theirs).max() / max(float(np.abs(theirs).max()), 1e-12))
+            worst = max(worst, difference)
+            if not difference <= tolerance:
+                raise UserError(
+                    f"{file.name}: '{name}' differs from its source by {difference:.2g} of its range at {images.shape}; "
+                    f"allowed is stages.export.tolerance={tolerance}"
+                )
+    return {"max_difference": worst, "shapes": [list(images.shape) for images in inputs]}

@@ -1,0 +1,139 @@
+"""ONNX files, their descriptions, and the shapes that an engine of them serves."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from posepress.contracts import Framing
+from posepress.errors import UserError, nearest
+from posepress.skeletons import COCO_17, OPENPOSE_18
+from posepress.spec import FIELDS, SPEC_KEY, InputSpec, NetworkSpec, Resolution, Skeleton
+
+FLAVOURS = ("tensorrt", "onnxruntime")
+
+CALIBRATION, CALIBRATION_INPUTS = "calibrator.json", "calibration_inputs.npy"  # beside a network that TensorRT calibrates
+
+
+SKELETONS: Mapping[str, Skeleton] = {"openpose_18": OPENPOSE_18, "coco_17": COCO_17}
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The input shapes an engine serves.
+
+    Attributes:
+        resolution: least, tuned-for and greatest input size.
+        batch: likewise.
+        more: further shapes that the same engine is tuned for.
+    """
+
+    resolution: tuple[Resolution, Resolution, Resolution]
+    batch: tuple[int, int, int]
+    more: tuple["Shapes", ...] = ()
+
+    @classmethod
+    def of(cls, framing: "Framing", size: Resolution, spec: InputSpec, batch: int, more: tuple["Shapes", ...] = ()) -> "Shapes":
+        """What a framing asks of an engine of a resolution: up to `batch` images, of free width where their widths differ."""
+        narrow, wide = size, size
+        if not framing.one_size:  # images between a third as wide as high and three times as wide
+            narrow = Resolution(size.height, spec.fit(size.height / 3))
+            wide = Resolution(size.height, max(spec.fit(size.height * 3), size.width))
+        return cls((narrow, size, wide), (1, batch, batch), more)
+
+    @classmethod
+    def parse(cls, given: Any) -> "Shapes":
+        """A profile as the configuration writes it, {min: 1x224x320, opt: 4x288x384, max: 8x368x656}.
+
+        Raises:
+            UserError: it is none.
+        """
+        form = "give it as {min: 1x224x320, opt: 4x288x384, max: 8x368x656}, batch x height x width"
+        try:
+            parts = [str(given[key]).lower().partition("x") for key in ("min", "opt", "max")]
+            least, best, most = (Resolution.parse(rest) for _, _, rest in parts)
+            batch = [int(count) for count, _, _ in parts]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"stages.build.profiles: {given} is no profile; {form}") from error
+        sizes = [batch, [r.height for r in (least, best, most)], [r.width for r in (least, best, most)]]
+        if any(not 0 < a <= b <= c for a, b, c in sizes):
+            raise UserError(f"stages.build.profiles: {given} is not min <= opt <= max; {form}")
+        return cls((least, best, most), (batch[0], batch[1], batch[2]))
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A network ready to be built.
+
+    Attributes:
+        onnx: the typed ONNX file of each flavour, "tensorrt" and "onnxruntime".
+        checkpoint: the folder of the torch network; None where there is none.
+        calibration: the folder of what TensorRT calibrates the network with; None where the file says its precision.
+    """
+
+    onnx: Mapping[str, Path]
+    checkpoint: Path | None = None
+    calibration: Path | None = None
+
+    @classmethod
+    def in_folder(cls, folder: Path, checkpoint: Path | None = None) -> "ModelFiles":
+        """The files of a quantized network's folder."""
+        calibrated = folder if (folder / CALIBRATION).exists() else None
+        return cls({flavour: folder / f"model.{flavour}.onnx" for flavour in FLAVOURS}, checkpoint, calibrated)
+
+
+def read_spec(file: Path) -> NetworkSpec:
+    """The description in an ONNX file's metadata.
+
+    Raises:
+        UserError: there is none.
+    """
+    import onnx
+
+    for entry in onnx.load(file, load_external_data=False).metadata_props:
+        if entry.key == SPEC_KEY:
+            try:
+                return NetworkSpec.from_json(entry.value)
+            except ValueError as error:
+                raise UserError(f"{file}: {error}; make the file again with the stage 'export'") from error
+    raise UserError(f"{file}: no network description in its metadata; the stage 'export' writes it (model=onnx adopts a file)")
+
+
+def described(raw: object) -> NetworkSpec:
+    """The description given in the configuration, `model.spec`.
+
+    Raises:
+        UserError: it is not one; the message names the option, its value and what it takes.
+    """
+    labels = raw.get("labels") if isinstance(raw, Mapping) else None
+    if isinstance(raw, Mapping) and isinstance(labels, str):
+        if labels not in SKELETONS:
+            raise UserError(
+                f"model.spec.labels={labels}: unknown{nearest(labels, SKELETONS)}; choose {', '.join(SKELETONS)} or give "
+                "names, limbs and sigmas"
+            )
+        raw = {**raw, "labels": SKELETONS[labels].__dict__}
+    elif isinstance(labels, Mapping) and "names" in labels and not {"sigmas", "colours"} & set(labels):
+        raise UserError("model.spec.labels.sigmas is missing: add OKS's standard deviations, one a keypoint")
+    try:
+        return NetworkSpec.from_dict(raw)
+    except ValueError as error:
+        separator = "=" if not isinstance(raw, Mapping) else "."
+        raise UserError(f"model.spec{separator}{error}; conf/model/onnx.yaml shows a description") from error
+
+
+def named(spec: NetworkSpec) -> tuple[NetworkSpec, dict[str, str]]:
+    """A pose network's description whose fields have the decoders' names, and the names that were given, by the new ones.
+
+    One or two fields of other names are, in order, heatmaps and PAFs; PAFs are known by their two channels a limb.
+    """
+    roles = [role for role in FIELDS[: len(spec.fields)] if role not in {field.name for field in spec.fields}]
+    strange = [field for field in spec.fields if field.name not in FIELDS]
+    if not isinstance(spec.labels, Skeleton) or len(spec.fields) > len(FIELDS) or not strange or spec.input.name in roles:
+        return spec, {}
+    counts = [field.channels for field in spec.fields]
+    if len(strange) == len(roles) == 2 and counts[0] == 2 * len(spec.labels.limbs) != counts[1]:
+        roles.reverse()
+    new = dict(zip((field.name for field in strange), roles, strict=False))
+    fields = tuple(replace(field, name=new.get(field.name, field.name)) for field in spec.fields)
+    return replace(spec, fields=fields), {name: given for given, name in new.items()}

@@ -1,0 +1,1 @@
+"""Candidates measured: their fields, their figures, their latency."""

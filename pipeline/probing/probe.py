@@ -1,0 +1,224 @@
+"""What a typed network is worth while it is being made: error of its fields, AP, agreement and latency, on tune images."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary, finalize
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from evaluation import latency
+from evaluation.contracts import Metric
+from evaluation.statistics import Draws, bootstrap, paired
+from pipeline.contracts import Backend, Splits
+from pipeline.onnx_files.files import FLAVOURS, ModelFiles, Shapes, read_spec
+from pipeline.quantization.graph import computed_over
+from posepress.contracts import Decoder, Framing, Runner
+from posepress.spec import Resolution
+
+
+def field_errors(found: Iterable[Mapping[str, Any]], expected: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The relative root mean square error of each field, over images in the same order."""
+    wrong: dict[str, float] = {}
+    power: dict[str, float] = {}
+    for made, wanted in zip(found, expected, strict=True):
+        for name, values in wanted.items():
+            wrong[name] = wrong.get(name, 0.0) + float(((made[name] - values) ** 2).sum())
+            power[name] = power.get(name, 0.0) + float((values**2).sum())
+    return {name: float(np.sqrt(wrong[name] / max(power[name], 1e-30))) for name in wrong}
+
+
+def of_all_fields(errors: Mapping[str, float]) -> float:
+    """One number for the errors of all fields, each counting alike."""
+    return float(np.sqrt(np.mean([value**2 for value in errors.values()])))
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A typed network in memory; it is equal to itself alone, so that its engine is built once.
+
+    Attributes:
+        models: by flavour.
+        checkpoint: writes the torch network into a folder, for the backend that runs it as it is; None where there is none.
+    """
+
+    models: Mapping[str, onnx.ModelProto]
+    checkpoint: Callable[[Path], None] | None = None
+
+    @classmethod
+    def of_file(cls, file: Path, checkpoint: Callable[[Path], None] | None = None) -> "Candidate":
+        """One file for both flavours."""
+        return cls(dict.fromkeys(FLAVOURS, onnx.load(file)), checkpoint)
+
+    def save(self, file: Path) -> None:
+        """Write a network that is the same in both flavours."""
+        onnx.save(self.models[FLAVOURS[0]], file)
+
+    def write(self, folder: Path) -> ModelFiles:
+        """Write both flavours, and the torch network, into a folder."""
+        torch_folder = folder / "checkpoint" if self.checkpoint is not None else None
+        if torch_folder is not None and self.checkpoint is not None:
+            torch_folder.mkdir()
+            self.checkpoint(torch_folder)
+        files = ModelFiles.in_folder(folder, torch_folder)
+        for flavour, file in files.onnx.items():
+            onnx.save(self.models[flavour], file)
+        return files
+
+
+class Probe:
+    """Measures candidates against the FP32 network, on one backend.
+
+    Args:
+        data: its tune images are used.
+        count: how many of them at most.
+        framing: of the engines.
+        size: of the network's input.
+        backend: builds and runs the candidates.
+        decoder: of their fields, with its tuned options; None measures fields alone.
+        metric: made with the labels of the data and of the network; None where there is no decoder.
+        agreement: made with the network's labels; None measures none.
+        reference: the FP32 ONNX file.
+        threads: of the processor, when a candidate is timed.
+        scratch: a folder for engines, which go with their candidates; None is the system's.
+    """
+
+    def __init__(
+        self,
+        data: Splits,
+        count: int,
+        framing: Framing,
+        size: Resolution,
+        backend: Backend,
+        decoder: Decoder[Any] | None,
+        metric: Callable[..., Metric[Any, Any]] | None,
+        agreement: Callable[..., Metric[Any, Any]] | None,
+        reference: Path,
+        threads: int,
+        scratch: Path | None = None,
+    ) -> None:
+        self.scratch = None if scratch is None else scratch / "engines"
+        if self.scratch is not None:  # what a killed run left
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            self.scratch.mkdir(parents=True)
+        self.images: Any = data.open("tune")
+        self.indices = sorted({round(k) for k in np.linspace(0, len(self.images) - 1, min(count, len(self.images)))})
+        self.framing, self.size, self.backend, self.decoder = framing, size, backend, decoder
+        self.metric, self.agreement, self.reference, self.threads = metric, agreement, reference, threads
+        self.spec = read_spec(reference)
+        self._built: WeakKeyDictionary[Candidate, Path] = WeakKeyDictionary()
+
+    @cached_property
+    def frames(self) -> list[NDArray[np.uint8]]:
+        """Framed images, uint8 [1, H, W, 3]."""
+        from posepress.predict import batches
+
+        made = batches(self.images, self.framing, self.spec.input, self.size, 1, self.indices)
+        return [batch.images for batch in made if batch.views]
+
+    @cached_property
+    def fp32(self) -> Candidate:
+        """The FP32 network."""
+        return Candidate.of_file(self.reference)
+
+    def engine(self, candidate: Candidate, threads: int = 0) -> Runner:
+        """A candidate, built if it was not before, and loaded; its engine is gone with the candidate."""
+        if candidate not in self._built:
+            folder = Path(tempfile.mkdtemp(dir=self.scratch))
+            finalize(candidate, shutil.rmtree, folder, ignore_errors=True)
+            out = folder / "engine"
+            out.mkdir()
+            shapes = Shapes.of(self.framing, self.size, self.spec.input, 1)
+            self._built[candidate] = self.backend.build(candidate.write(folder), shapes, out)
+        return self.backend.load(self._built[candidate], threads)
+
+    def _fields(self, runner: Runner) -> Iterator[Mapping[str, NDArray[np.float32]]]:
+        for frame in self.frames:
+            yield runner.download(runner(runner.upload(frame)))
+
+    @cached_property
+    def _expected(self) -> list[Mapping[str, NDArray[np.float32]]]:
+        with self.engine(self.fp32) as runner:
+            return [{name: np.array(field) for name, field in fields.items()} for fields in self._fields(runner)]
+
+    def errors(self, candidate: Candidate) -> dict[str, float]:
+        """The relative root mean square error of each field to FP32's."""
+        with self.engine(candidate) as runner:
+            return field_errors(self._fields(runner), self._expected)
+
+    def errors_in_tensorrt(self, candidate: Candidate) -> dict[str, float]:
+        """Likewise, of TensorRT's file as it is written, which this processor computes where the backend is another."""
+        names = [field.name for field in self.spec.fields]
+        from posepress.pixels import normalise
+
+        inputs = (normalise(frame, self.spec.input) for frame in self.frames)
+        return field_errors(computed_over(candidate.models["tensorrt"], names, inputs, optimise=False), self._expected)
+
+    @cached_property
+    def people(self) -> dict[str, Any]:
+        """What FP32 finds in each image."""
+        with self.engine(self.fp32) as runner:
+            return {sample.id: found for sample, found in self._predictions(runner)}
+
+    def _predictions(self, runner: Runner) -> Iterator[tuple[Any, Any]]:
+        assert self.decoder is not None
+        from posepress.decoders.averaged import AveragedFields
+        from posepress.predict import predict
+
+        read: Any = AveragedFields(self.decoder, self.spec) if self.framing.averaged else self.decoder
+        return predict(self.images, runner, self.framing, read, self.size, 1, self.indices)
+
+    @staticmethod
+    def summary(probe: "Probe | None", candidate: Candidate) -> dict[str, float]:
+        """The errors as a manifest names them; nothing where nothing is measured."""
+        return {} if probe is None else {f"error_{name}": value for name, value in probe.errors(candidate).items()}
+
+    def figures(self, candidate: Candidate) -> dict[str, float]:
+        """The primary figure, its drop from FP32's with a paired 95 % interval, and the agreement with what FP32 finds."""
+        assert self.decoder is not None
+        assert self.metric is not None
+        metric = self.metric(labels=self.images.labels, found_labels=self.spec.labels)
+        agreement = self.agreement(labels=self.spec.labels) if self.agreement is not None else None
+        with self.engine(candidate) as runner:
+            for sample, found in self._predictions(runner):
+                metric.process(sample.id, sample.truth, found)
+                if agreement is not None:
+                    agreement.process(sample.id, self._plain(self.people[sample.id]), found)
+        draws = bootstrap(metric.matches())
+        drop = paired(self.baseline, draws)
+        figures = {metric.primary: draws.value, "drop": drop.value, "drop_lo": drop.low, "drop_hi": drop.high}
+        if agreement is not None and (agreed := agreement.evaluate()[agreement.primary]) != -1:  # -1: FP32 is sure of nobody
+            figures["agreement"] = agreed
+        return figures
+
+    def _plain(self, found: Any) -> Any:
+        assert self.decoder is not None
+        return self.decoder.variants(found).get("as_found", found)
+
+    @cached_property
+    def baseline(self) -> Draws:
+        """FP32's primary figure, resampled."""
+        assert self.metric is not None
+        metric = self.metric(labels=self.images.labels, found_labels=self.spec.labels)
+        for index in self.indices:
+            sample = self.images[index]
+            metric.process(sample.id, sample.truth, self.people[sample.id])
+        return bootstrap(metric.matches())
+
+    def latencies(self, candidates: Sequence[Candidate], seconds: float) -> list[float]:
+        """Median milliseconds of the network alone for each candidate, taken in turns."""
+        with ExitStack() as stack:
+            runners = [stack.enter_context(self.engine(candidate, self.threads)) for candidate in candidates]
+            calls = [[partial(_call, runner, runner.upload(self.frames[0]))] for runner in runners]
+            return [timing.percentile(50).value for timing in latency.in_turns(calls, seconds)]
+
+
+def _call(runner: Runner, images: Any, _: Any) -> Any:
+    return runner(images)

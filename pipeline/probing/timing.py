@@ -1,0 +1,139 @@
+"""Memory, time and energy of an engine with all that stands around it, in a process of its own."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation import latency, power
+from pipeline.contracts import Backend
+from pipeline.probing import processes
+from pipeline.progress import Progress
+from posepress.contracts import Decoder, Framing, Runner
+from posepress.errors import UserError
+from posepress.pixels import frame
+from posepress.spec import Resolution
+
+STEPS = ("framing", "upload", "network", "download", "decoding")
+_NETWORK = STEPS.index("network")
+_ENERGY_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an engine is timed at.
+
+    Attributes:
+        backend: runs the engine.
+        images: uint8 [H, W, 3], RGB, and people's boxes [N, 4] where known; seen in turns, but for those without views.
+        framing: how an image becomes an input; its first view is used.
+        decoder: made with the network's description and `options`.
+        options: of the decoder.
+        resolution: of the input.
+        batch: so many copies of a view at once.
+        threads: of the processor.
+    """
+
+    backend: Backend
+    images: Sequence[tuple[NDArray[np.uint8], NDArray[np.float64] | None]]
+    framing: Framing
+    decoder: Callable[..., Decoder[Any]]
+    options: Mapping[str, Any]
+    resolution: Resolution
+    batch: int
+    threads: int
+
+    def steps(self, runner: Runner) -> list[Callable[[Any], Any]]:
+        """The steps of a call, in the order of `STEPS`; each call takes the next image."""
+        spec, decode = runner.spec.input, self.decoder(runner.spec, **self.options)
+        seen = [
+            (image, view)
+            for image, boxes in self.images
+            for view in self.framing.views(Resolution(*image.shape[:2]), self.resolution, spec, boxes)[:1]
+        ]
+        if not seen:
+            raise UserError("none of the first validation images has a person to cut out: the network cannot be timed on them")
+        order, at = cycle(range(len(seen))), 0
+
+        def framed(_: Any) -> Any:
+            nonlocal at
+            at = next(order)
+            return np.stack([frame(seen[at][0], seen[at][1], spec) for _ in range(self.batch)])
+
+        def decoded(fields: Any) -> Any:
+            return decode.decode(fields, [seen[at][1]] * self.batch)
+
+        def downloaded(fields: Any) -> Any:
+            host = runner.download(fields)
+            return fields if self.backend.on_gpu else host  # decoding begins where the fields are, as it does in evaluation
+
+        return [framed, runner.upload, runner, downloaded, decoded]
+
+
+def apart(what: str, function: Any, *values: Any) -> dict[str, Any]:
+    """Call in a fresh process, whose memory and threads nothing else has touched; `what` it does is shown meanwhile."""
+    with processes.pool(1) as pool, Progress(what, unit="s"):
+        result: dict[str, Any] = pool.submit(function, *values).result()
+        return result
+
+
+def measure(work: Work, engine: Path, reference: Path | None, seconds: float) -> dict[str, Any]:
+    """Memory and times of an engine, in a process in which nothing ran yet: memory first, for its peak is the process's."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    return {**memory_of(work, engine), **time_of(work, engine, reference, seconds)}
+
+
+def time_of(work: Work, engine: Path, reference: Path | None, seconds: float) -> dict[str, Any]:
+    """Percentiles of every step in ms, with intervals, and how much faster the engine's network is than the reference's.
+
+    A percentile above which no call can be expected is left out; "gpu" is the GPU's state at the end. Both
+    run all steps, in turns, so that neither has warmer caches. Without a reference there is no comparison.
+    """
+    with ExitStack() as stack:
+        ours, *others = (stack.enter_context(work.backend.load(e, work.threads)) for e in (engine, reference) if e is not None)
+        steps = work.steps(ours)
+        mine, *other = latency.in_turns([steps, *(work.steps(runner) for runner in others)], seconds, _NETWORK)
+        inputs = ours.upload(steps[0](None))
+        calls = max(int(_ENERGY_SECONDS * 1e3 / max(mine.percentile(50, _NETWORK).value, 0.1)), 1)
+        with power.EnergyMeter(work.backend.on_gpu) as meter:
+            for _ in range(calls if meter.measures else 0):
+                ours(inputs)
+        state = power.gpu_state() if work.backend.on_gpu else {}  # before it cools down
+    figures: dict[str, Any] = {}
+    if other:
+        faster = latency.speedup(mine, other[0], _NETWORK)
+        figures = {"speedup": faster.value, "speedup_lo": faster.low, "speedup_hi": faster.high}
+        figures["fp32_p50_ms"] = other[0].percentile(50, _NETWORK).value
+    for step, name in enumerate(STEPS):
+        prefix = "latency" if step == _NETWORK else name
+        known = [q for q in (50, 95, 99) if mine.calls * (100 - q) >= 100]  # some call lies above it
+        for q, found in zip(known, mine.percentiles(known, step), strict=True):
+            figures |= {f"{prefix}_p{q}_ms": found.value, f"{prefix}_p{q}_ms_lo": found.low, f"{prefix}_p{q}_ms_hi": found.high}
+    if meter.joules is not None:
+        figures |= {"joules_per_image": meter.joules / calls / work.batch, "energy_by": meter.source}
+    return {
+        **figures,
+        "latency_width": mine.width(_NETWORK),
+        "calls": mine.calls,
+        "warm_up_calls": mine.warm_up,
+        "gpu": state,
+    }
+
+
+def memory_of(work: Work, engine: Path) -> dict[str, Any]:
+    """Memory in MiB: the process's peak, what the engine added to it, and what it took of a GPU where NVML answers."""
+    before, on_gpu = latency.peak_rss_mb(), power.gpu_state().get("gpu_memory_mb")
+    with work.backend.load(engine, work.threads) as runner:
+        steps = work.steps(runner)
+        for _ in range(3):
+            runner(runner.upload(steps[0](None)))
+        used = power.gpu_state().get("gpu_memory_mb") if work.backend.on_gpu else None
+    grown = {"device_mb": used - on_gpu} if used is not None and on_gpu is not None else {}
+    return {"peak_rss_mb": latency.peak_rss_mb(), "engine_rss_mb": latency.peak_rss_mb() - before, **grown}

@@ -1,0 +1,1 @@
+"""The decision: which engine to ship, and what the figures rest on."""

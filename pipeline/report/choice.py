@@ -1,0 +1,68 @@
+"""Recommends an engine: the fastest one whose loss of AP is shown to be at most MOST_LOST."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from evaluation.statistics import Draws, Interval, paired
+from pipeline.report.collect import Result, Table, averaged, between, comparable, named
+from pipeline.results.manifest import read_manifest
+
+MOST_LOST = 0.01  # of AP, at the worse end of the paired interval
+
+
+def choices(table: Table) -> Iterator[str]:
+    """A recommendation for each set of rows that share images, machine, threads and batch.
+
+    The reference is the engine with the highest AP. An engine qualifies if the lower end of its paired 95 % interval to
+    the reference is above -`MOST_LOST`. The fastest engine that qualifies is chosen.
+    """
+    for group in comparable(table.rows):
+        timed = [n for n in group if table.rows[n]["latency_p50_ms"] != "" and not averaged(table.rows[n])]
+        if not timed:
+            continue
+        best = max(timed, key=lambda n: float(table.rows[n]["ap"]))
+        if float(table.rows[best]["ap"]) <= MOST_LOST:
+            highest = f"{table.rows[best]['ap']:.3f}, of {named(table.rows[best])}"
+            yield f"No engine is recommended: the highest AP is {highest}, which finds next to nothing."
+            continue
+        lost = {n: _difference(table.results[n], table.results[best]) for n in timed if n != best}
+        fit = [best, *(n for n, interval in lost.items() if interval is not None and interval.low >= -MOST_LOST)]
+        chosen = min(fit, key=lambda n: float(table.rows[n]["latency_p50_ms"]))
+        yield _sentence(table, chosen, best, lost.get(chosen))
+
+
+def _difference(result: Result, reference: Result) -> Interval | None:
+    try:
+        return paired(Draws.load(result.folder / "draws.npz"), Draws.load(reference.folder / "draws.npz"))
+    except ValueError:  # of other images, though a device said that they are the same
+        return None
+
+
+def _engine(result: Result) -> Path | None:
+    folder = result.made_of.get("build")
+    manifest = read_manifest(folder) if folder is not None else None
+    return folder / manifest["summary"]["engine"] if folder is not None and manifest is not None else None
+
+
+def _sentence(table: Table, chosen: int, best: int, lost: Interval | None) -> str:
+    row, result, reference = table.rows[chosen], table.results[chosen], table.rows[best]
+    file = _engine(result)
+    where = f" ({file})" if file is not None else ""
+    loss = "the highest here"
+    if lost is not None:
+        loss = f"{lost.value:+.3f} [{lost.low:+.3f}, {lost.high:+.3f}] to {named(reference)}, which has the highest"
+    said = [f"Ship {named(row)}{where}: {row['latency_p50_ms']:.2f} ms, AP {row['ap']:.3f}, {loss}."]
+    same = ("data", "network", "pruning", "resolution", "keep_aspect_ratio_mode")
+    if row["ap_vs_fp32"] != "" and (reference["precision"] != "fp32" or any(row[key] != reference[key] for key in same)):
+        said.append(f"The AP's difference to its FP32 is {between(row, 'ap_vs_fp32', 3, '+')}.")
+    if row["speedup_vs_fp32"] != "":
+        said.append(f"It is {between(row, 'speedup_vs_fp32', 2)} times as fast as its FP32.")
+    said.append(f"It is the fastest, by p50 on {row['device']}, that loses at most {MOST_LOST:g} AP.")
+    if (tuned := result.made_of.get("tune")) is not None:
+        said.append(f"The decoder's thresholds are in {tuned / 'decoder.json'}.")
+    return " ".join(said)
+
+
+def said(sentences: Sequence[str]) -> str:
+    """The sentences as one text; why there is none, where nothing was timed."""
+    return "\n".join(sentences) or "No engine is recommended: none was timed. Run stage=benchmark, then stage=report."

@@ -1,0 +1,504 @@
+"""The report as data: one table of all cells, what each step costs, and a model card."""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluation import latency
+from evaluation.metrics.oks import NOT_MEASURED
+from evaluation.statistics import Draws, Interval, paired, spearman
+from pipeline.results.manifest import current, made_here
+from posepress.spec import NetworkSpec
+
+COLUMNS = (
+    "data", "network", "pruning", "params", "macs", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "ran",
+    "backend", "device",
+    "threads", "batch", "rebuild", "address", "images", "category",
+    "ap", "ap_lo", "ap_hi", "ap50", "ap75", "ap_medium", "ap_large", "as_found_ap",
+    "as_found_ap_lo", "as_found_ap_hi", "agreement_ap", "agreement_ap_lo", "agreement_ap_hi", "agreement_people",
+    "agreement_with_dense",
+    "dropped_peaks", "images_not_finite", "ap_vs_fp32",
+    "ap_vs_fp32_lo", "ap_vs_fp32_hi", "ap_vs_dense", "ap_vs_dense_lo", "ap_vs_dense_hi", "latency_p50_ms",
+    "latency_p50_ms_lo", "latency_p50_ms_hi", "latency_p95_ms", "latency_p99_ms", "framing_p50_ms", "upload_p50_ms",
+    "download_p50_ms", "decoding_p50_ms", "joules_per_image",
+    "latency_width", "calls", "speedup_vs_fp32", "speedup_vs_fp32_lo", "speedup_vs_fp32_hi", "engine_mb", "peak_rss_mb",
+    "data_digest", "doubts", "imported",
+)  # fmt: skip
+TEXTS = (
+    "data", "network", "pruning", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "ran", "backend",
+    "device", "data_digest", "imported", "category",
+)  # fmt: skip
+AXES = (
+    "data", "network", "pruning", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "backend",
+    "batch", "rebuild", "seed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """An evaluated engine.
+
+    Attributes:
+        folder: of the evaluation.
+        axes: what tells its cell from others.
+        figures: of the evaluation, and of the benchmark where there is one.
+        made_of: folders of the stages it comes from, by stage.
+    """
+
+    folder: Path
+    axes: Mapping[str, Any]
+    figures: Mapping[str, Any]
+    made_of: Mapping[str, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Table:
+    """All results of one name.
+
+    Attributes:
+        rows: one an engine, ready for results.csv.
+        results: the evaluation behind each row.
+        left_out: what is not in the table, and why.
+        stale: how many of these were made from inputs that changed since.
+    """
+
+    rows: list[dict[str, Any]]
+    results: list[Result]
+    left_out: list[str]
+    stale: int = 0
+
+    @cached_property
+    def doubts(self) -> list[str]:
+        """Each cause of doubt about figures once, after the engines that have it."""
+        engines: dict[str, dict[str, None]] = {}
+        for row, result in zip(self.rows, self.results, strict=True):
+            for doubt in result.figures.get("doubts", ()):
+                engines.setdefault(doubt, {})[named(row)] = None
+        return [f"{', '.join([*names][:3])}{' ...' if len(names) > 3 else ''}: {text}" for text, names in engines.items()]
+
+
+def named(row: Mapping[str, Any]) -> str:
+    """An engine in words: network, pruning, input, precision."""
+    return f"{row['network']} {row['pruning']} {row['resolution']} {row['precision']}"
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    return manifest
+
+
+def _engine(manifest: Mapping[str, Any]) -> tuple[str, str]:
+    """Where the engine of an evaluation or benchmark lies, and its digest."""
+    (entry,) = manifest["inputs"]["engine"]
+    return entry["address"], entry["digest"]
+
+
+def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path) -> Table:
+    """Join evaluations with benchmarks of the same engine, and compare each engine with its FP32 and its dense kin.
+
+    Args:
+        evaluations: finished folders of the stage "evaluate".
+        benchmarks: and of "benchmark".
+        root: outputs/<name>.
+    """
+    results, left_out = [], []
+    times: dict[tuple[str, str], list[tuple[dict[str, Any], dict[str, Path]]]] = {}
+    for folder in benchmarks:
+        manifest = _manifest(folder)
+        if current(manifest, root):
+            times.setdefault(_engine(manifest), []).append((manifest["summary"], {"benchmark": folder}))
+    doubles = stale = 0
+    for folder in evaluations:
+        manifest = _manifest(folder)
+        if str(manifest["summary"]["backend"]).endswith("-double"):
+            doubles += 1
+            continue
+        if not current(manifest, root):
+            stale += 1
+            left_out.append(f"{folder.name}: stale, made from inputs that changed since; run its cell again")
+            continue
+        axes = manifest["config"]["axes"]
+        origin = {"imported": "no" if made_here(manifest, folder) else "yes"}
+        for timed, measured in times.get(_engine(manifest), [({}, {})]):
+            counted, folders = _chain(folder, root)
+            figures = {**manifest["summary"], **timed, **counted, **origin}
+            results.append(Result(folder, axes, figures, {**folders, **measured}))
+    if doubles:
+        left_out.append(f"{doubles} evaluated with the TensorRT test double: no figures of TensorRT")
+    results.sort(
+        key=lambda r: (
+            r.axes["data"],
+            r.axes["network"],
+            r.axes["pruning"] != "dense",
+            r.axes["pruning"],
+            r.axes["resolution"],
+            r.axes["precision"] != "fp32",
+            r.axes["precision"],
+        )
+    )
+    rows = [_row(result, results) for result in results]
+    return Table(rows, results, left_out, stale)
+
+
+def _chain(folder: Path, root: Path) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Parameters and MACs, and the folders of all stages that an evaluation descends from; of the last it found first."""
+    found: dict[str, Any] = {}
+    folders: dict[str, Path] = {}
+    waiting = [_manifest(folder)]
+    while waiting:
+        manifest = waiting.pop(0)
+        if manifest["stage"] in ("quantize", "export"):
+            found = {key: manifest["summary"][key] for key in ("params", "macs") if key in manifest["summary"]} | found
+        for entry in (e for inputs in manifest["inputs"].values() for e in inputs):
+            if entry["stage"] not in folders:
+                folders[entry["stage"]] = root / entry["stage"] / entry["address"]
+                waiting.append(_manifest(folders[entry["stage"]]))
+    return found, folders
+
+
+def _kin(result: Result, others: Sequence[Result], **changed: Any) -> Result | None:
+    """The result whose axes are the same but for some."""
+    wanted = {**result.axes, **changed}
+    return next((other for other in others if dict(other.axes) == wanted and other is not result), None)
+
+
+def _difference(result: Result, other: Result | None) -> Interval | None:
+    if other is None or result.figures["data_digest"] != other.figures["data_digest"]:
+        return None
+    try:
+        return paired(Draws.load(result.folder / "draws.npz"), Draws.load(other.folder / "draws.npz"))
+    except ValueError:  # of other images, though a device said that they are the same
+        return None
+
+
+def _agreement(dense: Result, pruned: Result) -> float | None:
+    """How well a pruned network in FP32 finds the people that its dense one finds in images without labels."""
+    from evaluation.metrics.agreement import PoseAgreement
+    from posepress.results import load_results
+
+    files = [result.made_of.get("tune", Path()) / "reference.npz" for result in (dense, pruned)]
+    architecture = pruned.made_of.get("prune", Path()) / "architecture.json"
+    if not all(file.is_file() for file in (*files, architecture)):
+        return None
+    spec = NetworkSpec.from_dict(json.loads(architecture.read_text())["spec"])
+    expected, found = (load_results(file) for file in files)
+    if expected.keys() != found.keys():
+        return None
+    measure = PoseAgreement(spec.skeleton)
+    for image, people in expected.items():
+        measure.process(image, people, found[image])
+    value = measure.evaluate()[measure.primary]
+    return None if value == NOT_MEASURED else value
+
+
+def _row(result: Result, results: Sequence[Result]) -> dict[str, Any]:
+    # A label may say more than the name of what ran. An axis takes the place of no other figure.
+    row = {**result.figures, **{name: result.axes[name] for name in AXES if name in result.axes}}
+    network = result.axes["network"].removesuffix("-qat")
+    plain: dict[str, Any] = {"precision": "fp32", "calibration": "", "network": network, "rebuild": 0}
+    fp32 = None
+    if result.axes["precision"] != "fp32":  # in which AP is that of any backend: a device may have evaluated INT8 alone
+        fp32 = _kin(result, results, **plain) or _kin(result, results, **plain, backend="onnxruntime")
+    dense = _kin(result, results, **plain, pruning="dense") if result.axes["pruning"] != "dense" else None
+    if dense is not None and (agreed := _agreement(dense, result)) is not None:
+        row["agreement_with_dense"] = agreed
+    for name, other in (("fp32", fp32), ("dense", dense)):
+        found = _difference(result, other)
+        if found is not None:
+            row |= {f"ap_vs_{name}": found.value, f"ap_vs_{name}_lo": found.low, f"ap_vs_{name}_hi": found.high}
+    if "speedup" in row and result.axes["precision"] != "fp32":
+        row |= {
+            "speedup_vs_fp32": row["speedup"],
+            "speedup_vs_fp32_lo": row["speedup_lo"],
+            "speedup_vs_fp32_hi": row["speedup_hi"],
+        }
+    row["address"] = result.folder.name
+    row["doubts"] = "; ".join(row.get("doubts", ()))
+    return {column: "" if _unmeasured(column, row) else row[column] for column in COLUMNS}
+
+
+def _unmeasured(column: str, row: Mapping[str, Any]) -> bool:
+    """Whether a figure is not there; results of earlier versions have -1 in its place."""
+    always = column in ("ap", "ap_lo", "ap_hi") or "_vs_" in column
+    return column not in row or (row[column] == NOT_MEASURED and not always)
+
+
+def write_csv(table: Table, file: Path) -> None:
+    """One row an engine; no text of it is taken for a formula by a program for tables."""
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, COLUMNS)
+        writer.writeheader()
+        writer.writerows({key: _no_formula(value) for key, value in row.items()} for row in table.rows)
+
+
+def _no_formula(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(("=", "+", "-", "@")) else value
+
+
+def in_markdown(text: str) -> str:
+    """A text as Markdown shows it: neither HTML nor a link, a picture, a heading or the next column of a table."""
+    return re.sub(r"[\\`*<>|#!~]|\](?=[(\[:])", r"\\\g<0>", " ".join(text.split())).replace("&", "&amp;")
+
+
+def _number(value: Any, digits: int, scale: float = 1.0) -> str:
+    return f"{value * scale:.{digits}f}" if isinstance(value, (int, float)) else "–"
+
+
+def _p50(row: Mapping[str, Any]) -> str:
+    wide = row["latency_width"] != "" and row["latency_width"] > latency.NARROW
+    return _number(row["latency_p50_ms"], 2) + ("*" if wide else "")
+
+
+def latency_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How to read the columns of latency; nothing where nothing was timed."""
+    if not any(row["latency_p50_ms"] != "" for row in rows):
+        return []
+    notes = [
+        "p50: of the network alone, each engine timed at its own moment. × FP32: both engines timed in turns in one run, which "
+        "is the surer figure."
+    ]
+    if any(_p50(row).endswith("*") for row in rows):
+        notes.append(
+            f"*: the interval of this p50 is wider than {latency.NARROW:.0%}. Time again on an idle machine: add "
+            "'stage=[benchmark,report]' force=true, or raise stages.benchmark.seconds."
+        )
+    return notes
+
+
+def tabulated(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Rows as the tables show them; of what they mostly share, only the columns that differ."""
+    varied = {
+        name: column
+        for name, column in (
+            ("data", "data"),
+            ("calibration", "calibration"),
+            ("backend", "backend"),
+            ("device", "device"),
+            ("threads", "threads"),
+            ("batch", "batch"),
+            ("rebuild", "rebuild"),
+            ("images", "images"),
+            ("imported", "imported"),
+        )
+        if len({row[column] for row in rows if row[column] != ""}) > 1
+    }
+    shown = []
+    for row in rows:
+        cells = list(_cells(row).items())
+        cells[4:4] = [(name, str(row[column]) or "–") for name, column in varied.items()]
+        shown.append(dict(cells))
+    return shown
+
+
+def narrow(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Rows as a terminal of 100 columns shows them: intervals below their figures, and of the axes those that differ."""
+
+    def stacked(row: Mapping[str, Any], name: str, digits: int, sign: str = "") -> str:
+        return re.sub(r"\b0\.", ".", between(row, name, digits, sign)).replace(" [", "\n[")
+
+    axes = {"input": "resolution", "backend": "backend", "batch": "batch", "threads": "threads"}
+    varied = {title: column for title, column in axes.items() if len({row[column] for row in rows}) > 1}
+    return [
+        {
+            "network": f"{row['network']}\n{row['pruning']}",
+            "precision": str(row["precision"]),
+            **{title: str(row[column]) for title, column in varied.items()},
+            "GMACs": _number(row["macs"], 3, 1e-9),
+            "AP [95 %]": stacked(row, "ap", 3),
+            "AP − FP32": stacked(row, "ap_vs_fp32", 3, "+"),
+            "AP − dense": stacked(row, "ap_vs_dense", 3, "+"),
+            "p50 ms": _p50(row),
+            "× FP32": stacked(row, "speedup_vs_fp32", 2),
+        }
+        for row in rows
+    ]
+
+
+def between(row: Mapping[str, Any], name: str, digits: int, sign: str = "") -> str:
+    """A figure of a row with its interval; a dash where it was not measured."""
+    if row[name] == "":
+        return "–"
+    return f"{row[name]:{sign}.{digits}f} [{row[f'{name}_lo']:{sign}.{digits}f}, {row[f'{name}_hi']:{sign}.{digits}f}]"
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "network": f"{row['network']} {row['pruning']}",
+        "input": f"{row['resolution']} {row['keep_aspect_ratio_mode']}",
+        "precision": str(row["precision"]),
+        "ran": str(row["ran"]),
+        "GMACs": _number(row["macs"], 3, 1e-9),
+        "AP [95 %]": between(row, "ap", 3),
+        "as found": _number(row["as_found_ap"], 3),
+        "agreement (people)": f"{row['agreement_ap']:.3f} ({row['agreement_people']})" if row["agreement_ap"] != "" else "–",
+        "AP − FP32": between(row, "ap_vs_fp32", 3, "+"),
+        "AP − dense FP32": between(row, "ap_vs_dense", 3, "+"),
+        "p50 ms": _p50(row),
+        "p95 ms": _number(row["latency_p95_ms"], 2),
+        "decoding ms": _number(row["decoding_p50_ms"], 3),
+        "× FP32": between(row, "speedup_vs_fp32", 2),
+        "MiB": _number(row["engine_mb"], 2),
+    }
+
+
+_ENGINE = ("network", "pruning", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "backend")
+
+
+def rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Spearman's correlation of agreement with AP, over engines evaluated on the same images; None below four engines.
+
+    Both are taken against the same network in FP32, which is what agreement knows: AP is its difference. An engine that was
+    timed in several ways counts once, research settings, which no engine runs, not at all.
+    """
+    groups: dict[Any, dict[Any, dict[str, float]]] = {}
+    for row in rows:
+        lost = 0.0 if row["precision"] == "fp32" else row["ap_vs_fp32"]
+        if "" not in (row["agreement_ap"], lost) and not averaged(row):
+            engine = tuple(row[key] for key in _ENGINE)
+            figures = {"agreement_ap": float(row["agreement_ap"]), "ap": float(lost)}
+            groups.setdefault((row["data"], row["data_digest"]), {})[engine] = figures
+    group = list(max(groups.values(), key=len, default={}).values())
+    if len(group) < 4:
+        return None
+
+    ours, theirs = (np.array([figures[key] for figures in group], np.float64) for key in ("agreement_ap", "ap"))
+    return spearman(ours, theirs)
+
+
+_STEPS: tuple[tuple[str, Callable[[Mapping[str, Any]], bool]], ...] = (
+    ("several scales, torch", lambda a: _torch_fp32(a) and "-x" in a["keep_aspect_ratio_mode"]),
+    ("one scale, torch", lambda a: _torch_fp32(a) and a["keep_aspect_ratio_mode"] in ("adjust", "stretch")),
+    ("strict letterbox, torch", lambda a: _torch_fp32(a) and a["keep_aspect_ratio_mode"] == "pad"),
+    ("ONNX", lambda a: _onnxruntime(a, "fp32")),
+    ("FP16", lambda a: a["backend"] == "torch" and a["keep_aspect_ratio_mode"] == "pad" and a["precision"] == "fp16"),
+    ("INT8", lambda a: _onnxruntime(a, "int8")),
+)
+
+
+def _onnxruntime(axes: Mapping[str, Any], precision: str) -> bool:
+    runs = str(axes["backend"]).startswith("onnxruntime")
+    return bool(runs and axes["keep_aspect_ratio_mode"] == "pad" and axes["precision"] == precision)
+
+
+def averaged(axes: Mapping[str, Any]) -> bool:
+    """Whether an engine averages the fields of several views, a research setting."""
+    return "-x" in axes["keep_aspect_ratio_mode"] or axes["keep_aspect_ratio_mode"].endswith("-flip")
+
+
+def _torch_fp32(axes: Mapping[str, Any]) -> bool:
+    return bool(axes["backend"] == "torch" and axes["precision"] == "fp32")
+
+
+def waterfalls(results: Sequence[Result]) -> dict[str, list[tuple[str, str, str]]]:
+    """From research settings to the deployed engine: for each network, (step, AP, paired difference to the step before).
+
+    A network of which fewer than three steps are measured has none: the column AP − FP32 holds what two would tell.
+    """
+    found = {}
+    for key in sorted({(r.axes["data"], r.axes["network"], r.axes["pruning"], r.axes["resolution"]) for r in results}):
+        kin = [r for r in results if (r.axes["data"], r.axes["network"], r.axes["pruning"], r.axes["resolution"]) == key]
+        rows: list[tuple[str, str, str]] = []
+        before: Result | None = None
+        last = ""
+        for name, wanted in _STEPS:
+            # Of several recipes the one that keeps most: it is the one that would be shipped.
+            result = max((r for r in kin if wanted(r.axes)), key=lambda r: float(r.figures["ap"]), default=None)
+            if result is None:
+                continue
+            draws = Draws.load(result.folder / "draws.npz")
+            difference = _difference(result, before) if before else None
+            shown = f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}] to {last}" if difference else ""
+            recipe = " ".join(str(result.axes[key]) for key in ("keep_aspect_ratio_mode", "calibration") if result.axes[key])
+            rows.append((f"{name}: {recipe}", str(draws.interval), shown))
+            before, last = result, name
+        if len(rows) > 2:
+            found[" · ".join(key)] = rows
+    return found
+
+
+def comparable(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Indices of rows in groups that may share a plot: the same images, machine, threads and batch."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for n, row in enumerate(rows):
+        groups.setdefault(tuple(row[key] for key in ("data", "data_digest", "device", "threads", "batch")), []).append(n)
+    return list(groups.values())
+
+
+def front(rows: Sequence[Mapping[str, Any]], group: Sequence[int]) -> list[int]:
+    """The rows of a group that no other of it beats in both AP and latency, the fastest first."""
+    timed = [n for n in group if rows[n]["latency_p50_ms"] != ""]
+    best, kept = -1.0, []
+    for n in sorted(timed, key=lambda n: (rows[n]["latency_p50_ms"], -rows[n]["ap"])):
+        if rows[n]["ap"] > best:
+            best = rows[n]["ap"]
+            kept.append(n)
+    return kept
+
+
+def differences(engines: Sequence[str], pairs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """A comparison as tables: title, columns and rows; of two engines every figure, of two sweeps AP and latency."""
+
+    def shown(value: float | None) -> str:
+        return "–" if value in (None, NOT_MEASURED) else f"{value:.4f}"  # earlier versions wrote the number
+
+    def change(row: Mapping[str, Any]) -> str:
+        if "apart" in row:
+            return f"not compared: {row['apart']}"
+        if NOT_MEASURED in (row["first"], row["second"]):
+            return "–"
+        interval = f" [{row['low']:+.4f}, {row['high']:+.4f}]" if "low" in row else ""
+        return f"{row['difference']:+.4f}{interval}" + (f" ({row['where']})" if "where" in row else "")
+
+    title = f"{engines[0]} -> {engines[1]}"
+    if len(pairs) == 1 and not pairs[0]["name"]:
+        rows = [[r["figure"], shown(r["first"]), shown(r["second"]), change(r)] for r in pairs[0]["figures"]]
+        yield title, ["figure", "first", "second", "second - first [95 %, paired]"], rows
+        return
+    for figure in ("ap", "agreement_ap", "latency_p50_ms"):
+        found = [(pair["name"], row) for pair in pairs for row in pair["figures"] if row["figure"] == figure]
+        rows = [[name, shown(r["first"]), shown(r["second"]), change(r)] for name, r in found]
+        if rows:
+            yield f"{title}: {figure}", ["engine", "first", "second", "second - first [95 %, paired]"], rows
+
+
+def devices(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where and how the rows that were timed were timed."""
+    return sorted({f"{row['device']}, {row['threads']} thread(s), batch {row['batch']}" for row in rows if row["device"]})
+
+
+MORE_STEPS = "A pruned network was trained further than its dense one: AP − dense FP32 does not tell what pruning alone does."
+
+
+def write_card(table: Table, name: str, file: Path) -> None:
+    """A model card in Markdown: what the engines are, how they were measured, what is not known."""
+    lines = [f"# {in_markdown(name)}", "", "Pose-estimation engines made and measured by Posepress.", "", "## Engines", ""]
+    shown = tabulated(table.rows)
+    lines += ["| " + " | ".join(shown[0]) + " |", "|" + " --- |" * len(shown[0])]
+    lines += ["| " + " | ".join(map(in_markdown, row.values())) + " |" for row in shown]
+    first = table.rows[0]
+    digest = in_markdown(first["data_digest"])
+    lines += [
+        "",
+        "## How the figures were made",
+        "",
+        f"- AP: COCO keypoint AP (OKS 0.50:0.95) on {first['images']} validation images, digest `{digest}`; "
+        "95 % bootstrap intervals over images.",
+        "- Differences: paired bootstrap over the same images.",
+        f"- Latency: the network alone, on {in_markdown('; '.join(devices(table.rows))) or 'no machine yet'}.",
+        *[f"- {in_markdown(note)}" for note in latency_notes(table.rows)],
+        "- ran: share of multiply-accumulates in each precision, read from the graph as the runtime optimised it.",
+        "",
+        "## Limits",
+        "",
+        "- People in images unlike the validation images, and latency on other machines, were not measured.",
+        *([f"- {MORE_STEPS}"] if any(row["pruning"] != "dense" for row in table.rows) else []),
+        *[f"- {in_markdown(line)}" for line in (*table.doubts, *table.left_out)],
+    ]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")

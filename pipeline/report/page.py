@@ -1,0 +1,248 @@
+"""The report as a page that needs nothing beside it."""
+
+import base64
+import html
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.report import engines as engine_page
+from pipeline.report import pruning as pruning_page
+from pipeline.report import quantization as quantization_page
+from pipeline.report.choice import choices, said
+from pipeline.report.collect import (
+    MORE_STEPS,
+    Result,
+    Table,
+    averaged,
+    comparable,
+    devices,
+    differences,
+    front,
+    latency_notes,
+    rank_correlation,
+    tabulated,
+    waterfalls,
+)
+from pipeline.results.manifest import plain
+
+_MOST_PICTURE = 16 << 20  # bytes
+
+
+def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] = ()) -> None:
+    """A page that needs nothing beside it.
+
+    Args:
+        table: what it shows.
+        name: of the sweep.
+        file: of the page.
+        comparisons: finished folders of the stage "compare".
+    """
+    groups = comparable(table.rows)
+    best = {n for group in groups for n in front(table.rows, group)}
+    plots = ""
+    for group in groups:
+        row = table.rows[group[0]]
+        if not row["device"]:
+            continue
+        title = f"{row['data']}, {row['images']} images; {row['device']}, {row['threads']} thread(s), batch {row['batch']}"
+        plots += f"<h2>{html.escape(title)}</h2>{_plot(table, group, not plots)}"
+    pruning = pruning_page.section(table.results, table.rows, _Drawn(first=not plots))
+    shown = tabulated(table.rows)
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in shown[0])
+    body = "".join(
+        f"<tr{' class=front' if n in best else ''}>"
+        + "".join(f"<td>{html.escape(value)}</td>" for value in row.values())
+        + "</tr>"
+        for n, row in enumerate(shown)
+    )
+    sections = []
+    for n in sorted(best) or [0]:
+        title = html.escape(f"{shown[n]['network']} · {shown[n]['precision']} · {shown[n]['input']}")
+        sections.append(f"<h2>What {title} finds</h2>{_pictures(table.results[n])}{_details_html(table.results[n])}")
+    machines = devices(table.rows)
+    notes = [f"Latency: on {html.escape('; '.join(machines) or 'no machine yet')}. {' '.join(latency_notes(table.rows))}"]
+    images = sorted({f"{row['images']} validation images, data {row['data_digest'][:12]}" for row in table.rows})
+    notes.append(f"AP: {html.escape('; '.join(images))}; intervals are 95 % bootstraps over images, differences are paired.")
+    correlation = rank_correlation(table.rows)
+    notes.append(
+        "as found: missing keypoints left out and plain scores. agreement: AP against the people that the FP32 network finds "
+        "in unlabelled images; its rank correlation with AP, both against the same network in FP32: "
+        + ("fewer than four engines, or all alike" if correlation is None else f"{correlation:.2f}")
+        + "."
+    )
+    if any(averaged(row) for row in table.rows):
+        notes.append("Inputs with -x… or -flip average the fields of several views: research settings, which no engine runs.")
+    if any(row["pruning"] != "dense" for row in table.rows):
+        notes.append(MORE_STEPS)
+    notes += [html.escape(line) for line in table.left_out]
+    doubts = "".join(f'<p class="doubt">{html.escape(line)}</p>' for line in table.doubts)
+    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)} · Posepress</title>
+<style>{_STYLE}</style></head><body><h1>{html.escape(name)}: accuracy against latency</h1>
+{doubts}<p>{html.escape(said(list(choices(table))))}</p>{plots}
+<h2>Engines</h2><p class="note">Green rows are on the Pareto front.</p><div class="wide">
+<table><thead><tr>{head}</tr></thead>
+<tbody>{body}</tbody></table></div>
+{"".join(f'<p class="note">{note}</p>' for note in notes)}{_waterfall_html(table.results)}
+{pruning}{engine_page.sections(table.results)}{quantization_page.sections(table.results)}{_comparisons_html(comparisons)}
+{"".join(sections)}</body></html>"""
+    file.write_text(page, encoding="utf-8")
+
+
+class _Drawn:
+    """Plotly figures as HTML; the first of a page brings the library along."""
+
+    def __init__(self, first: bool) -> None:
+        self.first = first
+
+    def __call__(self, figure: Any) -> str:
+        figure.update_layout(template="plotly_white")
+        text: str = figure.to_html(full_html=False, include_plotlyjs=self.first, config={"displaylogo": False})
+        self.first = False
+        return text
+
+
+def _waterfall_html(results: Sequence[Result]) -> str:
+    text = ""
+    for name, rows in waterfalls(results).items():
+        body = "".join(
+            f"<tr><td>{html.escape(s)}</td><td>{html.escape(ap)}</td><td>{html.escape(d)}</td></tr>" for s, ap, d in rows
+        )
+        text += (
+            f"<h2>Where AP goes: {html.escape(name)}</h2><table><thead><tr><th>step</th><th>AP [95 %]</th>"
+            f"<th>difference, paired</th></tr></thead><tbody>{body}</tbody></table>"
+        )
+    return text
+
+
+_DETAILS = {"keypoints": "AP by keypoint", "strata": "AP by stratum", "errors": "kinds of error"}
+_LEGEND = (
+    "AP by stratum: images by their number of people, people by the share of their labelled keypoints that are hidden. "
+    "error_*: share of the labelled keypoints of matched people; gain_*: AP gained without that kind; background: share of the "
+    "found people that match nobody; missed: share of the people that nothing matches."
+)
+
+
+def _details_html(result: Result) -> str:
+    """AP by keypoint and stratum, and the kinds of error, of one engine."""
+    tables = json.loads((result.folder / "details.json").read_text())
+    text = ""
+    for name, table in tables.items():
+        shown = {key: "–" if value == -1 else f"{value:.3f}" for key, value in table.items()}
+        lines = "".join(f"<tr><td>{html.escape(key)}</td><td>{value}</td></tr>" for key, value in shown.items())
+        text += f"<div><h3>{html.escape(_DETAILS.get(name, name))}</h3><table><tbody>{lines}</tbody></table></div>"
+    return f'<div class="details">{text}</div><p class="note">{_LEGEND}</p>'
+
+
+def _plot(table: Table, members: Sequence[int], first: bool) -> str:
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    timed = [table.rows[n] for n in members if table.rows[n]["latency_p50_ms"] != ""]
+    for group in sorted({(row["network"], row["pruning"]) for row in timed}):
+        rows = [row for row in timed if (row["network"], row["pruning"]) == group]
+        figure.add_trace(
+            go.Scatter(
+                x=[row["latency_p50_ms"] for row in rows],
+                y=[row["ap"] for row in rows],
+                error_y={
+                    "array": [row["ap_hi"] - row["ap"] for row in rows],
+                    "arrayminus": [row["ap"] - row["ap_lo"] for row in rows],
+                    "thickness": 1,
+                },
+                mode="markers+text" if len(timed) < 7 else "markers",
+                marker={"size": 11},
+                text=[html.escape(str(row["precision"])) for row in rows],
+                hovertext=[
+                    html.escape(f"{row['resolution']} {row['keep_aspect_ratio_mode']} {row['backend']}") for row in rows
+                ],
+                textposition="top center",
+                name=html.escape(" ".join(group)),
+            )
+        )
+    best = [table.rows[n] for n in front(table.rows, members)]
+    figure.add_trace(
+        go.Scatter(
+            x=[row["latency_p50_ms"] for row in best],
+            y=[row["ap"] for row in best],
+            mode="lines",
+            line={"dash": "dot", "color": "grey"},
+            name="Pareto front",
+        )
+    )
+    figure.update_layout(
+        xaxis_title="network latency, p50 (ms)",
+        yaxis_title="AP (OKS 0.50:0.95), 95 % bootstrap interval",
+        template="plotly_white",
+        height=520,
+        legend={"orientation": "h", "y": -0.2},
+        margin={"t": 20},
+    )
+    text: str = figure.to_html(full_html=False, include_plotlyjs=first, config={"displaylogo": False})
+    return text
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1500px; padding: 0 1rem; color: #222; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; white-space: nowrap; }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child, td:first-child { text-align: left; } tr.front td { background: #eef7ee; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: .8rem; }
+.pictures img { width: 100%; } figure { margin: 0; } figcaption { font-size: 12px; color: #666; overflow-wrap: anywhere; }
+.details { display: flex; flex-wrap: wrap; gap: 2rem; align-items: flex-start; } h3 { font-size: 1rem; }
+.note { color: #666; font-size: 13px; } .doubt { background: #fff3d6; padding: .6rem .8rem; }
+"""
+
+
+def web_address(link: str) -> bool:
+    """Whether a link goes to the web and nowhere else: not to a script, nor to a file of this machine."""
+    return re.fullmatch(r"https?://[^\s\"'<>\\]{1,2000}", link) is not None
+
+
+def picture(folder: Path, name: str) -> bytes:
+    """A picture of an evaluation.
+
+    Raises:
+        ValueError: it is no file of that folder, no JPEG, or too large.
+    """
+    file = folder / name
+    if not plain(name) or file.is_symlink() or not file.is_file() or file.stat().st_size > _MOST_PICTURE:
+        raise ValueError(f"the picture {name[:120]!r} is not there, or too large")
+    content = file.read_bytes()
+    if not content.startswith(b"\xff\xd8\xff"):
+        raise ValueError(f"the picture {name[:120]!r} is no JPEG")
+    return content
+
+
+def _pictures(result: Result) -> str:
+    folder = result.folder / "pictures"
+    captions: dict[str, str] = json.loads((folder / "captions.json").read_text())
+    figures = []
+    for name, source in captions.items():
+        try:
+            data = base64.b64encode(picture(folder, name)).decode()
+        except ValueError:
+            continue
+        link = f' · <a href="{html.escape(source)}">source</a>' if web_address(source) else ""
+        caption = html.escape(f"image {Path(name).stem}") + link
+        figures.append(
+            f'<figure><img src="data:image/jpeg;base64,{data}" alt="found people"><figcaption>{caption}</figcaption></figure>'
+        )
+    return f'<div class="pictures">{"".join(figures)}</div>'
+
+
+def _comparisons_html(folders: Sequence[Path]) -> str:
+    text = ""
+    for folder in folders:
+        content = json.loads((folder / "comparison.json").read_text())
+        for title, columns, rows in differences(content["engines"], content["pairs"]):
+            head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+            body = "".join("<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row) + "</tr>" for row in rows)
+            text += (
+                f'<h2>Comparison: {html.escape(title)}</h2><div class="wide"><table><thead><tr>{head}</tr></thead>'
+                f"<tbody>{body}</tbody></table></div>"
+            )
+    return text

@@ -1,0 +1,90 @@
+"""Research settings: the fields of several views of an image, averaged on one grid before they are decoded."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from posepress.geometry import View, cells_to_input, input_to_cells
+from posepress.spec import Array, FieldSpec, NetworkSpec, Skeleton
+
+F32 = NDArray[np.float32]
+
+
+def _interpolation(at: NDArray[np.float64], cells: int) -> F32:
+    """The matrix [len(at), cells] that reads a line of cells at positions, by Keys' cubic convolution (a = -1/2)."""
+    matrix = np.zeros((len(at), cells), np.float32)
+    first = np.floor(at).astype(int)
+    for tap in range(-1, 3):
+        d = np.abs(at - (first + tap))
+        weight = np.where(d <= 1, (1.5 * d - 2.5) * d * d + 1, np.where(d < 2, ((-0.5 * d + 2.5) * d - 4) * d + 2, 0))
+        np.add.at(matrix, (np.arange(len(at)), np.clip(first + tap, 0, cells - 1)), weight)
+    return matrix
+
+
+def _mirror(field: F32, spec: FieldSpec, network: NetworkSpec) -> F32:
+    """The channels of a mirrored view in the order of the other: left is right, and PAFs point the other way."""
+    if not isinstance(network.labels, Skeleton):
+        return field
+    if spec.name == "pafs":
+        limbs, signs = network.labels.limb_flip
+        turned = field.reshape(-1, 2, *field.shape[1:])[list(limbs)] * np.array(signs, np.float32)[:, None, None, None]
+        turned[:, 0] *= -1
+        straight: F32 = turned.reshape(field.shape)
+        return straight
+    flip = network.labels.flip
+    ordered: F32 = np.take(field, [*flip, *range(len(flip), len(field))], axis=0)
+    return ordered
+
+
+@dataclass(frozen=True)
+class AveragedFields:
+    """A decoder of images seen in several views: at several scales, mirrored.
+
+    Attributes:
+        decoder: of the averaged fields.
+        spec: the network's description.
+    """
+
+    decoder: Any
+    spec: NetworkSpec
+
+    def decode(self, fields: Mapping[str, Array], views: Sequence[View]) -> list[dict[str, F32]]:
+        """The fields of each view, in the host's memory; nothing can be decoded before the image's last view."""
+        host = {
+            name: field.float().cpu().numpy() if hasattr(field, "is_cuda") else np.asarray(field)
+            for name, field in fields.items()
+        }
+        return [{name: field[n].astype(np.float32) for name, field in host.items()} for n in range(len(views))]
+
+    def merge(self, parts: Sequence[Mapping[str, F32]], views: Sequence[View]) -> Any:
+        """The result of an image: its views' fields, each read where the largest view has its cells, averaged, decoded."""
+        largest = max((view for view in views if not view.flipped), key=lambda view: view.size.height * view.size.width)
+        mean = {}
+        for field in self.spec.fields:
+            h, w = next(part[field.name].shape[1:] for part, view in zip(parts, views, strict=True) if view is largest)
+            total = np.zeros((field.channels, h, w), np.float32)
+            for part, view in zip(parts, views, strict=True):
+                source = part[field.name]
+                grid = np.stack((np.arange(max(h, w)) % w, np.arange(max(h, w)) % h), axis=-1).astype(np.float64)
+                image = largest.to_image(cells_to_input(grid, field))
+                cells = input_to_cells(view.to_input(image), field)
+                across = _interpolation(cells[:w, 0], source.shape[2])
+                down = _interpolation(cells[:h, 1], source.shape[1])
+                read: F32 = (down @ source @ across.T).astype(np.float32)
+                total += _mirror(read, field, self.spec) if view.flipped else read
+            mean[field.name] = total[None] / len(parts)
+        decoded = self.decoder.decode(mean, [largest])
+        return self.decoder.merge(decoded, [largest])
+
+    def draw(self, image: NDArray[np.uint8], found: Any) -> NDArray[np.uint8]:
+        """As the decoder's own."""
+        drawn: NDArray[np.uint8] = self.decoder.draw(image, found)
+        return drawn
+
+    def variants(self, found: Any) -> Mapping[str, Any]:
+        """As the decoder's own."""
+        variants: Mapping[str, Any] = self.decoder.variants(found)
+        return variants

@@ -1,0 +1,174 @@
+"""One person a view, from one heatmap a keypoint: the decoding of top-down networks, on the network's own grid."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from annotated_types import Interval
+from numpy.typing import NDArray
+
+from posepress.checks import number
+from posepress.compiled import compiled
+from posepress.draw import draw
+from posepress.geometry import View, cells_to_input
+from posepress.results import Poses
+from posepress.spec import Array, NetworkSpec
+
+F32 = NDArray[np.float32]
+
+_REFINEMENTS = ("none", "shift", "dark")
+
+
+def _gaussian(sigma: float) -> F32:
+    """Weights of a Gaussian, cut at 2.5 sigma, [2 r + 1]."""
+    reach = max(int(np.ceil(2.5 * sigma)), 1)
+    weights = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
+    kernel: F32 = (weights / weights.sum()).astype(np.float32)
+    return kernel
+
+
+@compiled
+def _smoothed(heatmap: F32, kernel: F32, i: int, j: int) -> F32:
+    """Logarithms of the smoothed map around a cell, [5, 5]; outside the map is zero."""
+    H, W = heatmap.shape
+    reach = kernel.shape[0] // 2
+    side = 5 + 2 * reach
+    rows = np.zeros((side, 5), np.float32)
+    for r in range(side):
+        y = i - 2 - reach + r
+        if not 0 <= y < H:
+            continue
+        for c in range(5):
+            total = np.float32(0)
+            for t in range(kernel.shape[0]):
+                x = j - 2 + c - reach + t
+                if 0 <= x < W:
+                    total += kernel[t] * heatmap[y, x]
+            rows[r, c] = total
+    out = np.empty((5, 5), np.float32)
+    for r in range(5):
+        for c in range(5):
+            total = np.float32(0)
+            for t in range(kernel.shape[0]):
+                total += kernel[t] * rows[r + t, c]
+            out[r, c] = np.log(max(total, np.float32(1e-10)))
+    return out
+
+
+@compiled
+def _offset(heatmap: F32, i: int, j: int, refinement: int, kernel: F32) -> tuple[float, float]:
+    """From the highest cell (i, j) to the keypoint, (dx, dy) in cells; 0 where the map ends.
+
+    Args:
+        heatmap: [H, W].
+        i: row.
+        j: column.
+        refinement: 0 none; 1 a quarter of a cell towards the greater neighbour; 2 the top of a Gaussian.
+        kernel: a Gaussian that smooths the map for the latter.
+    """
+    H, W = heatmap.shape
+    dx = dy = 0.0
+    if refinement == 1:
+        if 0 < j < W - 1:
+            dx = 0.25 * np.sign(heatmap[i, j + 1] - heatmap[i, j - 1])
+        if 0 < i < H - 1:
+            dy = 0.25 * np.sign(heatmap[i + 1, j] - heatmap[i - 1, j])
+    elif refinement == 2 and 1 < j < W - 2 and 1 < i < H - 2:
+        v = _smoothed(heatmap, kernel, i, j)
+        gx, gy = (v[2, 3] - v[2, 1]) / 2, (v[3, 2] - v[1, 2]) / 2
+        xx, yy = (v[2, 4] - 2 * v[2, 2] + v[2, 0]) / 4, (v[4, 2] - 2 * v[2, 2] + v[0, 2]) / 4
+        xy = (v[3, 3] - v[1, 3] - v[3, 1] + v[1, 1]) / 4
+        determinant = xx * yy - xy * xy
+        if determinant > 1e-12 and xx < 0:  # a top, not a saddle
+            dx = min(max(-(yy * gx - xy * gy) / determinant, -1.0), 1.0)
+            dy = min(max(-(xx * gy - xy * gx) / determinant, -1.0), 1.0)
+    return dx, dy
+
+
+@dataclass(frozen=True)
+class TopDownDecoder:
+    """Decoder of networks that see one person a view and return the field "heatmaps".
+
+    Attributes:
+        spec: the network's description.
+        refinement: "none" takes the highest cell; "shift" moves it by a quarter of a cell towards its greater neighbour on each
+            axis (Newell et al., arXiv:1603.06937); "dark" takes the top of the Gaussian that fits the smoothed map there
+            (Zhang et al., arXiv:1910.06278).
+        sigma: of the Gaussians that the network was trained on, in cells; "dark" smooths with it.
+        keypoint_threshold: keypoints of lower value do not count in the person's score.
+    """
+
+    spec: NetworkSpec
+    refinement: Literal["none", "shift", "dark"] = "dark"
+    sigma: Annotated[float, Interval(ge=0.3, le=16)] = 2.0
+    keypoint_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.2
+
+    def __post_init__(self) -> None:
+        """Check the options, and that the heatmaps hold the skeleton.
+
+        Raises:
+            ValueError: an unknown refinement, a number out of range, or fewer maps than keypoints.
+        """
+        if self.refinement not in _REFINEMENTS:
+            raise ValueError(f"decoder.refinement={self.refinement}: unknown; use {', '.join(_REFINEMENTS)}")
+        number("decoder.sigma", self.sigma, 0.3, 16)
+        number("decoder.keypoint_threshold", self.keypoint_threshold, -1e6, 1e6)
+        maps, names = self.spec.field("heatmaps").channels, self.spec.skeleton.names
+        if maps < len(names):
+            raise ValueError(f"{maps} heatmaps do not fit a skeleton of {len(names)} keypoints; mend model.spec")
+
+    def decode(self, fields: Mapping[str, Array], views: Sequence[View]) -> list[Poses]:
+        """Find the one person of each view.
+
+        Args:
+            fields: "heatmaps" [B, K or more, h, w]; a numpy array or a torch tensor.
+            views: B views.
+
+        Returns:
+            Poses of at most one person in image pixels, one a view. A person's score is the mean value of the keypoints above
+            the threshold; who has none of these is nobody.
+        """
+        heatmaps: Any = fields["heatmaps"]
+        if hasattr(heatmaps, "is_cuda"):
+            heatmaps = heatmaps.float().cpu().numpy()
+        return [self._person(np.ascontiguousarray(maps, np.float32), view) for maps, view in zip(heatmaps, views, strict=True)]
+
+    def _person(self, maps: F32, view: View) -> Poses:
+        K = len(self.spec.skeleton.names)
+        if maps.ndim != 3 or maps.shape[0] < K or not maps.size:
+            raise ValueError(f"heatmaps {list(maps.shape)} are not the maps [C, h, w] of {K} keypoints; mend model.spec")
+        maps = maps[:K]
+        strange = not np.isfinite(maps.sum())
+        if strange:
+            maps = np.where(np.isfinite(maps), maps, np.float32(0))
+        flat = maps.reshape(K, -1)
+        cells = flat.argmax(axis=1)
+        values = flat[np.arange(K), cells]
+        sure = values > self.keypoint_threshold
+        rows, columns = np.divmod(cells, maps.shape[2])
+        refinement, kernel = _REFINEMENTS.index(self.refinement), _gaussian(self.sigma)
+        offsets = [_offset(maps[k], rows[k], columns[k], refinement, kernel) for k in range(K)]
+        at = np.column_stack((columns, rows)) + np.array(offsets)
+        points = view.to_image(cells_to_input(at, self.spec.field("heatmaps")))
+        keypoints = np.where(values[:, None] > 0, np.column_stack((points, values)), 0).astype(np.float32)
+        if not sure.any():
+            return Poses(np.zeros((0, K, 3), np.float32), np.zeros(0, np.float32), not_finite=strange)
+        return Poses(keypoints[None], np.array([values[sure].mean()], np.float32), not_finite=strange)
+
+    def merge(self, parts: Sequence[Poses], views: Sequence[View]) -> Poses:  # noqa: ARG002 - boxes were chosen before
+        """All people of an image."""
+        K = len(self.spec.skeleton.names)
+        return Poses(
+            np.concatenate([np.zeros((0, K, 3), np.float32), *(part.keypoints for part in parts)]),
+            np.concatenate([np.zeros(0, np.float32), *(part.scores for part in parts)]),
+            not_finite=any(part.not_finite for part in parts),
+        )
+
+    def draw(self, image: NDArray[np.uint8], found: Poses) -> NDArray[np.uint8]:
+        """The people drawn over their image [H, W, 3]."""
+        return draw(image, found, self.spec.skeleton)
+
+    def variants(self, found: Poses) -> dict[str, Poses]:  # noqa: ARG002 - there is one reading
+        """None."""
+        return {}

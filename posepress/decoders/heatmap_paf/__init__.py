@@ -1,0 +1,1 @@
+"""People from heatmaps and part affinity fields (PAFs)."""

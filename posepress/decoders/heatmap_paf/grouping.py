@@ -1,0 +1,255 @@
+"""Grouping of limbs into people: which pairs of peaks are limbs, and which limbs belong together."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from posepress.compiled import compiled
+
+F32 = NDArray[np.float32]
+I32 = NDArray[np.int32]
+
+
+@compiled
+def _greedy(scores: F32, pairs: I32, nA: int, nB: int) -> I32:
+    """The pairs [n, 2] that stay if the best comes first and no peak serves twice, as indices in falling order of score."""
+    used_a, used_b = np.zeros(nA, np.bool_), np.zeros(nB, np.bool_)
+    kept = np.empty(min(nA, nB), np.int32)
+    n = 0
+    for c in np.argsort(-scores, kind="mergesort"):
+        a, b = pairs[c, 0], pairs[c, 1]
+        if not (used_a[a] or used_b[b]):
+            used_a[a], used_b[b] = True, True
+            kept[n] = c
+            n += 1
+    return kept[:n]
+
+
+@compiled
+def _hungarian(scores: F32, pairs: I32, nA: int, nB: int) -> I32:
+    """The pairs [n, 2] with the greatest sum of scores in which no peak serves twice, in falling order of score.
+
+    The shortest augmenting path method (Kuhn 1955, Munkres 1957; potentials as in Jonker and Volgenant 1987).
+    """
+    rows, columns = min(nA, nB), max(nA, nB)
+    turned = nA > nB
+    cost = np.zeros((rows, columns))
+    index = np.full((rows, columns), -1, np.int32)
+    for c in range(scores.shape[0]):
+        r, s = (pairs[c, 1], pairs[c, 0]) if turned else (pairs[c, 0], pairs[c, 1])
+        cost[r, s], index[r, s] = -scores[c], c
+    u, v = np.zeros(rows + 1), np.zeros(columns + 1)
+    owner = np.zeros(columns + 1, np.int32)  # the row of each column, from 1; column 0 is the one being placed
+    before = np.zeros(columns + 1, np.int32)
+    for row in range(1, rows + 1):
+        owner[0] = row
+        at = 0
+        least = np.full(columns + 1, np.inf)
+        done = np.zeros(columns + 1, np.bool_)
+        while True:
+            done[at] = True
+            step, following = np.inf, 0
+            for s in range(1, columns + 1):
+                if done[s]:
+                    continue
+                reduced = cost[owner[at] - 1, s - 1] - u[owner[at]] - v[s]
+                if reduced < least[s]:
+                    least[s], before[s] = reduced, at
+                if least[s] < step:
+                    step, following = least[s], s
+            for s in range(columns + 1):
+                if done[s]:
+                    u[owner[s]] += step
+                    v[s] -= step
+                else:
+                    least[s] -= step
+            at = following
+            if owner[at] == 0:
+                break
+        while at != 0:
+            owner[at] = owner[before[at]]
+            at = before[at]
+    kept = np.empty(rows, np.int32)
+    n = 0
+    for s in range(1, columns + 1):
+        if owner[s] > 0 and index[owner[s] - 1, s - 1] >= 0:
+            kept[n] = index[owner[s] - 1, s - 1]
+            n += 1
+    values, ordered = np.empty(n, np.float32), np.empty(n, np.int32)
+    for c in range(n):
+        values[c] = -scores[kept[c]]
+    order = np.argsort(values, kind="mergesort")
+    for c in range(n):  # numba takes a second to compile an array as index
+        ordered[c] = kept[order[c]]
+    return ordered
+
+
+@compiled
+def _join(members: I32, owner: I32, limb_scores: F32, alive: NDArray[np.bool_], p: int, q: int) -> bool:
+    """Make one person of p and q unless they share a keypoint."""
+    for k in range(members.shape[1]):
+        if members[p, k] >= 0 and members[q, k] >= 0:
+            return False
+    for k in range(members.shape[1]):
+        if members[q, k] >= 0:
+            members[p, k] = members[q, k]
+            owner[k, members[q, k]] = p
+    limb_scores[p] += limb_scores[q]
+    alive[q] = False
+    return True
+
+
+@compiled
+def group(
+    peaks: F32,
+    counts: I32,
+    limbs: I32,
+    tree: int,
+    scores: F32,
+    pairs: I32,
+    starts: I32,
+    optimal: bool,
+    min_keypoints: int,
+    min_score: float,
+) -> tuple[F32, F32]:
+    """Assemble people, limb by limb.
+
+    Args:
+        peaks: [K, P, 3] in cells.
+        counts: peaks in each map, [K].
+        limbs: [L, 3]: keypoint, keypoint, anything; the limbs that close a cycle stand last.
+        tree: how many limbs stand before those; these begin people, the others confirm and merge them.
+        scores: of the candidate pairs, [n].
+        pairs: peaks' indices of the candidates, [n, 2].
+        starts: where each limb's candidates begin, [L + 1].
+        optimal: pairs of the greatest sum for each limb, instead of the best first.
+        min_keypoints: people with fewer keypoints are dropped.
+        min_score: people whose mean of peak values and limb scores, a keypoint, is below are dropped.
+
+    Returns:
+        Keypoints [N, K, 3] in cells with their peak values, NaN where missing; and sums of limb scores [N].
+    """
+    K = peaks.shape[0]
+    owner = np.full((K, peaks.shape[1]), -1, np.int32)
+    room = 1
+    for k in range(K):
+        room += counts[k]
+    room = room // 2 + 1  # a person begins with two peaks
+    members = np.full((room, K), -1, np.int32)
+    limb_scores = np.zeros(room, np.float32)
+    alive = np.zeros(room, np.bool_)
+    people = 0
+    for at in range(limbs.shape[0]):
+        A, B = limbs[at, 0], limbs[at, 1]
+        first, last = starts[at], starts[at + 1]
+        if first == last:
+            continue
+        values, candidates = scores[first:last], pairs[first:last]
+        if optimal:
+            kept = _hungarian(values, candidates, counts[A], counts[B])
+        else:
+            kept = _greedy(values, candidates, counts[A], counts[B])
+        for c in kept:
+            a, b = candidates[c, 0], candidates[c, 1]
+            p, q = owner[A, a], owner[B, b]
+            if p < 0 and q < 0:
+                if at >= tree:
+                    continue
+                p = people
+                people += 1
+                alive[p] = True
+                members[p, A], members[p, B] = a, b
+                owner[A, a], owner[B, b] = p, p
+            elif q < 0:
+                if members[p, B] >= 0:
+                    continue
+                members[p, B] = b
+                owner[B, b] = p
+            elif p < 0:
+                p = q
+                if members[p, A] >= 0:
+                    continue
+                members[p, A] = a
+                owner[A, a] = p
+            elif p != q and not _join(members, owner, limb_scores, alive, p, q):
+                continue
+            limb_scores[p] += values[c]
+
+    keypoints = np.full((people, K, 3), np.nan, np.float32)
+    n = 0
+    for p in range(people):
+        found, total = 0, limb_scores[p]
+        for k in range(K):
+            if alive[p] and members[p, k] >= 0:
+                for c in range(3):
+                    keypoints[n, k, c] = peaks[k, members[p, k], c]
+                found += 1
+                total += keypoints[n, k, 2]
+        if alive[p] and found >= min_keypoints and total >= min_score * found:
+            limb_scores[n] = limb_scores[p]
+            n += 1
+        else:
+            for k in range(K):
+                for c in range(3):
+                    keypoints[n, k, c] = np.nan
+    return keypoints[:n], limb_scores[:n]
+
+
+FEATURES = ("peak_sum", "found", "peak_mean", "limb_mean", "guessed_sum", "size", "one")
+
+
+@compiled
+def finish(
+    keypoints: F32, found: NDArray[np.bool_], limb_scores: F32, counted: F32, weights: F32, to_image: NDArray[np.float64]
+) -> tuple[F32, F32, NDArray[np.bool_], F32]:
+    """Poses in image pixels, with what their score can follow from.
+
+    Args:
+        keypoints: [N, K, 3] in cells, NaN where missing.
+        found: [N, K]: not guessed.
+        limb_scores: sums over the person's limbs, [N].
+        counted: 1 for keypoints that count, [K]: a neck follows from the shoulders and would count them twice.
+        weights: of the score, one a feature.
+        to_image: [2, 3], from cells to image pixels.
+
+    Returns:
+        Keypoints [N, K, 3], (0, 0, 0) where missing; scores [N]; which keypoints are guesses [N, K]; and features [N, 7] in
+        the order of `FEATURES`: sum of the found peaks' values; part of the keypoints that was found; mean of their values;
+        limb score a found keypoint; sum of the guessed values; logarithm of the longer side of the found keypoints' box, in
+        cells; and one.
+    """
+    N, K = found.shape
+    features = np.empty((N, 7), np.float32)
+    scores = np.zeros(N, np.float32)
+    guessed = np.zeros((N, K), np.bool_)
+    out = np.zeros((N, K, 3), np.float32)
+    every = counted.sum()
+    for p in range(N):
+        total, values, guesses, some = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+        x0, y0, x1, y1 = np.inf, np.inf, -np.inf, -np.inf
+        count = 0
+        for k in range(K):
+            x, y, v = keypoints[p, k, 0], keypoints[p, k, 1], keypoints[p, k, 2]
+            if np.isnan(x):
+                continue
+            out[p, k, 0] = to_image[0, 0] * x + to_image[0, 1] * y + to_image[0, 2]
+            out[p, k, 1] = to_image[1, 0] * x + to_image[1, 1] * y + to_image[1, 2]
+            out[p, k, 2] = v
+            if not found[p, k]:
+                guessed[p, k] = True
+                guesses += v * counted[k]
+                continue
+            count += 1
+            some += counted[k]
+            total += v
+            values += v * counted[k]
+            x0, x1, y0, y1 = min(x0, x), max(x1, x), min(y0, y), max(y1, y)
+        features[p, 0] = values
+        features[p, 1] = some / every
+        features[p, 2] = total / max(count, 1)
+        features[p, 3] = limb_scores[p] / max(count, 1)
+        features[p, 4] = guesses
+        features[p, 5] = np.log1p(max(x1 - x0, y1 - y0)) if count > 0 else 0.0
+        features[p, 6] = 1.0
+        for f in range(7):
+            scores[p] += features[p, f] * weights[f]
+    return out, scores, guessed, features

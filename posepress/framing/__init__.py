@@ -1,0 +1,1 @@
+"""Which part of an image becomes which network input."""

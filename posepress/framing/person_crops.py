@@ -1,0 +1,73 @@
+"""One view a person, cut around a given box."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+from annotated_types import Interval
+from numpy.typing import NDArray
+
+from posepress.checks import number
+from posepress.geometry import View
+from posepress.spec import InputSpec, Resolution
+
+
+@dataclass(frozen=True)
+class PersonCrops:
+    """Framing of top-down networks: one view a person, cut around the given box.
+
+    Attributes:
+        padding: the crop is the box of the network's aspect around the person's, larger by this factor.
+    """
+
+    padding: Annotated[float, Interval(ge=0.1, le=10)] = 1.25
+
+    def __post_init__(self) -> None:
+        """Check the padding.
+
+        Raises:
+            ValueError: it is no number from 0.1 to 10.
+        """
+        number("framing.padding", self.padding, 0.1, 10)
+
+    @staticmethod
+    def label_of(options: Mapping[str, Any], _: Mapping[str, str]) -> str:
+        """The framing in a word of an address: crop1.25."""
+        return f"crop{options['padding']}"
+
+    @property
+    def one_size(self) -> bool:
+        """Every crop has the resolution's size."""
+        return True
+
+    @property
+    def averaged(self) -> bool:
+        """A person has one view."""
+        return False
+
+    def views(
+        self,
+        size: Resolution,  # noqa: ARG002 - of the image, for framings that see all of it
+        resolution: Resolution,
+        spec: InputSpec,  # noqa: ARG002 - for framings that choose the size
+        boxes: NDArray[np.float64] | None = None,
+    ) -> list[View]:
+        """A view for each box [N, 4] (x, y, width, height) in image pixels.
+
+        Raises:
+            ValueError: the image has no boxes, as opposed to none in it, or one is not finite.
+        """
+        if boxes is None:
+            raise ValueError("a top-down network needs a box for each person, and these images have none")
+        if not np.isfinite(boxes).all():
+            raise ValueError("a person's box is not finite; mend the annotation file")
+        views = []
+        for x, y, width, height in boxes.tolist():
+            across = max(width, height * resolution.width / resolution.height, 1.0) * self.padding
+            scale = resolution.width / across
+            middle = np.array([x + (width - 1) / 2, y + (height - 1) / 2])
+            target = np.array([(resolution.width - 1) / 2, (resolution.height - 1) / 2])
+            matrix = np.column_stack((np.eye(2) * scale, target - scale * middle))
+            views.append(View(matrix, resolution, (x, y, width, height)))
+        return views

@@ -1,0 +1,97 @@
+"""The whole image as one view, or as several whose fields are averaged."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from annotated_types import Interval, MinLen
+from numpy.typing import NDArray
+
+from posepress.checks import number
+from posepress.geometry import View, mirrored, resized
+from posepress.spec import InputSpec, Resolution
+
+KeepAspectRatioMode = Literal["pad_image_input", "adjust_network_input"]
+
+_LABELS = {None: "stretch", "pad_image_input": "pad", "adjust_network_input": "adjust"}
+
+
+@dataclass(frozen=True)
+class WholeImage:
+    """Framing of bottom-up networks: one view an image, or several whose fields are averaged.
+
+    Attributes:
+        keep_aspect_ratio_mode: None stretches the image to the resolution; "pad_image_input" keeps the aspect and pads
+            on the right and below (letterbox); "adjust_network_input" keeps the resolution's height and lets the width
+            follow the image, padded on the right to what the network takes.
+        scales: of the resolution; more than [1] is a research setting, for no engine runs that way.
+        flip: see the mirrored image too; a research setting.
+    """
+
+    keep_aspect_ratio_mode: KeepAspectRatioMode | None = "pad_image_input"
+    scales: Annotated[Sequence[Annotated[float, Interval(ge=0.1, le=8)]], MinLen(1)] = (1.0,)
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the mode's name and the scales."""
+        known = (None, "pad_image_input", "adjust_network_input")
+        if self.keep_aspect_ratio_mode not in known:
+            raise ValueError(
+                f"keep_aspect_ratio_mode={self.keep_aspect_ratio_mode}: unknown; use null, pad_image_input or "
+                "adjust_network_input"
+            )
+        scales: object = self.scales
+        if not isinstance(scales, (list, tuple)):
+            raise ValueError(f"scales={scales}: give a list, like 'scales=[{scales}]'")  # noqa: TRY004
+        if not scales:
+            raise ValueError("scales=[]: choose at least one, each from 0.1 to 8")
+        for place, scale in enumerate(scales):
+            number(f"scales[{place}]", scale, 0.1, 8)
+        if not isinstance(self.flip, bool):
+            raise ValueError(f"flip={self.flip}: choose true or false")  # noqa: TRY004
+
+    @staticmethod
+    def label_of(options: Mapping[str, Any], _: Mapping[str, str]) -> str:
+        """The framing in a word of an address: pad, or pad-x0.5-1-1.5-flip where several views are averaged."""
+        mode, scales = options.get("keep_aspect_ratio_mode"), options.get("scales", [1])
+        scales = scales if isinstance(scales, Sequence) else [scales]  # which is refused later
+        several = "" if list(scales) == [1] else "-x" + "-".join(f"{scale:g}" for scale in scales)
+        return f"{_LABELS.get(mode, mode)}{several}{'-flip' if options.get('flip') else ''}"
+
+    @property
+    def one_size(self) -> bool:
+        """Whether every view has the same size."""
+        return self.keep_aspect_ratio_mode != "adjust_network_input" and len(self.scales) == 1
+
+    @property
+    def averaged(self) -> bool:
+        """Whether an image has several views."""
+        return len(self.scales) > 1 or self.flip
+
+    def views(
+        self,
+        size: Resolution,
+        resolution: Resolution,
+        spec: InputSpec,
+        boxes: NDArray[np.float64] | None = None,  # noqa: ARG002 - of people, for framings that crop
+    ) -> list[View]:
+        """The views of an image of `size` for a network run at `resolution`."""
+        views = []
+        for scale in self.scales:
+            height, width = resolution.height, resolution.width
+            if scale != 1:
+                height, width = spec.fit(height * scale), spec.fit(width * scale)
+            view = self._view(size, Resolution(height, width), spec)
+            views += [view, mirrored(view, size)] if self.flip else [view]
+        return views
+
+    def _view(self, size: Resolution, resolution: Resolution, spec: InputSpec) -> View:
+        if self.keep_aspect_ratio_mode is None:
+            return View(resized(size, (resolution.height, resolution.width)), resolution)
+        if self.keep_aspect_ratio_mode == "pad_image_input":
+            scale = min(resolution.height / size.height, resolution.width / size.width)
+            inside = (max(round(size.height * scale), 1), max(round(size.width * scale), 1))
+            return View(resized(size, inside), resolution)
+        width = max(round(size.width * resolution.height / size.height), 1)
+        return View(resized(size, (resolution.height, width)), Resolution(resolution.height, spec.fit(width)))

@@ -1,0 +1,1 @@
+"""Loaded engines, one file a library."""

@@ -1,0 +1,430 @@
+"""Loads TensorRT plans and runs them: numpy, tensorrt and cuda-python; torch only to normalise and decode on the GPU."""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import cycle
+from pathlib import Path
+from queue import LifoQueue
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from posepress.errors import UserError
+from posepress.pixels import normalise
+from posepress.runners.device_memory import DeviceArray, DeviceMemory
+from posepress.spec import Array, Fields, NetworkSpec
+
+ENGINE, SIDE, WEIGHTS = "engine.plan", "engine.json", "weights.onnx"
+_PROFILED = 20  # runs whose layers are timed
+_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
+_KEYS = ("tensors", "nodes", "weights", "plugins", "version_compatible", "spec")  # of what lies beside a plan
+_SHAPES = 32  # input shapes whose buffers are kept
+_GRAPHS = 4  # of them the first so many have a context and a graph of their own, which take memory
+_CONTEXTS = 2  # of a GPU: one computes while the other's results are copied
+
+
+@cache
+def logger() -> Any:
+    """TensorRT's logger; it keeps the last errors, because failing calls only return None and say why here."""
+    import tensorrt as trt
+
+    class Logger(trt.ILogger):  # type: ignore[misc] # the base exists only where TensorRT does
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(msg)
+
+    return Logger()
+
+
+def failed(what: str, fix: str) -> UserError:
+    """The error of a call that returned nothing, with what TensorRT logged."""
+    reason = "; ".join(logger().errors[-3:]) or "TensorRT gave no reason"
+    logger().errors.clear()
+    return UserError(f"{what}: {reason}; {fix}")
+
+
+def installed() -> str | None:
+    """The version of TensorRT, without loading it; None where its package does not say."""
+    for name in _PACKAGES:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def check(engine: Path, version: str | None, gpu: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """What lies beside a plan, and the plan, if it is whole and was built for this machine.
+
+    Args:
+        engine: the plan.
+        version: of TensorRT; None is not compared.
+        gpu: "name" and "sm" of the GPU.
+
+    Raises:
+        UserError: it was not; nothing of it is loaded.
+    """
+    again = "build it here: stage=build force=true"
+    side = engine.parent / SIDE
+    try:
+        content: dict[str, Any] = json.loads(side.read_text())
+        size, digest, built_for, *_ = (content[key] for key in ("bytes", "sha256", "gpu", *_KEYS))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{side}: not the description of a plan ({error}); {again}") from error
+    if version is not None:
+        check_version(engine, content, version)
+    if not _fits(content["hardware_compatibility_level"], built_for, gpu):
+        raise UserError(
+            f"{engine}: built for {built_for['name']} (SM {built_for['sm']}), here is {gpu['name']} (SM {gpu['sm']}); {again}"
+        )
+    found = engine.stat().st_size if engine.is_file() else 0
+    blob = engine.read_bytes() if found == size else b""
+    if found != size or hashlib.sha256(blob).hexdigest() != digest:
+        raise UserError(f"{engine}: {found} bytes, not the {size} that were built; copy it again, or {again}")
+    return content, blob
+
+
+def check_version(engine: Path, content: Mapping[str, Any], version: str) -> None:
+    """Make sure that a plan runs with a version of TensorRT.
+
+    Raises:
+        UserError: it does not.
+    """
+    built = content["tensorrt"]
+    if built != version and not (content["version_compatible"] and _newer(version, built)):
+        raise UserError(f"{engine}: built by TensorRT {built}, here is {version}; build it here: stage=build force=true")
+
+
+def _newer(version: str, built: str) -> bool:
+    """Whether a version-compatible plan runs: with any later version of the same major one."""
+    here, there = ([int(part) for part in text.split(".")[:3]] for text in (version, built))
+    return here[0] == there[0] and here >= there
+
+
+def _fits(level: str, built_for: Mapping[str, Any], gpu: Mapping[str, Any]) -> bool:
+    major = int(str(gpu["sm"]).split(".")[0])
+    if level == "ampere_plus":
+        return major >= 8  # Ampere
+    if level == "same_compute_capability":
+        return str(gpu["sm"]) == str(built_for["sm"])
+    return (gpu["name"], gpu["sm"]) == (built_for["name"], built_for["sm"])
+
+
+@dataclass
+class _Context:
+    """An execution context, and the profile that it has."""
+
+    made: Any
+    profile: int = 0
+
+
+@dataclass
+class _Bound:
+    """What an input shape uses: a context, buffers, and a graph if the context is its own."""
+
+    context: _Context
+    given: DeviceArray
+    fields: dict[str, DeviceArray]
+    graph: Callable[[], None] | None = None
+
+
+@dataclass
+class _Slot:
+    """What one call at a time uses: an engine, a stream, a context that shapes share, and shapes."""
+
+    engine: Any
+    memory: DeviceMemory
+    shared: _Context | None = None
+    bound: dict[tuple[int, ...], _Bound] = field(default_factory=dict)
+
+
+class TensorRTRunner:
+    """A loaded plan; as many calls as it has workers run at once, each with a context and a stream of its own.
+
+    Args:
+        engine: the plan, with its description beside it.
+        devices: numbers of the GPUs that share the work.
+        cuda_graph: replay the plan as one CUDA graph for each input shape.
+
+    Raises:
+        UserError: the plan is of another version, GPU or build, or cannot be loaded.
+    """
+
+    def __init__(self, engine: Path, devices: Sequence[int] = (0,), cuda_graph: bool = True) -> None:
+        memories = {device: [DeviceMemory(device) for _ in range(_CONTEXTS)] for device in devices}
+        for first, *_ in memories.values():
+            side, plan = check(engine, installed(), first.gpu)
+        import tensorrt as trt
+
+        check_version(engine, side, trt.__version__)
+        try:
+            self.spec = NetworkSpec.from_dict(side["spec"])
+        except ValueError as error:
+            raise UserError(f"{engine}: not a network description beside it ({error}); build it again") from error
+        self.cuda_graph, self._torch = cuda_graph, _torch(devices)
+        prepare(trt, side["plugins"])
+        self.nodes: Mapping[str, Mapping[str, Any]] = side["nodes"]
+        self.tensors: Mapping[str, str] = side["tensors"]
+        self.slots: dict[int, LifoQueue[_Slot]] = {device: LifoQueue() for device in devices}
+        self.engines = []
+        for device, some in memories.items():
+            some[0].activate()
+            runtime = trt.Runtime(logger())
+            if side["version_compatible"]:
+                runtime.engine_host_code_allowed = True
+            loaded = runtime.deserialize_cuda_engine(plan)
+            if loaded is None:
+                raise failed(f"{engine}: cannot be loaded", "build it on this machine: stage=build force=true")
+            if side["weights"] is not None:
+                _refit(trt, loaded, engine.parent / WEIGHTS, side["weights"])
+            self.engines.append((loaded, runtime))
+            for memory in some:
+                self.slots[device].put(_Slot(loaded, memory))
+        self.types = {name: np.dtype(trt.nptype(loaded.get_tensor_dtype(tensor))) for name, tensor in self.tensors.items()}
+        name = self.tensors[self.spec.input.name]
+        profiles = range(loaded.num_optimization_profiles)
+        self.profiles = [loaded.get_tensor_profile_shape(name, profile) for profile in profiles]
+        self.workers = _CONTEXTS * len(devices)
+        self._turn = cycle(devices)
+
+    def __enter__(self) -> "TensorRTRunner":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for queue in self.slots.values():
+            while not queue.empty():
+                slot = queue.get()
+                slot.bound.clear()
+                slot.shared = None
+                slot.memory.close()
+        self.engines.clear()
+
+    @contextmanager
+    def _slot(self, device: int) -> Iterator[_Slot]:
+        """A free slot of a GPU, which this thread's calls then go to."""
+        slot = self.slots[device].get()
+        try:
+            slot.memory.activate()
+            yield slot
+        finally:
+            self.slots[device].put(slot)
+
+    def upload(self, images: NDArray[Any]) -> Array:
+        """The network's input form, in a GPU's memory, of each in turn; torch normalises there, where it is at hand."""
+        if self._torch is not None:
+            from posepress.pixels_torch import normalise as on_gpu
+
+            there, kind = self._torch.device("cuda", next(self._turn)), self.types[self.spec.input.name].name
+            made = on_gpu(images, self.spec.input, there).to(getattr(self._torch, kind)).contiguous()
+            self._torch.cuda.current_stream(there).synchronize()
+            return made
+        with self._slot(next(self._turn)) as slot:
+            staged = slot.memory.pinned((len(images), 3, *images.shape[1:3]), np.float32)
+            host = normalise(images, self.spec.input, staged).astype(self.types[self.spec.input.name], copy=False)
+            array = slot.memory.empty(host.shape, host.dtype)
+            slot.memory.copy(array, host)
+        return array
+
+    def __call__(self, images: Array) -> Fields:
+        """Fields of uploaded images [B, 3, H, W], where the network ran.
+
+        Raises:
+            UserError: the shape lies outside the plan's profiles.
+        """
+        shape = tuple(images.shape)
+        device = images.memory.device if isinstance(images, DeviceArray) else next(iter(self.slots))
+        with self._slot(device) as slot:
+            bound = slot.bound.get(shape) or self._bind(slot, shape)
+            slot.memory.copy(bound.given, _on_device(images, slot.memory), wait=False)
+            if bound.graph is not None:
+                bound.graph()
+            else:
+                self._address(slot, bound)
+                self._enqueue(slot, bound.context)
+            made: dict[str, Any] = {}
+            for name, field_ in bound.fields.items():
+                made[name] = self._empty(field_, slot.memory)
+                slot.memory.copy(_on_device(made[name], slot.memory), field_, wait=False)
+            slot.memory.wait()
+        return made
+
+    def inspected(self) -> tuple[str, dict[str, float], Mapping[str, Mapping[str, Any]]]:
+        """What the inspector says, as JSON; microseconds by layer, at the first profile's best shape; the nodes of the file."""
+        import tensorrt as trt
+
+        times: dict[str, list[float]] = {}
+
+        class Profiler(trt.IProfiler):  # type: ignore[misc] # the base exists only where TensorRT does
+            def __init__(self) -> None:
+                trt.IProfiler.__init__(self)
+
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                times.setdefault(layer_name, []).append(1000 * ms)
+
+        with self._slot(next(iter(self.slots))) as slot:
+            shape = tuple(self.profiles[0][1])
+            bound = self._bind(slot, shape)
+            slot.memory.copy(bound.given, np.zeros(shape, bound.given.dtype))
+            context = bound.context.made
+            self._enqueue(slot, bound.context)
+            slot.memory.wait()
+            profiler = context.profiler = Profiler()  # alive while the context reports to it
+            for _ in range(_PROFILED):
+                self._enqueue(slot, bound.context)
+                slot.memory.wait()
+            context.profiler = None
+            del profiler
+            inspector = slot.engine.create_engine_inspector()
+            inspector.execution_context = context
+            text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+        return text, {name: float(np.median(some)) for name, some in times.items()}, self.nodes
+
+    def download(self, fields: Fields) -> Mapping[str, NDArray[Any]]:
+        """Copies in the host's memory, float32."""
+        return {
+            name: np.asarray(field_ if isinstance(field_, DeviceArray) else field_.cpu(), np.float32)
+            for name, field_ in fields.items()
+        }
+
+    def _empty(self, like: DeviceArray, memory: DeviceMemory) -> Any:
+        if self._torch is None:
+            return memory.empty(like.shape, like.dtype)
+        # On the stream that it is written on: torch may give memory that its own stream still works with to nobody else.
+        with self._torch.cuda.stream(self._torch.cuda.ExternalStream(memory.stream)):
+            there = self._torch.device("cuda", memory.device)
+            return self._torch.empty(like.shape, dtype=getattr(self._torch, like.dtype.name), device=there)
+
+    def _bind(self, slot: _Slot, shape: tuple[int, ...]) -> _Bound:
+        """Give a shape buffers, and the first shapes a context and a graph, which must not see another shape.
+
+        Raises:
+            UserError: the shape lies in no profile.
+        """
+        if len(slot.bound) >= _SHAPES:
+            slot.bound = {known: bound for known, bound in slot.bound.items() if bound.graph is not None}
+        own = self.cuda_graph and sum(bound.graph is not None for bound in slot.bound.values()) < _GRAPHS
+        if own:
+            context = _context(slot.engine)
+        else:
+            context = slot.shared = slot.shared or _context(slot.engine)
+        self._choose(slot, context, shape)
+        fields = {
+            one.name: slot.memory.empty(tuple(context.made.get_tensor_shape(self.tensors[one.name])), self.types[one.name])
+            for one in self.spec.fields
+        }
+        bound = _Bound(context, slot.memory.empty(shape, self.types[self.spec.input.name]), fields)
+        self._address(slot, bound)
+        if own:
+            self._enqueue(slot, context)  # TensorRT prepares a shape when it first runs, which a graph must not hold
+            slot.memory.wait()
+            bound.graph = slot.memory.graph(lambda: self._enqueue(slot, context))
+        slot.bound[shape] = bound
+        return bound
+
+    def _choose(self, slot: _Slot, context: _Context, shape: tuple[int, ...]) -> None:
+        """Take a profile that a shape lies in, and set the shape.
+
+        Raises:
+            UserError: it lies in none.
+        """
+        fitting = [n for n, (least, _, most) in enumerate(self.profiles) if _between(least, shape, most)]
+        if not fitting:
+            listed = "; ".join(f"{tuple(least)} to {tuple(most)}" for least, _, most in self.profiles)
+            raise UserError(
+                f"an input of {shape} lies outside the engine's profile ({listed}); build it for that resolution and batch"
+            )
+        if context.profile not in fitting:
+            if not context.made.set_optimization_profile_async(fitting[0], slot.memory.stream):
+                raise failed(f"the engine's profile {fitting[0]}", "build it again")
+            slot.memory.wait()
+            context.profile = fitting[0]
+        if not context.made.set_input_shape(self.tensors[self.spec.input.name], shape):
+            raise failed(f"an input of {shape}", "build the engine for that resolution and batch")
+
+    def _address(self, slot: _Slot, bound: _Bound) -> None:
+        self._choose(slot, bound.context, bound.given.shape)
+        bound.context.made.set_tensor_address(self.tensors[self.spec.input.name], bound.given.address)
+        for name, array in bound.fields.items():
+            bound.context.made.set_tensor_address(self.tensors[name], array.address)
+
+    def _enqueue(self, slot: _Slot, context: _Context) -> None:
+        if not context.made.execute_async_v3(stream_handle=slot.memory.stream):
+            raise failed("the engine did not run", "check the GPU with nvidia-smi")
+
+
+def _context(engine: Any) -> _Context:
+    """A new context.
+
+    Raises:
+        UserError: there is no room for it.
+    """
+    made = engine.create_execution_context()
+    if made is None:
+        raise failed("no execution context of the engine", "free memory of the GPU")
+    return _Context(made)
+
+
+def _refit(trt: Any, engine: Any, weights: Path, digest: str) -> None:
+    """Put the weights of an ONNX file into a plan that was built without.
+
+    Raises:
+        UserError: they are not those it was built from.
+    """
+    again = "build it here: stage=build force=true"
+    if not weights.is_file() or hashlib.sha256(weights.read_bytes()).hexdigest() != digest:
+        raise UserError(f"{weights}: not the network that the plan was built from, whose weights it lacks; {again}")
+    refitter = trt.Refitter(engine, logger())
+    if not trt.OnnxParserRefitter(refitter, logger()).refit_from_file(str(weights)) or not refitter.refit_cuda_engine():
+        raise failed(f"{weights}: its weights do not fit the plan", again)
+
+
+def prepare(trt: Any, files: Sequence[str]) -> None:
+    """Forget what was logged before, and load TensorRT's own plugins and further libraries, each once in a process.
+
+    Raises:
+        UserError: one is missing, or TensorRT does not take it.
+    """
+    logger().errors.clear()
+    trt.init_libnvinfer_plugins(logger(), "")
+    for file in files:
+        if not Path(file).is_file():
+            raise UserError(f"backend.plugins: {file} is not there; give the plugin library that the engine was built with")
+        _library(trt, str(Path(file).resolve()))
+
+
+@cache
+def _library(trt: Any, file: str) -> Any:
+    handle = trt.get_plugin_registry().load_library(file)
+    if handle is None:
+        raise failed(f"backend.plugins: {file} cannot be loaded", "build it for this TensorRT and CUDA")
+    return handle
+
+
+def _between(least: Sequence[int], shape: Sequence[int], most: Sequence[int]) -> bool:
+    return len(least) == len(shape) and all(a <= b <= c for a, b, c in zip(least, shape, most, strict=True))
+
+
+def _torch(devices: Sequence[int]) -> Any:
+    """Torch, where it is installed and sees the one GPU."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch if torch.cuda.is_available() and len(devices) == 1 else None
+
+
+def _on_device(array: Any, memory: DeviceMemory) -> DeviceArray:
+    if isinstance(array, DeviceArray):
+        return array
+    kind = np.dtype(str(array.dtype).removeprefix("torch."))
+    return DeviceArray(array.data_ptr(), tuple(array.shape), kind, memory)

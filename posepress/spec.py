@@ -1,0 +1,389 @@
+"""What is known of a network beside its weights: its input, its outputs and their labels.
+
+Sizes are (height, width).
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from annotated_types import Interval
+from numpy.typing import NDArray
+
+from posepress.checks import (
+    MOST_CHANNELS,
+    MOST_PIXELS,
+    MOST_VALUE,
+    choice,
+    listed,
+    number,
+    part,
+    shown,
+    text,
+    unique,
+    whole,
+)
+
+Array = Any  # numpy, or a torch tensor left on the device where the network ran
+
+Fields = Mapping[str, Array]  # field name -> [B, C, H / stride, W / stride]
+
+FIELDS = ("heatmaps", "pafs")  # the decoders' names of a pose network's fields
+SPEC_KEY = "posepress.spec"  # metadata of every ONNX file we write: NetworkSpec as JSON
+_FREE = ("batch", "height", "width")
+
+
+@dataclass(frozen=True, order=True)
+class Resolution:
+    """A size in pixels.
+
+    Attributes:
+        height: of the image or input.
+        width: likewise.
+    """
+
+    height: Annotated[int, Interval(ge=1, lt=10**6)]
+    width: Annotated[int, Interval(ge=1, lt=10**6)]
+
+    @classmethod
+    def parse(cls, text: str) -> "Resolution":
+        """Read "288x384", height first.
+
+        Raises:
+            ValueError: the text is not two positive integers joined by an x.
+        """
+        match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", str(text).strip())
+        if match is None:
+            raise ValueError(f"resolution={text}: not HEIGHTxWIDTH in pixels; write it like resolution=288x384")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """How an RGB image of 0..255 becomes the network's input: (value / 255 * range - mean) / std, in `order`.
+
+    Attributes:
+        name: the input's name in the ONNX file.
+        order: "RGB" or "BGR"; mean and std follow it.
+        range: the value a full-scale pixel (255) is scaled to, before mean and std: 1 or 255.
+        mean: one number a channel, or one for all, in units of `range`.
+        std: likewise, above 0.
+        pad: the grey level (0..255) outside the image.
+        multiple: height and width must be k * multiple + offset.
+        offset: 0, or 1 for networks of 16k + 1.
+    """
+
+    name: str
+    order: Literal["RGB", "BGR"] = "RGB"
+    range: float = 1.0
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    pad: int = 128
+    multiple: int = 8
+    offset: int = 0
+    layout: Literal["NCHW"] = "NCHW"
+    dtype: Literal["float32"] = "float32"
+
+    def __post_init__(self) -> None:
+        """Check the values; words of another case are taken, and one mean or std stands for all channels.
+
+        Raises:
+            ValueError: a value is of another type or out of range; the message begins with its name.
+        """
+        text("name", self.name)
+        for option, known in (("order", ("RGB", "BGR")), ("layout", ("NCHW",)), ("dtype", ("float32",))):
+            value = getattr(self, option)
+            word = next((k for k in known if str(value).lower() == k.lower()), value)
+            choice(option, word, known)
+            object.__setattr__(self, option, word)
+        number("range", self.range, 1e-6, 65536)
+        for option, least in (("mean", -MOST_VALUE), ("std", 1e-6)):
+            given = getattr(self, option)
+            values = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+            for place, value in enumerate(values):
+                number(option if len(values) == 1 else f"{option}[{place}]", value, least)
+            if len(values) not in (1, 3):
+                raise ValueError(f"{option}={shown(list(values))}: {len(values)} numbers; give one, or three, one a channel")
+            object.__setattr__(self, option, values * (3 // len(values)))
+        whole("pad", self.pad, 0, 255)
+        whole("multiple", self.multiple, 1, MOST_PIXELS)
+        whole("offset", self.offset, 0, MOST_PIXELS)
+
+    @property
+    def doubts(self) -> list[str]:
+        """What of these values is allowed but unusual, in sentences that begin with the option; empty if nothing is."""
+        low, high = min(self.mean), max(self.mean)
+        said = []
+        if low < -self.range or high > 2 * self.range or (self.range > 2 and 0 < max(abs(low), abs(high)) <= 1):
+            said.append(
+                f"mean={list(self.mean)} lies far from the middle of 0 to range={self.range:g}; mean and std are in units of "
+                "range (1 or 255)"
+            )
+        least, most = min(self.std) / self.range, max(self.std) / self.range
+        if most > 2 or (least < 0.02 and set(self.std) != {1} and self.range > 2):
+            said.append(f"std={list(self.std)} is far from a part of range={self.range:g}; mean and std are in units of range")
+        return said
+
+    def fits(self, resolution: Resolution) -> bool:
+        """Whether the network takes this resolution."""
+        return all((n - self.offset) % self.multiple == 0 for n in (resolution.height, resolution.width))
+
+    def fit(self, pixels: float) -> int:
+        """The least side the network takes that is at least `pixels`."""
+        steps = int(np.ceil((pixels - self.offset) / self.multiple - 1e-9))
+        return max(steps, 1) * self.multiple + self.offset
+
+    def form(self) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+        """How RGB pixels become inputs: the channels' order, and factor and offset [3] of value * factor - offset."""
+        order = np.arange(3) if self.order == "RGB" else np.arange(3)[::-1].copy()
+        factor = (np.float32(self.range / 255) / np.asarray(self.std, np.float32)).astype(np.float32)
+        offset = (np.asarray(self.mean, np.float32) / np.asarray(self.std, np.float32)).astype(np.float32)
+        return order, factor, offset
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """One output of a network.
+
+    Attributes:
+        name: the output's name in the ONNX file: "heatmaps", "pafs", ...
+        stride: input pixels a cell.
+        channels: maps in the field.
+        shift: where the first cell's sample lies, in cells from the centre of the first cell; heatmaps and PAFs can differ.
+    """
+
+    name: str
+    stride: int
+    channels: int
+    shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: a value is of another type or out of range; the message begins with its name.
+        """
+        text("name", self.name)
+        whole("stride", self.stride, 1, MOST_PIXELS)
+        whole("channels", self.channels, 1, MOST_CHANNELS)
+        number("shift", self.shift, -MOST_PIXELS, MOST_PIXELS)
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """Names of keypoints, and the limbs that join them.
+
+    Attributes:
+        names: one a keypoint, left and right told apart by the prefixes `left_` and `right_`.
+        limbs: index pairs, counted from 0; a PAF field holds two channels (x, y) for each, in this order.
+        sigmas: OKS standard deviations, one a keypoint (COCO's `sigmas`); empty where they are not known.
+    """
+
+    names: tuple[str, ...]
+    limbs: tuple[tuple[int, int], ...] = ()
+    sigmas: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the values; compiled code counts on limbs that join keypoints which are there.
+
+        Raises:
+            ValueError: a name is there twice, a limb joins what is no keypoint, or sigmas are of another number or not above
+                0; the message begins with the option.
+        """
+        for option in ("names", "limbs", "sigmas"):
+            if not isinstance(getattr(self, option), tuple):
+                raise ValueError(f"{option}={shown(getattr(self, option))}: give a list")  # noqa: TRY004
+        unique("names", self.names)
+        K = len(self.names)
+        if not K:
+            raise ValueError("names=[]: give the name of each keypoint")
+        limbs = []
+        for place, given in enumerate(self.limbs):
+            limb = listed(given)
+            if len(limb) != 2 or not all(isinstance(end, int) and not isinstance(end, bool) for end in limb):
+                raise ValueError(f"limbs[{place}]={shown(given)}: give two indices of keypoints, counted from 0")
+            if not all(0 <= end < K for end in limb):
+                raise ValueError(
+                    f"limbs[{place}]={list(limb)}: there are {K} keypoints, 0 to {K - 1}; count from 0 (COCO counts from 1)"
+                )
+            if limb[0] == limb[1]:
+                raise ValueError(f"limbs[{place}]={list(limb)}: joins '{self.names[limb[0]]}' with itself; give two keypoints")
+            limbs.append(limb)
+        object.__setattr__(self, "limbs", tuple(limbs))
+        for place, sigma in enumerate(self.sigmas):
+            number(f"sigmas[{place}]", sigma, 1e-6, 1e3)
+        if len(self.sigmas) not in (0, K):
+            raise ValueError(f"sigmas: {len(self.sigmas)} numbers for {K} keypoints; give one a keypoint")
+
+    @property
+    def flip(self) -> tuple[int, ...]:
+        """Index of each keypoint's mirror image; its own where it has none."""
+        at = {name: n for n, name in enumerate(self.names)}
+        return tuple(at.get(_mirrored(name), n) for n, name in enumerate(self.names))
+
+    @property
+    def limb_flip(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Index of each limb's mirror image, and -1 where that runs the other way, else 1.
+
+        Raises:
+            ValueError: a limb has no mirror image.
+        """
+        at = {limb: n for n, limb in enumerate(self.limbs)}
+        indices, signs = [], []
+        for a, b in self.limbs:
+            mirror = (self.flip[a], self.flip[b])
+            straight = mirror in at
+            if not straight and mirror[::-1] not in at:
+                raise ValueError(f"the limb {self.names[a]} - {self.names[b]} has no mirror image, so flip=true cannot be used")
+            indices.append(at[mirror if straight else mirror[::-1]])
+            signs.append(1 if straight else -1)
+        return tuple(indices), tuple(signs)
+
+
+def _mirrored(name: str) -> str:
+    for side, other in (("left_", "right_"), ("right_", "left_")):
+        if name.startswith(side):
+            return other + name.removeprefix(side)
+    return name
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Names and colours (RGB, 0..255) of segmentation classes."""
+
+    names: tuple[str, ...]
+    colours: tuple[tuple[int, int, int], ...]
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: a name is there twice, or there is not one colour of three numbers for each; the message begins with
+                the option.
+        """
+        for option in ("names", "colours"):
+            if not isinstance(getattr(self, option), tuple):
+                raise ValueError(f"{option}={shown(getattr(self, option))}: give a list")  # noqa: TRY004
+        unique("names", self.names)
+        colours = tuple(listed(colour) for colour in self.colours)
+        for place, colour in enumerate(colours):
+            if len(colour) != 3:
+                raise ValueError(f"colours[{place}]={shown(self.colours[place])}: give red, green and blue, 0 to 255")
+            for value in colour:
+                whole(f"colours[{place}]", value, 0, 255)
+        if not self.names or len(colours) != len(self.names):
+            raise ValueError(f"colours: {len(colours)} for {len(self.names)} classes; give one a class")
+        object.__setattr__(self, "colours", colours)
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """All there is to know of a network beside its weights; travels in architecture.json and inside the ONNX file.
+
+    Attributes:
+        input: the input's form.
+        fields: the outputs, in order.
+        labels: what the fields speak of.
+        dynamic: which input dimensions are free: "batch", "height", "width".
+    """
+
+    input: InputSpec
+    fields: tuple[FieldSpec, ...]
+    labels: Skeleton | Palette
+    dynamic: frozenset[str] = field(default_factory=lambda: frozenset(_FREE))
+
+    def __post_init__(self) -> None:
+        """Check that the names of input and fields differ, and the words of `dynamic`.
+
+        Raises:
+            ValueError: they do not; the message begins with the option.
+        """
+        if not self.fields:
+            raise ValueError("fields=[]: give each output of the network, {name, stride, channels, shift}")
+        unique("fields.name", tuple(f.name for f in self.fields))
+        if self.input.name in {f.name for f in self.fields}:
+            raise ValueError(f"input.name={self.input.name}: a field has this name, too; give each a name of its own")
+        for word in self.dynamic:
+            choice("dynamic", word, _FREE)
+
+    def field(self, name: str) -> FieldSpec:
+        """The output of that name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for spec in self.fields:
+            if spec.name == name:
+                return spec
+        raise ValueError(f"the network has no output '{name}'; it has {', '.join(f.name for f in self.fields)}")
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """The labels of a pose network.
+
+        Raises:
+            ValueError: the network is a segmentation network.
+        """
+        if not isinstance(self.labels, Skeleton):
+            raise ValueError("the network's labels are segmentation classes, not a skeleton")  # noqa: TRY004
+        return self.labels
+
+    def to_json(self) -> str:
+        """The description as one line of JSON; equal descriptions give equal text."""
+        return json.dumps({**asdict(self), "dynamic": sorted(self.dynamic)}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "NetworkSpec":
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: the text is not a network description.
+        """
+        try:
+            return cls.from_dict(json.loads(text))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not a network description: {shown(error)}") from error
+
+    @classmethod
+    def from_dict(cls, raw: object) -> "NetworkSpec":
+        """The description from plain data, as JSON or a configuration holds it.
+
+        Labels with colours are a palette, others a skeleton; a network whose `dynamic` is not given takes every shape.
+
+        Raises:
+            ValueError: a key is unknown or missing, or a value is of another type or out of range; the message begins with the
+                path of the value.
+        """
+        known = ("input", "fields", "labels", "dynamic")
+        if not isinstance(raw, Mapping):
+            raise ValueError(f"{shown(raw)}: give {{{', '.join(known)}}}")  # noqa: TRY004 - one kind of error
+        for key in raw:
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+                raise ValueError(f"{shown(key)}: no such key; {f'did you mean {close[0]}?' if close else ', '.join(known)}")
+        missing = [key for key in known[:3] if raw.get(key) is None]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing; add it")
+        outputs, labels, dynamic = raw["fields"], raw["labels"], raw.get("dynamic")
+        if not isinstance(outputs, (list, tuple)):
+            raise ValueError(f"fields={shown(outputs)}: give a list of {{name, stride, channels, shift}}")  # noqa: TRY004
+        if dynamic is not None and not isinstance(dynamic, (list, tuple, set, frozenset)):
+            raise ValueError(f"dynamic={shown(dynamic)}: give a list of {', '.join(_FREE)}")
+        for word in dynamic or ():
+            choice("dynamic", word, _FREE)
+        palette = isinstance(labels, Mapping) and "colours" in labels
+        return cls(
+            input=part(InputSpec, "input", raw["input"], ("mean", "std")),
+            fields=tuple(part(FieldSpec, f"fields[{n}]", one) for n, one in enumerate(outputs)),
+            labels=part(Palette, "labels", labels, ("names", "colours"))
+            if palette
+            else part(Skeleton, "labels", labels, ("names", "limbs", "sigmas")),
+            dynamic=frozenset(_FREE if dynamic is None else dynamic),
+        )
