@@ -223,7 +223,7 @@ def pipeline(*words, cwd, double=False, check=None, env=None):
     if double:
         sys.path.insert(0, str(FAKES))
     run = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{next(_launches)}"
-    os.environ |= {"COLUMNS": "200", program.RUN_VARIABLE: run, **(env or {})}
+    os.environ |= {"COLUMNS": "200", "POSEPRESS_RUN": run, **(env or {})}
     os.chdir(cwd)
     try:
         with redirect_stdout(out), redirect_stderr(err), shared_exports(cwd, *words), composed_once(*words):

@@ -184,7 +184,7 @@ def _run(words, cwd, environment, streams):
     os.chdir(cwd)
     kept = {name: os.environ[name] for name in ("HYDRA_FULL_ERROR", "PYTHONWARNINGS")}  # of the program, when it is imported
     os.environ.clear()
-    os.environ.update({**kept, program.RUN_VARIABLE: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}", **environment})
+    os.environ.update({**kept, "POSEPRESS_RUN": f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}", **environment})
     sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", *sys.path)]
     sys.argv = ["pipeline", *words]
     leave(program.main)

@@ -9,8 +9,8 @@ import pytest
 from conftest import REAL, replaced
 from onnx import TensorProto, helper, numpy_helper
 
-from pipeline import __main__ as main
 from pipeline.backends.onnxruntime import OnnxRuntime
+from pipeline.launch.cell import Cell
 from pipeline.onnx_files.adopt import adopt, check_request, quantized, simulated, unlike_metadata
 from pipeline.onnx_files.cut import external_files
 from pipeline.onnx_files.files import described, named, read_spec
@@ -573,7 +573,7 @@ def cell(tmp_path, monkeypatch, *words, model="onnx"):
     monkeypatch.chdir(tmp_path)
     with hydra.initialize_config_module("conf", version_base="1.3"):
         config = hydra.compose("config", ["tracking=none", f"model={model}", *words])
-    return main.Cell(config, list(words), sweep=False)
+    return Cell(config, list(words), sweep=False)
 
 
 def spec_word(raw):

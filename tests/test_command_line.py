@@ -13,8 +13,7 @@ from conftest import ROOT, SMOKE, pipeline, refused
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-import pipeline.__main__ as main
-from pipeline.launch import command_line, options, preflight
+from pipeline.launch import command_line, options, preflight, sweep
 from pipeline.models.trust import network_class, trust
 from pipeline.results.content import sha256
 from pipeline.results.stage import Stage
@@ -138,7 +137,7 @@ def test_experiments_change_no_other_network():
 @pytest.fixture
 def swept(tmp_path, monkeypatch):
     """Leaves what became of cells in folders, and finishes the sweep; the folders of the reports that were made."""
-    monkeypatch.setattr(main, "_swept", {})
+    monkeypatch.setattr(sweep, "swept", {})
     made = []
 
     class Report:
@@ -152,16 +151,16 @@ def swept(tmp_path, monkeypatch):
 
     def finish(*cells):
         for number, (outputs, name, error) in enumerate(cells):
-            folder = main._run_folder(tmp_path / outputs) / "cells"
+            folder = sweep.run_folder(tmp_path / outputs) / "cells"
             folder.mkdir(parents=True, exist_ok=True)
-            main._swept[tmp_path / outputs] = None
+            sweep.swept[tmp_path / outputs] = None
             overrides = ["outputs=o-${name}", f"name={name}", f"seed={number}"]
             place = {"name": name, "outputs": str(tmp_path / outputs)}
             content = {"overrides": overrides, "error": error, "collect": ["report"], "skipped": [], **place}
             (folder / f"{number:06d}.json").write_text(json.dumps(content))
-        main._finish_sweep(command_line.read(["--multirun", "outputs=o-${name}", "name=a,b"]))
+        sweep.finish_sweep(command_line.read(["--multirun", "outputs=o-${name}", "name=a,b"]))
 
-    monkeypatch.setattr(main, "Cell", Report)
+    monkeypatch.setattr(sweep, "Cell", Report)
     return finish, made
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from numba.core import caching
 
-from pipeline import __main__ as program
+from pipeline.launch import cell as program
 from posepress.compiled import compiled
 
 
@@ -42,14 +42,14 @@ def unwritable(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("unwritable")
 def test_what_is_compiled_is_kept_below_outputs(tmp_path):
-    program._keep_compiled(tmp_path / "outputs")
+    program.keep_compiled(tmp_path / "outputs")
     assert os.environ["NUMBA_CACHE_DIR"] == str(tmp_path / "outputs" / "cache" / "numba")
 
 
 @pytest.mark.usefixtures("unwritable")
 def test_what_can_be_kept_nowhere_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(os, "access", lambda *_: False)
-    program._keep_compiled(tmp_path / "outputs")
+    program.keep_compiled(tmp_path / "outputs")
     assert "a folder that can be written by NUMBA_CACHE_DIR" in capsys.readouterr().err
     assert "NUMBA_CACHE_DIR" not in os.environ
 
@@ -57,11 +57,11 @@ def test_what_can_be_kept_nowhere_is_said(tmp_path, monkeypatch, capsys):
 @pytest.mark.usefixtures("unwritable")
 def test_a_folder_that_is_given_stays(tmp_path, monkeypatch):
     monkeypatch.setenv("NUMBA_CACHE_DIR", "/given")
-    program._keep_compiled(tmp_path / "outputs")
+    program.keep_compiled(tmp_path / "outputs")
     assert os.environ["NUMBA_CACHE_DIR"] == "/given"
 
 
 def test_where_the_code_lies_writable_nothing_changes(tmp_path, monkeypatch):
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
-    program._keep_compiled(tmp_path / "outputs")
+    program.keep_compiled(tmp_path / "outputs")
     assert "NUMBA_CACHE_DIR" not in os.environ

@@ -14,8 +14,7 @@ import yaml
 from conftest import ROOT
 from omegaconf import OmegaConf
 
-import pipeline.__main__ as main
-from pipeline.launch import labels, options
+from pipeline.launch import cell, labels, options
 from pipeline.onnx_files import files
 from pipeline.results.fingerprint import closure
 from pipeline.results.stage import ABOUT, WIRING, Stage, _component, arguments
@@ -40,7 +39,7 @@ def compose(*words):
 def resolved(name, *words):
     """A stage's options, composed once for all tests that only read them."""
     config = whole(*words)
-    return main._resolved(config.stages[name])
+    return cell.resolved(config.stages[name])
 
 
 whole = functools.cache(compose)
@@ -63,7 +62,7 @@ def test_every_choice_binds_to_its_signatures(group, choice):
     config = composed(group, choice)
     bound = 0
     for name in config.stages:
-        stage = Stage.from_config(name, main._resolved(config.stages[name]))
+        stage = Stage.from_config(name, cell.resolved(config.stages[name]))
         for some in (arguments(stage), *[v for v in arguments(stage).values() if isinstance(v, dict)]):
             for target in [some["_target_"]] if "_target_" in some else []:
                 function = hydra.utils.get_object(target)
@@ -94,7 +93,7 @@ def test_the_readmes_commands_say_what_can_be_made(line):
     words = [word for word in shlex.split(re.sub(r"--(cfg|package) \S+", "", line))[3:] if not word.startswith("--")]
     config = compose(*(word if "[" in word else word.partition(",")[0] for word in words))  # the first of a sweep's values
     for name in config.stages:
-        Stage.from_config(name, main._resolved(config.stages[name]))
+        Stage.from_config(name, cell.resolved(config.stages[name]))
     for group in ("pruner", "precision", "backend", "sampler"):
         component = OmegaConf.to_container(config[group], resolve=True)
         if "_target_" in component:
@@ -117,7 +116,7 @@ def test_the_multiple_in_the_file_is_the_networks(model):
     if model in ("onnx", "plan"):
         spec = files.described(OmegaConf.to_container(config.model.spec, resolve=True))
     else:
-        plain = {k: v for k, v in main._resolved(config.model).items() if k != ABOUT}
+        plain = {k: v for k, v in cell.resolved(config.model).items() if k != ABOUT}
         made = options.instances({"it": plain})["it"]
         assert isinstance(made, functools.partial)
         spec = made().spec

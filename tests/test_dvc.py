@@ -9,7 +9,7 @@ import yaml
 from conftest import ROOT
 from test_config import compose
 
-import pipeline.__main__ as main
+from pipeline.launch.cell import plain, resolved
 from pipeline.results.fingerprint import source_files
 from pipeline.results.stage import Stage, value_at
 
@@ -40,8 +40,8 @@ def stages_of(command):
     words = shlex.split(command)
     assert words[:3] == ["python", "-m", "pipeline"]
     config = compose(*words[3:])
-    names = main._plain(config.stage)
-    stages = {name: Stage.from_config(name, main._resolved(config.stages[name])) for name in config.stages}
+    names = plain(config.stage)
+    stages = {name: Stage.from_config(name, resolved(config.stages[name])) for name in config.stages}
     return [names] if isinstance(names, str) else names, stages, config
 
 

@@ -2,14 +2,14 @@
 
 import pytest
 
-import pipeline.__main__ as main
 from pipeline.launch import command_line
+from pipeline.launch.cell import Cell
 from posepress.errors import UserError
 
 
 def preflight(*words):
     read = command_line.read(["tracking=none", "model=onnx", "model.onnx=there.onnx", *words])
-    main.Cell(command_line.compose(read.options, None), read.options, read.sweep).preflight()
+    Cell(command_line.compose(read.options, None), read.options, read.sweep).preflight()
 
 
 @pytest.mark.parametrize("stage", ["stage=all", "stage=export", "stage=[export,build,evaluate]"])

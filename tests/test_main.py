@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import SMOKE, pipeline, refused, snapshot
 
-from pipeline.__main__ import _message
+from pipeline.launch.messages import message_of as _message
 
 CELL = [*SMOKE, "precision=int8"]
 

@@ -712,7 +712,7 @@ def test_an_option_is_taken_out_whether_it_is_there_or_not(model, option):
     config = command_line.compose(words.options, None)
     check_added(config, words.options)
     assert option not in config.model
-    assert "label" in config.model
+    assert "label" in config.model.about
 
 
 def test_an_option_without_a_default_is_asked_for():

@@ -20,9 +20,9 @@ from test_networks import MAKERS, SIZE, outputs, trained
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.__main__ import Cell
 from pipeline.backends.torch import Torch
 from pipeline.launch import labels
+from pipeline.launch.cell import Cell
 from pipeline.models import store
 from pipeline.onnx_files.files import Shapes
 from pipeline.pruning import semi_structured

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from mlflow import MlflowClient
 
-from pipeline.launch.tracking import Log, Tracker, check
+from pipeline.launch.tracking import Cells, Log, Tracker, check
 from posepress.errors import UserError
 
 
@@ -221,7 +221,7 @@ def test_a_new_store_has_nothing_of_the_one_that_lay_there_before(tmp_path):
 def test_fresh_results_are_logged_by_the_next_run_with_tracking(smoke, monkeypatch):
     import hydra
 
-    from pipeline.__main__ import Cell
+    from pipeline.launch.cell import Cell
 
     monkeypatch.chdir(smoke)
     counts = []
@@ -229,9 +229,10 @@ def test_fresh_results_are_logged_by_the_next_run_with_tracking(smoke, monkeypat
         words = ["experiment=smoke", "stage=[train,export,evaluate]", f"tracking.uri=sqlite:///{uri}"]
         with hydra.initialize_config_module("conf", version_base="1.3"):
             cell = Cell(hydra.compose("config", words), words, sweep=False)
+        cell.logbook = Cells(cell)
         cell.run()
         counts.append([stage["stage"] for stage in cell.ran])
-        cell.track(None)
+        cell.logbook.write(None)
     assert counts == [[], ["train", "export", "evaluate"], []]
     client = MlflowClient(f"sqlite:///{smoke}/later.db")
     found = client.search_runs([client.get_experiment_by_name("smoke").experiment_id])

@@ -17,8 +17,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import pipeline.__main__ as main
 from pipeline.launch import command_line, labels, options, preflight
+from pipeline.launch.cell import Cell
 from pipeline.results.stage import ABOUT, WIRING
 from posepress.errors import UserError
 
@@ -50,7 +50,7 @@ def refusal(words):
             command_line.compose(read.options, None)
         choices = [word for word in read.options if command_line._is_choice(word, FOLDERS)]
         config = changed(base(*choices), [word for word in read.options if word not in choices])
-        main.Cell(config, read.options, read.sweep).preflight()
+        Cell(config, read.options, read.sweep).preflight()
     except UserError as error:
         return str(error)
     except (HydraException, OmegaConfBaseException) as error:

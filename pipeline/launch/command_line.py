@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
+from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.launch.labels import MOVED, SHARED
+from pipeline.launch.messages import lost
 from pipeline.results.stage import ABOUT
 from posepress.errors import UserError, nearest
 
@@ -247,8 +250,13 @@ def compose(options: Sequence[str], config_dir: str | None) -> DictConfig:
     """The configuration of a command without flags, but for its folder of further choices."""
     place = None if config_dir is None else quoted("", f"file://{Path(config_dir).resolve()}")[1:]
     more = [] if place is None else [f"hydra.searchpath=[{place}]"]
-    with hydra.initialize_config_module("conf", version_base="1.3"):
-        return hydra.compose("config", [*more, *options])
+    state = get_gh_backup()  # of the command that runs
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_module("conf", version_base="1.3"):
+            return hydra.compose("config", [*more, *options])
+    finally:
+        restore_gh_from_backup(state)
 
 
 def explained(error: Exception, words: Words) -> str:
@@ -282,16 +290,6 @@ def explained(error: Exception, words: Words) -> str:
     if found := re.match(r"Error merging override (.*)", str(error)):
         return f"{found[1]}: not what this option takes; `python -m pipeline --cfg job` shows its value"
     return lost(error) or str(error).split("\n\nSet the environment", maxsplit=1)[0].strip()
-
-
-def lost(error: Exception) -> str | None:
-    """What OmegaConf says, in several lines, of an option that is not there; None of another error."""
-    place = re.search(r"full_key: (\S+)", str(error))
-    if place and (found := re.match(r"Interpolation key '([^']+)' not found", str(error))):
-        return f"{found[1]}: is not there, and {place[1]} needs it"
-    if place and re.match(r"Key '[^']*' is not in struct", str(error)):
-        return f"{place[1]}: is not there, and is needed"
-    return None
 
 
 def _folders(config_dir: str | None) -> list[Path]:

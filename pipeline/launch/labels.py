@@ -204,6 +204,13 @@ def _tuned(config: Config, network: str) -> str:
     return f"{network}_{config.resolution}_{label(config, 'framing')}"
 
 
+def _as_here(config: Config) -> dict[str, str]:
+    """Labels that follow from this machine and its choices, and must not follow from the device that a package goes to."""
+    groups = [group for group in (*GROUPS, "framing") if group != "backend"]
+    fixed = {f"{group}.about.label": label(config, group) for group in groups}
+    return {**fixed, "precision.about.recipe": recipe(config), "addresses.quantize": str(config.addresses.quantize)}
+
+
 _ADDRESSES: Mapping[str, Callable[[Config], Any]] = {
     "dense": lambda c: f"{label(c, 'model')}{c.tag}",
     "sensitivity": _sensitivity,
@@ -228,7 +235,7 @@ _ADDRESSES: Mapping[str, Callable[[Config], Any]] = {
         "rebuild": c.rebuild,
         "seed": c.seed,
     },
-    "recipe": recipe,
+    "here": _as_here,
     "weights": weights,
 }
 

@@ -14,12 +14,11 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-import hydra
 from annotated_types import DocInfo, Ge, Gt, Interval, Le, Len, Lt, MinLen, Predicate, doc
-from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
+from pipeline.launch.components import build
 from pipeline.results.stage import ABOUT, WIRING, Stage
 from posepress.errors import UserError, nearest
 
@@ -239,18 +238,7 @@ def instances(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: options of a component do not go together.
     """
-    try:
-        return {
-            key: hydra.utils.instantiate(value, _convert_="all") if isinstance(value, Mapping) else value
-            for key, value in values.items()
-        }
-    except InstantiationException as error:
-        cause = error.__cause__
-        while isinstance(cause, InstantiationException):
-            cause = cause.__cause__
-        if isinstance(cause, (UserError, ValueError, TypeError)):
-            raise UserError(str(cause)) from error
-        raise
+    return {key: build(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
 
 def _component_at(config: DictConfig, parts: Sequence[str]) -> DictConfig | None:

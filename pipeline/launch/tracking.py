@@ -12,12 +12,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from filelock import FileLock
 
+from pipeline.launch.cell import Cell, plain
 from posepress.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -215,6 +217,56 @@ class Log:
     def forget(self) -> None:
         """The store is a new one: it has nothing of any name."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class Cells:
+    """The logbook of a cell.
+
+    Attributes:
+        log: what was logged before; None where nothing is logged, as where nothing can be written.
+    """
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell = cell
+
+    @cached_property
+    def log(self) -> "Log | None":
+        """Opened when it is first asked for."""
+        config, results = self.cell.config, self.cell.results
+        if not config.tracking.enabled or not results.writable:
+            return None
+        return Log(results.outputs, str(config.tracking.uri), str(config.name))
+
+    def check(self) -> None:
+        """Check before any work that figures can be logged.
+
+        Raises:
+            UserError: they cannot.
+        """
+        if self.log is not None:
+            check(str(self.cell.config.tracking.uri), str(self.cell.config.name))
+
+    def has(self, stage: str, address: str, fingerprint: str) -> bool:
+        """Whether a result was logged, or none is."""
+        return self.log is None or self.log.has(stage, address, fingerprint)
+
+    def write(self, error: str | None) -> None:
+        """Log what the cell ran, and how it ended."""
+        cell, config = self.cell, self.cell.config
+        if not cell.ran or self.log is None:
+            return
+        figures: dict[str, Any] = {}
+        for name, wanted in (("export", {"params"}), ("quantize", {"macs"}), ("evaluate", None), ("benchmark", None)):
+            summary = cell.summaries.get(name, {})
+            figures |= {key: value for key, value in summary.items() if wanted is None or key in wanted}
+        tracker = Tracker(str(config.tracking.uri), str(config.name), cell.results.run)
+        brought = [(ran, imported) for ran in cell.ran for imported in ran["summary"].get("cells", [])]
+        for ran, imported in brought:  # of a device
+            times = {"started": ran["started"], "ended": ran["ended"]}
+            stages = [{**stage, **times} for stage in imported["stages"]]
+            tracker.log_cell(imported["axes"], imported["figures"], stages, None)
+        if not brought:
+            tracker.log_cell(plain(config.axes), figures, cell.ran, error)
 
 
 class Tracker:

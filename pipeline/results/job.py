@@ -16,6 +16,7 @@ class Job:
         scratch: a folder that outlives the result, for checkpoints and caches of exactly this name and fingerprint.
         cache: the folder of caches shared by all.
         overrides: words of the command line.
+        config_dir: its folder of further choices.
     """
 
     out: Path
@@ -24,3 +25,4 @@ class Job:
     scratch: Path
     cache: Path
     overrides: Sequence[str] = ()
+    config_dir: str | None = None

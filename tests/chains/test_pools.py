@@ -9,7 +9,7 @@ from conftest import ROOT
 
 WORK = """
 import os, time
-from pipeline import processes
+from pipeline.probing import processes
 
 if __name__ == "__main__":
     with processes.pool(1) as pool:

@@ -1,0 +1,108 @@
+"""A package: a folder that builds, evaluates and times an engine on a device, and holds no more than that takes."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline.edge import CONFIG, PACKAGE, STAGES
+from pipeline.launch import labels
+from pipeline.launch.cell import resolved
+from pipeline.results.fingerprint import ROOT, closure
+from pipeline.results.manifest import MANIFEST, read_manifest
+from pipeline.results.stage import targets
+from posepress.errors import UserError
+
+LOCK = "requirements-edge.lock"
+_WHOLE = ("posepress", "evaluation")  # packages that go along whole
+_INSTALL = """#!/bin/sh
+# Python 3.10 to 3.12 (PYTHON=...). TensorRT is the device's own: JetPack has it, elsewhere .venv/bin/pip install tensorrt.
+set -e
+cd "$(dirname "$0")"
+"${PYTHON:-python3}" -m venv --system-site-packages .venv
+.venv/bin/python -m pip install -q --no-compile --disable-pip-version-check -r requirements-edge.lock
+cuda=$(sed -n 's/.*"version" *: *"\\([0-9]*\\)\\..*/\\1/p' /usr/local/cuda/version.json 2>/dev/null | head -n 1)
+if [ -n "$cuda" ]; then .venv/bin/python -m pip install -q --no-compile --disable-pip-version-check "cuda-python==$cuda.*"; fi
+"""
+_README = """Builds, evaluates, times and audits an engine on this device, in two commands:
+
+    sh install.sh
+    .venv/bin/python -m pipeline.edge
+
+The second leaves results.zip. On the machine that made this package:
+
+    python -m pipeline stage=import results=results.zip name={name}
+
+What the backend has to be told more takes options: .venv/bin/python -m pipeline.edge {option}
+The first evaluation compiles its decoder for this processor, which takes up to a minute.
+"""
+
+
+def write_package(out: Path, root: Path, folders: Sequence[Path], config: DictConfig, about: Mapping[str, Any]) -> None:
+    """Write everything but the images.
+
+    Args:
+        out: the package, whose folder "data" holds the images.
+        root: outputs/<name>.
+        folders: finished results that the device needs whole.
+        config: of the command that runs there.
+        about: what the package is of.
+
+    Raises:
+        UserError: the edge lock is not there.
+    """
+    lock = ROOT / LOCK
+    if not lock.is_file():
+        raise UserError(f"{lock}: not there; package from a checkout of the project")
+    for file in code(config):
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / file, out / file)
+    OmegaConf.save(config, out / CONFIG)
+    shutil.copyfile(lock, out / LOCK)
+    (out / "install.sh").write_text(_INSTALL)
+    option = {"tensorrt": "backend.mem_pool_size_mb=1024"}.get(str(about["backend"]), "threads=4")
+    (out / "README.txt").write_text(_README.format(name=root.name, option=option))
+    shutil.copyfile(ROOT / "docker" / "Dockerfile.jetson", out / "Dockerfile")
+    (out / ".dockerignore").write_text(".venv\nresults.zip\n")
+    there = out / "outputs" / root.name
+    for folder in folders:
+        shutil.copytree(folder, there / folder.relative_to(root))
+    for folder in _above(folders, root):
+        (there / folder.relative_to(root)).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / MANIFEST, there / folder.relative_to(root) / MANIFEST)
+    made_of = {str(folder.relative_to(root)): (read_manifest(folder) or {})["digest"] for folder in folders}
+    content = {**about, "name": root.name, "made_of": made_of}
+    (out / PACKAGE).write_text(json.dumps(content, indent=1))
+
+
+def _above(folders: Sequence[Path], root: Path) -> Iterator[Path]:
+    """Folders of the results that some were made from, whose manifests say that they are current."""
+    waiting, seen = list(folders), set(folders)
+    while waiting:
+        manifest = read_manifest(waiting.pop()) or {"inputs": {}}
+        for entry in (entry for inputs in manifest["inputs"].values() for entry in inputs):
+            folder = root / entry["stage"] / entry["address"]
+            if folder not in seen:
+                seen.add(folder)
+                waiting.append(folder)
+                yield folder
+
+
+def code(config: DictConfig) -> list[Path]:
+    """The files that a device runs, relative to the project: what is whole, and the import closure of its stages."""
+    config = deepcopy(config)
+    labels.wire(config, STAGES)
+    modules = ["pipeline.edge"]
+    for name in STAGES:
+        modules += [target.rpartition(".")[0] for target in targets(resolved(config.stages[name]))]
+    files = {*closure(modules), *(file for package in _WHOLE for file in (ROOT / package).rglob("*.py"))}
+    return sorted(file.relative_to(ROOT) for file in files if file.is_relative_to(ROOT))
+
+
+def bytes_of(folder: Path) -> int:
+    """How large a folder is."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,263 @@
+"""One configuration: checked before any work, then run stage by stage."""
+
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline.launch import labels, options, preflight
+from pipeline.launch.components import located
+from pipeline.models.trust import trust
+from pipeline.results.job import Job
+from pipeline.results.manifest import MANIFEST, SHOWN, absent, made_here, read_manifest
+from pipeline.results.stage import Stage, arguments
+from pipeline.results.store import Results
+
+RUN_VARIABLE = "POSEPRESS_RUN"
+os.environ.setdefault(RUN_VARIABLE, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+labels.register()
+
+
+class _Stages(Mapping[str, Stage]):
+    """The stages of a configuration, each resolved when it is first asked for: a run needs few of them."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self._config, self._node = config, config.stages
+        self._resolved: dict[str, Stage] = {}
+
+    def __getitem__(self, name: str) -> Stage:
+        if name not in self._resolved:
+            labels.wire(self._config, [name])
+            self._resolved[name] = Stage.from_config(name, resolved(self._node[name]))
+        return self._resolved[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return map(str, self._node)
+
+    def __len__(self) -> int:
+        return len(self._node)
+
+
+class Logbook(Protocol):
+    """Where runs are logged; a device has none."""
+
+    def check(self) -> None:
+        """Check before any work that figures can be logged.
+
+        Raises:
+            UserError: they cannot.
+        """
+        ...
+
+    def has(self, stage: str, address: str, fingerprint: str) -> bool:
+        """Whether a result was logged."""
+        ...
+
+
+class Cell:
+    """One configuration: its stages, and what became of them.
+
+    Attributes:
+        logbook: set by what runs the cell.
+        plan: the stages to run, in order.
+        skipped: stages that were asked for and that this cell of a sweep does not need.
+    """
+
+    def __init__(self, config: DictConfig, overrides: Sequence[str], sweep: bool, flags: Sequence[str] = ()) -> None:
+        """Check every option by itself, touching nothing.
+
+        Args:
+            config: of this cell.
+            overrides: its words of the command line.
+            sweep: whether it is one of several.
+            flags: of the command line, that the same command needs again.
+
+        Raises:
+            UserError: an option is unknown, missing or wrong, or no such stage runs.
+        """
+        self.config, self.overrides, self.sweep, self.flags = config, list(overrides), sweep, list(flags)
+        options.check_command(config)
+        labels.settle(config)
+        keep_compiled(Path(str(config.outputs)))  # before numba is imported
+        options.check_wiring(config)
+        preflight.check_pruner(config)
+        trust(plain(config.trusted_modules), plain(config.model.get("_target_")))
+        self.plan, self.skipped = preflight.planned(config, sweep)
+        preflight.check_options(config, self.plan, self.overrides, sweep)
+        self.stages = _Stages(config)
+        self.ran: list[dict[str, Any]] = []
+        self.summaries: dict[str, Mapping[str, Any]] = {}
+        self.logbook: Logbook | None = None
+
+    @cached_property
+    def results(self) -> Results:
+        """Where results lie; the folder is made when it is first asked for."""
+        return Results(Path(str(self.config.outputs)), str(self.config.name), os.environ[RUN_VARIABLE])
+
+    def command(self, stage: str) -> str:
+        """The command line that runs a stage of this cell."""
+        others = [o for o in self.overrides if not o.startswith(("stage=", "hydra.", "force="))]
+        return shlex.join(["python", "-m", "pipeline", *self.flags, f"stage={stage}", *others])
+
+    def preflight(self) -> None:
+        """Check what can be checked before any work, the options first: nothing is written before they are known to be right.
+
+        Raises:
+            UserError: options do not go together or do not fit the given file, a file, package or input is missing.
+        """
+        preflight.check_given(self.config, self.stages, self.plan)
+        for name in self.plan:
+            preflight.check_files(self.stages[name])
+        preflight.check_data(self.config, self.stages, self.plan, self.overrides)
+        preflight.check_choices(self.config, self.plan, self.overrides)
+        for name in self.plan:
+            preflight.check_packages(self.stages[name])
+        for name in self.plan:
+            options.instances(arguments(self.stages[name]))
+        for name in self.plan:
+            stage = self.stages[name]
+            for upstream in () if stage.collect else stage.inputs.values():
+                folder = self.results.folder(self.stages[upstream])
+                if upstream not in self.plan and not made_here(read_manifest(folder), folder):
+                    raise absent(name, folder, self.command(upstream))
+        preflight.check_images(self.stages, self.plan)
+        if self.logbook is not None:
+            self.logbook.check()
+
+    def run(self) -> None:
+        """Run the planned stages; those of a sweep that collect all cells are left to the end of the sweep."""
+        self.preflight()
+        this_device(self.results)
+        for name in self.skipped:
+            print(f"{name:10} skipped: this cell does not need it", file=sys.stderr)
+        for name in self.plan:
+            if self.sweep and self.stages[name].collect:
+                continue
+            self.run_stage(self.stages[name])
+
+    def run_stage(self, stage: Stage) -> None:
+        """Run one stage unless its result is fresh."""
+        from rich.console import Console
+        from rich.markup import escape
+
+        console = Console(stderr=True, highlight=False)
+        inputs = self.results.input_manifests(stage, self.stages, self.command)
+        for folder in self.results.damaged:
+            console.print(
+                f"[yellow]left out: {escape(str(folder))} is damaged; run its cell again with force=true[/]", soft_wrap=True
+            )
+        data = None
+        if stage.options.get("data") is not None and stage.splits:
+            data = options.instances({"data": arguments(stage)["data"]})["data"].digest(stage.splits)
+        device = this_device(self.results) if stage.device else {}
+        fingerprint, parts = self.results.fingerprint(stage, inputs, data, device)
+        folder = self.results.folder(stage)
+        if not stage.collect:
+            self.results.claim(stage, fingerprint)
+        if self.results.fresh(stage, fingerprint) and not self.config.force and not stage.aside:
+            self._keep(stage, fingerprint, console)
+            return
+        with self.results.lock(stage):
+            if (
+                self.results.fresh(stage, fingerprint) and not self.config.force and not stage.aside
+            ):  # another process was faster
+                self._keep(stage, fingerprint, console)
+                return
+            console.print(f"[bold]{stage.name:10}[/] ...    {escape(str(folder))}", soft_wrap=True)
+            started = time.time()
+            given = options.instances(arguments(stage))
+            target = given.pop("_target_")
+            scratch = self.results.scratch(stage, fingerprint)
+            if self.config.force:
+                shutil.rmtree(scratch, ignore_errors=True)
+            with self.results.writing(stage) as out:
+                job = Job(
+                    out=out,
+                    inputs={} if stage.collect else {role: found[0][0] for role, found in inputs.items()},
+                    collected={role: [f for f, _ in found] for role, found in inputs.items()} if stage.collect else {},
+                    scratch=scratch,
+                    cache=self.results.cache,
+                    overrides=self.overrides,
+                    config_dir=self.flags[1] if self.flags else None,
+                )
+                summary = located(target)(job, **given)
+                dropped = getattr(given.get("data"), "dropped", {})
+                skipped = sum(len(names) for split, names in dropped.items() if split in stage.splits)
+                if skipped:
+                    console.print(f"[yellow]{stage.name:10} skipped {skipped} images: missing, not whole or of another size[/]")
+                    summary = {**summary, "images_skipped": skipped}
+                self.results.finish(out, fingerprint, parts, summary)
+            self.summaries[stage.name] = summary
+            self._note(stage, fingerprint, started, time.time())
+            console.print(
+                f"[bold green]{stage.name:10}[/] done   {escape(str(folder))}  ({time.time() - started:.1f} s)", soft_wrap=True
+            )
+
+    def _note(self, stage: Stage, fingerprint: str, started: float, ended: float) -> None:
+        """Remember a stage to be logged."""
+        times = {"started": started, "ended": ended, "summary": self.summaries[stage.name]}
+        self.ran.append({"stage": stage.name, "address": stage.address, "fingerprint": fingerprint, **times})
+
+    def _keep(self, stage: Stage, fingerprint: str, console: Any) -> None:
+        """Say that a result is fresh, take its figures, and have it logged if it never was."""
+        from rich.markup import escape
+
+        folder = self.results.folder(stage)
+        console.print(f"[dim]{stage.name:10} fresh  {escape(str(folder))}[/]", soft_wrap=True)
+        if (folder / SHOWN).is_file():
+            print((folder / SHOWN).read_text(), end="")
+        self.summaries[stage.name] = (read_manifest(folder) or {}).get("summary", {})
+        if self.logbook is not None and not self.logbook.has(stage.name, stage.address, fingerprint):
+            made = (folder / MANIFEST).stat().st_mtime
+            self._note(stage, fingerprint, made, made)
+
+
+def plain(value: Any) -> Any:
+    """A value of a configuration without its references."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def resolved(node: DictConfig) -> dict[str, Any]:
+    """A node without its references; values that are missing stay "???"."""
+    resolved: dict[str, Any] = OmegaConf.to_container(node, resolve=True, throw_on_missing=False)  # type: ignore[assignment]
+    return resolved
+
+
+def run_folder(outputs: Path) -> Path:
+    """Where the cells of this launch leave what became of them."""
+    return outputs / "runs" / os.environ[RUN_VARIABLE]
+
+
+def keep_compiled(outputs: Path) -> None:
+    """Where numba can keep what it compiles neither beside the code nor in the user's cache, it does so in outputs/cache."""
+    import posepress
+
+    def writable(folder: Path) -> bool:
+        there = next(part for part in (folder, *folder.parents) if part.exists())
+        return os.access(there, os.W_OK)
+
+    own = Path(str(posepress.__file__)).parent / "__pycache__"
+    user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute()
+    if "NUMBA_CACHE_DIR" in os.environ or writable(own) or writable(user):
+        return
+    if writable(outputs.absolute()):
+        os.environ["NUMBA_CACHE_DIR"] = str((outputs / "cache" / "numba").absolute())
+    else:
+        print(
+            "warning: nothing that is compiled can be kept; name a folder that can be written by NUMBA_CACHE_DIR",
+            file=sys.stderr,
+        )
+
+
+def this_device(results: Results) -> dict[str, Any]:
+    """This machine's description; outputs/cache/device.json is what DVC watches."""
+    from evaluation.device import describe, write
+
+    return write(results.cache / "device.json") if results.writable else describe()

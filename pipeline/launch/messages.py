@@ -1,0 +1,34 @@
+"""Errors in one line that names the file or option."""
+
+import errno
+import re
+from pathlib import Path
+
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+
+def message_of(error: BaseException, outputs: Path) -> str:
+    """An error in one line that names the file or option."""
+    missing = re.search(r"Missing mandatory value: (\S+)", str(error))
+    if isinstance(error, MissingMandatoryValue) or missing:
+        return f"{missing[1]} has no value; give it as {missing[1]}=..." if missing else f"an option has no value: {error}"
+    if isinstance(error, OSError):
+        inside = bool(error.filename) and Path(error.filename).is_relative_to(outputs)
+        full = error.errno == errno.ENOSPC
+        gone = inside and error.errno == errno.ENOENT and outputs.exists()  # else the folder itself cannot be made
+        if inside and not gone and not full:
+            return f"outputs={outputs}: cannot write there ({error.strerror}); choose another folder with outputs=DIR"
+        where = f"{error.filename}: " if error.filename else ""
+        fix = "; free some space and run the same command again" if full else "; make it again with force=true" if gone else ""
+        return f"{where}{error.strerror or error}{fix}"
+    return lost(error) or str(error) if isinstance(error, OmegaConfBaseException) else str(error)
+
+
+def lost(error: Exception) -> str | None:
+    """What OmegaConf says, in several lines, of an option that is not there; None of another error."""
+    place = re.search(r"full_key: (\S+)", str(error))
+    if place and (found := re.match(r"Interpolation key '([^']+)' not found", str(error))):
+        return f"{found[1]}: is not there, and {place[1]} needs it"
+    if place and re.match(r"Key '[^']*' is not in struct", str(error)):
+        return f"{place[1]}: is not there, and is needed"
+    return None
