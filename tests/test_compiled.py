@@ -33,7 +33,7 @@ def unwritable(monkeypatch, tmp_path):
     """A machine where neither the code's folder nor the user's cache can be written."""
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home" / "cache"))
-    refused = (Path(program.__file__).parent.parent, tmp_path / "home")
+    refused = (Path(program.__file__).parents[2], tmp_path / "home")
     (tmp_path / "home").mkdir()
     monkeypatch.setattr(os, "access", lambda file, _: not any(Path(file).is_relative_to(folder) for folder in refused))
     yield
