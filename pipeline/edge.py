@@ -46,7 +46,7 @@ def run(package: Path, words: Sequence[str]) -> Path:
     config = _configuration(package / CONFIG, words)
     OmegaConf.update(config, "backend.about.label", f"{about['backend']}-{device}", force_add=True)
     OmegaConf.update(config, "stage", list(STAGES))
-    Cell(config, words, sweep=False).run()
+    Cell(config, words, sweep=False, program=".venv/bin/python -m pipeline.edge").run()
     root = package / "outputs" / about["name"]
     made = [manifest.parent for stage in STAGES for manifest in (root / stage).glob(f"*-{device}-*/{MANIFEST}")]
     files = {str(f.relative_to(root)): f for folder in made for f in sorted(folder.rglob("*")) if f.is_file()}
@@ -71,7 +71,11 @@ def _configuration(file: Path, words: Sequence[str]) -> DictConfig:
         option, equals, value = word.partition("=")
         if not equals or option not in known:
             raise UserError(f"{word}: no such option{nearest(option, known)}; give OPTION=VALUE, as backend.device=1")
-        OmegaConf.update(config, option, yaml.safe_load(value))
+        try:
+            given = OmegaConf.from_dotlist([f"value={value}"])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"{word}: its value cannot be read; give a plain one, as backend.device=1") from error
+        OmegaConf.update(config, option, given["value"])
     OmegaConf.set_struct(config, value=True)
     return config
 

@@ -185,3 +185,19 @@ def test_the_edge_lock_pins_what_the_base_needs():
     for need in project["dependencies"]:
         assert need.partition(">")[0].lower().replace("_", "-") in pinned, need
     assert not pinned & {"torch", "mlflow", "dvc", "scipy", "hydra-core"}
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("backend.provder=x", "backend.provder=x: no such option; did you mean 'backend.provider'"),
+        ("backend.provider=[0", r"backend.provider=\[0: its value cannot be read"),
+        ("threads", "threads: no such option"),
+    ],
+)
+def test_an_option_of_a_device_is_checked(word, message, tmp_path):
+    (tmp_path / "config.yaml").write_text("threads: 1\nbackend: {provider: CPUExecutionProvider, device: 0}\n")
+    with pytest.raises(UserError, match=message):
+        edge._configuration(tmp_path / "config.yaml", [word])
+    config = edge._configuration(tmp_path / "config.yaml", ["threads=4", "backend.device=1"])
+    assert (config.threads, config.backend.device) == (4, 1)

@@ -108,8 +108,21 @@ def test_a_single_module_and_a_folder_without_init_are_watched(tmp_path, monkeyp
     (tmp_path / "bare_nets").mkdir()
     (tmp_path / "bare_nets" / "net.py").write_text("from bare_nets import blocks\n")
     (tmp_path / "bare_nets" / "blocks.py").touch()
-    assert names(closure(["lone_net"])) == {"lone_net.py"}
+    assert names(closure(["lone_net"])) == {"lone_net.py", "blocks.py"}
     assert names(closure(["bare_nets.net"])) == {"net.py", "blocks.py"}
+
+
+def test_a_module_beside_a_folder_of_its_name_is_watched(own):
+    (own / "net.py").write_text("from my_nets import blocks\n")
+    (own / "net").mkdir()
+    (own / "blocks.py").touch()
+    assert names(closure(["my_nets.net"])) == {"__init__.py", "net.py", "blocks.py"}
+
+
+def test_a_users_neighbouring_modules_are_watched(own):
+    (own / "net.py").write_text("import my_layers, numpy, torch.nn\n")
+    (own.parent / "my_layers.py").write_text("class Layer: pass\n")
+    assert names(closure(["my_nets.net"])) == {"__init__.py", "net.py", "my_layers.py"}
 
 
 def test_of_a_library_the_module_alone_is_watched():

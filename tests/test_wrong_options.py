@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.launch import command_line, labels, options, preflight
 from pipeline.launch.cell import Cell
+from pipeline.launch.tracking import Cells
 from pipeline.results.stage import ABOUT, WIRING
 from posepress.errors import UserError
 
@@ -50,7 +51,9 @@ def refusal(words):
             command_line.compose(read.options, None)
         choices = [word for word in read.options if command_line._is_choice(word, FOLDERS)]
         config = changed(base(*choices), [word for word in read.options if word not in choices])
-        Cell(config, read.options, read.sweep).preflight()
+        cell = Cell(config, read.options, read.sweep)
+        cell.logbook = Cells(cell)
+        cell.preflight()
     except UserError as error:
         return str(error)
     except (HydraException, OmegaConfBaseException) as error:

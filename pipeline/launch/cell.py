@@ -70,7 +70,9 @@ class Cell:
         skipped: stages that were asked for and that this cell of a sweep does not need.
     """
 
-    def __init__(self, config: DictConfig, overrides: Sequence[str], sweep: bool, flags: Sequence[str] = ()) -> None:
+    def __init__(
+        self, config: DictConfig, overrides: Sequence[str], sweep: bool, flags: Sequence[str] = (), program: str = ""
+    ) -> None:
         """Check every option by itself, touching nothing.
 
         Args:
@@ -78,14 +80,16 @@ class Cell:
             overrides: its words of the command line.
             sweep: whether it is one of several.
             flags: of the command line, that the same command needs again.
+            program: what makes every result, where no command makes a single one, as on a device.
 
         Raises:
             UserError: an option is unknown, missing or wrong, or no such stage runs.
         """
         self.config, self.overrides, self.sweep, self.flags = config, list(overrides), sweep, list(flags)
+        self.program = program
         options.check_command(config)
+        keep_compiled(Path(str(config.outputs)))  # before numba is imported, which labels may do
         labels.settle(config)
-        keep_compiled(Path(str(config.outputs)))  # before numba is imported
         options.check_wiring(config)
         preflight.check_pruner(config)
         trust(plain(config.trusted_modules), plain(config.model.get("_target_")))
@@ -103,6 +107,8 @@ class Cell:
 
     def command(self, stage: str) -> str:
         """The command line that runs a stage of this cell."""
+        if self.program:
+            return self.program
         others = [o for o in self.overrides if not o.startswith(("stage=", "hydra.", "force="))]
         return shlex.join(["python", "-m", "pipeline", *self.flags, f"stage={stage}", *others])
 

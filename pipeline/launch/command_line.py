@@ -168,8 +168,8 @@ def _for_hydra(word: str) -> list[str]:
         return [f"++{parts[0]}.about.{parts[1]}{equals}{value}"]
     if len(parts) == 3 and parts[1] == ABOUT and parts[0] in MOVED:
         return [f"++{word}"]
-    shared = len(parts) == 3 and parts[0] == "stages" and parts[2] in SHARED
-    return [f"++{word}"] if shared or re.fullmatch(r"stages\.(retrain|prune|qat)\.training\.\w+", option) else [word]
+    shared = len(parts) == 3 and parts[0] == "stages" and parts[2] in (*SHARED, "judged_by", "distillation")
+    return [f"++{word}"] if shared or re.fullmatch(r"stages\.(retrain|prune|qat)\.training(\.\w+)?", option) else [word]
 
 
 def check_config_dir(folder: Path) -> None:

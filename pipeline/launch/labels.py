@@ -28,17 +28,19 @@ MOVED: Mapping[str, tuple[str, ...]] = {
     "data": ("label",),
     "model": ("label", "multiple", "offset", "requires", "only_on", "retrain_lr"),
     "pruner": ("label",),
-    "sampler": ("label",),
-    "precision": ("label", "name", "recipe", "network", "calibration", "measured_on", "requires", "only_on", "last_tensorrt"),
-    "backend": ("label", "requires"),
+    "sampler": ("label", "network", "framing", "resolution"),
+    "precision": (
+        *("label", "name", "recipe", "network", "calibration", "tuned_by", "measured_on", "requires", "only_on"),
+        "last_tensorrt",
+    ),
+    "backend": ("label", "requires", "checkpoint"),
     "framing": ("label",),
 }
 _GONE: Mapping[str, tuple[str, ...]] = {
     "model": ("weights_from", "onnx", "spec"),
     "pruner": ("weights_from", "measured_on", "measures_here", "by_sensitivity"),
-    "sampler": ("address", "network", "framing", "resolution"),
-    "precision": ("tuned_by", "judged_by", "measures_here"),
-    "backend": ("checkpoint",),
+    "sampler": ("address",),
+    "precision": ("judged_by", "measures_here", "measuring"),
 }
 # Classes that files of choices written for version 0.1 name.
 _TARGETS: Mapping[str, str] = {
@@ -288,19 +290,20 @@ def _quietly() -> Iterator[None]:
 
 def _move(config: Config) -> None:
     """Take files of choices written for version 0.1: what they say about a component goes into `about`."""
-    for group in map(str, config):
-        node = config._get_node(group)  # noqa: SLF001 - reading it would resolve an interpolation
+    _rename(config)
+    if config.exported is None:
+        config.quantized = None
+    for group in {*MOVED, *_GONE}:
+        node = config.get(group)
         if not isinstance(node, DictConfig):
             continue
-        if isinstance(target := node.get("_target_"), str) and target in _TARGETS:
-            print(f"warning: {group}._target_={target}: write {_TARGETS[target]}", file=sys.stderr)
-            node["_target_"] = _TARGETS[target]
         moved = [key for key in MOVED.get(group, ()) if _has(node, key)]
         for key in moved:
             OmegaConf.set_struct(node, value=False)
             if not isinstance(node.get(ABOUT), DictConfig):
                 node[ABOUT] = {}
-            node[ABOUT][key] = node[key]
+            with suppress(OmegaConfBaseException):  # made by a resolver that is gone: the component makes it now
+                node[ABOUT][key] = node[key]
             del node[key]
         for key in _GONE.get(group, ()):
             if "_target_" in node and _has(node, key):
@@ -310,12 +313,24 @@ def _move(config: Config) -> None:
             print(f"warning: {group}.{moved[0]}: write `about: {{{words}}}` in the file of this choice", file=sys.stderr)
 
 
+def _rename(node: Any) -> None:
+    """Write the new names of classes that moved."""
+    for key in list(node.keys()):
+        inner = node._get_node(key)  # noqa: SLF001 - reading it would resolve an interpolation
+        if isinstance(inner, DictConfig) and not inner._is_none() and not inner._is_interpolation():  # noqa: SLF001
+            _rename(inner)
+        elif key == "_target_" and (new := _TARGETS.get(str(inner._value()))) is not None:  # noqa: SLF001
+            print(f"warning: {node._get_full_key(key)}={inner._value()}: write {new}", file=sys.stderr)  # noqa: SLF001
+            node[key] = new
+
+
 def _remove(node: DictConfig, key: str) -> None:
     OmegaConf.set_struct(node, value=False)
     del node[key]
 
 
 def _write(node: Any, values: Mapping[str, Any]) -> None:
+    OmegaConf.set_struct(node, value=False)
     for key, value in values.items():
         if isinstance(value, Mapping):
             _write(node[key], value)
@@ -344,7 +359,7 @@ def _follow(config: Config, stage: str) -> None:
         return
     _remove(node, "follows")
     for part, source in follows.items():
-        _follow(config, str(source).split(".")[1])
+        _follow(config, str(source).removeprefix("stages.").partition(".")[0])
         there, here = OmegaConf.select(config, source), node.get(part)
         for key in map(str, there) if isinstance(there, DictConfig) and isinstance(here, DictConfig) else ():
             if not _has(here, key):
@@ -365,11 +380,12 @@ def wire(config: DictConfig, names: Iterable[str]) -> None:
         device, when = node.get("device"), node.get("when")
         if isinstance(device, str) and device.partition(".")[0] in GROUPS:
             node["device"] = holds(config, device)
-        for condition, instead in when.items() if isinstance(when, DictConfig) else ():
-            for key in instead if holds(config, str(condition)) else ():
-                node[key] = instead._get_node(key)._value()  # noqa: SLF001 - the reference, not what it refers to
-        if when is not None:
+        if isinstance(when, DictConfig):
             _remove(node, "when")
+            for condition, options in when.items():
+                for key in options if condition == "otherwise" or holds(config, str(condition)) else ():
+                    if not _has(node, key):
+                        node[key] = options._get_node(key)._value()  # noqa: SLF001 - the reference, not what it refers to
         function = _class(str(node.get("_target_")))
         for key in _parameters(function) if callable(function) else ():
             if key in SHARED and not _has(node, key) and key in config:

@@ -29,6 +29,8 @@ def lost(error: Exception) -> str | None:
     place = re.search(r"full_key: (\S+)", str(error))
     if place and (found := re.match(r"Interpolation key '([^']+)' not found", str(error))):
         return f"{found[1]}: is not there, and {place[1]} needs it"
+    if place and (found := re.match(r"Unsupported interpolation type (\w+)", str(error))):
+        return f"{place[1]}: the resolver {found[1]} is gone; leave this option out, or give a plain value"
     if place and re.match(r"Key '[^']*' is not in struct", str(error)):
         return f"{place[1]}: is not there, and is needed"
     return None

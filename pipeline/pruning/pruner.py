@@ -93,7 +93,7 @@ class Pruner:
         round_to: channels kept are a multiple of this; None: the divisor that is fastest where
             latency is measured, else `unmeasured`.
         pruning_granularity: TAO's name of `round_to`.
-        unmeasured: the divisor where nothing is measured; None is 8.
+        unmeasured: the divisor where nothing is measured; None is 8, in a configuration 16, or 32 for INT8 on TensorRT.
         min_num_filters: never leave fewer.
         excluded_layers: name patterns of layers whose groups stay whole.
         sensitivity: the stage of this name sets the ratios so that each group alone raises the loss by the same amount.
@@ -208,7 +208,8 @@ class Pruner:
         if all(options.get(way) is None for way in ("pruning_ratio", "pruning_threshold", "target")):
             values["pruning_ratio"] = _USUAL_RATIO
         if options.get("unmeasured") is None:
-            asked = options.get("round_to") is not None or options.get("target") == "latency"
+            given = [options.get(option) for option in ("round_to", "pruning_granularity")]
+            asked = any(given) or options.get("target") == "latency"
             int8 = setting["backend"].startswith("tensorrt") and setting["precision"].startswith("int8")
             values["unmeasured"] = 32 if int8 and not asked else 16
         return values

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -74,14 +74,15 @@ class Mixed:
     @staticmethod
     def settled(options: Mapping[str, Any], setting: Mapping[str, str]) -> dict[str, Any]:
         """What is left to INT8."""
-        return {"int8": Int8.settled(options["int8"], setting)}
+        return {"int8": Int8.settled(options["int8"], setting)} if "int8" in options else {}
 
-    @staticmethod
-    def label_of(options: Mapping[str, Any], setting: Mapping[str, str]) -> str:
+    @classmethod
+    def label_of(cls, options: Mapping[str, Any], setting: Mapping[str, str]) -> str:
         """The budget, INT8's options, and where it holds, in a label."""
-        int8 = {**options["int8"], **Int8.settled(options["int8"], setting)}
-        latency = "" if options["max_latency"] is None else f"-t{options['max_latency']}"
-        budget = f"d{options['max_drop']}-a{options['min_agreement']}{latency}"
+        given = {**{option.name: option.default for option in fields(cls)}, "int8": {}, **options}
+        int8 = {**given["int8"], **cls.settled(options, setting).get("int8", {})}
+        latency = "" if given["max_latency"] is None else f"-t{given['max_latency']}"
+        budget = f"d{given['max_drop']}-a{given['min_agreement']}{latency}"
         return f"{budget}-{Int8.label_of(int8, setting)}-{setting['backend']}-t{setting['threads']}"
 
     def __post_init__(self) -> None:

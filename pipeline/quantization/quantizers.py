@@ -586,13 +586,13 @@ class Retrained:
     @staticmethod
     def settled(options: Mapping[str, Any], setting: Mapping[str, str]) -> dict[str, Any]:
         """What is left to the quantizer that it is trained with."""
-        return {"trained_with": Int8.settled(options["trained_with"], setting)}
+        return {"trained_with": Int8.settled(options["trained_with"], setting)} if options.get("trained_with") else {}
 
     @staticmethod
     def label_of(options: Mapping[str, Any], setting: Mapping[str, str]) -> str:
         """The steps of training, and what of INT8 differs from the usual; biases are trained, not corrected."""
-        automatic = Int8.settled(options["trained_with"], setting)
-        words = Int8.words({**options["trained_with"], **automatic, "bias_correction": True, "weight_scale": "max"})
+        given = options.get("trained_with") or {}
+        words = Int8.words({**given, **Int8.settled(given, setting), "bias_correction": True, "weight_scale": "max"})
         return f"qat{setting['qat_steps']}-{words}-{setting['sampler']}"
 
     def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:  # noqa: ARG002

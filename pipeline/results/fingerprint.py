@@ -6,6 +6,7 @@ names. A module that nothing of them imports changes no fingerprint.
 """
 
 import re
+import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -42,7 +43,7 @@ def source_files(stage: Stage, networks: Iterable[str] = ()) -> list[Path]:
 
 
 def closure(modules: Iterable[str]) -> list[Path]:
-    """The files of modules and of all they import, inside functions too, from the same packages or the project's.
+    """The files of modules and of all they import, inside functions too, from the project or from the user's own modules.
 
     A module of a library counts by itself, for the toolchain holds the library's version. Nothing is imported.
     """
@@ -55,13 +56,26 @@ def closure(modules: Iterable[str]) -> list[Path]:
         for file in set(_files(name, places)) - files:
             files.add(file)
             if _of_the_project(file) or not _of_a_library(file):
-                waiting += _imports(file, _package(file, places), file.stat().st_mtime_ns)
+                names = _imports(file, _package(file, places), file.stat().st_mtime_ns)
+                if not _of_the_project(file):
+                    places |= _neighbours(names, places)
+                waiting += names
     return sorted(files)
+
+
+def _neighbours(names: Iterable[str], known: Mapping[str, Path]) -> dict[str, Path]:
+    """Where modules lie that a user's module imports beside its own package, libraries left out."""
+    tops = {name.partition(".")[0] for name in names} - set(known) - sys.stdlib_module_names
+    places = {top: place for top in tops if (place := _place(top)) is not None}
+    return {top: place for top, place in places.items() if not _of_a_library(place)}
 
 
 def _place(top: str) -> Path | None:
     """Where a package lies, or a module without its suffix."""
-    spec = util.find_spec(top)
+    try:
+        spec = util.find_spec(top)
+    except (ValueError, ImportError):  # of the program that runs
+        return None
     if spec is None or not (spec.has_location or spec.submodule_search_locations):
         return None
     if spec.submodule_search_locations:
@@ -84,7 +98,7 @@ def _files(module: str, places: Mapping[str, Path]) -> Iterator[Path]:
         return
     path = places[top]
     for part in [*parts, None]:
-        if path.is_dir():
+        if path.is_dir() and not ((file := path.with_suffix(".py")).is_file() and not (path / "__init__.py").is_file()):
             if (file := path / "__init__.py").is_file():
                 yield file
         elif (file := path.with_suffix(".py")).is_file():

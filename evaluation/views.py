@@ -1,0 +1,12 @@
+"""Forwards to where framing is now, for one release."""
+
+from posepress.moved import forward
+
+__getattr__ = forward(
+    "evaluation.views",
+    {
+        "WholeImage": "posepress.framing.whole_image",
+        "PersonCrops": "posepress.framing.person_crops",
+        "*": "posepress.geometry",
+    },
+)

@@ -1,0 +1,24 @@
+"""Modules that moved: their old places forward to the new ones, with a warning, for one release."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+
+def forward(old: str, places: Mapping[str, str]) -> Callable[[str], Any]:
+    """A module's `__getattr__` that looks names up where they are now.
+
+    Args:
+        old: the module.
+        places: the new module of each name; "*" is that of all others.
+    """
+
+    def get(name: str) -> Any:
+        place = places.get(name, places.get("*"))
+        if place is None or name.startswith("__"):
+            raise AttributeError(f"{old} has no {name}")
+        warnings.warn(f"{old}.{name} moved: import it from {place}", DeprecationWarning, stacklevel=2)
+        return getattr(import_module(place), name)
+
+    return get
