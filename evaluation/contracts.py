@@ -1,7 +1,9 @@
 """What a metric must offer."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
@@ -12,14 +14,62 @@ Truth_contra = TypeVar("Truth_contra", contravariant=True)
 Found_contra = TypeVar("Found_contra", contravariant=True)
 
 
+@dataclass(frozen=True)
+class MetricInfo:
+    """What a metric's figures are called, in tables, pages and results.csv.
+
+    Attributes:
+        primary: key of the figure that matters most, for which intervals are made: "ap".
+        title: of that figure, in full.
+        short: of that figure, in table heads.
+        nothing: its value where nothing could be measured.
+        columns: keys of further figures that tables hold, in order.
+        digits: decimals of a figure in tables.
+    """
+
+    primary: str
+    title: str
+    short: str
+    nothing: float = -1.0
+    columns: tuple[str, ...] = ()
+    digits: int = 3
+
+    @classmethod
+    def of(cls, figures: Mapping[str, Any]) -> "MetricInfo":
+        """The description that an evaluation's figures hold; from the figures themselves where they are of version 0.1.
+
+        Raises:
+            ValueError: what is there describes no metric.
+        """
+        if (kept := figures.get("metric")) is None:
+            if not isinstance(name := figures.get("primary"), str) or not name:
+                raise ValueError("primary: is missing, or no text")
+            more = [key for key in figures if key.startswith(name) and not re.search(r"_lo$|_hi$|_vs_", key) and key != name]
+            return cls(name, name.upper(), name.upper(), columns=tuple(more))
+        try:
+            info = cls(**{**kept, "columns": tuple(kept["columns"])})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"metric: describes no metric ({error})") from error
+        values: tuple[Any, ...] = (info.primary, *info.columns)
+        if not all(isinstance(key, str) and re.fullmatch(r"[a-z]\w{0,60}", key) for key in values):
+            raise ValueError("metric: its keys are no names")
+        titles: tuple[Any, ...] = (info.title, info.short)
+        if not all(isinstance(text, str) and len(text) < 120 and text.isprintable() for text in titles):
+            raise ValueError("metric: its titles are no texts")
+        numbers: tuple[Any, ...] = (info.digits, info.nothing)
+        if not all(isinstance(number, (int, float)) for number in numbers) or info.digits not in range(10):
+            raise ValueError("metric: digits or nothing is no number")
+        return info
+
+
 class Metric(Protocol[Truth_contra, Found_contra]):
     """Figures of a data set, filled image by image.
 
     Attributes:
-        primary: the figure that matters most, for which intervals are made.
+        info: what its figures are called.
     """
 
-    primary: str
+    info: ClassVar[MetricInfo]
 
     def reset(self) -> None:
         """Forget every image."""

@@ -1,17 +1,20 @@
 """Which engine the report recommends, what the terminal shows, and the network that the demo begins with."""
 
+import csv
 import hashlib
 import io
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
+from evaluation.contracts import MetricInfo
+from evaluation.metrics.coco_keypoints import CocoKeypoints
 from evaluation.statistics import Draws
 from pipeline.report import collect as report
 from pipeline.report.choice import choices, said
-from pipeline.report.collect import COLUMNS, Result, Table
+from pipeline.report.collect import AXES, Result, Table, _row, columns, narrow, tabulated, write_card, write_csv
 
 SPREAD = np.linspace(-0.002, 0.002, 101)
 
@@ -21,7 +24,8 @@ def engine(folder, name, ap, ms, lost=SPREAD, **more):
     folder = folder / name.replace(" ", "-")
     folder.mkdir()
     Draws(("1", "2"), ap, ap + lost).save(folder / "draws.npz")
-    row = dict.fromkeys(COLUMNS, "") | {
+    row = dict.fromkeys(columns([CocoKeypoints.info]), "") | {
+        "metric": CocoKeypoints.info,
         "data": "test", "data_digest": "d", "device": "a processor", "threads": 1, "batch": 1, "ap": ap, "latency_p50_ms": ms,
         "network": name, "pruning": "dense", "resolution": "64x80", "precision": "fp32", "keep_aspect_ratio_mode": "pad",
         "macs": 515850240, "ap_lo": ap - 0.02, "ap_hi": ap + 0.02, "as_found_ap": ap, "agreement_ap": ap, **more,
@@ -155,3 +159,45 @@ def test_the_demo_begins_trained_and_can_begin_from_nothing(experiment):
     config = compose(f"experiment={experiment}")
     trained = experiment == "demo"
     assert (config.weights is not None) == trained == (config.stages.train.training.steps == 0)
+
+
+def test_tables_and_sentences_take_names_from_the_metric(tmp_path):
+    info = MetricInfo("miou", "mean IoU of all classes", "mIoU", columns=("iou_road",), digits=2)
+    results = []
+    for name, precision, values, ms in (("a", "fp32", (0.5, 0.5, 0.52), 10.0), ("b", "int8", (0.499, 0.499, 0.519), 4.0)):
+        (tmp_path / name).mkdir()
+        Draws(("1", "2"), values[0], np.array(values[1:])).save(tmp_path / name / "draws.npz")
+        axes = dict.fromkeys(AXES, "") | {"network": "unet", "pruning": "dense", "precision": precision, "rebuild": 0}
+        figures = {
+            "metric": asdict(info),
+            "miou": values[0],
+            "miou_lo": 0.4,
+            "miou_hi": 0.6,
+            "iou_road": 0.7,
+            "data_digest": "d",
+        }
+        timed = {
+            "latency_p50_ms": ms,
+            "latency_p50_ms_lo": ms,
+            "latency_p50_ms_hi": ms,
+            "device": "a processor",
+            "ran": "fp32 100%",
+        }
+        results.append(Result(tmp_path / name, axes, {**figures, **timed, "threads": 1, "batch": 1, "images": 2}))
+    table = Table([_row(result, results) for result in results], results, [])
+    write_csv(table, tmp_path / "results.csv")
+    first, second = csv.DictReader((tmp_path / "results.csv").open())
+    assert "ap" not in first
+    assert (first["miou"], first["iou_road"], second["miou_vs_fp32"]) == ("0.5", "0.7", str(table.rows[1]["miou_vs_fp32"]))
+    assert narrow(table.rows)[0]["mIoU [95 %]"] == ".50\n[.40, .60]"
+    assert tabulated(table.rows)[1]["mIoU − FP32"].startswith("-0.00")
+    (sentence,) = choices(table)
+    assert "4.00 ms, mIoU 0.50, -0.00 [-0.00, -0.00] to unet dense  fp32" in sentence
+    write_card(table, "roads", tmp_path / "card.md")
+    assert "mIoU: mean IoU of all classes on 2 validation images" in (tmp_path / "card.md").read_text()
+
+
+def test_the_columns_of_keypoint_results_keep_their_names():
+    names = columns([CocoKeypoints.info])
+    assert names[18:26] == ["ap", "ap_lo", "ap_hi", "ap50", "ap75", "ap_medium", "ap_large", "as_found_ap"]
+    assert names.index("latency_p50_ms") == names.index("ap_vs_dense_hi") + 1

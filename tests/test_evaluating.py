@@ -11,6 +11,7 @@ import pytest
 from conftest import SMOKE, pipeline, refused
 
 from evaluation import audit
+from evaluation.contracts import MetricInfo
 from evaluation.metrics.agreement import PoseAgreement
 from evaluation.metrics.coco_keypoints import CocoKeypoints
 from evaluation.statistics import Draws
@@ -255,7 +256,7 @@ def test_what_scores_best_on_the_tune_images_is_chosen(chain, exported, wanted, 
 def test_tune_images_without_people_measure_nothing(chain, exported):
     class Nothing(CocoKeypoints):
         def evaluate(self):
-            return {**super().evaluate(), self.primary: -1}
+            return {**super().evaluate(), self.info.primary: -1}
 
     job, data = chain
     read = partial(HeatmapPafDecoder, heatmap_threshold=0.05, score_weights="tuned")
@@ -356,7 +357,7 @@ def result(tmp_path, name, values, **axes):
         "resolution": "368x432",
         "precision": "fp32",
     }
-    figures = {"data_digest": "d", "ap": values[0]}
+    figures = {"data_digest": "d", "ap": values[0], "primary": "ap"}
     return report.Result(folder, {**common, "keep_aspect_ratio_mode": "pad", "backend": "onnxruntime", **axes}, figures)
 
 
@@ -383,7 +384,7 @@ def test_the_waterfall_pairs_each_step_with_the_one_before(tmp_path):
     assert found["INT8"][1].startswith("-0.010 [-0.0")
     assert found["INT8"][1].endswith("to ONNX"), "FP16 was not measured"
     assert report.waterfalls(results[3:6]) == {}, "AP − FP32 tells it"
-    foreign = replace(results[3], figures={"data_digest": "other", "ap": 0.28})
+    foreign = replace(results[3], figures={"data_digest": "other", "primary": "ap", "ap": 0.28})
     ((_, rows),) = report.waterfalls([*results[:3], foreign]).items()
     assert rows[3][2] == "", "no difference over different images"
 
@@ -400,7 +401,7 @@ def test_what_was_not_measured_is_no_figure(tmp_path):
     before = {"figure": "ar_large", "first": -1.0, "second": -1.0, "difference": 0.0}  # as earlier versions wrote it
     ((_, _, shown),) = report.differences(["a", "b"], [{"name": "", "figures": [*rows, before]}])
     assert shown[1] == ["ar_large", "–", "–", "–"]
-    sides = [Side({"ap": 0.3, **more}, {}, {}) for more in ({"agreement_ap": 0.9}, {})]
+    sides = [Side({"ap": 0.3, "primary": "ap", **more}, {}, {}) for more in ({"agreement_ap": 0.9}, {})]
     (_, told) = rows_of(*sides, ["a", "b"])
     assert told["apart"] == "measured of a alone"
     ((_, _, shown),) = report.differences(["a", "b"], [{"name": "", "figures": [told]}])
@@ -413,7 +414,7 @@ def test_the_rank_correlation_is_spearmans():
     draw = np.random.default_rng(0)
     ap = draw.integers(0, 6, 9) / 10
     agreement = ap + draw.integers(-2, 3, 9) / 10 + 0.5
-    seen = {"data": "d", "data_digest": "x", "keep_aspect_ratio_mode": "pad", "precision": "int8"}
+    seen = {"data": "d", "data_digest": "x", "keep_aspect_ratio_mode": "pad", "precision": "int8", "metric": CocoKeypoints.info}
     seen |= dict.fromkeys(("network", "pruning", "resolution", "calibration", "backend"), "")
     rows = [
         {**seen, "calibration": n, "ap_vs_fp32": a, "agreement_ap": b}
@@ -431,9 +432,10 @@ def test_the_rank_correlation_is_spearmans():
 
 
 def test_engines_of_different_images_or_machines_share_no_plot():
-    row = {"data": "d", "data_digest": "x", "device": "a", "threads": 1, "batch": 1}
-    changes = ({}, {"data_digest": "y"}, {"device": "b"}, {"threads": 2}, {"batch": 8}, {})
-    assert report.comparable([{**row, **change} for change in changes]) == [[0, 5], [1], [2], [3], [4]]
+    row = {"data": "d", "data_digest": "x", "device": "a", "threads": 1, "batch": 1, "metric": CocoKeypoints.info}
+    other = {"metric": MetricInfo("miou", "mean IoU", "mIoU")}
+    changes = ({}, {"data_digest": "y"}, {"device": "b"}, {"threads": 2}, {"batch": 8}, other, {})
+    assert report.comparable([{**row, **change} for change in changes]) == [[0, 6], [1], [2], [3], [4], [5]]
 
 
 # --- backends and families -------------------------------------------------------------------------------------------------

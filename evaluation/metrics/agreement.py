@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation.contracts import MetricInfo
 from evaluation.metrics.coco_keypoints import CocoKeypoints
-from evaluation.metrics.oks import Matches
+from evaluation.metrics.oks import NOT_MEASURED, Matches
 from evaluation.truth import People
 from posepress.results import Poses
 from posepress.spec import Skeleton
@@ -48,7 +49,7 @@ class PoseAgreement:
     """
 
     labels: Skeleton
-    primary: str = field(default="ap", init=False)
+    info: ClassVar[MetricInfo] = MetricInfo("ap", "AP against what FP32 finds", "agreement", NOT_MEASURED)
     _inner: CocoKeypoints = field(init=False)
 
     def __post_init__(self) -> None:

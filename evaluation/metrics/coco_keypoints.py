@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from annotated_types import Interval
 from numpy.typing import NDArray
 
-from evaluation.metrics.oks import _NUMBER, F64, MOST_FOUND, Everybody, Matches
+from evaluation.contracts import MetricInfo
+from evaluation.metrics.oks import _NUMBER, F64, MOST_FOUND, NOT_MEASURED, Everybody, Matches
 from evaluation.truth import People
 from posepress.results import Poses
 from posepress.spec import Skeleton
@@ -27,7 +28,9 @@ class CocoKeypoints:
     labels: Skeleton
     found_labels: Skeleton
     most_found: Annotated[int, Interval(ge=1, le=10**9)] = MOST_FOUND
-    primary: str = field(default="ap", init=False)
+    info: ClassVar[MetricInfo] = MetricInfo(
+        "ap", "COCO keypoint AP (OKS 0.50:0.95)", "AP", NOT_MEASURED, ("ap50", "ap75", "ap_medium", "ap_large")
+    )
     _rows: dict[str, tuple[People, NDArray[Any], F64]] = field(default_factory=dict)
     _dropped: int = 0
     _not_finite: int = 0

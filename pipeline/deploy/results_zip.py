@@ -18,9 +18,10 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 
+from evaluation.contracts import MetricInfo
 from evaluation.statistics import Draws
 from pipeline.edge import PACKAGE, STAGES
-from pipeline.report.collect import AXES, COLUMNS, TEXTS
+from pipeline.report.collect import AXES, TEXTS, columns, evaluated
 from pipeline.report.page import picture, web_address
 from pipeline.results.content import MOST_JSON, parse_json
 from pipeline.results.manifest import MANIFEST, checked_manifest, plain, read_manifest
@@ -39,10 +40,11 @@ _MOST_TEXT = 500  # characters
 _END = struct.Struct("<4s4H2LH")  # of a zip file: APPNOTE.TXT 4.3.16
 _LONGEST_END, _LOCATOR, _ENTRY = _END.size + 0xFFFF, 20, 46  # with its comment; of ZIP64; the shortest entry of the list
 _KEY = re.compile(r"[\w.:/ -]{1,120}")
-_AP = re.compile(r"(^|_)a[pr]\d*(_|$)")  # average precision and recall, which are never greater than 1
+_COUNTS = ("agreement_people", "dropped_peaks", "images_not_finite")  # of an evaluation; its other figures are parts of 1
 _SPEEDUP = ("speedup", "speedup_lo", "speedup_hi")
-# Columns of the report that are read from the summary of an evaluation and of a benchmark; the report computes the others.
-_EVALUATED = frozenset(key for key in COLUMNS if re.match(r"(as_found_|agreement_)?ap(?!_vs)|agreement_people", key)) | {
+# What a summary of an evaluation holds beside the figures of its metric; the report computes other columns.
+_EVALUATED = {
+    "agreement_people",
     "images",
     "category",
     "dropped_peaks",
@@ -51,8 +53,9 @@ _EVALUATED = frozenset(key for key in COLUMNS if re.match(r"(as_found_|agreement
     "doubts",
     "backend",
     "primary",
+    "metric",
 }
-_TIMED = frozenset(key for key in COLUMNS if re.search(r"_p\d\d_ms|^latency_width$", key)) | {
+_TIMED = frozenset(key for key in columns([]) if re.search(r"_p\d\d_ms|^latency_width$", key)) | {
     *_SPEEDUP, "ran", "backend", "device", "threads", "batch", "joules_per_image", "calls", "engine_mb", "peak_rss_mb",
 }  # fmt: skip
 
@@ -149,9 +152,14 @@ def _unpacked(file: Path, folder: Path) -> tuple[Brought, dict[str, str]]:
         manifests[place] = _manifest(folder, place, files, about["device"])
     if not manifests:
         raise ValueError("it holds no results")
+    infos = [
+        info for manifest in manifests.values() if manifest["stage"] == "evaluate" for info in metric_of(manifest["summary"])
+    ]
     for place, manifest in manifests.items():
         if manifest["stage"] != "build":
             _check_engine(place, manifest, manifests)
+        if manifest["stage"] == "benchmark":
+            _check_owner(manifest["summary"], Path(place), columns(infos), _TIMED)
     return Brought(about["name"], about["device"], folder, manifests), about["made_of"]
 
 
@@ -277,29 +285,42 @@ def check_figures(summary: Mapping[str, Any], place: str) -> None:
     Raises:
         ValueError: one is none, or cannot be.
     """
+    info = metric_of(summary)
+    own, numbers = {*evaluated(info)}, {*columns(info), *_SPEEDUP}
     for key, value in summary.items():
+        if key == "metric":
+            continue  # which was read
         texts = isinstance(value, list) and all(map(_shown, value))
         kind = value is None or _shown(value) or _number(value) or texts
         if key == "doubts":
             kind = texts
         elif key in TEXTS:
             kind = _shown(value)
-        elif key in (*COLUMNS, *_SPEEDUP):
+        elif key in numbers:
             kind = _number(value)
         if not _KEY.fullmatch(key) or not kind:
             raise ValueError(f"{place}: {key[:120]!r} is {str(value)[:120]!r}, which is no such figure")
-        least, most = -1.0, 1.0 if _AP.search(key) else math.inf
+        least, most = -1.0, 1.0 if key in own and key not in _COUNTS else math.inf
         if _number(value) and not least <= value <= most:
             raise ValueError(f"{place}: {key}={value}, which cannot be: it must be within {least:g} and {most:g}")
-    for name in ("ap", "latency_p50_ms", "speedup"):
+    for name in (*(each.primary for each in info), "latency_p50_ms", "speedup"):
         bounded = [f"{name}{end}" in summary for end in ("", "_lo", "_hi")]
         if any(bounded) and not all(bounded):
             raise ValueError(f"{place}: {name}, {name}_lo and {name}_hi come together, and one is missing")
 
 
-def _check_owner(summary: Iterable[str], place: Path, columns: Iterable[str]) -> None:
+def metric_of(summary: Mapping[str, Any]) -> list[MetricInfo]:
+    """The metric of an evaluation's figures; none of a benchmark's.
+
+    Raises:
+        ValueError: the summary describes no metric.
+    """
+    return [MetricInfo.of(summary)] if {"metric", "primary"} & summary.keys() else []
+
+
+def _check_owner(summary: Iterable[str], place: Path, known: Iterable[str], owned: Iterable[str]) -> None:
     """Check that a result has figures of its own stage: in a row they stand beside those of others."""
-    strange = [key for key in summary if key in (*COLUMNS, *_SPEEDUP, "primary") and key not in columns]
+    strange = [key for key in summary if key in (*known, *_SPEEDUP, "primary", "metric") and key not in owned]
     if strange:
         raise ValueError(f"{place.name}: {strange[0]} is no figure of its stage")
 
@@ -336,9 +357,13 @@ def _check_axes(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 def _check_evaluation(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Check what report, pages and comparisons read of an evaluation."""
     summary, axes = manifest["summary"], _check_axes(folder, manifest)
-    _check_owner(summary, folder, _EVALUATED)
-    _require(summary, folder, ("backend", "primary", "data_digest"), ("ap", "ap_lo", "ap_hi", "images"))
-    if not re.fullmatch(r"[0-9a-f]{16,128}", summary["data_digest"]) or not re.fullmatch(r"\w+", summary["primary"]):
+    if not (info := metric_of(summary)):
+        raise ValueError(f"{folder.name}: primary is missing, or no text")
+    owned = _EVALUATED | {key for key in evaluated(info) if "_vs_" not in key and key != "agreement_with_dense"}
+    _check_owner(summary, folder, columns(info), owned)
+    figure = info[0].primary
+    _require(summary, folder, ("backend", "primary", "data_digest"), (figure, f"{figure}_lo", f"{figure}_hi", "images"))
+    if not re.fullmatch(r"[0-9a-f]{16,128}", summary["data_digest"]) or summary["primary"] != figure:
         raise ValueError(f"{folder.name}: data_digest or primary is none")
     if _json(folder / "metrics.json") != {**summary, "axes": axes}:
         raise ValueError(f"{folder.name}: metrics.json has other figures than {MANIFEST}")
@@ -362,7 +387,6 @@ def _check_benchmark(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Check what report and pages read of a benchmark."""
     summary = manifest["summary"]
     _check_axes(folder, manifest)
-    _check_owner(summary, folder, _TIMED)
     _require(summary, folder, ("backend",), ("timed",))
     if summary["timed"]:
         bounds = [f"latency_p50_ms{end}" for end in ("", "_lo", "_hi")]

@@ -1,4 +1,4 @@
-"""What a typed network is worth while it is being made: error of its fields, AP, agreement and latency, on tune images."""
+"""What a typed network is worth while it is being made: error of its fields, figures, agreement and latency, on tune images."""
 
 import shutil
 import tempfile
@@ -181,7 +181,7 @@ class Probe:
         return {} if probe is None else {f"error_{name}": value for name, value in probe.errors(candidate).items()}
 
     def figures(self, candidate: Candidate) -> dict[str, float]:
-        """The primary figure, its drop from FP32's with a paired 95 % interval, and the agreement with what FP32 finds."""
+        """The metric's figure, its drop from FP32's with a paired 95 % interval, and the agreement with what FP32 finds."""
         assert self.decoder is not None
         assert self.metric is not None
         metric = self.metric(labels=self.images.labels, found_labels=self.spec.labels)
@@ -193,8 +193,8 @@ class Probe:
                     agreement.process(sample.id, self._plain(self.people[sample.id]), found)
         draws = bootstrap(metric.matches())
         drop = paired(self.baseline, draws)
-        figures = {metric.primary: draws.value, "drop": drop.value, "drop_lo": drop.low, "drop_hi": drop.high}
-        if agreement is not None and (agreed := agreement.evaluate()[agreement.primary]) != -1:  # -1: FP32 is sure of nobody
+        figures = {"figure": draws.value, "drop": drop.value, "drop_lo": drop.low, "drop_hi": drop.high}
+        if agreement is not None and (agreed := agreement.evaluate()[agreement.info.primary]) != agreement.info.nothing:
             figures["agreement"] = agreed
         return figures
 

@@ -383,7 +383,7 @@ class Cycle:
         ratio = row["macs"] / self.dense["macs"]
         words = [f"{row['params'] / 1e6:.3f} M parameters", f"{row['macs'] / 1e9:.3f} G MACs ({ratio:.2f}x)"]
         words += [f"{row['latency_ms']:.3g} ms ({row['latency_ratio']:.2f}x)"] if "latency_ms" in row else []
-        words += [f"{key} {row[key]:.3f}" for key in ("ap", "agreement") if key in row]
+        words += [f"{key} {row[key]:.3f}" for key in ("figure", "agreement") if key in row]
         say(f"{name}: {', '.join(words)}")
 
     def _row(self, name: str) -> dict[str, Any]:

@@ -1,29 +1,31 @@
-"""Recommends an engine: the fastest one whose loss of AP is shown to be at most MOST_LOST."""
+"""Recommends an engine: the fastest one whose loss of the metric is shown to be at most MOST_LOST."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from evaluation.statistics import Draws, Interval, paired
-from pipeline.report.collect import Result, Table, averaged, between, comparable, named
+from pipeline.report.collect import Result, Table, averaged, between, comparable, digits, named, primary
 from pipeline.results.manifest import read_manifest
 
-MOST_LOST = 0.01  # of AP, at the worse end of the paired interval
+MOST_LOST = 0.01  # of the metric, at the worse end of the paired interval
 
 
 def choices(table: Table) -> Iterator[str]:
     """A recommendation for each set of rows that share images, machine, threads and batch.
 
-    The reference is the engine with the highest AP. An engine qualifies if the lower end of its paired 95 % interval to
+    The reference is the engine with the highest figure. An engine qualifies if the lower end of its paired 95 % interval to
     the reference is above -`MOST_LOST`. The fastest engine that qualifies is chosen.
     """
     for group in comparable(table.rows):
         timed = [n for n in group if table.rows[n]["latency_p50_ms"] != "" and not averaged(table.rows[n])]
         if not timed:
             continue
-        best = max(timed, key=lambda n: float(table.rows[n]["ap"]))
-        if float(table.rows[best]["ap"]) <= MOST_LOST:
-            highest = f"{table.rows[best]['ap']:.3f}, of {named(table.rows[best])}"
-            yield f"No engine is recommended: the highest AP is {highest}, which finds next to nothing."
+        figures = {n: float(table.rows[n][primary(table.rows[n])]) for n in timed}
+        best = max(timed, key=lambda n: figures[n])
+        if figures[best] <= MOST_LOST:
+            row = table.rows[best]
+            highest = f"{figures[best]:.{digits(row)}f}, of {named(row)}"
+            yield f"No engine is recommended: the highest {row['metric'].short} is {highest}, which finds next to nothing."
             continue
         lost = {n: _difference(table.results[n], table.results[best]) for n in timed if n != best}
         fit = [best, *(n for n, interval in lost.items() if interval is not None and interval.low >= -MOST_LOST)]
@@ -46,18 +48,19 @@ def _engine(result: Result) -> Path | None:
 
 def _sentence(table: Table, chosen: int, best: int, lost: Interval | None) -> str:
     row, result, reference = table.rows[chosen], table.results[chosen], table.rows[best]
-    file = _engine(result)
+    file, name, places, short = _engine(result), primary(row), digits(row), row["metric"].short
     where = f" ({file})" if file is not None else ""
     loss = "the highest here"
     if lost is not None:
-        loss = f"{lost.value:+.3f} [{lost.low:+.3f}, {lost.high:+.3f}] to {named(reference)}, which has the highest"
-    said = [f"Ship {named(row)}{where}: {row['latency_p50_ms']:.2f} ms, AP {row['ap']:.3f}, {loss}."]
+        interval = f"[{lost.low:+.{places}f}, {lost.high:+.{places}f}]"
+        loss = f"{lost.value:+.{places}f} {interval} to {named(reference)}, which has the highest"
+    said = [f"Ship {named(row)}{where}: {row['latency_p50_ms']:.2f} ms, {short} {row[name]:.{places}f}, {loss}."]
     same = ("data", "network", "pruning", "resolution", "keep_aspect_ratio_mode")
-    if row["ap_vs_fp32"] != "" and (reference["precision"] != "fp32" or any(row[key] != reference[key] for key in same)):
-        said.append(f"The AP's difference to its FP32 is {between(row, 'ap_vs_fp32', 3, '+')}.")
+    if row[f"{name}_vs_fp32"] != "" and (reference["precision"] != "fp32" or any(row[key] != reference[key] for key in same)):
+        said.append(f"The {short}'s difference to its FP32 is {between(row, f'{name}_vs_fp32', places, '+')}.")
     if row["speedup_vs_fp32"] != "":
         said.append(f"It is {between(row, 'speedup_vs_fp32', 2)} times as fast as its FP32.")
-    said.append(f"It is the fastest, by p50 on {row['device']}, that loses at most {MOST_LOST:g} AP.")
+    said.append(f"It is the fastest, by p50 on {row['device']}, that loses at most {MOST_LOST:g} {short}.")
     if (tuned := result.made_of.get("tune")) is not None:
         said.append(f"The decoder's thresholds are in {tuned / 'decoder.json'}.")
     return " ".join(said)

@@ -2,8 +2,9 @@
 
 import csv
 import json
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,20 +13,19 @@ from typing import Any
 import numpy as np
 
 from evaluation import latency
-from evaluation.metrics.oks import NOT_MEASURED
+from evaluation.contracts import MetricInfo
 from evaluation.statistics import Draws, Interval, paired, spearman
 from pipeline.results.manifest import current, made_here
 from posepress.spec import NetworkSpec
 
-COLUMNS = (
+_CELL = (
     "data", "network", "pruning", "params", "macs", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "ran",
     "backend", "device",
     "threads", "batch", "rebuild", "address", "images", "category",
-    "ap", "ap_lo", "ap_hi", "ap50", "ap75", "ap_medium", "ap_large", "as_found_ap",
-    "as_found_ap_lo", "as_found_ap_hi", "agreement_ap", "agreement_ap_lo", "agreement_ap_hi", "agreement_people",
-    "agreement_with_dense",
-    "dropped_peaks", "images_not_finite", "ap_vs_fp32",
-    "ap_vs_fp32_lo", "ap_vs_fp32_hi", "ap_vs_dense", "ap_vs_dense_lo", "ap_vs_dense_hi", "latency_p50_ms",
+)  # fmt: skip
+_RUN = ("backend", "device", "threads", "batch", "ran")  # which a benchmark says better than an evaluation
+_MEASURED = (
+    "latency_p50_ms",
     "latency_p50_ms_lo", "latency_p50_ms_hi", "latency_p95_ms", "latency_p99_ms", "framing_p50_ms", "upload_p50_ms",
     "download_p50_ms", "decoding_p50_ms", "joules_per_image",
     "latency_width", "calls", "speedup_vs_fp32", "speedup_vs_fp32_lo", "speedup_vs_fp32_hi", "engine_mb", "peak_rss_mb",
@@ -39,6 +39,31 @@ AXES = (
     "data", "network", "pruning", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "backend",
     "batch", "rebuild", "seed",
 )  # fmt: skip
+
+
+def evaluated(metrics: Iterable[MetricInfo]) -> list[str]:
+    """Columns of results.csv that hold the figures of evaluations, in their own names."""
+
+    def each(*patterns: str) -> list[str]:
+        ends = ("", "_lo", "_hi")
+        return [f"{pattern.format(info.primary)}{end}" for info in infos for pattern in patterns for end in ends]
+
+    infos = list(dict.fromkeys(metrics))
+    return [
+        *each("{}"),
+        *(column for info in infos for column in info.columns),
+        *each("as_found_{}", "agreement_{}"),
+        "agreement_people",
+        "agreement_with_dense",
+        "dropped_peaks",
+        "images_not_finite",
+        *each("{}_vs_fp32", "{}_vs_dense"),
+    ]
+
+
+def columns(metrics: Iterable[MetricInfo]) -> list[str]:
+    """The columns of results.csv, where engines are measured by some metrics."""
+    return [*_CELL, *evaluated(metrics), *_MEASURED]
 
 
 @dataclass(frozen=True)
@@ -57,13 +82,23 @@ class Result:
     figures: Mapping[str, Any]
     made_of: Mapping[str, Path] = field(default_factory=dict)
 
+    @property
+    def metric(self) -> MetricInfo:
+        """What its figures are called."""
+        return MetricInfo.of(self.figures)
+
+    @property
+    def figure(self) -> float:
+        """The figure that matters most."""
+        return float(self.figures[self.metric.primary])
+
 
 @dataclass(frozen=True)
 class Table:
     """All results of one name.
 
     Attributes:
-        rows: one an engine, ready for results.csv.
+        rows: one an engine, ready for results.csv; "metric" says what its figures are called.
         results: the evaluation behind each row.
         left_out: what is not in the table, and why.
         stale: how many of these were made from inputs that changed since.
@@ -128,7 +163,7 @@ def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path)
         origin = {"imported": "no" if made_here(manifest, folder) else "yes"}
         for timed, measured in times.get(_engine(manifest), [({}, {})]):
             counted, folders = _chain(folder, root)
-            figures = {**manifest["summary"], **timed, **counted, **origin}
+            figures = {**timed, **manifest["summary"], **{k: timed[k] for k in _RUN if k in timed}, **counted, **origin}
             results.append(Result(folder, axes, figures, {**folders, **measured}))
     if doubles:
         left_out.append(f"{doubles} evaluated with the TensorRT test double: no figures of TensorRT")
@@ -194,17 +229,18 @@ def _agreement(dense: Result, pruned: Result) -> float | None:
     measure = PoseAgreement(spec.skeleton)
     for image, people in expected.items():
         measure.process(image, people, found[image])
-    value = measure.evaluate()[measure.primary]
-    return None if value == NOT_MEASURED else value
+    value = measure.evaluate()[measure.info.primary]
+    return None if value == measure.info.nothing else value
 
 
 def _row(result: Result, results: Sequence[Result]) -> dict[str, Any]:
+    info = result.metric
     # A label may say more than the name of what ran. An axis takes the place of no other figure.
     row = {**result.figures, **{name: result.axes[name] for name in AXES if name in result.axes}}
     network = result.axes["network"].removesuffix("-qat")
     plain: dict[str, Any] = {"precision": "fp32", "calibration": "", "network": network, "rebuild": 0}
     fp32 = None
-    if result.axes["precision"] != "fp32":  # in which AP is that of any backend: a device may have evaluated INT8 alone
+    if result.axes["precision"] != "fp32":  # whose figures are those of any backend: a device may have evaluated INT8 alone
         fp32 = _kin(result, results, **plain) or _kin(result, results, **plain, backend="onnxruntime")
     dense = _kin(result, results, **plain, pruning="dense") if result.axes["pruning"] != "dense" else None
     if dense is not None and (agreed := _agreement(dense, result)) is not None:
@@ -212,7 +248,8 @@ def _row(result: Result, results: Sequence[Result]) -> dict[str, Any]:
     for name, other in (("fp32", fp32), ("dense", dense)):
         found = _difference(result, other)
         if found is not None:
-            row |= {f"ap_vs_{name}": found.value, f"ap_vs_{name}_lo": found.low, f"ap_vs_{name}_hi": found.high}
+            key = f"{info.primary}_vs_{name}"
+            row |= {key: found.value, f"{key}_lo": found.low, f"{key}_hi": found.high}
     if "speedup" in row and result.axes["precision"] != "fp32":
         row |= {
             "speedup_vs_fp32": row["speedup"],
@@ -221,19 +258,20 @@ def _row(result: Result, results: Sequence[Result]) -> dict[str, Any]:
         }
     row["address"] = result.folder.name
     row["doubts"] = "; ".join(row.get("doubts", ()))
-    return {column: "" if _unmeasured(column, row) else row[column] for column in COLUMNS}
+    cells = {column: "" if _unmeasured(column, row, info) else row[column] for column in columns([info])}
+    return {**cells, "metric": info}
 
 
-def _unmeasured(column: str, row: Mapping[str, Any]) -> bool:
+def _unmeasured(column: str, row: Mapping[str, Any], info: MetricInfo) -> bool:
     """Whether a figure is not there; results of earlier versions have -1 in its place."""
-    always = column in ("ap", "ap_lo", "ap_hi") or "_vs_" in column
-    return column not in row or (row[column] == NOT_MEASURED and not always)
+    always = column in (info.primary, f"{info.primary}_lo", f"{info.primary}_hi") or "_vs_" in column
+    return column not in row or (row[column] == info.nothing and not always)
 
 
 def write_csv(table: Table, file: Path) -> None:
     """One row an engine; no text of it is taken for a formula by a program for tables."""
     with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
+        writer = csv.DictWriter(stream, columns(row["metric"] for row in table.rows), restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows({key: _no_formula(value) for key, value in row.items()} for row in table.rows)
 
@@ -291,7 +329,7 @@ def tabulated(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     }
     shown = []
     for row in rows:
-        cells = list(_cells(row).items())
+        cells = list(_cells(row, shorts(rows)).items())
         cells[4:4] = [(name, str(row[column]) or "–") for name, column in varied.items()]
         shown.append(dict(cells))
     return shown
@@ -303,6 +341,7 @@ def narrow(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     def stacked(row: Mapping[str, Any], name: str, digits: int, sign: str = "") -> str:
         return re.sub(r"\b0\.", ".", between(row, name, digits, sign)).replace(" [", "\n[")
 
+    short = shorts(rows)
     axes = {"input": "resolution", "backend": "backend", "batch": "batch", "threads": "threads"}
     varied = {title: column for title, column in axes.items() if len({row[column] for row in rows}) > 1}
     return [
@@ -311,14 +350,29 @@ def narrow(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             "precision": str(row["precision"]),
             **{title: str(row[column]) for title, column in varied.items()},
             "GMACs": _number(row["macs"], 3, 1e-9),
-            "AP [95 %]": stacked(row, "ap", 3),
-            "AP − FP32": stacked(row, "ap_vs_fp32", 3, "+"),
-            "AP − dense": stacked(row, "ap_vs_dense", 3, "+"),
+            f"{short} [95 %]": stacked(row, primary(row), digits(row)),
+            f"{short} − FP32": stacked(row, f"{primary(row)}_vs_fp32", digits(row), "+"),
+            f"{short} − dense": stacked(row, f"{primary(row)}_vs_dense", digits(row), "+"),
             "p50 ms": _p50(row),
             "× FP32": stacked(row, "speedup_vs_fp32", 2),
         }
         for row in rows
     ]
+
+
+def primary(row: Mapping[str, Any]) -> str:
+    """The key of the figure that matters most in a row."""
+    return str(row["metric"].primary)
+
+
+def digits(row: Mapping[str, Any]) -> int:
+    """Decimals of a row's figures."""
+    return int(row["metric"].digits)
+
+
+def shorts(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the figure of all rows is called in a table's head."""
+    return " or ".join(dict.fromkeys(row["metric"].short for row in rows))
 
 
 def between(row: Mapping[str, Any], name: str, digits: int, sign: str = "") -> str:
@@ -328,18 +382,20 @@ def between(row: Mapping[str, Any], name: str, digits: int, sign: str = "") -> s
     return f"{row[name]:{sign}.{digits}f} [{row[f'{name}_lo']:{sign}.{digits}f}, {row[f'{name}_hi']:{sign}.{digits}f}]"
 
 
-def _cells(row: Mapping[str, Any]) -> dict[str, str]:
+def _cells(row: Mapping[str, Any], short: str) -> dict[str, str]:
+    name, places = primary(row), digits(row)
+    agreed = row[f"agreement_{name}"]
     return {
         "network": f"{row['network']} {row['pruning']}",
         "input": f"{row['resolution']} {row['keep_aspect_ratio_mode']}",
         "precision": str(row["precision"]),
         "ran": str(row["ran"]),
         "GMACs": _number(row["macs"], 3, 1e-9),
-        "AP [95 %]": between(row, "ap", 3),
-        "as found": _number(row["as_found_ap"], 3),
-        "agreement (people)": f"{row['agreement_ap']:.3f} ({row['agreement_people']})" if row["agreement_ap"] != "" else "–",
-        "AP − FP32": between(row, "ap_vs_fp32", 3, "+"),
-        "AP − dense FP32": between(row, "ap_vs_dense", 3, "+"),
+        f"{short} [95 %]": between(row, name, places),
+        "as found": _number(row[f"as_found_{name}"], places),
+        "agreement (people)": f"{agreed:.{places}f} ({row['agreement_people']})" if agreed != "" else "–",
+        f"{short} − FP32": between(row, f"{name}_vs_fp32", places, "+"),
+        f"{short} − dense FP32": between(row, f"{name}_vs_dense", places, "+"),
         "p50 ms": _p50(row),
         "p95 ms": _number(row["latency_p95_ms"], 2),
         "decoding ms": _number(row["decoding_p50_ms"], 3),
@@ -352,23 +408,22 @@ _ENGINE = ("network", "pruning", "resolution", "keep_aspect_ratio_mode", "precis
 
 
 def rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Spearman's correlation of agreement with AP, over engines evaluated on the same images; None below four engines.
+    """Spearman's correlation of agreement with the metric, over engines evaluated on the same images; None below four engines.
 
-    Both are taken against the same network in FP32, which is what agreement knows: AP is its difference. An engine that was
-    timed in several ways counts once, research settings, which no engine runs, not at all.
+    Both are taken against the same network in FP32, which is what agreement knows: of the metric, its difference. An engine
+    that was timed in several ways counts once. Research settings, which no engine runs, do not count.
     """
-    groups: dict[Any, dict[Any, dict[str, float]]] = {}
+    groups: dict[Any, dict[Any, tuple[float, float]]] = {}
     for row in rows:
-        lost = 0.0 if row["precision"] == "fp32" else row["ap_vs_fp32"]
-        if "" not in (row["agreement_ap"], lost) and not averaged(row):
+        lost = 0.0 if row["precision"] == "fp32" else row[f"{primary(row)}_vs_fp32"]
+        agreed = row[f"agreement_{primary(row)}"]
+        if "" not in (agreed, lost) and not averaged(row):
             engine = tuple(row[key] for key in _ENGINE)
-            figures = {"agreement_ap": float(row["agreement_ap"]), "ap": float(lost)}
-            groups.setdefault((row["data"], row["data_digest"]), {})[engine] = figures
+            groups.setdefault((row["data"], row["data_digest"], primary(row)), {})[engine] = (float(agreed), float(lost))
     group = list(max(groups.values(), key=len, default={}).values())
     if len(group) < 4:
         return None
-
-    ours, theirs = (np.array([figures[key] for figures in group], np.float64) for key in ("agreement_ap", "ap"))
+    ours, theirs = (np.array(values, np.float64) for values in zip(*group, strict=True))
     return spearman(ours, theirs)
 
 
@@ -397,9 +452,9 @@ def _torch_fp32(axes: Mapping[str, Any]) -> bool:
 
 
 def waterfalls(results: Sequence[Result]) -> dict[str, list[tuple[str, str, str]]]:
-    """From research settings to the deployed engine: for each network, (step, AP, paired difference to the step before).
+    """From research settings to the deployed engine: for each network, (step, figure, paired difference to the step before).
 
-    A network of which fewer than three steps are measured has none: the column AP − FP32 holds what two would tell.
+    A network of which fewer than three steps are measured has none: the differences to FP32 hold what two would tell.
     """
     found = {}
     for key in sorted({(r.axes["data"], r.axes["network"], r.axes["pruning"], r.axes["resolution"]) for r in results}):
@@ -409,7 +464,7 @@ def waterfalls(results: Sequence[Result]) -> dict[str, list[tuple[str, str, str]
         last = ""
         for name, wanted in _STEPS:
             # Of several recipes the one that keeps most: it is the one that would be shipped.
-            result = max((r for r in kin if wanted(r.axes)), key=lambda r: float(r.figures["ap"]), default=None)
+            result = max((r for r in kin if wanted(r.axes)), key=lambda r: r.figure, default=None)
             if result is None:
                 continue
             draws = Draws.load(result.folder / "draws.npz")
@@ -424,34 +479,38 @@ def waterfalls(results: Sequence[Result]) -> dict[str, list[tuple[str, str, str]
 
 
 def comparable(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    """Indices of rows in groups that may share a plot: the same images, machine, threads and batch."""
+    """Indices of rows in groups that may share a plot: the same images, metric, machine, threads and batch."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for n, row in enumerate(rows):
-        groups.setdefault(tuple(row[key] for key in ("data", "data_digest", "device", "threads", "batch")), []).append(n)
+        key = tuple(row[name] for name in ("data", "data_digest", "device", "threads", "batch"))
+        groups.setdefault((*key, primary(row)), []).append(n)
     return list(groups.values())
 
 
 def front(rows: Sequence[Mapping[str, Any]], group: Sequence[int]) -> list[int]:
-    """The rows of a group that no other of it beats in both AP and latency, the fastest first."""
+    """The rows of a group that no other of it beats in both its figure and latency, the fastest first."""
     timed = [n for n in group if rows[n]["latency_p50_ms"] != ""]
-    best, kept = -1.0, []
-    for n in sorted(timed, key=lambda n: (rows[n]["latency_p50_ms"], -rows[n]["ap"])):
-        if rows[n]["ap"] > best:
-            best = rows[n]["ap"]
+    best, kept = -math.inf, []
+    for n in sorted(timed, key=lambda n: (rows[n]["latency_p50_ms"], -rows[n][primary(rows[n])])):
+        if rows[n][primary(rows[n])] > best:
+            best = rows[n][primary(rows[n])]
             kept.append(n)
     return kept
 
 
+_EARLIER = -1.0  # what version 0.1 wrote where nothing was measured
+
+
 def differences(engines: Sequence[str], pairs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """A comparison as tables: title, columns and rows; of two engines every figure, of two sweeps AP and latency."""
+    """A comparison as tables: title, columns and rows; of two engines every figure, of two sweeps the metrics' and latency."""
 
     def shown(value: float | None) -> str:
-        return "–" if value in (None, NOT_MEASURED) else f"{value:.4f}"  # earlier versions wrote the number
+        return "–" if value in (None, _EARLIER) else f"{value:.4f}"
 
     def change(row: Mapping[str, Any]) -> str:
         if "apart" in row:
             return f"not compared: {row['apart']}"
-        if NOT_MEASURED in (row["first"], row["second"]):
+        if _EARLIER in (row["first"], row["second"]):
             return "–"
         interval = f" [{row['low']:+.4f}, {row['high']:+.4f}]" if "low" in row else ""
         return f"{row['difference']:+.4f}{interval}" + (f" ({row['where']})" if "where" in row else "")
@@ -461,7 +520,8 @@ def differences(engines: Sequence[str], pairs: Sequence[Mapping[str, Any]]) -> I
         rows = [[r["figure"], shown(r["first"]), shown(r["second"]), change(r)] for r in pairs[0]["figures"]]
         yield title, ["figure", "first", "second", "second - first [95 %, paired]"], rows
         return
-    for figure in ("ap", "agreement_ap", "latency_p50_ms"):
+    names = dict.fromkeys(pair["figures"][0]["figure"] for pair in pairs if pair["figures"])  # the metric's comes first
+    for figure in (*(f"{kind}{name}" for kind in ("", "agreement_") for name in names), "latency_p50_ms"):
         found = [(pair["name"], row) for pair in pairs for row in pair["figures"] if row["figure"] == figure]
         rows = [[name, shown(r["first"]), shown(r["second"]), change(r)] for name, r in found]
         if rows:
@@ -473,12 +533,14 @@ def devices(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return sorted({f"{row['device']}, {row['threads']} thread(s), batch {row['batch']}" for row in rows if row["device"]})
 
 
-MORE_STEPS = "A pruned network was trained further than its dense one: AP − dense FP32 does not tell what pruning alone does."
+MORE_STEPS = (
+    "A pruned network was trained further than its dense one: the difference to dense does not tell what pruning alone does."
+)
 
 
 def write_card(table: Table, name: str, file: Path) -> None:
     """A model card in Markdown: what the engines are, how they were measured, what is not known."""
-    lines = [f"# {in_markdown(name)}", "", "Pose-estimation engines made and measured by Posepress.", "", "## Engines", ""]
+    lines = [f"# {in_markdown(name)}", "", "Engines made and measured by Posepress.", "", "## Engines", ""]
     shown = tabulated(table.rows)
     lines += ["| " + " | ".join(shown[0]) + " |", "|" + " --- |" * len(shown[0])]
     lines += ["| " + " | ".join(map(in_markdown, row.values())) + " |" for row in shown]
@@ -488,8 +550,11 @@ def write_card(table: Table, name: str, file: Path) -> None:
         "",
         "## How the figures were made",
         "",
-        f"- AP: COCO keypoint AP (OKS 0.50:0.95) on {first['images']} validation images, digest `{digest}`; "
-        "95 % bootstrap intervals over images.",
+        *(
+            f"- {in_markdown(info.short)}: {in_markdown(info.title)} on {first['images']} validation images, digest "
+            f"`{digest}`; 95 % bootstrap intervals over images."
+            for info in dict.fromkeys(row["metric"] for row in table.rows)
+        ),
         "- Differences: paired bootstrap over the same images.",
         f"- Latency: the network alone, on {in_markdown('; '.join(devices(table.rows))) or 'no machine yet'}.",
         *[f"- {in_markdown(note)}" for note in latency_notes(table.rows)],

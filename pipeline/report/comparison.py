@@ -1,11 +1,11 @@
 """Two evaluations side by side: where they are found, what they can be compared on."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.metrics.oks import NOT_MEASURED
+from evaluation.contracts import MetricInfo
 from evaluation.statistics import Draws, Interval, bootstrap, paired
 from pipeline.contracts import Splits
 from pipeline.datasets.results import load_results
@@ -134,7 +134,12 @@ def scored(file: Path, data: Splits, metric: Callable[..., Any], resamples: int)
     for n in range(len(images)):
         sample = images[n]
         measure.process(sample.id, sample.truth, found[sample.id])
-    figures = {**measure.evaluate(), "primary": measure.primary, "data_digest": data.digest(["validation"])}
+    figures = {
+        **measure.evaluate(),
+        "primary": measure.info.primary,
+        "metric": asdict(measure.info),
+        "data_digest": data.digest(["validation"]),
+    }
     return Side(figures, {"": bootstrap(measure.matches(), resamples)}, {})
 
 
@@ -162,9 +167,11 @@ def rows_of(first: Side, second: Side, engines: Sequence[str]) -> list[dict[str,
                 raise UserError(f"{engines[0]} and {engines[1]}: {error}") from error
             strange.add(figure)
     rows: list[dict[str, Any]] = []
+    info = MetricInfo.of(first.figures)
+    nothing = info.nothing
     for key in dict.fromkeys((*first.figures, *second.figures)):
-        value, other = (None if side.figures.get(key) == NOT_MEASURED else side.figures.get(key) for side in (first, second))
-        if key == "agreement_ap" and (value is None) != (other is None):
+        value, other = (None if side.figures.get(key) == nothing else side.figures.get(key) for side in (first, second))
+        if key == f"agreement_{info.primary}" and (value is None) != (other is None):
             alone = f"measured of {engines[other is not None]} alone"
             rows.append({"figure": key, "first": value, "second": other, "apart": alone})
         if isinstance(value, float) and isinstance(other, float) and not key.endswith(("_lo", "_hi")):

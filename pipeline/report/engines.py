@@ -22,7 +22,7 @@ def sections(results: Sequence[Result]) -> str:
 
 
 def rebuilds(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Of engines that were built more than once: how many builds, and mean and deviation of AP and ms over them."""
+    """Of engines that were built more than once: how many builds, and mean and deviation of the figure and ms over them."""
     groups: dict[tuple[str, ...], dict[int, Result]] = {}
     for result in results:
         timed = [result.figures.get(name) for name in ("threads", "device")]
@@ -31,8 +31,9 @@ def rebuilds(results: Sequence[Result]) -> list[dict[str, Any]]:
     rows = []
     for builds in groups.values():
         if len(builds) > 1:
-            row: dict[str, Any] = {**next(iter(builds.values())).axes, "builds": len(builds)}
-            for figure in ("ap", "latency_p50_ms"):
+            first = next(iter(builds.values()))
+            row: dict[str, Any] = {**first.axes, "builds": len(builds), "metric": first.metric}
+            for figure in (first.metric.primary, "latency_p50_ms"):
                 values = [float(r.figures[figure]) for r in builds.values() if figure in r.figures]
                 if len(values) == len(builds):
                     row |= {figure: fmean(values), f"{figure}_sd": stdev(values), f"{figure}_range": max(values) - min(values)}
@@ -41,15 +42,16 @@ def rebuilds(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def _rebuilds(results: Sequence[Result]) -> str:
-    rows = ""
-    for row in rebuilds(results):
+    rows, repeated = "", rebuilds(results)
+    for row in repeated:
         cells = [" ".join(str(row[key]) for key in _NAMED if row.get(key)), str(row["builds"])]
-        for figure, digits in (("ap", 4), ("latency_p50_ms", 3)):
+        for figure, digits in ((row["metric"].primary, row["metric"].digits + 1), ("latency_p50_ms", 3)):
             known = f"{row[figure]:.{digits}f} ± {row[f'{figure}_sd']:.{digits}f}" if figure in row else "–"
             cells += [known, f"{row[f'{figure}_range']:.{digits}f}" if figure in row else "–"]
         rows += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+    short = html.escape(" or ".join(dict.fromkeys(row["metric"].short for row in repeated)))
     head = "".join(
-        f"<th>{name}</th>" for name in ("engine", "builds", "AP ± deviation", "range", "p50 ms ± deviation", "range")
+        f"<th>{name}</th>" for name in ("engine", "builds", f"{short} ± deviation", "range", "p50 ms ± deviation", "range")
     )
     table = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     return f"<h2>The same engine, built again</h2>{table}" if rows else ""

@@ -23,6 +23,7 @@ from pipeline.report.collect import (
     front,
     latency_notes,
     rank_correlation,
+    shorts,
     tabulated,
     waterfalls,
 )
@@ -62,14 +63,17 @@ def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] 
     for n in sorted(best) or [0]:
         title = html.escape(f"{shown[n]['network']} · {shown[n]['precision']} · {shown[n]['input']}")
         sections.append(f"<h2>What {title} finds</h2>{_pictures(table.results[n])}{_details_html(table.results[n])}")
-    machines = devices(table.rows)
+    machines, short = devices(table.rows), shorts(table.rows)
     notes = [f"Latency: on {html.escape('; '.join(machines) or 'no machine yet')}. {' '.join(latency_notes(table.rows))}"]
     images = sorted({f"{row['images']} validation images, data {row['data_digest'][:12]}" for row in table.rows})
-    notes.append(f"AP: {html.escape('; '.join(images))}; intervals are 95 % bootstraps over images, differences are paired.")
+    notes.append(
+        f"{html.escape(short)}: {html.escape('; '.join(images))}; intervals are 95 % bootstraps over images, differences "
+        "are paired."
+    )
     correlation = rank_correlation(table.rows)
     notes.append(
-        "as found: missing keypoints left out and plain scores. agreement: AP against the people that the FP32 network finds "
-        "in unlabelled images; its rank correlation with AP, both against the same network in FP32: "
+        "as found: without what was completed, and with plain scores. agreement: the same figure against what the FP32 network "
+        f"finds in unlabelled images; its rank correlation with {html.escape(short)}, both against the same network in FP32: "
         + ("fewer than four engines, or all alike" if correlation is None else f"{correlation:.2f}")
         + "."
     )
@@ -85,7 +89,7 @@ def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] 
 <h2>Engines</h2><p class="note">Green rows are on the Pareto front.</p><div class="wide">
 <table><thead><tr>{head}</tr></thead>
 <tbody>{body}</tbody></table></div>
-{"".join(f'<p class="note">{note}</p>' for note in notes)}{_waterfall_html(table.results)}
+{"".join(f'<p class="note">{note}</p>' for note in notes)}{_waterfall_html(table)}
 {pruning}{engine_page.sections(table.results)}{quantization_page.sections(table.results)}{_comparisons_html(comparisons)}
 {"".join(sections)}</body></html>"""
     file.write_text(page, encoding="utf-8")
@@ -104,29 +108,30 @@ class _Drawn:
         return text
 
 
-def _waterfall_html(results: Sequence[Result]) -> str:
-    text = ""
-    for name, rows in waterfalls(results).items():
+def _waterfall_html(table: Table) -> str:
+    text, short = "", html.escape(shorts(table.rows))
+    for name, rows in waterfalls(table.results).items():
         body = "".join(
-            f"<tr><td>{html.escape(s)}</td><td>{html.escape(ap)}</td><td>{html.escape(d)}</td></tr>" for s, ap, d in rows
+            f"<tr><td>{html.escape(step)}</td><td>{html.escape(value)}</td><td>{html.escape(lost)}</td></tr>"
+            for step, value, lost in rows
         )
         text += (
-            f"<h2>Where AP goes: {html.escape(name)}</h2><table><thead><tr><th>step</th><th>AP [95 %]</th>"
+            f"<h2>Where {short} goes: {html.escape(name)}</h2><table><thead><tr><th>step</th><th>{short} [95 %]</th>"
             f"<th>difference, paired</th></tr></thead><tbody>{body}</tbody></table>"
         )
     return text
 
 
-_DETAILS = {"keypoints": "AP by keypoint", "strata": "AP by stratum", "errors": "kinds of error"}
+_DETAILS = {"keypoints": "by keypoint", "strata": "by stratum", "errors": "kinds of error"}
 _LEGEND = (
-    "AP by stratum: images by their number of people, people by the share of their labelled keypoints that are hidden. "
-    "error_*: share of the labelled keypoints of matched people; gain_*: AP gained without that kind; background: share of the "
-    "found people that match nobody; missed: share of the people that nothing matches."
+    "By stratum: images by their number of people, people by the share of their labelled keypoints that are hidden. "
+    "error_*: share of the labelled keypoints of matched people; gain_*: what the metric gains without that kind; "
+    "background: share of the predictions that match nothing; missed: share of the people that nothing matches."
 )
 
 
 def _details_html(result: Result) -> str:
-    """AP by keypoint and stratum, and the kinds of error, of one engine."""
+    """What the figure of one engine is made of: by keypoint and stratum, and the kinds of error."""
     tables = json.loads((result.folder / "details.json").read_text())
     text = ""
     for name, table in tables.items():
@@ -141,15 +146,17 @@ def _plot(table: Table, members: Sequence[int], first: bool) -> str:
 
     figure = go.Figure()
     timed = [table.rows[n] for n in members if table.rows[n]["latency_p50_ms"] != ""]
+    info = table.rows[members[0]]["metric"]
+    name = info.primary
     for group in sorted({(row["network"], row["pruning"]) for row in timed}):
         rows = [row for row in timed if (row["network"], row["pruning"]) == group]
         figure.add_trace(
             go.Scatter(
                 x=[row["latency_p50_ms"] for row in rows],
-                y=[row["ap"] for row in rows],
+                y=[row[name] for row in rows],
                 error_y={
-                    "array": [row["ap_hi"] - row["ap"] for row in rows],
-                    "arrayminus": [row["ap"] - row["ap_lo"] for row in rows],
+                    "array": [row[f"{name}_hi"] - row[name] for row in rows],
+                    "arrayminus": [row[name] - row[f"{name}_lo"] for row in rows],
                     "thickness": 1,
                 },
                 mode="markers+text" if len(timed) < 7 else "markers",
@@ -166,7 +173,7 @@ def _plot(table: Table, members: Sequence[int], first: bool) -> str:
     figure.add_trace(
         go.Scatter(
             x=[row["latency_p50_ms"] for row in best],
-            y=[row["ap"] for row in best],
+            y=[row[name] for row in best],
             mode="lines",
             line={"dash": "dot", "color": "grey"},
             name="Pareto front",
@@ -174,7 +181,7 @@ def _plot(table: Table, members: Sequence[int], first: bool) -> str:
     )
     figure.update_layout(
         xaxis_title="network latency, p50 (ms)",
-        yaxis_title="AP (OKS 0.50:0.95), 95 % bootstrap interval",
+        yaxis_title=html.escape(f"{info.title}, 95 % bootstrap interval"),
         template="plotly_white",
         height=520,
         legend={"orientation": "h", "y": -0.2},

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.report.collect import Result, between
+from pipeline.report.collect import Result, between, digits, primary, shorts
 
 _CONTROL = re.compile(r"-(pruned|scratch\d+)$")
 _ONE_CURVE = ("data_digest", "data", "network", "resolution", "keep_aspect_ratio_mode", "backend")
@@ -35,7 +35,7 @@ def controls(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[list[str
     """Dense, pruned, retrained and scratch side by side, for every pruning.
 
     Returns:
-        Title and rows: what it is, GMACs, AP with its interval, its paired difference to the dense network's, and the
+        Title and rows: what it is, GMACs, the figure with its interval, its paired difference to the dense network's, and the
         agreement with what that finds.
     """
     same = (
@@ -60,10 +60,12 @@ def controls(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[list[str
         for row in [*dense, *sorted(own, key=_place)]:
             kind = _CONTROL.search(row["pruning"])
             what = "dense" if row["pruning"] == "dense" else kind[1] if kind else "pruned and retrained"
-            lost = "" if row["pruning"] == "dense" else between(row, "ap_vs_dense", 3, "+")
+            lost = "" if row["pruning"] == "dense" else between(row, f"{primary(row)}_vs_dense", digits(row), "+")
             macs = f"{row['macs'] * 1e-9:.3f}" if row["macs"] != "" else "–"
             agreed = "" if row["agreement_with_dense"] == "" else f"{row['agreement_with_dense']:.3f}"
-            shown.append([what.replace("scratch", "from scratch, seed "), macs, between(row, "ap", 3), lost, agreed])
+            shown.append(
+                [what.replace("scratch", "from scratch, seed "), macs, between(row, primary(row), digits(row)), lost, agreed]
+            )
         found.append((" · ".join(str(part) for part in key if part not in ("", None)), shown))
     return found
 
@@ -74,9 +76,10 @@ def _place(row: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """AP against MACs of what was pruned and retrained, and of the same structures from scratch; rows that may share a plot.
+    """The figure against MACs of what was pruned and retrained, and of the same structures from scratch.
 
-    What was not retrained is a click away: its AP is often 0, and would leave the others no room. None for fewer than three
+    The rows may share a plot.
+    What was not retrained is a click away: its figure is often 0, and would leave the others no room. None for fewer than three
     trained networks, the dense one among them.
     """
     import plotly.graph_objects as go
@@ -97,12 +100,12 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> Any:
         points = sorted(own, key=lambda row: row["macs"])
         figure.add_scatter(
             x=[row["macs"] * 1e-9 for row in points],
-            y=[row["ap"] for row in points],
+            y=[row[primary(row)] for row in points],
             error_y={
                 "type": "data",
                 "symmetric": False,
-                "array": [row["ap_hi"] - row["ap"] for row in points],
-                "arrayminus": [row["ap"] - row["ap_lo"] for row in points],
+                "array": [row[f"{primary(row)}_hi"] - row[primary(row)] for row in points],
+                "arrayminus": [row[primary(row)] - row[f"{primary(row)}_lo"] for row in points],
             },
             mode="markers+lines" if name == "dense and retrained" else "markers",
             marker={"color": next(colours), "size": 9},
@@ -110,7 +113,7 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> Any:
             name=name,
             visible="legendonly" if "not retrained" in name else True,
         )
-    figure.update_layout(xaxis_title="GMACs an image", yaxis_title="AP", height=420, margin={"t": 20})
+    figure.update_layout(xaxis_title="GMACs an image", yaxis_title=html.escape(shorts(rows)), height=420, margin={"t": 20})
     return figure
 
 
@@ -190,11 +193,12 @@ def _steps(content: Mapping[str, Any]) -> str:
     for row in content["steps"]:
         cells = [row["step"], f"{row['params'] / 1e6:.3f}", f"{row['macs'] / 1e9:.3f} ({row['macs'] / dense['macs']:.3f}x)"]
         cells.append(f"{row['latency_ms']:.2f} ({row['latency_ratio']:.3f}x)" if "latency_ms" in row else "–")
-        cells.append(f"{row['ap']:.3f}" if "ap" in row else "–")
+        figure = row.get("figure", row.get("ap"))  # version 0.1 named it after its metric
+        cells.append("–" if figure is None else f"{figure:.3f}")
         cells.append(f"{row['agreement']:.3f}" if "agreement" in row else "–")
         rows.append(cells)
-    made = _table(["step", "M parameters", "GMACs", "p50 ms", "AP on tune images", "agreement with dense"], rows)
-    if not any("ap" in row or "latency_ms" in row for row in content["steps"]):
+    made = _table(["step", "M parameters", "GMACs", "p50 ms", "metric on tune images", "agreement with dense"], rows)
+    if not any({"figure", "ap", "latency_ms"} & row.keys() for row in content["steps"]):
         made += "<p>–: not measured; that takes a target or several steps, and stages.prune.backend.</p>"
     flatters = ", which flatters any pruner" if content["near_dead"] else ""
     made += (
@@ -217,11 +221,13 @@ def section(results: Sequence[Result], rows: Sequence[Mapping[str, Any]], plot: 
         rows: of the table, one an engine.
         plot: makes HTML of a plotly figure.
     """
-    parts = []
+    parts, short = [], shorts(rows)
     for title, lines in controls(rows):
         parts.append(
             f"<h3>{html.escape(title)}</h3>"
-            + _table(["network", "GMACs", "AP [95 %]", "AP − dense FP32, paired", "agreement of both in FP32"], lines)
+            + _table(
+                ["network", "GMACs", f"{short} [95 %]", f"{short} − dense FP32, paired", "agreement of both in FP32"], lines
+            )
         )
     if any("-scratch" in row["pruning"] for row in rows):
         parts.append(
@@ -235,7 +241,7 @@ def section(results: Sequence[Result], rows: Sequence[Mapping[str, Any]], plot: 
     for (digest, *of), own in groups_of_rows.items():
         if (drawn := curve(own)) is not None:
             words = [*of, *([f"images {digest[:12]}"] if several else [])]
-            parts.append(f"<h3>{html.escape('AP against MACs: ' + ' · '.join(words))}</h3>{plot(drawn)}")
+            parts.append(f"<h3>{html.escape(f'{short} against MACs: ' + ' · '.join(words))}</h3>{plot(drawn)}")
     seen: set[tuple[Path, str]] = set()
     for result in results:
         pruned = result.made_of.get("prune")

@@ -141,7 +141,7 @@ def _sensitivity(folder: Path) -> str:
 
 
 def study(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
-    """AP and agreement by number of calibration images, sampler and algorithm, where several seeds were drawn."""
+    """The figure and agreement by number of calibration images, sampler and algorithm, where several seeds were drawn."""
     groups: dict[tuple[Any, ...], dict[int, Result]] = {}
     for result in results:
         folders = [result.made_of.get(stage) for stage in ("sample", "quantize")]
@@ -165,21 +165,23 @@ def study(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
                 "images": count,
                 "seeds": len(seeds),
             }
-            for figure in ("ap", "agreement_ap"):
-                values = np.array([float(r.figures[figure]) for r in seeds.values() if r.figures.get(figure, -1) != -1])
+            info = next(iter(seeds.values())).metric
+            for figure, key in (("figure", info.primary), ("agreement", f"agreement_{info.primary}")):
+                known = (r.figures.get(key, info.nothing) for r in seeds.values())
+                values = np.array([float(value) for value in known if value != info.nothing])
                 if len(values) == len(seeds):
                     row |= {figure: float(values.mean()), f"{figure}_sd": float(values.std(ddof=1))}
             yield row
 
 
 def study_html(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The study as a plot of agreement (AP where there is none) against images, and a table."""
+    """The study as a plot of agreement (the figure where there is none) against images, and a table."""
     if not rows:
         return ""
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    shown = "agreement_ap" if all("agreement_ap" in row for row in rows) else "ap"
+    shown = "agreement" if all("agreement" in row for row in rows) else "figure"
     for where, kind, method in sorted({(row["where"], row["sampler"], row["method"]) for row in rows}):
         line = sorted(
             (r for r in rows if (r["where"], r["sampler"], r["method"]) == (where, kind, method)), key=lambda r: r["images"]
@@ -196,12 +198,12 @@ def study_html(rows: Sequence[Mapping[str, Any]]) -> str:
         )
     figure.update_layout(
         xaxis={"title": "calibration images", "type": "log"},
-        yaxis_title=f"{'agreement AP' if shown == 'agreement_ap' else 'AP'}, mean and deviation over seeds",
+        yaxis_title=f"{shown}, mean and deviation over seeds",
         template="plotly_white",
         height=480,
         margin={"t": 20},
     )
-    columns = ["sampler", "method", "images", "seeds", "ap", "ap_sd", "agreement_ap", "agreement_ap_sd", "where"]
+    columns = ["sampler", "method", "images", "seeds", "figure", "figure_sd", "agreement", "agreement_sd", "where"]
     table = [[f"{row[c]:.4f}" if isinstance(row.get(c), float) else str(row.get(c, "–")) for c in columns] for row in rows]
     plot = figure.to_html(full_html=False, include_plotlyjs=True, config={"displaylogo": False})
     return f"<h2>Calibration study</h2>{plot}{_table(columns, table)}"

@@ -4,13 +4,13 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import cv2
 from annotated_types import Ge, Interval
 
 from evaluation.contracts import Metric
-from evaluation.metrics.oks import NOT_MEASURED
 from evaluation.statistics import bootstrap
 from pipeline.contracts import Backend, Splits
 from pipeline.decoder_options import decoder_options
@@ -108,7 +108,8 @@ def run(
     doubts = [*images.doubts(job.cache)]
     doubts += [doubt for name in ("", "agreement") if name in measures for doubt in measures[name].doubts()]
     summary |= {
-        "primary": measures[""].primary,
+        "primary": measures[""].info.primary,
+        "metric": asdict(measures[""].info),
         "images": len(images),
         "category": str(images.truth.category),
         "backend": backend.name,
@@ -138,10 +139,10 @@ def _figures(job: Job, measures: Mapping[str, Metric[Any, Any]], resamples: int,
         )
         figures = {
             **measure.evaluate(),
-            f"{measure.primary}_lo": draws.interval.low,
-            f"{measure.primary}_hi": draws.interval.high,
+            f"{measure.info.primary}_lo": draws.interval.low,
+            f"{measure.info.primary}_hi": draws.interval.high,
         }
-        kept = "" if name else measure.primary  # which every reader of a summary expects
-        measured = {key: value for key, value in figures.items() if value != NOT_MEASURED or key == kept}
+        kept = "" if name else measure.info.primary  # which every reader of a summary expects
+        measured = {key: value for key, value in figures.items() if value != measure.info.nothing or key == kept}
         summary |= {f"{name}_{key}" if name else key: value for key, value in {**measured, **measure.counts()}.items()}
     return summary

@@ -50,8 +50,9 @@ def _print(table: report.Table, name: str, file: Path) -> None:
         for line in report.latency_notes(table.rows):
             console.print(line, style="dim", markup=False)
     for title, steps in report.waterfalls(table.results).items():
-        falls = Table(title=escape(f"where AP goes: {title}"), header_style="bold", box=box.SIMPLE_HEAD)
-        for column in ("step", "AP [95 %]", "difference, paired"):
+        short = report.shorts(table.rows)
+        falls = Table(title=escape(f"where {short} goes: {title}"), header_style="bold", box=box.SIMPLE_HEAD)
+        for column in ("step", f"{short} [95 %]", "difference, paired"):
             falls.add_column(column)
         for step in steps:
             falls.add_row(*map(escape, step))

@@ -7,7 +7,6 @@ from typing import Any
 from rich.console import Console
 
 from evaluation.metrics import score_fit as scores
-from evaluation.metrics.oks import NOT_MEASURED
 from pipeline.contracts import Backend, Splits
 from pipeline.decoder_options import FITTED, candidates
 from pipeline.predictions import shown
@@ -71,25 +70,27 @@ def run(
             for measure, kept, poses in zip(measures, results, found, strict=True):
                 measure.process(sample.id, sample.truth, poses)
                 kept.append((sample.id, sample.truth, poses))
-        figures = [measure.evaluate()[measure.primary] for measure in measures]
+        figures = [measure.evaluate()[measure.info.primary] for measure in measures]
         best = max(range(len(tried)), key=lambda n: figures[n])
         chosen = {**tried[best], **plain}
         summary: dict[str, Any] = {**tried[best], "tune_images": len(results[best])}
         weights = None
-        if figures[best] != NOT_MEASURED:
-            summary["tune_ap"] = figures[best]
+        info = measures[best].info
+        if figures[best] != info.nothing:
+            summary[f"tune_{info.primary}"] = figures[best]
             if fitted:
                 weights = scores.fit(measures[best], [(truth, poses) for _, truth, poses in results[best]])
         if weights is not None:
-            summary["tune_ap_fitted"] = _refitted(measures[best], results[best], weights)
-            if summary["tune_ap_fitted"] >= figures[best]:
+            fitted_figure = _refitted(measures[best], results[best], weights)
+            summary[f"tune_{info.primary}_fitted"] = fitted_figure
+            if fitted_figure >= figures[best]:
                 chosen["score_weights"] = weights
         reference = decoder(runner.spec, **chosen)
         if "agreement" in data:
             found = passed("agreement", reference)
             people = [(sample.id, reference.variants(poses).get("as_found", poses)) for sample, poses in found]
             save_results(job.out / "reference.npz", people)
-    known = [None if figure == NOT_MEASURED else figure for figure in figures]
+    known = [None if figure == info.nothing else figure for figure in figures]
     table = [{**options, "figure": figure} for options, figure in zip(tried, known, strict=True)]
     (job.out / "decoder.json").write_text(json.dumps({"options": chosen, "tried": table}, indent=1))
     words = ", ".join(f"{name} {value:.4g}" for name, value in summary.items())
@@ -113,4 +114,4 @@ def _refitted(measure: Any, results: list[Any], weights: list[float]) -> float:
     measure.reset()
     for image, truth, poses in results:
         measure.process(image, truth, replace(poses, scores=poses.features @ weights))
-    return float(measure.evaluate()[measure.primary])
+    return float(measure.evaluate()[measure.info.primary])
