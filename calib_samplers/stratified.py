@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
@@ -11,14 +12,14 @@ from annotated_types import Interval, MinLen
 from numpy.typing import NDArray
 
 Allocation = Literal["proportional", "equal", "square_root"]
-Column = Literal["persons", "area", "keypoints", "coverage"]
+Bins = Mapping[str, Mapping[str, float]]  # of each column: the least value of each bin, by its word, in rising order
 
 UNKNOWN = -1  # persons of an image that nobody labelled
-_BINS: Mapping[str, tuple[tuple[float, str], ...]] = {
-    "persons": ((0, "0"), (1, "1"), (2, "2-4"), (5, "5+")),
-    "area": ((0.0, "small"), (32.0**2, "medium"), (96.0**2, "large")),  # COCO's
-    "keypoints": ((0.0, "few"), (6.0, "some"), (12.0, "most")),
-    "coverage": ((0.0, "part"), (0.6, "much"), (1.0, "all")),
+PEOPLE: Bins = {
+    "persons": {"0": 0, "1": 1, "2-4": 2, "5+": 5},
+    "area": {"small": 0.0, "medium": 32.0**2, "large": 96.0**2},  # COCO's
+    "keypoints": {"few": 0.0, "some": 6.0, "most": 12.0},
+    "coverage": {"part": 0.0, "much": 0.6, "all": 1.0},
 }
 
 
@@ -73,20 +74,20 @@ class CalibrationSet:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
-def strata(table: Mapping[str, NDArray[Any]], columns: Sequence[str] = tuple(_BINS)) -> NDArray[np.str_]:
+def strata(table: Mapping[str, NDArray[Any]], columns: Sequence[str] = tuple(PEOPLE), bins: Bins = PEOPLE) -> NDArray[np.str_]:
     """The stratum of each image: the bin of each column, joined by "/"; "unlabelled" where nobody labelled it.
 
     Args:
         table: columns "persons" (-1 where unknown), "area" (median, pixels), "keypoints" (mean visible ones a person) and
             "coverage" (the part, 0 to 1, of keypoint types of which one is visible somewhere in the image).
         columns: which of them; none puts all labelled images into the stratum "all".
+        bins: of each column.
     """
     count = len(table["persons"])
     parts = []
     for column in columns:
-        lows, words = zip(*_BINS[column], strict=True)
-        places = np.searchsorted(lows, table[column], side="right") - 1
-        parts.append(np.array(words)[np.maximum(places, 0)])
+        places = np.searchsorted(list(bins[column].values()), table[column], side="right") - 1
+        parts.append(np.array(list(bins[column]))[np.maximum(places, 0)])
     names = parts[0].astype(object) if parts else np.full(count, "all", object)
     for part in parts[1:]:
         names = names + "/" + part.astype(object)
@@ -128,12 +129,15 @@ def allocate(sizes: Mapping[str, int], count: int, allocation: Allocation = "pro
 
 
 def label(options: Mapping[str, Any]) -> str:
-    """How many images of what, how they are shared among the strata, and the seed, in a label."""
+    """How many images of what, how they are shared among which strata, and the seed, in a label."""
     images = list(options.get("images", ["train"]))
     where = "-dir" if options.get("image_dir") is not None else "" if images == ["train"] else f"-{'+'.join(images)}"
     allocation = options.get("allocation", "proportional")
     shares = "" if allocation == "proportional" else f"-{allocation}"
-    return f"{options['num_images']}{where}{shares}-s{options['seed']}"
+    own = {column: dict(words) for column, words in options.get("bins", PEOPLE).items()}
+    kept = json.dumps(own, sort_keys=True).encode()
+    bins = "" if own == PEOPLE else f"-b.{hashlib.sha256(kept).hexdigest()[:6]}"
+    return f"{options['num_images']}{where}{shares}{bins}-s{options['seed']}"
 
 
 def check_options(min_persons: object, min_keypoints: object, seed: object) -> None:
@@ -179,23 +183,25 @@ class Stratified:
 
     Attributes:
         num_images: how many.
-        columns: of the strata: "persons", "area", "keypoints", "coverage".
+        columns: of the strata, each with its bins: "persons", "area", "keypoints", "coverage".
         allocation: "proportional" to the strata, their "square_root", or "equal".
         min_persons_per_image: images with fewer labelled people are not eligible.
         min_kpts_per_person: images whose people have fewer visible keypoints on average are not eligible.
         seed: of the draw.
         images: splits to choose from: train, unlabelled.
         image_dir: a folder of images without labels to choose from instead.
+        bins: of each column, the least value of each bin by its word, in rising order: {persons: {"0": 0, "1": 1, "2+": 2}}.
     """
 
     num_images: Annotated[int, Interval(ge=1, le=10**7)] = 64
-    columns: Sequence[Column] = get_args(Column)
+    columns: Sequence[str] = tuple(PEOPLE)
     allocation: Allocation = "proportional"
     min_persons_per_image: Annotated[int, Interval(ge=0, le=10**6)] = 1
     min_kpts_per_person: Annotated[float, Interval(ge=0, le=10**6)] = 1
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
     images: Annotated[Sequence[Literal["train", "unlabelled"]], MinLen(1)] = ("train",)
     image_dir: str | None = None
+    bins: Bins = field(default_factory=lambda: {column: dict(words) for column, words in PEOPLE.items()})
 
     @staticmethod
     def label_of(options: Mapping[str, Any], _: Mapping[str, str]) -> str:
@@ -213,9 +219,13 @@ class Stratified:
         check_options(self.min_persons_per_image, self.min_kpts_per_person, self.seed)
         if self.allocation not in get_args(Allocation):
             raise ValueError(f"sampler.allocation={self.allocation}: choose {', '.join(get_args(Allocation))}")
-        unknown = [column for column in self.columns if column not in _BINS]
+        unknown = [column for column in self.columns if column not in self.bins]
         if unknown:
-            raise ValueError(f"sampler.columns={list(self.columns)}: choose some of {', '.join(_BINS)}")
+            raise ValueError(f"sampler.columns=[{','.join(self.columns)}]: choose some of {', '.join(self.bins)}")
+        for column, words in self.bins.items():
+            lows = list(words.values())
+            if not lows or any(not low < high for low, high in pairwise(lows)):
+                raise ValueError(f"sampler.bins.{column}={dict(words)}: give the least value of each bin, in rising order")
 
     def sample(self, table: Mapping[str, NDArray[Any]]) -> CalibrationSet:
         """Choose rows of a table.
@@ -227,7 +237,7 @@ class Stratified:
             ValueError: fewer images are eligible than asked for; the strata are listed.
         """
         eligible = eligible_rows(table, self.min_persons_per_image, self.min_kpts_per_person, self.num_images)
-        names = strata(table, self.columns)
+        names = strata(table, self.columns, self.bins)
         found, sizes = np.unique(names[eligible], return_counts=True)
         quota = allocate({str(n): int(s) for n, s in zip(found, sizes, strict=True)}, self.num_images, self.allocation)
         draw = np.random.default_rng(self.seed)

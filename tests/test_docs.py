@@ -1,5 +1,6 @@
 """The reference says what the code says, and defaults are written once."""
 
+import dataclasses
 import importlib.util
 import inspect
 
@@ -38,6 +39,8 @@ def test_defaults_in_files_are_those_of_the_classes(group):
                 if name not in usual or usual[name].default is inspect.Parameter.empty or "${" in str(value):
                     continue
                 default = usual[name].default
+                if default is dataclasses._HAS_DEFAULT_FACTORY:
+                    default = getattr(hydra.utils.get_object(node["_target_"])(), name)
                 default = list(default) if isinstance(default, tuple) else default
                 first = value[0] if group == "family" and isinstance(value, list) and not isinstance(default, list) else value
                 same = first == default

@@ -20,6 +20,7 @@ from test_networks import MAKERS, SIZE, outputs, trained
 from torch import nn
 from torch.nn import functional as F
 
+from evaluation.metrics.coco_keypoints import CocoKeypoints
 from pipeline.backends.torch import Torch
 from pipeline.launch import labels
 from pipeline.launch.cell import Cell
@@ -749,7 +750,7 @@ def test_the_control_trains_as_long_as_all_of_it_took(tmp_path):
 
 def test_the_curve_keeps_prunings_apart_and_what_was_not_retrained_aside():
     def row(pruning, macs, ap):
-        figures = {"ap": ap, "ap_lo": ap - 0.01, "ap_hi": ap + 0.02}
+        figures = {"ap": ap, "ap_lo": ap - 0.01, "ap_hi": ap + 0.02, "metric": CocoKeypoints.info}
         return {"pruning": pruning, "precision": "fp32", "network": "net", "macs": macs, **figures}
 
     rows = [row("dense", 4e9, 0.8), row("l1-0.5", 1e9, 0.6), row("l1-0.3", 2e9, 0.7), row("l1-0.5-pruned", 1e9, 0.0)]
@@ -772,12 +773,24 @@ def test_the_curve_keeps_prunings_apart_and_what_was_not_retrained_aside():
 
 
 def test_curves_of_other_images_or_resolutions_are_other_plots():
+    def same(ap):
+        return {"ap": ap, "ap_lo": ap, "ap_hi": ap, "metric": CocoKeypoints.info}
+
     about = {"data": "set", "network": "net", "keep_aspect_ratio_mode": "pad", "backend": "torch", "precision": "fp32"}
 
     def rows(digest, resolution):
         return [
             defaultdict(
-                str, about, data_digest=digest, resolution=resolution, pruning=pruning, macs=macs, ap=ap, ap_lo=ap, ap_hi=ap
+                str,
+                about,
+                data_digest=digest,
+                resolution=resolution,
+                pruning=pruning,
+                macs=macs,
+                ap=ap,
+                ap_lo=ap,
+                ap_hi=ap,
+                metric=CocoKeypoints.info,
             )
             for pruning, macs, ap in (("dense", 4e9, 0.8), ("l1-0.3", 2e9, 0.7), ("l1-0.5", 1e9, 0.6))
         ]

@@ -44,6 +44,19 @@ def test_quotas_add_up_and_are_never_more_than_there_is(sizes, data):
         assert np.floor(exact) <= proportional[name] <= np.ceil(exact)
 
 
+def test_bins_are_the_users():
+    own = {"persons": {"none": 0, "some": 1, "crowd": 4}}
+    sampler = Stratified(num_images=4, columns=["persons"], bins=own, min_persons_per_image=0)
+    assert set(sampler.sample(table([0, 1, 3, 4, 9])).strata) == {"none", "some", "crowd"}
+    assert Stratified.label_of({"num_images": 4, "seed": 0, "bins": own}, {}).startswith("4-b.")
+    assert Stratified.label_of({"num_images": 4, "seed": 0}, {}) == "4-s0"
+    for wrong in ({"persons": {"a": 1, "b": 1}}, {"persons": {}}):
+        with pytest.raises(ValueError, match=r"sampler\.bins\.persons=.*in rising order"):
+            Stratified(columns=["persons"], bins=wrong)
+    with pytest.raises(ValueError, match=r"sampler\.columns=\[area\]: choose some of persons"):
+        Stratified(columns=["area"], bins=own)
+
+
 def test_allocations_of_known_strata():
     sizes = {"a": 100, "b": 25, "c": 4}
     assert allocate(sizes, 34, "square_root") == {"a": 20, "b": 10, "c": 4}
@@ -93,7 +106,7 @@ def test_too_few_images_are_an_error_that_lists_the_strata():
         ({"min_persons_per_image": "abc"}, "min_persons_per_image=abc: choose 0 or more"),
         ({"min_kpts_per_person": None}, "min_kpts_per_person=None: choose 0 or more"),
         ({"allocation": "even"}, "allocation=even: choose proportional, square_root, equal|allocation=even"),
-        ({"columns": ["size"]}, "columns=.'size'.: choose some of persons, area, keypoints, coverage"),
+        ({"columns": ["size"]}, r"columns=\[size\]: choose some of persons, area, keypoints, coverage"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options, message):

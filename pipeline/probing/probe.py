@@ -180,6 +180,12 @@ class Probe:
         """The errors as a manifest names them; nothing where nothing is measured."""
         return {} if probe is None else {f"error_{name}": value for name, value in probe.errors(candidate).items()}
 
+    @property
+    def primary(self) -> str:
+        """The key of the metric's figure; empty where none is measured."""
+        made: Any = getattr(self.metric, "func", self.metric)  # of a partial one, its class
+        return "" if made is None else str(made.info.primary)
+
     def figures(self, candidate: Candidate) -> dict[str, float]:
         """The metric's figure, its drop from FP32's with a paired 95 % interval, and the agreement with what FP32 finds."""
         assert self.decoder is not None
@@ -193,7 +199,7 @@ class Probe:
                     agreement.process(sample.id, self._plain(self.people[sample.id]), found)
         draws = bootstrap(metric.matches())
         drop = paired(self.baseline, draws)
-        figures = {"figure": draws.value, "drop": drop.value, "drop_lo": drop.low, "drop_hi": drop.high}
+        figures = {metric.info.primary: draws.value, "drop": drop.value, "drop_lo": drop.low, "drop_hi": drop.high}
         if agreement is not None and (agreed := agreement.evaluate()[agreement.info.primary]) != agreement.info.nothing:
             figures["agreement"] = agreed
         return figures

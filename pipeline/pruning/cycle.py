@@ -243,6 +243,7 @@ class Cycle:
             "divisors": self.divisors,
             "backend": backend,
             "resolution": str(self.size),
+            "primary": self.probe.primary if self.probe is not None else "",
             "near_dead": self.near_dead,
             "left_out": self.left_out,
             "channels": sum(self.whole.values()),
@@ -383,7 +384,7 @@ class Cycle:
         ratio = row["macs"] / self.dense["macs"]
         words = [f"{row['params'] / 1e6:.3f} M parameters", f"{row['macs'] / 1e9:.3f} G MACs ({ratio:.2f}x)"]
         words += [f"{row['latency_ms']:.3g} ms ({row['latency_ratio']:.2f}x)"] if "latency_ms" in row else []
-        words += [f"{key} {row[key]:.3f}" for key in ("figure", "agreement") if key in row]
+        words += [f"{key} {row[key]:.3f}" for key in (self.probe.primary if self.probe else "", "agreement") if key in row]
         say(f"{name}: {', '.join(words)}")
 
     def _row(self, name: str) -> dict[str, Any]:

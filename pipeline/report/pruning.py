@@ -193,12 +193,12 @@ def _steps(content: Mapping[str, Any]) -> str:
     for row in content["steps"]:
         cells = [row["step"], f"{row['params'] / 1e6:.3f}", f"{row['macs'] / 1e9:.3f} ({row['macs'] / dense['macs']:.3f}x)"]
         cells.append(f"{row['latency_ms']:.2f} ({row['latency_ratio']:.3f}x)" if "latency_ms" in row else "–")
-        figure = row.get("figure", row.get("ap"))  # version 0.1 named it after its metric
+        figure = row.get(content.get("primary", "ap"))  # version 0.1 knew one metric
         cells.append("–" if figure is None else f"{figure:.3f}")
         cells.append(f"{row['agreement']:.3f}" if "agreement" in row else "–")
         rows.append(cells)
     made = _table(["step", "M parameters", "GMACs", "p50 ms", "metric on tune images", "agreement with dense"], rows)
-    if not any({"figure", "ap", "latency_ms"} & row.keys() for row in content["steps"]):
+    if not any({content.get("primary", "ap"), "latency_ms"} & row.keys() for row in content["steps"]):
         made += "<p>–: not measured; that takes a target or several steps, and stages.prune.backend.</p>"
     flatters = ", which flatters any pruner" if content["near_dead"] else ""
     made += (
