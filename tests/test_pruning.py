@@ -773,9 +773,6 @@ def test_the_curve_keeps_prunings_apart_and_what_was_not_retrained_aside():
 
 
 def test_curves_of_other_images_or_resolutions_are_other_plots():
-    def same(ap):
-        return {"ap": ap, "ap_lo": ap, "ap_hi": ap, "metric": CocoKeypoints.info}
-
     about = {"data": "set", "network": "net", "keep_aspect_ratio_mode": "pad", "backend": "torch", "precision": "fp32"}
 
     def rows(digest, resolution):
