@@ -329,6 +329,8 @@ def test_layers_that_stay_do_not_make_others_go_or_stay(how):
 class SteppedProbe:
     """Times a network by its MACs, in steps as those of a GPU."""
 
+    primary = "ap"
+
     def __init__(self, times):
         self.times, self.backend, self.framing = times, Torch(), WholeImage(None)
 
