@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from pipeline.launch import options
-from pipeline.launch.labels import SHARED
+from pipeline.launch.wiring import SHARED
 from pipeline.results.stage import WIRING
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,7 +14,7 @@ import yaml
 from conftest import ROOT
 from omegaconf import OmegaConf
 
-from pipeline.launch import cell, labels, options
+from pipeline.launch import cell, labels, options, wiring
 from pipeline.onnx_files import files
 from pipeline.results.fingerprint import closure
 from pipeline.results.stage import ABOUT, WIRING, Stage, _component, arguments
@@ -30,8 +30,8 @@ NEEDED = ["weights=w", "data.train.images=a", "data.train.annotations=a", "data.
 def compose(*words):
     with hydra.initialize_config_module("conf", version_base="1.3"):
         config = hydra.compose("config", list(words))
-    labels.settle(config)
-    labels.wire(config, config.stages)
+    wiring.settle(config)
+    wiring.wire(config, config.stages)
     return config
 
 

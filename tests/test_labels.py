@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from pipeline.launch import command_line, labels
+from pipeline.launch import command_line, labels, wiring
 from pipeline.launch.cell import resolved
 from pipeline.quantization import quantizers
 from pipeline.results.stage import Stage, arguments
@@ -73,8 +73,8 @@ objective: null
 def settled(*words, folder=None):
     read = command_line.read(words)
     config = command_line.compose(read.options, folder)
-    labels.settle(config)
-    labels.wire(config, config.stages)
+    wiring.settle(config)
+    wiring.wire(config, config.stages)
     return config
 
 

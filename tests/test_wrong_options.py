@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.launch import command_line, labels, options, preflight
+from pipeline.launch import command_line, options, preflight, wiring
 from pipeline.launch.cell import Cell
 from pipeline.launch.tracking import Cells
 from pipeline.results.stage import ABOUT, WIRING
@@ -169,7 +169,7 @@ def refused(config, name):
             options.check_stages(config, [rest.partition(".")[0]])
         else:
             options.check_component(config, group)
-            labels.wire(config, ["quantize", "qat"])
+            wiring.wire(config, ["quantize", "qat"])
             options.check_stages(config, ["quantize", "qat"] if "trained_with" in rest else ["quantize"])
     except UserError as error:
         return str(error)
@@ -182,8 +182,8 @@ def test_every_option_is_checked_against_its_annotation():
         before_set = len(tried)
         choices = [word for word in words if word.partition("=")[0] in GROUPS]
         config = changed(base(*SMOKE, *choices), [word for word in words if word not in choices])
-        labels.settle(config)
-        labels.wire(config, config.stages)
+        wiring.settle(config)
+        wiring.wire(config, config.stages)
         for name, hint in annotated(config):
             parent, _, key = name.rpartition(".")
             node = OmegaConf.select(config, parent) if parent else config

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.edge import CONFIG, PACKAGE, STAGES
-from pipeline.launch import labels
+from pipeline.launch import wiring
 from pipeline.launch.cell import resolved
 from pipeline.results.fingerprint import ROOT, closure
 from pipeline.results.manifest import MANIFEST, read_manifest
@@ -95,7 +95,7 @@ def _above(folders: Sequence[Path], root: Path) -> Iterator[Path]:
 def code(config: DictConfig) -> list[Path]:
     """The files that a device runs, relative to the project: what is whole, and the import closure of its stages."""
     config = deepcopy(config)
-    labels.wire(config, STAGES)
+    wiring.wire(config, STAGES)
     modules = ["pipeline.edge"]
     for name in STAGES:
         modules += [target.rpartition(".")[0] for target in targets(resolved(config.stages[name]))]

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.launch import labels, options, preflight
+from pipeline.launch import labels, options, preflight, wiring
 from pipeline.launch.components import located
 from pipeline.models.trust import trust
 from pipeline.results.job import Job
@@ -34,7 +34,7 @@ class _Stages(Mapping[str, Stage]):
 
     def __getitem__(self, name: str) -> Stage:
         if name not in self._resolved:
-            labels.wire(self._config, [name])
+            wiring.wire(self._config, [name])
             self._resolved[name] = Stage.from_config(name, resolved(self._node[name]))
         return self._resolved[name]
 
@@ -89,7 +89,7 @@ class Cell:
         self.program = program
         options.check_command(config)
         keep_compiled(Path(str(config.outputs)))  # before numba is imported, which labels may do
-        labels.settle(config)
+        wiring.settle(config)
         options.check_wiring(config)
         preflight.check_pruner(config)
         trust(plain(config.trusted_modules), plain(config.model.get("_target_")))

@@ -14,8 +14,9 @@ from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.launch.labels import MOVED, SHARED
+from pipeline.launch.earlier import MOVED
 from pipeline.launch.messages import lost
+from pipeline.launch.wiring import SHARED
 from pipeline.results.stage import ABOUT
 from posepress.errors import UserError, nearest
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.launch import labels, options
+from pipeline.launch import labels, options, wiring
 from pipeline.launch.chain import needed, requested
 from pipeline.results.content import sha256
 from pipeline.results.manifest import read_manifest
@@ -51,12 +51,12 @@ def check_options(config: DictConfig, plan: Sequence[str], words: Sequence[str],
         if not sweep:
             raise UserError(f"{lost[0]}: there is no pruner; add pruner=l1")
         words = [word for word in words if word not in lost]  # of another cell
-    labels.wire(config, plan)
+    wiring.wire(config, plan)
     options.check_added(config, words)
     keys = [word.lstrip("+~").partition("=")[0].split(".") for word in words]
     named = [key[1] for key in keys if key[0] == "stages" and len(key) > 1]
     named = [name for name in named if options.installed(config.stages.get(name))]
-    labels.wire(config, named)
+    wiring.wire(config, named)
     options.check_stages(config, list(dict.fromkeys([*plan, *named])))
     for key in keys:
         if key[0] != "stages" and len(key) > 1 and options.installed(config.get(key[0])):

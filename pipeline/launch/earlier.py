@@ -1,0 +1,90 @@
+"""Files of choices that were written for version 0.1: their words and classes have new places."""
+
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.results.stage import ABOUT
+
+# Words about a component that stood beside its arguments up to version 0.1; `about` holds them now.
+MOVED: Mapping[str, tuple[str, ...]] = {
+    "data": ("label",),
+    "model": ("label", "multiple", "offset", "requires", "only_on", "retrain_lr"),
+    "pruner": ("label",),
+    "sampler": ("label", "network", "framing", "resolution"),
+    "precision": (
+        *("label", "name", "recipe", "network", "calibration", "tuned_by", "measured_on", "requires", "only_on"),
+        "last_tensorrt",
+    ),
+    "backend": ("label", "requires", "checkpoint"),
+    "framing": ("label",),
+}
+
+_GONE: Mapping[str, tuple[str, ...]] = {
+    "model": ("weights_from", "onnx", "spec"),
+    "pruner": ("weights_from", "measured_on", "measures_here", "by_sensitivity"),
+    "sampler": ("address",),
+    "precision": ("judged_by", "measures_here", "measuring"),
+}
+
+# Classes that files of choices written for version 0.1 name.
+_TARGETS: Mapping[str, str] = {
+    "evaluation.types.Resolution": "posepress.spec.Resolution",
+    "evaluation.views.WholeImage": "posepress.framing.whole_image.WholeImage",
+    "evaluation.views.PersonCrops": "posepress.framing.person_crops.PersonCrops",
+    "evaluation.heatmap_paf.HeatmapPafDecoder": "posepress.decoders.heatmap_paf.decoder.HeatmapPafDecoder",
+    "evaluation.topdown.TopDownDecoder": "posepress.decoders.heatmap_argmax.TopDownDecoder",
+    "evaluation.coco.CocoKeypoints": "evaluation.metrics.coco_keypoints.CocoKeypoints",
+    "evaluation.agreement.PoseAgreement": "evaluation.metrics.agreement.PoseAgreement",
+}
+
+
+def has(node: DictConfig, key: str) -> bool:
+    """Whether a node holds a key, without resolving its value."""
+    return node._get_node(key, validate_access=False) is not None  # noqa: SLF001 - "in" resolves the value
+
+
+def move(config: Any) -> None:
+    """Take files of choices written for version 0.1: what they say about a component goes into `about`."""
+    _rename(config)
+    if config.exported is None:
+        config.quantized = None
+    for group in {*MOVED, *_GONE}:
+        node = config.get(group)
+        if not isinstance(node, DictConfig):
+            continue
+        moved = [key for key in MOVED.get(group, ()) if has(node, key)]
+        for key in moved:
+            OmegaConf.set_struct(node, value=False)
+            if not isinstance(node.get(ABOUT), DictConfig):
+                node[ABOUT] = {}
+            with suppress(OmegaConfBaseException):  # made by a resolver that is gone: the component makes it now
+                node[ABOUT][key] = node[key]
+            del node[key]
+        for key in _GONE.get(group, ()):
+            if "_target_" in node and has(node, key):
+                remove(node, key)
+        if moved:
+            words = ", ".join(f"{key}: ..." for key in moved)
+            print(f"warning: {group}.{moved[0]}: write `about: {{{words}}}` in the file of this choice", file=sys.stderr)
+
+
+def _rename(node: Any) -> None:
+    """Write the new names of classes that moved."""
+    for key in list(node.keys()):
+        inner = node._get_node(key)  # noqa: SLF001 - reading it would resolve an interpolation
+        if isinstance(inner, DictConfig) and not inner._is_none() and not inner._is_interpolation():  # noqa: SLF001
+            _rename(inner)
+        elif key == "_target_" and (new := _TARGETS.get(str(inner._value()))) is not None:  # noqa: SLF001
+            print(f"warning: {node._get_full_key(key)}={inner._value()}: write {new}", file=sys.stderr)  # noqa: SLF001
+            node[key] = new
+
+
+def remove(node: DictConfig, key: str) -> None:
+    """Take a key out of a node."""
+    OmegaConf.set_struct(node, value=False)
+    del node[key]

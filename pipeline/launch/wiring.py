@@ -1,0 +1,128 @@
+"""What a configuration leaves open: automatic values, and the options that stages take from elsewhere."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.launch.earlier import has, move, remove
+from pipeline.launch.labels import GROUPS, Config, automatic, class_of, method, options_of, said
+
+# Parameters of stages that are options of the whole command: a stage's file need not name them.
+SHARED = (
+    *("data", "pruner", "sampler", "backend", "objective", "framing", "decoder", "metric", "agreement", "resolution", "batch"),
+    *("threads", "seed", "control", "weights", "axes", "engines", "results", "target", "outputs", "name"),
+    "training_resolution",
+)
+
+
+def holds(config: Config, condition: str) -> bool:
+    """Whether a choice says yes of its options: "pruner.measures", "precision.measures", "pruner.trains".
+
+    What measures candidates on this machine makes a result that belongs here.
+    """
+    group, _, name = condition.partition(".")
+    function = method(config, group, name)
+    with _quietly():
+        return bool(function is not None and function(options_of(config, group)))
+    return False
+
+
+def settle(config: DictConfig) -> None:
+    """Write into a configuration what follows from its choices: values left to a component, labels, and the stages' wiring.
+
+    What is made of an option that is wrong stays as it is: that option is named by its own check.
+    """
+    move(config)
+    for group in ("pruner", "precision"):
+        with _quietly():
+            _write(config[group], automatic(config, group))
+    with _quietly():
+        _retraining(config)
+    for name in map(str, config.stages) if isinstance(config.stages, DictConfig) else ():
+        _follow(config, name)
+    for name in map(str, config.addresses):
+        with _quietly():
+            config.addresses[name] = config.addresses[name]
+    with _quietly():
+        config.axes = config.axes
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Leave what is made of an option that is wrong: that option is named in its own place."""
+    with suppress(OmegaConfBaseException, TypeError, ValueError, KeyError, AttributeError):
+        yield
+
+
+def _write(node: Any, values: Mapping[str, Any]) -> None:
+    OmegaConf.set_struct(node, value=False)
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            _write(node[key], value)
+        else:
+            node[key] = value
+
+
+def _retraining(config: Config) -> None:
+    """The rate and the seed of retraining, where they are left to it."""
+    retrain = config.stages.get("retrain")
+    if not isinstance(retrain, DictConfig):
+        return
+    if retrain.get("seed", 0) is None:
+        retrain.seed = config.seed if config.control is None else config.control_seed
+    training = retrain.get("training")
+    if isinstance(training, DictConfig) and training.get("lr", 0) is None:
+        own = said(config, "model", "retrain_lr", 1e-3)
+        training.lr = config.stages.train.training.lr if config.control == "scratch" else own
+
+
+def _follow(config: Config, stage: str) -> None:
+    """Refer to the options of another stage where a stage does not say its own."""
+    node = config.stages.get(stage)
+    follows = node.get("follows") if isinstance(node, DictConfig) else None
+    if not isinstance(follows, DictConfig):
+        return
+    remove(node, "follows")
+    for part, source in follows.items():
+        _follow(config, str(source).removeprefix("stages.").partition(".")[0])
+        there, here = OmegaConf.select(config, source), node.get(part)
+        for key in map(str, there) if isinstance(there, DictConfig) and isinstance(here, DictConfig) else ():
+            if not has(here, key):
+                _refer(here, key, f"{source}.{key}")
+
+
+def _refer(node: DictConfig, key: str, place: str) -> None:
+    OmegaConf.set_struct(node, value=False)
+    node[key] = f"${{{place}}}"
+
+
+def wire(config: DictConfig, names: Iterable[str]) -> None:
+    """Give stages the options of the whole command that their functions take, and those of their measuring components."""
+    for name in names:
+        node: Any = config.stages.get(name)
+        if not isinstance(node, DictConfig):
+            continue
+        device, when = node.get("device"), node.get("when")
+        if isinstance(device, str) and device.partition(".")[0] in GROUPS:
+            node["device"] = holds(config, device)
+        if isinstance(when, DictConfig):
+            remove(node, "when")
+            for condition, options in when.items():
+                for key in options if condition == "otherwise" or holds(config, str(condition)) else ():
+                    if not has(node, key):
+                        node[key] = options._get_node(key)._value()  # noqa: SLF001 - the reference, not what it refers to
+        function = class_of(str(node.get("_target_")))
+        for key in _parameters(function) if callable(function) else ():
+            if key in SHARED and not has(node, key) and key in config:
+                _refer(node, key, key)
+
+
+def _parameters(function: Callable[..., Any]) -> Iterable[str]:
+    try:
+        return list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return []
