@@ -16,6 +16,7 @@ from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.probing.probe import Candidate, Probe
 from pipeline.quantization import graph, quantizers, writers
 from pipeline.quantization.mixed import Mixed
+from pipeline.quantization.quantizers import Int8, Retrained
 from pipeline.stages import quantize
 from pipeline.training.fake_quantization import FakeQuantized
 from posepress.errors import UserError
@@ -307,3 +308,18 @@ def test_an_audit_leaves_nothing_behind(branches, tmp_path, monkeypatch):  # noq
     (tmp_path / "scratch").mkdir()
     assert OnnxRuntime().audit(tmp_path / "m.onnx", Resolution(8, 8), tmp_path / "scratch")
     assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_a_remedy_names_the_option_where_it_stands(branches, tmp_path):  # noqa: F811
+    file = tmp_path / "model.onnx"
+    onnx.save(branches, file)
+    wrong = {"nodes_to_exclude": ("node_con2d",)}
+    for quantizer, place in (
+        (Int8(**wrong), "precision"),
+        (Mixed(int8=Int8(**wrong)).int8, r"precision\.int8"),
+        (Retrained(trained_with=Int8(**wrong)).trained_with, r"precision\.trained_with"),
+    ):
+        with pytest.raises(UserError, match=rf"^{place}\.nodes_to_exclude: no node matches 'node_con2d'"):
+            quantizer.calibrate(file, fed(feed(1, (1, 3, 64, 80))))
+    with pytest.raises(ValueError, match=r"^precision\.high_precision_dtype=fp64: choose fp32, fp16"):
+        Retrained(high_precision_dtype="fp64")

@@ -4,7 +4,6 @@ A component says itself how its options are called in a label: its class has `la
 labels of several components: addresses, and the axes of a table.
 """
 
-import importlib
 import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -14,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from pipeline.launch.components import located
 from pipeline.launch.earlier import MOVED, has
 from pipeline.results.stage import ABOUT
 
@@ -47,11 +47,9 @@ def recipe(config: Config, group: str = "precision") -> str:
     if (given := said(config, group, "recipe")) is not None:
         return str(given)
     function = method(config, group, "label_of")
-    return (
-        ""
-        if function is None
-        else str(function({**options_of(config, group), **automatic(config, group)}, _setting(config, group)))
-    )
+    if function is None:
+        return ""
+    return str(function({**options_of(config, group), **automatic(config, group)}, _setting(config, group)))
 
 
 def grid(config: Config) -> tuple[int, int]:
@@ -89,9 +87,8 @@ def options_of(config: Config, group: str) -> dict[str, Any]:
 @cache
 def class_of(target: str) -> Any:
     """A component's class; None where it cannot be imported, which the check of its options says."""
-    module, _, name = target.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name, None)
+        return located(target)
     except Exception:  # noqa: BLE001 - the code of a module raises anything
         return None
 

@@ -10,13 +10,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.launch.earlier import has, move, remove
 from pipeline.launch.labels import GROUPS, Config, automatic, class_of, method, options_of, said
+from pipeline.launch.options import Command
 
-# Parameters of stages that are options of the whole command: a stage's file need not name them.
-SHARED = (
-    *("data", "pruner", "sampler", "backend", "objective", "framing", "decoder", "metric", "agreement", "resolution", "batch"),
-    *("threads", "seed", "control", "weights", "axes", "engines", "results", "target", "outputs", "name"),
-    "training_resolution",
-)
+SHARED = tuple(Command.__annotations__)  # a stage's file need not name options of the command that its function takes
 
 
 def holds(config: Config, condition: str) -> bool:
