@@ -23,11 +23,11 @@ from posepress.decoders.heatmap_paf.decoder import HeatmapPafDecoder
 from posepress.framing.whole_image import WholeImage
 from posepress.results import Poses
 from posepress.skeletons import OPENPOSE_18
-from posepress.spec import FieldSpec, InputSpec, NetworkSpec, Resolution
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Resolution
 
 F32 = NDArray[np.float32]
 Decoders = dict[str, Callable[[F32, F32], F32]]
-SPEC = NetworkSpec(InputSpec("image"), (FieldSpec("heatmaps", 8, 19), FieldSpec("pafs", 8, 38)), OPENPOSE_18)
+SPEC = NetworkSpec(InputSpec("image"), (OutputSpec("heatmaps", 8, 19), OutputSpec("pafs", 8, 38)), OPENPOSE_18)
 PEOPLE = (1, 5, 20, 50)
 
 

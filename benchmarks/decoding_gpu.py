@@ -17,9 +17,9 @@ from posepress.decoders.heatmap_paf.decoder import HeatmapPafDecoder, limb_order
 from posepress.decoders.heatmap_paf.on_gpu import OFTEN, TOP, to_candidates, to_host, to_scores
 from posepress.framing.whole_image import WholeImage
 from posepress.skeletons import OPENPOSE_18
-from posepress.spec import FieldSpec, InputSpec, NetworkSpec, Resolution
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Resolution
 
-SPEC = NetworkSpec(InputSpec("image"), (FieldSpec("heatmaps", 8, 19), FieldSpec("pafs", 8, 38)), OPENPOSE_18)
+SPEC = NetworkSpec(InputSpec("image"), (OutputSpec("heatmaps", 8, 19), OutputSpec("pafs", 8, 38)), OPENPOSE_18)
 CALLS = 200
 
 

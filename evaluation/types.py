@@ -7,6 +7,7 @@ __getattr__ = forward(
     {
         **dict.fromkeys(("Poses", "Sample", "SemanticMask"), "posepress.results"),
         **dict.fromkeys(("number", "whole"), "posepress.checks"),
+        "FieldSpec": "posepress.spec:OutputSpec",
         "View": "posepress.geometry",
         "People": "evaluation.truth",
         "*": "posepress.spec",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from posepress.spec import FieldSpec, Resolution
+from posepress.spec import OutputSpec, Resolution
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class View:
         return mapped
 
 
-def cells_to_input(points: NDArray[np.float64], spec: FieldSpec) -> NDArray[np.float64]:
+def cells_to_input(points: NDArray[np.float64], spec: OutputSpec) -> NDArray[np.float64]:
     """Map points of a field's grid [..., 2], in cells, to input pixels.
 
     A cell covers `stride` pixels, so its centre lies at (cell + 0.5) * stride - 0.5 (align_corners=False); `shift` moves
@@ -49,7 +49,7 @@ def cells_to_input(points: NDArray[np.float64], spec: FieldSpec) -> NDArray[np.f
     return (points + spec.shift + 0.5) * spec.stride - 0.5
 
 
-def input_to_cells(points: NDArray[np.float64], spec: FieldSpec) -> NDArray[np.float64]:
+def input_to_cells(points: NDArray[np.float64], spec: OutputSpec) -> NDArray[np.float64]:
     """The inverse of `cells_to_input`."""
     return (points + 0.5) / spec.stride - 0.5 - spec.shift
 

@@ -11,14 +11,16 @@ def forward(old: str, places: Mapping[str, str]) -> Callable[[str], Any]:
 
     Args:
         old: the module.
-        places: the new module of each name; "*" is that of all others.
+        places: the new module of each name, or "module:name" where the name changed too; "*" is that of all others.
     """
 
     def get(name: str) -> Any:
         place = places.get(name, places.get("*"))
         if place is None or name.startswith("__"):
             raise AttributeError(f"{old} has no {name}")
-        warnings.warn(f"{old}.{name} moved: import it from {place}", DeprecationWarning, stacklevel=2)
-        return getattr(import_module(place), name)
+        module, _, new = place.partition(":")
+        renamed = f" as {new}" if new else ""
+        warnings.warn(f"{old}.{name} moved: import it from {module}{renamed}", DeprecationWarning, stacklevel=2)
+        return getattr(import_module(module), new or name)
 
     return get

@@ -1,5 +1,7 @@
 """Pixels: cutting a view from an image, and the form in which a network takes it."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -44,16 +46,42 @@ def _planes(images: NDArray[np.uint8], order: NDArray[np.int64], factor: F32, of
                 out[n, c, p] = np.float32(images[n, p, source]) * f - o
 
 
-def normalise(images: NDArray[np.uint8], spec: InputSpec, out: F32 | None = None) -> F32:
-    """RGB pixels [..., H, W, 3] to the network's input form [..., 3, H, W], in `out`, a contiguous array, if it is given.
+def normalise(images: NDArray[np.uint8], spec: InputSpec, out: NDArray[Any] | None = None) -> NDArray[Any]:
+    """RGB pixels to the network's input form: its layout, type and channels.
+
+    Args:
+        images: RGB [B, H, W, 3].
+        spec: the network's input; grey is OpenCV's: .299 R + .587 G + .114 B.
+        out: a contiguous array of the form's shape and type that takes the input; None makes one.
 
     Raises:
-        ValueError: the images have other channels, or `out` another size.
+        ValueError: the images have other channels, or `out` has another shape or type.
     """
-    *before, height, width, channels = images.shape
-    if channels != len(spec.mean) or (out is not None and out.size != images.size):
-        raise ValueError(f"images {list(images.shape)} are not RGB, or do not fit the array that takes them")
-    flat = np.ascontiguousarray(images).reshape(-1, height * width, channels)
-    made = np.empty((*before, channels, height, width), np.float32) if out is None else out
-    _planes(flat, *spec.form(), made.reshape(-1, channels, height * width))
-    return made
+    if images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f"images {list(images.shape)} are not RGB [B, H, W, 3]")
+    batch, height, width, _ = images.shape
+    shape, kind = spec.shape(batch, Resolution(height, width)), np.dtype(spec.dtype)
+    if out is not None and (out.shape != shape or out.dtype != kind):
+        raise ValueError(f"an array {list(out.shape)} of {out.dtype} does not take an input {list(shape)} of {kind}")
+    pixels = grey(images) if spec.channels == 1 else np.ascontiguousarray(images)
+    order, factor, offset = spec.form()
+    if kind == np.uint8:
+        planes: NDArray[Any] = pixels[..., order].transpose(0, 3, 1, 2)
+    else:
+        plain = out is not None and spec.layout == "NCHW" and kind == np.float32
+        planes = out if plain and out is not None else np.empty((batch, spec.channels, height, width), np.float32)
+        flat = pixels.reshape(batch, height * width, spec.channels)
+        _planes(flat, order, factor, offset, planes.reshape(batch, spec.channels, height * width))
+    ordered = planes if spec.layout == "NCHW" else planes.transpose(0, 2, 3, 1)
+    if out is None:
+        return np.ascontiguousarray(ordered, kind)
+    if ordered is not out:
+        out[...] = ordered
+    return out
+
+
+def grey(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """RGB images [B, H, W, 3] as grey ones [B, H, W, 1]."""
+    import cv2
+
+    return np.stack([cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in images])[..., None].astype(np.uint8, copy=False)

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from posepress.pixels import grey
 from posepress.spec import InputSpec
 
 
@@ -17,12 +18,16 @@ def _on(device: torch.device, spec: InputSpec) -> tuple[Tensor, Tensor]:
 
 
 def normalise(images: NDArray[np.uint8], spec: InputSpec, device: torch.device) -> Tensor:
-    """RGB pixels [B, H, W, 3] to the network's input form, float32 [B, 3, H, W] on the device, channels last in memory.
+    """RGB pixels [B, H, W, 3] to the network's input form on the device; [B, C, H, W] is channels last in memory.
 
-    See `posepress.pixels.normalise`; on a GPU the current stream does the work, and the host does not wait for it.
+    See `posepress.pixels.normalise`. On a GPU the current stream does the work, and the host does not wait for it.
     """
+    if spec.channels == 1:
+        images = grey(images)
     pixels = torch.from_numpy(np.ascontiguousarray(images))
     there = pixels.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else pixels
     ordered = (there if spec.order == "RGB" else there.flip(-1)).permute(0, 3, 1, 2)
-    factor, offset = _on(device, spec)
-    return ordered.float() * factor - offset
+    if spec.dtype != "uint8":
+        factor, offset = _on(device, spec)
+        ordered = (ordered.float() * factor - offset).to(getattr(torch, spec.dtype))
+    return ordered.permute(0, 2, 3, 1).contiguous() if spec.layout == "NHWC" else ordered

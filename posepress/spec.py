@@ -6,8 +6,8 @@ Sizes are (height, width).
 import difflib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -74,10 +74,14 @@ class InputSpec:
         order: "RGB" or "BGR"; mean and std follow it.
         range: the value a full-scale pixel (255) is scaled to, before mean and std: 1 or 255.
         mean: one number a channel, or one for all, in units of `range`.
-        std: likewise, above 0.
+        std: one number a channel, or one for all, above 0, in units of `range`.
         pad: the grey level (0..255) outside the image.
         multiple: height and width must be k * multiple + offset.
         offset: 0, or 1 for networks of 16k + 1.
+        layout: order of the axes: "NCHW" (batch, channels, height, width) or "NHWC".
+        dtype: "float32", "float16" or "uint8"; a network of uint8 normalises pixels itself.
+        channels: 3, or 1 for a network of grey images.
+        size: the one input size of a network of fixed size; None where height or width is free.
     """
 
     name: str
@@ -88,8 +92,10 @@ class InputSpec:
     pad: int = 128
     multiple: int = 8
     offset: int = 0
-    layout: Literal["NCHW"] = "NCHW"
-    dtype: Literal["float32"] = "float32"
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+    dtype: Literal["float32", "float16", "uint8"] = "float32"
+    channels: Literal[1, 3] = 3
+    size: Resolution | None = None
 
     def __post_init__(self) -> None:
         """Check the values; words of another case are taken, and one mean or std stands for all channels.
@@ -98,23 +104,43 @@ class InputSpec:
             ValueError: a value is of another type or out of range; the message begins with its name.
         """
         text("name", self.name)
-        for option, known in (("order", ("RGB", "BGR")), ("layout", ("NCHW",)), ("dtype", ("float32",))):
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels={shown(self.channels)}: choose 3 (colour) or 1 (grey)")
+        for option, known in (
+            ("order", ("RGB", "BGR")),
+            ("layout", ("NCHW", "NHWC")),
+            ("dtype", ("float32", "float16", "uint8")),
+        ):
             value = getattr(self, option)
             word = next((k for k in known if str(value).lower() == k.lower()), value)
             choice(option, word, known)
             object.__setattr__(self, option, word)
         number("range", self.range, 1e-6, 65536)
         for option, least in (("mean", -MOST_VALUE), ("std", 1e-6)):
-            given = getattr(self, option)
-            values = tuple(given) if isinstance(given, (list, tuple)) else (given,)
-            for place, value in enumerate(values):
-                number(option if len(values) == 1 else f"{option}[{place}]", value, least)
-            if len(values) not in (1, 3):
-                raise ValueError(f"{option}={shown(list(values))}: {len(values)} numbers; give one, or three, one a channel")
-            object.__setattr__(self, option, values * (3 // len(values)))
+            object.__setattr__(self, option, self._of_each_channel(option, getattr(self, option), least))
+        if self.dtype == "uint8" and (self.range != 255 or any(self.mean) or set(self.std) != {1}):
+            raise ValueError("dtype=uint8: the network takes pixels as they are; give range=255, mean=0 and std=1 with it")
         whole("pad", self.pad, 0, 255)
         whole("multiple", self.multiple, 1, MOST_PIXELS)
         whole("offset", self.offset, 0, MOST_PIXELS)
+        if self.size is not None:
+            object.__setattr__(self, "size", _size(self.size))
+
+    def _of_each_channel(self, option: str, given: Any, least: float) -> tuple[float, ...]:
+        """The numbers of an option, one a channel.
+
+        Raises:
+            ValueError: one is no number of the range, or there are more or fewer than channels.
+        """
+        values = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+        for place, value in enumerate(values):
+            number(option if len(values) == 1 else f"{option}[{place}]", value, least)
+        if self.channels == 1 and len(set(values)) == 1:
+            values = values[:1]
+        if len(values) not in (1, self.channels):
+            more = ", or three, one a channel" if self.channels == 3 else ", of the grey channel"
+            raise ValueError(f"{option}={shown(list(values))}: {len(values)} numbers; give one{more}")
+        return values * (self.channels // len(values))
 
     @property
     def doubts(self) -> list[str]:
@@ -133,6 +159,8 @@ class InputSpec:
 
     def fits(self, resolution: Resolution) -> bool:
         """Whether the network takes this resolution."""
+        if self.size is not None:
+            return resolution == self.size
         return all((n - self.offset) % self.multiple == 0 for n in (resolution.height, resolution.width))
 
     def fit(self, pixels: float) -> int:
@@ -140,29 +168,69 @@ class InputSpec:
         steps = int(np.ceil((pixels - self.offset) / self.multiple - 1e-9))
         return max(steps, 1) * self.multiple + self.offset
 
+    @property
+    def axes(self) -> dict[str, int]:
+        """Where "batch", "height", "width" and "channels" stand in the input's shape."""
+        at = {"N": "batch", "C": "channels", "H": "height", "W": "width"}
+        return {at[letter]: place for place, letter in enumerate(self.layout)}
+
+    def shape(self, batch: int, size: Resolution) -> tuple[int, int, int, int]:
+        """The shape of an input of `batch` images of `size`."""
+        colours, sides = (self.channels,), (size.height, size.width)
+        return (batch, *colours, *sides) if self.layout == "NCHW" else (batch, *sides, *colours)
+
+    def size_of(self, shape: Sequence[int]) -> Resolution:
+        """The image size of an input's shape."""
+        return Resolution(int(shape[self.axes["height"]]), int(shape[self.axes["width"]]))
+
     def form(self) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
-        """How RGB pixels become inputs: the channels' order, and factor and offset [3] of value * factor - offset."""
-        order = np.arange(3) if self.order == "RGB" else np.arange(3)[::-1].copy()
+        """How pixels become inputs: the channels' order, and factor and offset [channels] of value * factor - offset."""
+        order = np.arange(self.channels) if self.order == "RGB" else np.arange(self.channels)[::-1].copy()
         factor = (np.float32(self.range / 255) / np.asarray(self.std, np.float32)).astype(np.float32)
         offset = (np.asarray(self.mean, np.float32) / np.asarray(self.std, np.float32)).astype(np.float32)
         return order, factor, offset
 
 
+def _size(given: object) -> Resolution:
+    """A fixed input size, given as "288x384" or as {height, width}.
+
+    Raises:
+        ValueError: it is neither; the message begins with the option.
+    """
+    if isinstance(given, Resolution):
+        return given
+    try:
+        return Resolution(**given) if isinstance(given, Mapping) else Resolution.parse(str(given))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"size={shown(given)}: give HEIGHTxWIDTH in pixels, like 288x384") from error
+
+
+_AXES = ("CHW", "CX", "CY", "CN", "NC", "HW", "")
+_TYPES = ("float32", "float16", "uint8", "int32", "int64")
+
+
 @dataclass(frozen=True)
-class FieldSpec:
+class OutputSpec:
     """One output of a network.
 
     Attributes:
-        name: the output's name in the ONNX file: "heatmaps", "pafs", ...
-        stride: input pixels a cell.
-        channels: maps in the field.
+        name: the output's name in our ONNX files: "heatmaps", "pafs", ...
+        stride: input pixels a cell, below 1 for lines that are finer than the input; without meaning for a set.
+        channels: maps, lines or values an entry of a set has; 1 for a class map.
         shift: where the first cell's sample lies, in cells from the centre of the first cell; heatmaps and PAFs can differ.
+        axes: what follows the batch: "CHW" a map for each channel, "CX" or "CY" a line along the width or the height for each
+            channel, "CN" or "NC" a set of N entries, "HW" a map of class indices; empty for a tensor of any shape.
+        dtype: "float32" or "float16"; for a class map or indices "uint8", "int32" or "int64".
+        tensor: the output's name in a given file; empty where it is `name`.
     """
 
     name: str
-    stride: int
+    stride: float
     channels: int
     shift: float = 0.0
+    axes: Literal["CHW", "CX", "CY", "CN", "NC", "HW", ""] = "CHW"
+    dtype: Literal["float32", "float16", "uint8", "int32", "int64"] = "float32"
+    tensor: str = ""
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -171,9 +239,52 @@ class FieldSpec:
             ValueError: a value is of another type or out of range; the message begins with its name.
         """
         text("name", self.name)
-        whole("stride", self.stride, 1, MOST_PIXELS)
+        choice("axes", self.axes, _AXES)
+        choice("dtype", self.dtype, _TYPES)
+        if self.axes in ("CX", "CY"):
+            number("stride", self.stride, 1 / 64, MOST_PIXELS)
+        else:
+            whole("stride", self.stride, 1, MOST_PIXELS)
         whole("channels", self.channels, 1, MOST_CHANNELS)
+        if self.axes == "HW" and self.channels != 1:
+            raise ValueError(f"channels={self.channels}: a map of class indices (axes=HW) has 1")
         number("shift", self.shift, -MOST_PIXELS, MOST_PIXELS)
+        if not isinstance(self.tensor, str):
+            raise ValueError(f"tensor={shown(self.tensor)}: give the output's name in the file")  # noqa: TRY004
+
+    @property
+    def is_map(self) -> bool:
+        """Whether the output has a map for each channel."""
+        return self.axes == "CHW"
+
+    def cells(self, size: Resolution) -> Resolution:
+        """Height and width of the output's maps for an input of `size`; lines and sets have none."""
+        return Resolution(int(size.height // self.stride), int(size.width // self.stride))
+
+    def shape(self, size: Resolution) -> tuple[int | None, ...]:
+        """The output's shape for an input of `size`, without the batch; None where the description does not tell."""
+        sides: dict[str, int | None] = {
+            "C": self.channels,
+            "H": int(size.height // self.stride),
+            "W": int(size.width // self.stride),
+            "X": round(size.width / self.stride),
+            "Y": round(size.height / self.stride),
+            "N": None,
+        }
+        return tuple(sides[letter] for letter in self.axes)
+
+    def holds(self, shape: Sequence[int]) -> bool:
+        """Whether an array of this shape, its batch first, has the output's axes and channels; -1 stands for any size."""
+        channels = self.axes.find("C") + 1
+        if not self.axes:
+            return True
+        return len(shape) == len(self.axes) + 1 and (not channels or shape[channels] in (-1, self.channels))
+
+    @property
+    def form(self) -> str:
+        """The output's shape in words: "[n, 19, h, w]"."""
+        names = {"C": str(self.channels), "H": "h", "W": "w", "X": "x", "Y": "y", "N": "entries"}
+        return f"[n, {', '.join(names[letter] for letter in self.axes)}]"
 
 
 @dataclass(frozen=True)
@@ -295,7 +406,7 @@ class NetworkSpec:
     """
 
     input: InputSpec
-    fields: tuple[FieldSpec, ...]
+    fields: tuple[OutputSpec, ...]
     labels: Skeleton | Palette
     dynamic: frozenset[str] = field(default_factory=lambda: frozenset(_FREE))
 
@@ -306,14 +417,16 @@ class NetworkSpec:
             ValueError: they do not; the message begins with the option.
         """
         if not self.fields:
-            raise ValueError("fields=[]: give each output of the network, {name, stride, channels, shift}")
+            raise ValueError("fields=[]: give each output of the network, {name, stride, channels}")
         unique("fields.name", tuple(f.name for f in self.fields))
         if self.input.name in {f.name for f in self.fields}:
             raise ValueError(f"input.name={self.input.name}: a field has this name, too; give each a name of its own")
         for word in self.dynamic:
             choice("dynamic", word, _FREE)
+        if self.input.size is not None:
+            object.__setattr__(self, "dynamic", self.dynamic & {"batch"})
 
-    def field(self, name: str) -> FieldSpec:
+    def field(self, name: str) -> OutputSpec:
         """The output of that name.
 
         Raises:
@@ -337,7 +450,15 @@ class NetworkSpec:
 
     def to_json(self) -> str:
         """The description as one line of JSON; equal descriptions give equal text."""
-        return json.dumps({**asdict(self), "dynamic": sorted(self.dynamic)}, sort_keys=True)
+        written = {**asdict(self), "dynamic": sorted(self.dynamic)}
+        parts: list[tuple[dict[str, Any], Any, Sequence[str]]] = [(written["input"], InputSpec, ("channels", "size"))]
+        parts += [(one, OutputSpec, ("axes", "dtype", "tensor")) for one in written["fields"]]
+        for values, kind, since_0_2 in parts:  # version 0.1 reads descriptions that need nothing newer
+            usual = {option.name: option.default for option in fields(kind)}
+            for name in since_0_2:
+                if values[name] == usual[name]:
+                    del values[name]
+        return json.dumps(written, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "NetworkSpec":
@@ -381,7 +502,7 @@ class NetworkSpec:
         palette = isinstance(labels, Mapping) and "colours" in labels
         return cls(
             input=part(InputSpec, "input", raw["input"], ("mean", "std")),
-            fields=tuple(part(FieldSpec, f"fields[{n}]", one) for n, one in enumerate(outputs)),
+            fields=tuple(part(OutputSpec, f"fields[{n}]", one) for n, one in enumerate(outputs)),
             labels=part(Palette, "labels", labels, ("names", "colours"))
             if palette
             else part(Skeleton, "labels", labels, ("names", "limbs", "sigmas")),

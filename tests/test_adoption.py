@@ -11,9 +11,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.launch.cell import Cell
-from pipeline.onnx_files.adopt import adopt, check_request, quantized, simulated, unlike_metadata
+from pipeline.onnx_files.adopt import adopt
 from pipeline.onnx_files.cut import external_files
 from pipeline.onnx_files.files import described, named, read_spec
+from pipeline.onnx_files.given import check_request, quantized, simulated, unlike_metadata
 from pipeline.quantization.graph import place
 from pipeline.results.stage import Stage
 from pipeline.results.store import Results
@@ -24,7 +25,7 @@ from posepress.framing.person_crops import PersonCrops
 from posepress.framing.whole_image import WholeImage
 from posepress.pixels import normalise
 from posepress.skeletons import OPENPOSE_18
-from posepress.spec import SPEC_KEY, FieldSpec, InputSpec, NetworkSpec, Resolution, Skeleton
+from posepress.spec import SPEC_KEY, InputSpec, NetworkSpec, OutputSpec, Resolution, Skeleton
 
 SIZE = Resolution(32, 48)
 RAW = {
@@ -297,7 +298,8 @@ def test_inputs_of_other_types_are_refused(file, kind, name):
     model.graph.input[0].name = "raw"
     model.graph.input[0].type.tensor_type.elem_type = kind
     model.graph.node.insert(0, helper.make_node("Cast", ["raw"], ["image"], to=FLOAT))
-    with pytest.raises(UserError, match=f"its input 'raw' is {name}; export it with float32 images"):
+    fix = "export it with float32 images" if name == "int32" else f".*set model.spec.input.dtype={name}"
+    with pytest.raises(UserError, match=f"its input 'raw' is {name}(;|, and model.spec says float32;) {fix}"):
         adopted(file, model)
 
 
@@ -306,7 +308,7 @@ def test_images_with_their_channels_last_are_refused(file, shape):
     model = network()
     model.graph.input[0].CopyFrom(helper.make_tensor_value_info("raw", FLOAT, shape))
     model.graph.node.insert(0, helper.make_node("Transpose", ["raw"], ["image"], perm=[0, 3, 1, 2]))
-    with pytest.raises(UserError, match=r"its input 'raw' .*channels (last|first)"):
+    with pytest.raises(UserError, match=r"its input 'raw' .*channels last.*; set model.spec.input.layout=NHWC"):
         adopted(file, model)
 
 
@@ -441,7 +443,7 @@ def test_a_name_of_weights_that_leaves_the_folder_is_not_followed(file):
 
 
 def asked(file, raw=RAW, precision="fp32", resolution=SIZE, batch=1, one_size=True):
-    check_request(file, raw, precision, {"resolution": resolution}, {"batch": batch}, one_size)
+    check_request(file, described(raw), precision, {"resolution": resolution}, {"batch": batch}, one_size)
 
 
 def test_a_file_of_one_shape_is_asked_for_that_alone(file):
@@ -482,7 +484,7 @@ def test_weights_of_16_bits_are_said(file):
     (weight,) = [i for i in model.graph.initializer if i.name == "w"]
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight).astype(np.float16), "w"))
     onnx.save(model, file)
-    (said,) = check_request(file, RAW, "fp32", {}, {}, True)
+    (said,) = check_request(file, described(RAW), "fp32", {}, {}, True)
     assert "has weights of 16 bits ('w'), so that what is called precision=fp32 is theirs" in said
 
 
@@ -542,9 +544,9 @@ def test_simulated_quantization_is_said(file, way):
     assert len(simulated(model)) == 1
     assert not quantized(model)
     file.write_bytes(model.SerializeToString())
-    (said,) = check_request(file, RAW, "int8", {}, {}, True)
+    (said,) = check_request(file, described(RAW), "int8", {}, {}, True)
     assert "looks like simulated quantization (1 nodes, the first is '" in said
-    assert check_request(file, RAW, "external", {}, {}, True) == []
+    assert check_request(file, described(RAW), "external", {}, {}, True) == []
 
 
 NOT_SIMULATED = {
@@ -662,8 +664,15 @@ def test_an_unusual_mean_is_said(tmp_path, monkeypatch, capsys):
     [
         (("input", "order"), "grb", "input.order=grb: choose RGB, BGR"),
         (("input", "order"), None, "input.order=null: choose RGB, BGR"),
-        (("input", "layout"), "NHWC", "input.layout=NHWC: choose NCHW"),
-        (("input", "dtype"), "uint8", "input.dtype=uint8: choose float32"),
+        (("input", "layout"), "NCWH", "input.layout=NCWH: choose NCHW, NHWC"),
+        (("input", "dtype"), "int8", "input.dtype=int8: choose float32, float16, uint8"),
+        (("input", "dtype"), "uint8", "input.dtype=uint8: the network takes pixels as they are; give range=255"),
+        (("input", "channels"), 4, "input.channels=4: choose 3"),
+        (("input", "size"), "big", "input.size=big: give HEIGHTxWIDTH"),
+        (("fields", 0, "axes"), "HWC", r"fields\[0\].axes=HWC: choose CHW, CX"),
+        (("fields", 0, "axes"), "HW", r"fields\[0\].channels=\d+: a map of class indices"),
+        (("fields", 0, "dtype"), "float64", r"fields\[0\].dtype=float64: choose float32"),
+        (("fields", 0, "tensor"), 3, r"fields\[0\].tensor=3: give the output's name"),
         (("input", "mean"), [1, 2], r"input.mean=\[1, 2\]: 2 numbers; give one, or three"),
         (("input", "mean"), "128", "input.mean=128: choose a number"),
         (("input", "mean"), [float("nan")] * 3, r"input.mean\[0\]=nan: choose a number"),
@@ -730,7 +739,7 @@ def test_what_can_only_mean_one_thing_is_taken():
 
 
 def test_stored_descriptions_read_and_write_as_they_did():
-    spec = NetworkSpec(InputSpec("image", "BGR", 255.0, multiple=16), (FieldSpec("heatmaps", 8, 19),), OPENPOSE_18)
+    spec = NetworkSpec(InputSpec("image", "BGR", 255.0, multiple=16), (OutputSpec("heatmaps", 8, 19),), OPENPOSE_18)
     text = spec.to_json()
     assert text.startswith(
         '{"dynamic": ["batch", "height", "width"], '
@@ -823,22 +832,24 @@ def test_numbers_of_the_top_down_decoder_are_checked(options):
 
 
 def test_pafs_need_limbs():
-    fields = (FieldSpec("heatmaps", 4, 2), FieldSpec("pafs", 4, 2))
+    fields = (OutputSpec("heatmaps", 4, 2), OutputSpec("pafs", 4, 2))
     with pytest.raises(ValueError, match="labels.limbs is missing"):
         HeatmapPafDecoder(NetworkSpec(InputSpec("image"), fields, Skeleton(("a", "b"), (), (0.1, 0.1))))
 
 
 def test_a_skeleton_of_a_neck_alone_is_scored():
     skeleton = Skeleton(("neck", "neck2"), ((0, 1),), (0.1, 0.1))
-    spec = NetworkSpec(InputSpec("image"), (FieldSpec("heatmaps", 4, 2), FieldSpec("pafs", 4, 2)), skeleton)
+    spec = NetworkSpec(InputSpec("image"), (OutputSpec("heatmaps", 4, 2), OutputSpec("pafs", 4, 2)), skeleton)
     (found,) = HeatmapPafDecoder(spec).decode(maps(2, 2), VIEW)
     assert len(found.keypoints) == 0
 
 
 def test_pixels_of_other_channels_never_reach_compiled_code():
-    for images, out in ((np.zeros((8, 8, 4), np.uint8), None), (np.zeros((8, 8, 3), np.uint8), np.zeros(5, np.float32))):
-        with pytest.raises(ValueError, match="not RGB, or do not fit"):
-            normalise(images, SPEC.input, out)
+    with pytest.raises(ValueError, match=r"images \[1, 8, 8, 4\] are not RGB"):
+        normalise(np.zeros((1, 8, 8, 4), np.uint8), SPEC.input)
+    for out in (np.zeros(5, np.float32), np.zeros((1, 3, 8, 8), np.float16)):
+        with pytest.raises(ValueError, match=r"does not take an input \[1, 3, 8, 8\] of float32"):
+            normalise(np.zeros((1, 8, 8, 3), np.uint8), SPEC.input, out)
 
 
 def test_framings_check_their_numbers():

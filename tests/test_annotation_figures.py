@@ -25,9 +25,9 @@ from posepress.errors import UserError
 from posepress.framing.whole_image import WholeImage
 from posepress.results import Poses
 from posepress.skeletons import COCO_17
-from posepress.spec import FieldSpec, InputSpec, NetworkSpec, Resolution
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Resolution
 
-SPEC = NetworkSpec(InputSpec("image"), (FieldSpec("heatmaps", 8, 18),), COCO_17)
+SPEC = NetworkSpec(InputSpec("image"), (OutputSpec("heatmaps", 8, 18),), COCO_17)
 POINTS = np.array(person()["keypoints"], np.float32).reshape(1, 17, 3)
 
 

@@ -20,7 +20,7 @@ from posepress.framing.whole_image import WholeImage
 from posepress.geometry import input_to_cells, mirrored
 from posepress.results import Poses
 from posepress.skeletons import COCO_17, OPENPOSE_18
-from posepress.spec import FieldSpec, InputSpec, NetworkSpec, Resolution
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Resolution
 
 LEFT, RIGHT = COCO_17.names.index("left_wrist"), COCO_17.names.index("right_wrist")
 
@@ -233,7 +233,7 @@ def test_fitted_scores_are_positive_and_keep_their_order():
 
 # --- several views ---------------------------------------------------------------------------------------------------------
 
-SPEC = NetworkSpec(InputSpec("image", multiple=8), (FieldSpec("heatmaps", 8, 19), FieldSpec("pafs", 8, 38)), OPENPOSE_18)
+SPEC = NetworkSpec(InputSpec("image", multiple=8), (OutputSpec("heatmaps", 8, 19), OutputSpec("pafs", 8, 38)), OPENPOSE_18)
 
 
 def anatomical(seed=0):
@@ -286,7 +286,7 @@ def test_points_survive_the_way_to_the_cells_and_back(size, h, w, flipped, seed)
     resolution = Resolution(8 * h, 8 * w)
     low = draw.uniform((0, 0), (size.width, size.height), (1, 2))
     boxes = np.concatenate([low, draw.uniform(1, 500, (1, 2))], axis=1)
-    spec = FieldSpec("heatmaps", 8, 1, shift=draw.uniform(-0.5, 0.5))
+    spec = OutputSpec("heatmaps", 8, 1, shift=draw.uniform(-0.5, 0.5))
     views = [
         WholeImage(mode).views(size, resolution, SPEC.input)[0] for mode in (None, "pad_image_input", "adjust_network_input")
     ]

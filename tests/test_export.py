@@ -18,7 +18,7 @@ from pipeline.onnx_files.files import read_spec
 from pipeline.pruning.graph import macs
 from posepress.errors import UserError
 from posepress.skeletons import OPENPOSE_18
-from posepress.spec import FieldSpec, InputSpec, NetworkSpec, Resolution
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Resolution
 
 SHAPES = [(1, 3, 64, 80), (2, 3, 72, 88), (1, 3, 56, 104)]
 
@@ -96,7 +96,7 @@ def test_both_simplifiers_failing_is_an_error(file, tmp_path, monkeypatch):
 class Small(nn.Module):
     """Quick to export, with a batch norm to fold and an option that only its code knows."""
 
-    spec = NetworkSpec(InputSpec("image"), (FieldSpec("heatmaps", 4, 1), FieldSpec("pafs", 4, 1)), OPENPOSE_18)
+    spec = NetworkSpec(InputSpec("image"), (OutputSpec("heatmaps", 4, 1), OutputSpec("pafs", 4, 1)), OPENPOSE_18)
 
     def __init__(self, factor=2.0):
         super().__init__()
@@ -360,7 +360,7 @@ def test_a_kept_graph_that_is_damaged_or_of_another_network_is_exported_anew(tmp
 class Frozen(nn.Module):
     """Its result depends on the parity of the input's height: an exporter freezes the branch."""
 
-    spec = NetworkSpec(InputSpec("image"), (FieldSpec("heatmaps", 1, 3), FieldSpec("pafs", 1, 3)), OPENPOSE_18)
+    spec = NetworkSpec(InputSpec("image"), (OutputSpec("heatmaps", 1, 3), OutputSpec("pafs", 1, 3)), OPENPOSE_18)
 
     def forward(self, images):
         heatmaps = images * 2 if (images.shape[2] // 8) % 2 == 0 else images * 3
@@ -400,7 +400,7 @@ def test_the_description_travels_in_the_file(network, file, tmp_path):
 
 def test_macs_of_the_file_are_those_of_the_network(network, file):
     for size in (Resolution(64, 80), Resolution(96, 128)):
-        assert sum(file_macs(onnx.load(file), size).values()) == macs(network, size)
+        assert sum(file_macs(onnx.load(file), size, network.spec.input).values()) == macs(network, size)
 
 
 RAW = {

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pipeline.onnx_files.files import described, named
 from posepress.errors import UserError
 from posepress.skeletons import COCO_17
-from posepress.spec import FieldSpec, InputSpec, NetworkSpec
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec
 
 NUMBERS = st.one_of(
     st.integers(-3, 300),
@@ -96,7 +96,7 @@ def test_what_is_no_description_is_refused(raw):
         assert str(error).startswith("model.spec")
 
 
-TEXT = NetworkSpec(InputSpec("image"), (FieldSpec("heatmaps", 4, 17),), COCO_17).to_json()
+TEXT = NetworkSpec(InputSpec("image"), (OutputSpec("heatmaps", 4, 17),), COCO_17).to_json()
 
 
 @given(st.integers(0, len(TEXT) - 1), st.text(max_size=6), st.integers(0, 6))

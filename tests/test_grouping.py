@@ -18,12 +18,12 @@ from posepress.decoders.heatmap_paf.grouping import _greedy, _hungarian
 from posepress.framing.whole_image import WholeImage
 from posepress.geometry import View
 from posepress.skeletons import OPENPOSE_18
-from posepress.spec import FieldSpec, InputSpec, NetworkSpec, Resolution, Skeleton
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Resolution, Skeleton
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from planted import H, W, plant, recovery
 
-SPEC = NetworkSpec(InputSpec("image"), (FieldSpec("heatmaps", 8, 19), FieldSpec("pafs", 8, 38)), OPENPOSE_18)
+SPEC = NetworkSpec(InputSpec("image"), (OutputSpec("heatmaps", 8, 19), OutputSpec("pafs", 8, 38)), OPENPOSE_18)
 SIZE = Resolution(8 * H, 8 * W)
 (VIEW,) = WholeImage(None).views(SIZE, SIZE, SPEC.input)
 

@@ -14,13 +14,13 @@ from pipeline.quantization.quantizers import Fp16
 from pipeline.stages import quantize
 from posepress.errors import UserError
 from posepress.skeletons import COCO_17
-from posepress.spec import SPEC_KEY, FieldSpec, InputSpec, NetworkSpec
+from posepress.spec import SPEC_KEY, InputSpec, NetworkSpec, OutputSpec
 
 
 def with_spec(model, channels):
     made = onnx.ModelProto()
     made.CopyFrom(model)
-    spec = NetworkSpec(InputSpec("image", multiple=1), (FieldSpec("out", 1, channels),), COCO_17)
+    spec = NetworkSpec(InputSpec("image", multiple=1), (OutputSpec("out", 1, channels),), COCO_17)
     onnx.helper.set_model_props(made, {SPEC_KEY: spec.to_json()})
     return made
 

@@ -9,9 +9,9 @@ from evaluation.truth import People
 from posepress.decoders.heatmap_paf.decoder import HeatmapPafDecoder, limb_order
 from posepress.framing.whole_image import WholeImage
 from posepress.skeletons import COCO_17, OPENPOSE_18
-from posepress.spec import FieldSpec, InputSpec, NetworkSpec, Resolution
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Resolution
 
-SPEC = NetworkSpec(InputSpec("image"), (FieldSpec("heatmaps", 8, 19), FieldSpec("pafs", 8, 38)), OPENPOSE_18)
+SPEC = NetworkSpec(InputSpec("image"), (OutputSpec("heatmaps", 8, 19), OutputSpec("pafs", 8, 38)), OPENPOSE_18)
 SIZE = Resolution(368, 496)
 
 
@@ -62,7 +62,7 @@ def test_a_wrong_pixel_shift_would_be_seen():
     truth = crowd(1)
     (view,) = WholeImage(None).views(SIZE, SIZE, SPEC.input)
     (right,) = HeatmapPafDecoder(SPEC).decode(fields(truth, view), [view])
-    shifted = NetworkSpec(SPEC.input, (FieldSpec("heatmaps", 8, 19, -0.5), FieldSpec("pafs", 8, 38, -0.5)), OPENPOSE_18)
+    shifted = NetworkSpec(SPEC.input, (OutputSpec("heatmaps", 8, 19, -0.5), OutputSpec("pafs", 8, 38, -0.5)), OPENPOSE_18)
     (wrong,) = HeatmapPafDecoder(shifted).decode(fields(truth, view), [view])
     assert np.allclose(right.keypoints[..., :2] - wrong.keypoints[..., :2], 4, atol=0.01)
 

@@ -46,7 +46,7 @@ from pipeline.training.sparsity import Penalty
 from posepress.errors import UserError
 from posepress.framing.whole_image import WholeImage
 from posepress.skeletons import OPENPOSE_18
-from posepress.spec import FieldSpec, InputSpec, NetworkSpec, Resolution, Skeleton
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Resolution, Skeleton
 
 C, SIZE = 8, Resolution(32, 48)
 
@@ -196,7 +196,7 @@ NAMED = {  # what the reason names
     "einsum": "block.inner.weight", "filter": "block.inner.weight", "tied": "shares a weight", "three_dimensional": "Conv3d",
     "line": "Conv1d",
 }  # fmt: skip
-SPEC = NetworkSpec(InputSpec("image", multiple=16), (FieldSpec("heatmaps", 4, 19), FieldSpec("pafs", 4, 38)), OPENPOSE_18)
+SPEC = NetworkSpec(InputSpec("image", multiple=16), (OutputSpec("heatmaps", 4, 19), OutputSpec("pafs", 4, 38)), OPENPOSE_18)
 
 
 class Own(nn.Module):
@@ -624,12 +624,12 @@ MISTAKES = {
         r"found 'heatmaps', 'pafs', 'aux' \(another .* as 'heatmaps\.0'",
     ),
     "stride": (
-        specified((FieldSpec("heatmaps", 8, 19), PAF)),
+        specified((OutputSpec("heatmaps", 8, 19), PAF)),
         r"heatmaps: expected \[2, 19, 4, 6\] \(19 channels, stride 8\), found a tensor \[2, 19, 8, 12\], which is 19 "
         "channels, stride 4",
     ),
     "channels": (
-        specified((HEAT, FieldSpec("pafs", 4, 36))),
+        specified((HEAT, OutputSpec("pafs", 4, 36))),
         r"pafs: expected \[2, 36, .*found a tensor \[2, 38, .*38 channels",
     ),
     "rank": (returns(lambda out: {k: v.flatten(2) for k, v in out.items()}), r"found a tensor \[2, 19, 96\]"),
@@ -729,7 +729,7 @@ def test_a_resolution_that_does_not_fit_is_refused(tmp_path):
 
 
 def test_adopted_weights_are_checked_too(tmp_path):
-    make = partial(specified((FieldSpec("heatmaps", 8, 19), PAF)))
+    make = partial(specified((OutputSpec("heatmaps", 8, 19), PAF)))
     torch.save(make().state_dict(), tmp_path / "w.pt")
     with pytest.raises(UserError, match="heatmaps: expected"):
         trained(tmp_path, None, make, str(tmp_path / "w.pt"), steps=0)

@@ -40,7 +40,7 @@ from pipeline.results.stage import arguments
 from posepress.errors import UserError
 from posepress.framing.whole_image import WholeImage
 from posepress.skeletons import OPENPOSE_18
-from posepress.spec import FieldSpec, InputSpec, NetworkSpec
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec
 
 
 class UNetLike(nn.Module):
@@ -48,7 +48,7 @@ class UNetLike(nn.Module):
 
     spec = NetworkSpec(
         input=InputSpec("image", multiple=8),
-        fields=(FieldSpec("heatmaps", 1, 19), FieldSpec("pafs", 1, 38)),
+        fields=(OutputSpec("heatmaps", 1, 19), OutputSpec("pafs", 1, 38)),
         labels=OPENPOSE_18,
     )
 

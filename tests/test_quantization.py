@@ -324,9 +324,9 @@ def test_excluding_a_node_that_is_not_there_is_refused(exported, tmp_path):
 def described(branches, tmp_path):
     """The network of `branches` as an exported file."""
     from posepress.skeletons import COCO_17
-    from posepress.spec import FieldSpec, InputSpec, NetworkSpec
+    from posepress.spec import InputSpec, NetworkSpec, OutputSpec
 
-    spec = NetworkSpec(InputSpec("image", multiple=1), (FieldSpec("out", 1, 4),), COCO_17)
+    spec = NetworkSpec(InputSpec("image", multiple=1), (OutputSpec("out", 1, 4),), COCO_17)
     model = onnx.ModelProto()
     model.CopyFrom(branches)
     onnx.helper.set_model_props(model, {SPEC_KEY: spec.to_json()})

@@ -21,7 +21,7 @@ from pipeline.quantization.fp8 import Fp8
 from pipeline.quantization.graph import load, place
 from pipeline.quantization.quantizers import Fp16, Fp32, Int8
 from posepress.skeletons import COCO_17
-from posepress.spec import SPEC_KEY, FieldSpec, InputSpec, NetworkSpec
+from posepress.spec import SPEC_KEY, InputSpec, NetworkSpec, OutputSpec
 
 rtx = pytest.mark.rtx
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
@@ -249,7 +249,7 @@ def described(request, tmp_path_factory):
     fixed = request.param == "shuffled"  # its sizes are constants
     model = model_of(made.nodes, made.constants, outputs, shape=(1, 3, 16, 16) if fixed else ("batch", 3, "height", "width"))
     model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
-    spec = NetworkSpec(InputSpec("image", multiple=4), tuple(FieldSpec(name, 1, 4) for name in outputs), COCO_17)
+    spec = NetworkSpec(InputSpec("image", multiple=4), tuple(OutputSpec(name, 1, 4) for name in outputs), COCO_17)
     helper.set_model_props(model, {SPEC_KEY: spec.to_json()})
     file = tmp_path_factory.mktemp(request.param) / "model.onnx"
     onnx.save(model, file)

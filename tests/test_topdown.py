@@ -6,9 +6,9 @@ from posepress.decoders.heatmap_argmax import TopDownDecoder
 from posepress.framing.person_crops import PersonCrops
 from posepress.geometry import input_to_cells
 from posepress.skeletons import COCO_17
-from posepress.spec import FieldSpec, InputSpec, NetworkSpec, Resolution
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Resolution
 
-SPEC = NetworkSpec(InputSpec("image"), (FieldSpec("heatmaps", 4, 17),), COCO_17)
+SPEC = NetworkSpec(InputSpec("image"), (OutputSpec("heatmaps", 4, 17),), COCO_17)
 SIZE = Resolution(256, 192)
 
 
@@ -89,7 +89,7 @@ def test_bad_options_are_refused():
         TopDownDecoder(SPEC, refinement="best")
     with pytest.raises(ValueError, match=r"decoder\.sigma=0"):
         TopDownDecoder(SPEC, sigma=0)
-    few = NetworkSpec(InputSpec("image"), (FieldSpec("heatmaps", 4, 5),), COCO_17)
+    few = NetworkSpec(InputSpec("image"), (OutputSpec("heatmaps", 4, 5),), COCO_17)
     with pytest.raises(ValueError, match="5 heatmaps do not fit a skeleton of 17"):
         TopDownDecoder(few)
     with pytest.raises(ValueError, match="needs a box for each person"):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from posepress.framing.whole_image import WholeImage
 from posepress.geometry import View, cells_to_input, input_to_cells, resized
 from posepress.skeletons import COCO_17, OPENPOSE_18
-from posepress.spec import FieldSpec, InputSpec, NetworkSpec, Resolution, Skeleton
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Resolution, Skeleton
 
 SPEC = InputSpec("image", multiple=16)
 sizes = st.builds(Resolution, st.integers(16, 4000), st.integers(16, 4000))
@@ -29,9 +29,9 @@ def test_a_resize_keeps_the_edges_of_the_image_in_place():
 
 
 def test_cells_lie_in_the_middle_of_their_pixels():
-    spec = FieldSpec("heatmaps", 8, 19)
+    spec = OutputSpec("heatmaps", 8, 19)
     assert np.allclose(cells_to_input(np.array([[0.0, 0.0], [1.0, 2.0]]), spec), [[3.5, 3.5], [11.5, 19.5]])
-    shifted = FieldSpec("pafs", 8, 38, shift=-0.25)
+    shifted = OutputSpec("pafs", 8, 38, shift=-0.25)
     points = np.array([[5.0, 77.0]])
     assert np.abs(cells_to_input(input_to_cells(points, shifted), shifted) - points).max() < 1e-9
 
@@ -101,7 +101,7 @@ def test_limbs_mirror():
 
 
 def test_a_description_survives_json():
-    spec = NetworkSpec(SPEC, (FieldSpec("heatmaps", 8, 19),), OPENPOSE_18, frozenset({"batch"}))
+    spec = NetworkSpec(SPEC, (OutputSpec("heatmaps", 8, 19),), OPENPOSE_18, frozenset({"batch"}))
     assert NetworkSpec.from_json(spec.to_json()) == spec
     for broken in ("{}", "[]", '{"input": 3}', '{"input": {"nam": 1}, "fields": [], "labels": {}}'):
         with pytest.raises(ValueError, match="not a network description"):

@@ -3,20 +3,21 @@
 import numpy as np
 import onnx
 
-from posepress.spec import Resolution
+from posepress.spec import InputSpec, Resolution
 
 
-def macs(model: onnx.ModelProto, resolution: Resolution) -> dict[str, int]:
+def macs(model: onnx.ModelProto, resolution: Resolution, spec: InputSpec) -> dict[str, int]:
     """Multiply-accumulates of each convolution and matrix product, by node, for one image of a resolution.
 
     Args:
-        model: a network with one input [B, C, H, W], perhaps with Q/DQ.
-        resolution: of the input.
+        model: a network with one input, perhaps with Q/DQ.
+        resolution: size of the input.
+        spec: form of the input.
     """
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
     dims = fixed.graph.input[0].type.tensor_type.shape.dim
-    for dim, size in zip(dims, (1, dims[1].dim_value, resolution.height, resolution.width), strict=True):
+    for dim, size in zip(dims, spec.shape(1, resolution), strict=True):
         dim.Clear()
         dim.dim_value = size
     del fixed.graph.value_info[:]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.onnx_files.files import ModelFiles, Shapes
+from pipeline.onnx_files.files import ModelFiles, Shapes, read_spec
 from posepress.errors import UserError, first_line
 from posepress.runners.onnxruntime import ENGINE, OnnxRuntimeRunner
 from posepress.spec import SPEC_KEY, NetworkSpec, Resolution
@@ -127,9 +127,10 @@ class OnnxRuntime:
 
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             session = self._session(engine, 1, Path(folder))
-            name = session.get_inputs()[0].name
+            spec = read_spec(engine).input
+            image = np.zeros(spec.shape(1, resolution), spec.dtype)
             for _ in range(_PROFILED):
-                session.run(None, {name: np.zeros((1, 3, resolution.height, resolution.width), np.float32)})
+                session.run(None, {session.get_inputs()[0].name: image})
             # The graph knows weights and node names, the profile the shapes that came out and the times.
             events = json.loads(Path(session.end_profiling()).read_text())
             graph = onnx.load(Path(folder) / "optimised.onnx").graph

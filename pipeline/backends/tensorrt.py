@@ -18,15 +18,15 @@ from pipeline.onnx_files.files import ModelFiles, Shapes, read_spec
 from posepress.errors import UserError, nearest
 from posepress.runners.device_memory import DeviceMemory
 from posepress.runners.tensorrt import ENGINE, SIDE, WEIGHTS, TensorRTRunner, failed, logger, prepare
-from posepress.spec import NetworkSpec, Resolution
+from posepress.spec import InputSpec, NetworkSpec, Resolution
 
 _LAST_WITH_FLAG = 10  # later versions have no other kind of network than strongly typed ones
 _BF16_FROM, _FP8_FROM = 8.0, 8.9  # compute capability
 
 
-def _shapes(shapes: Shapes) -> list[tuple[int, int, int, int]]:
+def _shapes(shapes: Shapes, spec: InputSpec) -> list[tuple[int, int, int, int]]:
     """Least, best and greatest shape of the input."""
-    return [(b, 3, r.height, r.width) for b, r in zip(shapes.batch, shapes.resolution, strict=True)]
+    return [spec.shape(batch, size) for batch, size in zip(shapes.batch, shapes.resolution, strict=True)]
 
 
 _Gpu = Annotated[int, Interval(ge=0, le=1023)]
@@ -169,7 +169,7 @@ class TensorRT:
             reasons = "; ".join(_reason(parser.get_error(i), model) for i in range(parser.num_errors))
             raise UserError(f"{source.name}: TensorRT {trt.__version__} cannot parse it: {reasons}")
         config = self._config(trt, builder, memory.gpu, typed)
-        profiles = [_shapes(one) for one in (shapes, *shapes.more)]
+        profiles = [_shapes(one, spec.input) for one in (shapes, *shapes.more)]
         for wanted in profiles:
             profile = builder.create_optimization_profile()
             profile.set_shape(network.get_input(0).name, *wanted)
@@ -194,7 +194,7 @@ class TensorRT:
             shutil.copyfile(source, out / WEIGHTS)
         made = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
         quantized = {node.name for node in model.graph.node if made.issuperset(node.input[:2]) and len(node.input) > 1}
-        counted = macs(model, Resolution(*profiles[0][1][2:]))
+        counted = macs(model, shapes.resolution[1], spec.input)
         side = self._side(trt, spec, memory.gpu, content) | {
             "tensors": {name: name for name in (spec.input.name, *(field.name for field in spec.fields))},
             "profiles": profiles,
@@ -242,23 +242,32 @@ class TensorRT:
             raise UserError(
                 f"model.plan={plan}: has further tensors, {', '.join(further)}; build it with the input and the fields alone"
             )
-        for tensor in wanted.values():
+        described = {spec.input.name: spec.input.dtype, **{field.name: field.dtype for field in spec.fields}}
+        for name, tensor in wanted.items():
             kind, form = engine.get_tensor_dtype(tensor), engine.get_tensor_format(tensor)
-            if kind not in (trt.DataType.FLOAT, trt.DataType.HALF) or form != trt.TensorFormat.LINEAR:
+            floats = described[name].startswith("float")
+            taken = (
+                (trt.DataType.FLOAT, trt.DataType.HALF) if floats else (getattr(trt.DataType, described[name].upper(), None),)
+            )
+            if kind not in taken or form != trt.TensorFormat.LINEAR:
+                says = "float or half tensors" if floats else f"{described[name]} tensors, as model.spec says,"
                 raise UserError(
-                    f"model.plan={plan}: its tensor {tensor} is {kind.name} in the format {form.name}; build it with float or "
-                    "half tensors in linear format (trtexec --inputIOFormats=fp32:chw --outputIOFormats=fp32:chw)"
+                    f"model.plan={plan}: its tensor {tensor} is {kind.name} in the format {form.name}; build it with {says} "
+                    "in linear format (trtexec --inputIOFormats=fp32:chw --outputIOFormats=fp32:chw)"
                 )
         for field in spec.fields:
             made = tuple(engine.get_tensor_shape(wanted[field.name]))
-            if len(made) != 4 or made[1] not in (-1, field.channels):
+            if not field.holds(made):
                 raise UserError(
                     f"model.plan={plan}: its tensor {wanted[field.name]} is {list(made)}, and model.spec says {field.channels} "
-                    "channels, [n, C, h, w]; mend model.spec.fields"
+                    f"channels, {field.form}; correct model.spec.fields"
                 )
-        shape = tuple(engine.get_tensor_shape(wanted[spec.input.name]))
-        if len(shape) != 4 or shape[1] != 3:
-            raise UserError(f"model.plan={plan}: takes {shape}; only images [B, 3, H, W] can be evaluated")
+        shape, colours = tuple(engine.get_tensor_shape(wanted[spec.input.name])), spec.input.channels
+        if len(shape) != 4 or shape[spec.input.axes["channels"]] != colours:
+            layout = f"[B, {colours}, H, W]" if spec.input.layout == "NCHW" else f"[B, H, W, {colours}]"
+            raise UserError(
+                f"model.plan={plan}: takes {shape}; only images {layout} can be evaluated, as model.spec.input says"
+            )
         (out / ENGINE).write_bytes(content)
         side = self._side(trt, spec, memory.gpu, content) | {"tensors": wanted, "profiles": None, "weights": None, "nodes": {}}
         (out / SIDE).write_text(json.dumps(side, indent=1))

@@ -15,7 +15,7 @@ from pipeline.progress import Progress
 from posepress.errors import UserError
 from posepress.pixels import normalise
 from posepress.runners.device_memory import DeviceMemory
-from posepress.spec import InputSpec
+from posepress.spec import InputSpec, Resolution
 
 _BASES = {"entropy": "IInt8EntropyCalibrator2", "minmax": "IInt8MinMaxCalibrator"}
 
@@ -49,7 +49,7 @@ def calibrate(
     digest = sha256(json.dumps([about, trt.__version__], sort_keys=True).encode()).hexdigest()
     cache = None if kept is None else kept / f"calibration-{digest[:16]}.cache"
     known = _kept(cache)
-    shape = (1, 3, *images.shape[1:3])
+    shape = spec.shape(1, Resolution(*images.shape[1:3]))
     profile.set_shape(spec.name, shape, shape, shape)
     config.set_calibration_profile(profile)
     for flag in ("INT8", *(["FP16"] if about["high_precision_dtype"] == "fp16" else [])):
@@ -62,7 +62,7 @@ def calibrate(
             base.__init__(self)
             self.failure: Exception | None = None
             self.at = 0
-            self.input = memory.empty(shape, np.float32)
+            self.input = memory.empty(shape, np.dtype(spec.dtype))
 
         def get_batch_size(self) -> int:
             return 1

@@ -210,7 +210,8 @@ def check_given(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[
         raise UserError(f"model.spec: {error}") from error
     if model["onnx"] is None or not Path(str(model["onnx"])).is_file():
         return
-    from pipeline.onnx_files.adopt import adopt, check_request, unlike_metadata
+    from pipeline.onnx_files.adopt import adopt
+    from pipeline.onnx_files.given import check_request, unlike_metadata
 
     file, one = Path(str(model["onnx"])), "stages.build.profiles"
     profiles = [Shapes.parse(profile) for profile in OmegaConf.to_container(config.stages.build.profiles) or []]
@@ -219,7 +220,7 @@ def check_given(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[
     batches = {"batch": config.batch}
     batches |= {f"{one}[{n}].{k}": count for n, p in enumerate(profiles) for k, count in enumerate(p.batch)}
     precision = str(labels.said(config, "precision", "name"))
-    asked = check_request(file, raw, precision, sizes, batches, parts["framing"].one_size)  # which refuses what is no ONNX
+    asked = check_request(file, spec, precision, sizes, batches, parts["framing"].one_size)  # which refuses what is no ONNX
     for doubt in [*unlike_metadata(file, spec), *asked]:
         print(f"warning: {doubt}", file=sys.stderr)
     export = Path(str(config.outputs)) / str(config.name) / "export" / stages["export"].address

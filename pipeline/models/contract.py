@@ -17,7 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from pipeline.contracts import Objective
 from posepress.errors import UserError, first_line, nearest
-from posepress.spec import FieldSpec, NetworkSpec, Resolution
+from posepress.spec import NetworkSpec, OutputSpec, Resolution
 
 _SEE = "see README, Networks"
 _IMAGES = 2  # of a forward pass: batch norms that train need more than one
@@ -169,12 +169,16 @@ def _differences(fields: Mapping[Any, Any], spec: NetworkSpec, size: Resolution,
     return wrong
 
 
-def _difference(name: str, field: FieldSpec, found: Any, size: Resolution) -> str | None:
-    expected = [_IMAGES, field.channels, size.height // field.stride, size.width // field.stride]
-    if isinstance(found, Tensor) and [*found.shape] == expected and found.is_floating_point():
-        return None
-    text = f"{name}: expected {expected} ({field.channels} channels, stride {field.stride}), found {_short(found)}"
-    if isinstance(found, Tensor) and found.dim() == 4 and found.shape[2] and size.height % found.shape[2] == 0:
+def _difference(name: str, field: OutputSpec, found: Any, size: Resolution) -> str | None:
+    shape = field.shape(size)
+    expected = [_IMAGES, *("N" if side is None else side for side in shape)]
+    if isinstance(found, Tensor) and found.is_floating_point() == field.dtype.startswith("float") and len(found) == _IMAGES:
+        sides = [*found.shape[1:]]
+        if len(sides) == len(shape) and all(side in (None, own) for side, own in zip(shape, sides, strict=True)):
+            return None
+    listed = ", ".join(map(str, expected))
+    text = f"{name}: expected [{listed}] ({field.channels} channels, stride {field.stride}), found {_short(found)}"
+    if field.is_map and isinstance(found, Tensor) and found.dim() == 4 and found.shape[2] and size.height % found.shape[2] == 0:
         stride = size.height // found.shape[2]
         if found.shape[3] == size.width // stride:
             text += f", which is {found.shape[1]} channels, stride {stride}"

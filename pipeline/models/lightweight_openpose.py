@@ -8,7 +8,7 @@ from annotated_types import Interval
 from torch import Tensor, nn
 
 from posepress.skeletons import OPENPOSE_18
-from posepress.spec import FieldSpec, InputSpec, NetworkSpec
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec
 
 _BACKBONE = (  # output channels, stride, dilation of each separable convolution: MobileNet v1 up to conv5_5
     (64, 1, 1), (128, 2, 1), (128, 1, 1), (256, 2, 1), (256, 1, 1), (512, 1, 1), (512, 1, 2), (512, 1, 1), (512, 1, 1),
@@ -67,7 +67,7 @@ class LightweightOpenPose(nn.Module):
 
     spec = NetworkSpec(
         input=InputSpec("image", order="RGB", range=1.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), multiple=8),
-        fields=(FieldSpec("heatmaps", 8, 19), FieldSpec("pafs", 8, 38)),
+        fields=(OutputSpec("heatmaps", 8, 19), OutputSpec("pafs", 8, 38)),
         labels=OPENPOSE_18,
     )
 

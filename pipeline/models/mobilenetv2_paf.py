@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posepress.skeletons import OPENPOSE_18
-from posepress.spec import FieldSpec, InputSpec, NetworkSpec
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec
 
 _BLOCKS = (  # output channels before width, stride, expansion
     (16, 1, 1), (24, 2, 6), (24, 1, 6), (32, 2, 6), (32, 1, 6), (32, 1, 6), (64, 2, 6), (64, 1, 6), (64, 1, 6), (64, 1, 6),
@@ -80,7 +80,7 @@ class MobileNetV2Paf(nn.Module):
 
     spec = NetworkSpec(
         input=InputSpec("image", order="BGR", range=255.0, multiple=16),
-        fields=(FieldSpec("heatmaps", 8, 19), FieldSpec("pafs", 8, 38)),
+        fields=(OutputSpec("heatmaps", 8, 19), OutputSpec("pafs", 8, 38)),
         labels=OPENPOSE_18,
     )
 

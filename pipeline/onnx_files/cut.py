@@ -6,7 +6,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from pipeline.onnx_files.files import FLAVOURS, ModelFiles
-from posepress.spec import SPEC_KEY, FieldSpec, NetworkSpec
+from posepress.spec import SPEC_KEY, NetworkSpec, OutputSpec
 
 _NUMERIC = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _BETWEEN = ("QuantizeLinear", "DequantizeLinear", "Cast", "Shape", "Constant")
@@ -72,8 +72,7 @@ def cut(model: onnx.ModelProto, tensor: str, spec: NetworkSpec, folder: Path) ->
                 names[:] = [f"{name}_narrow" if name == tensor else name for name in names]
         part.graph.node.append(helper.make_node("Cast", [f"{tensor}_narrow"], [tensor], to=TensorProto.FLOAT))
         value.elem_type = TensorProto.FLOAT
-    channels = max(int(value.shape.dim[1].dim_value), 1) if len(value.shape.dim) > 1 else 1
-    described = NetworkSpec(spec.input, (FieldSpec(tensor, 1, channels),), spec.labels, spec.dynamic)
+    described = NetworkSpec(spec.input, (OutputSpec(tensor, 1, 1, axes=""),), spec.labels, spec.dynamic)
     helper.set_model_props(part, {SPEC_KEY: described.to_json()})
     file = folder / "part.onnx"
     onnx.save(part, file)

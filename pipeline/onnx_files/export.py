@@ -24,6 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline.models.contract import duplicate
 from pipeline.models.recording import Recording, record, tensors
+from pipeline.onnx_files.outputs import fields_of
 from pipeline.progress import say
 from posepress.errors import UserError, first_line
 from posepress.spec import SPEC_KEY, NetworkSpec
@@ -34,7 +35,7 @@ _AXES = {0: "batch", 2: "height", 3: "width"}
 # Runs a module as a program without torch, which the simplifiers import and do not use: that took most of their time.
 _TOOL = "import runpy, sys; sys.modules['torch'] = None; del sys.argv[0]; runpy.run_module(sys.argv[0], run_name='__main__')"
 
-Reference = Callable[[NDArray[np.float32]], Mapping[str, NDArray[np.float32]]]
+Reference = Callable[[NDArray[Any]], Mapping[str, NDArray[Any]]]
 
 
 class _Ordered(nn.Module):
@@ -323,13 +324,8 @@ def onnx_reference(file: Path, spec: NetworkSpec, sources: Mapping[str, str]) ->
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
 
-    def run(images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-        returned = dict(zip(names, session.run(names, {spec.input.name: images}), strict=True))
-        if sources:
-            return {field: returned[source] for field, source in sources.items()}
-        ends = np.cumsum([field.channels for field in spec.fields])[:-1]
-        parts = np.split(returned[names[0]], ends, axis=1)
-        return {field.name: part for field, part in zip(spec.fields, parts, strict=True)}
+    def run(images: NDArray[Any]) -> Mapping[str, NDArray[Any]]:
+        return fields_of(spec, sources, dict(zip(names, session.run(names, {spec.input.name: images}), strict=True)))
 
     return run
 
@@ -372,7 +368,7 @@ def compare(
                 raise UserError(
                     f"{file.name}: '{name}' is {ours.shape} instead of {theirs.shape} for an input of {images.shape}"
                 )
-            difference = float(np.abs(ours - theirs).max() / max(float(np.abs(theirs).max()), 1e-12))
+            difference = _difference(ours, theirs)
             worst = max(worst, difference)
             if not difference <= tolerance:
                 raise UserError(
@@ -380,3 +376,11 @@ def compare(
                     f"allowed is stages.export.tolerance={tolerance}"
                 )
     return {"max_difference": worst, "shapes": [list(images.shape) for images in inputs]}
+
+
+def _difference(ours: NDArray[Any], theirs: NDArray[Any]) -> float:
+    """The greatest difference as a part of the greatest magnitude; of class indices, the share that differs."""
+    if theirs.dtype.kind != "f":
+        return float(np.mean(ours != theirs)) if theirs.size else 0.0
+    greatest, most = np.abs(theirs).max(initial=0), np.abs(np.subtract(ours, theirs, dtype=np.float64)).max(initial=0)
+    return float(most / max(float(greatest), 1e-12))

@@ -125,11 +125,14 @@ def described(raw: object) -> NetworkSpec:
 def named(spec: NetworkSpec) -> tuple[NetworkSpec, dict[str, str]]:
     """A pose network's description whose fields have the decoders' names, and the names that were given, by the new ones.
 
-    One or two fields of other names are, in order, heatmaps and PAFs; PAFs are known by their two channels a limb.
+    One or two maps of other names are, in order, heatmaps and PAFs; PAFs are known by their two channels a limb. Lines, sets
+    and class maps keep their names.
     """
     roles = [role for role in FIELDS[: len(spec.fields)] if role not in {field.name for field in spec.fields}]
     strange = [field for field in spec.fields if field.name not in FIELDS]
     if not isinstance(spec.labels, Skeleton) or len(spec.fields) > len(FIELDS) or not strange or spec.input.name in roles:
+        return spec, {}
+    if not all(field.is_map for field in spec.fields):
         return spec, {}
     counts = [field.channels for field in spec.fields]
     if len(strange) == len(roles) == 2 and counts[0] == 2 * len(spec.labels.limbs) != counts[1]:

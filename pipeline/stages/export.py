@@ -108,5 +108,5 @@ def _inputs(data: Splits, framing: Framing, spec: NetworkSpec, size: Resolution)
         few = batches(images, framing, spec.input, at, 1, range(min(2, len(images))))
         made += [normalise(batch.images, spec.input) for batch in few]
     if "batch" in spec.dynamic:
-        made.append(np.concatenate([made[0], made[0][:, :, ::-1]]))
+        made.append(np.concatenate([made[0], np.flip(made[0], spec.input.axes["height"])]))
     return made

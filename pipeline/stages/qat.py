@@ -73,4 +73,4 @@ def run(
     model = job.out / "model.onnx"
     onnx.save(network.float_model(calibrated.model), model)
     stamp(model, spec)
-    return {**losses, **calibrated.summary(), "macs": sum(macs(onnx.load(model), size).values())}
+    return {**losses, **calibrated.summary(), "macs": sum(macs(onnx.load(model), size, read_spec(model).input).values())}

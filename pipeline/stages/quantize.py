@@ -83,7 +83,7 @@ def run(
     for note in _notes(report):
         say(note)
     report.pop("scales_from", None)  # a path, so not for the manifest
-    return {**report, "macs": sum(macs(onnx.load(model), size).values())}
+    return {**report, "macs": sum(macs(onnx.load(model), size, read_spec(model).input).values())}
 
 
 def _notes(report: Mapping[str, Any]) -> Iterator[str]:

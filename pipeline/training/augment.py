@@ -109,7 +109,7 @@ def sampling_grid(
         size: of the views, in cells.
         source: height and width of the images.
         stride: pixels of the view a cell.
-        shift: of a cell's sample, as `FieldSpec.shift`.
+        shift: of a cell's sample, as `OutputSpec.shift`.
 
     Returns:
         float [B, h, w, 2], x and y in -1 to 1.
@@ -143,13 +143,15 @@ def cut(images: Tensor, matrices: Tensor, tones: Tensor, size: Resolution, spec:
         spec: the input's form.
 
     Returns:
-        float [B, 3, size.height, size.width].
+        float [B, channels, size.height, size.width]; grey is .299 R + .587 G + .114 B.
     """
     pixels = images.permute(0, 3, 1, 2).float() - spec.pad  # so that zeros beyond the edge are padding
     grid = sampling_grid(matrices, size, (images.shape[1], images.shape[2]))
     seen = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False) + spec.pad
     gain, offset = tones[:, 0, None, None, None], tones[:, 1, None, None, None]
     seen = (seen * gain + offset).clamp(0, 255)
+    if spec.channels == 1:
+        seen = (seen * torch.tensor([0.299, 0.587, 0.114], device=images.device)[:, None, None]).sum(1, keepdim=True)
     _, factor, shift = (torch.as_tensor(values, device=images.device)[:, None, None] for values in spec.form())
     ordered = seen if spec.order == "RGB" else seen.flip(1)
     return (ordered * factor - shift).contiguous(memory_format=layout(images.device))

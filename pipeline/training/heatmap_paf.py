@@ -15,7 +15,7 @@ from evaluation.truth import People
 from pipeline.training.augment import sampling_grid
 from posepress.errors import UserError
 from posepress.skeletons import COCO_17
-from posepress.spec import FieldSpec, NetworkSpec, Resolution, Skeleton
+from posepress.spec import NetworkSpec, OutputSpec, Resolution, Skeleton
 
 _MASK_STRIDE = 4  # stored pixels a cell of the mask of unlabelled people
 
@@ -83,7 +83,7 @@ class HeatmapPafObjective:
         """
         heat, paf = _fields(spec)
         points, seen = _named(labels, spec.skeleton)
-        cells = Resolution(size.height // heat.stride, size.width // heat.stride)
+        cells = heat.cells(size)
         source = (labels["unlabelled"].shape[1] * _MASK_STRIDE, labels["unlabelled"].shape[2] * _MASK_STRIDE)
         grid = sampling_grid(labels["matrix"], cells, source, heat.stride, heat.shift)
         hidden = F.grid_sample(labels["unlabelled"][:, None].float(), grid, padding_mode="zeros", align_corners=False)
@@ -154,7 +154,7 @@ class HeatmapPafObjective:
         return losses
 
 
-def _fields(spec: NetworkSpec) -> tuple[FieldSpec, FieldSpec]:
+def _fields(spec: NetworkSpec) -> tuple[OutputSpec, OutputSpec]:
     """The fields of heatmaps and PAFs, once they are those of the skeleton."""
     named, skeleton = {field.name: field for field in spec.fields}, spec.skeleton
     wanted = {
@@ -201,7 +201,7 @@ def _named(labels: Mapping[str, Tensor], skeleton: Skeleton) -> tuple[Tensor, Te
     return (points[:, :, first] + points[:, :, second]) / 2, seen[:, :, first] & seen[:, :, second]
 
 
-def _cells(points: Tensor, spec: FieldSpec) -> Tensor:
+def _cells(points: Tensor, spec: OutputSpec) -> Tensor:
     """`posepress.geometry.input_to_cells`, where the tensor is."""
     return (points + 0.5) / spec.stride - 0.5 - spec.shift
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posepress.geometry import View, cells_to_input, input_to_cells
-from posepress.spec import Array, FieldSpec, NetworkSpec, Skeleton
+from posepress.spec import Array, NetworkSpec, OutputSpec, Skeleton
 
 F32 = NDArray[np.float32]
 
@@ -24,7 +24,7 @@ def _interpolation(at: NDArray[np.float64], cells: int) -> F32:
     return matrix
 
 
-def _mirror(field: F32, spec: FieldSpec, network: NetworkSpec) -> F32:
+def _mirror(field: F32, spec: OutputSpec, network: NetworkSpec) -> F32:
     """The channels of a mirrored view in the order of the other: left is right, and PAFs point the other way."""
     if not isinstance(network.labels, Skeleton):
         return field

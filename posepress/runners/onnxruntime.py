@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from posepress.errors import UserError, first_line
 from posepress.pixels import normalise
-from posepress.spec import FIELDS, Array, Fields, NetworkSpec
+from posepress.spec import Array, Fields, NetworkSpec
 
 ENGINE = "engine.onnx"
 
@@ -34,8 +33,8 @@ class OnnxRuntimeRunner:
         """The fields themselves."""
         return fields
 
-    def __call__(self, images: Array) -> dict[str, NDArray[np.float32]]:
-        """Fields of uploaded images, float32 [B, 3, H, W].
+    def __call__(self, images: Array) -> dict[str, NDArray[Any]]:
+        """Fields of uploaded images.
 
         Raises:
             UserError: the network does not take them, or a field is not as described.
@@ -48,11 +47,9 @@ class OnnxRuntimeRunner:
                 f"the network does not run at {list(images.shape)} ({first}); choose a size and a batch it takes"
             ) from error
         for field, values in zip(self.spec.fields, returned, strict=True):
-            if field.name not in FIELDS:  # any tensor, of a network that was cut there
-                continue
-            if values.ndim != 4 or values.shape[:2] != (len(images), field.channels):
+            if (field.axes and len(values) != len(images)) or not field.holds(values.shape):
                 raise UserError(
                     f"the network's output '{field.name}' is {list(values.shape)} for {len(images)} images, and its "
-                    f"description says {field.channels} channels; mend model.spec and export it again"
+                    f"description says {field.channels} channels, {field.form}; correct model.spec and export it again"
                 )
         return dict(zip(self._names, returned, strict=True))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from posepress.errors import UserError
 from posepress.pixels import normalise
 from posepress.runners.device_memory import DeviceArray, DeviceMemory
-from posepress.spec import Array, Fields, NetworkSpec
+from posepress.spec import Array, Fields, NetworkSpec, Resolution
 
 ENGINE, SIDE, WEIGHTS = "engine.plan", "engine.json", "weights.onnx"
 _PROFILED = 20  # runs whose layers are timed
@@ -229,14 +229,15 @@ class TensorRTRunner:
             self._torch.cuda.current_stream(there).synchronize()
             return made
         with self._slot(next(self._turn)) as slot:
-            staged = slot.memory.pinned((len(images), 3, *images.shape[1:3]), np.float32)
+            size = Resolution(*images.shape[1:3])
+            staged = slot.memory.pinned(self.spec.input.shape(len(images), size), np.dtype(self.spec.input.dtype))
             host = normalise(images, self.spec.input, staged).astype(self.types[self.spec.input.name], copy=False)
             array = slot.memory.empty(host.shape, host.dtype)
             slot.memory.copy(array, host)
         return array
 
     def __call__(self, images: Array) -> Fields:
-        """Fields of uploaded images [B, 3, H, W], where the network ran.
+        """Fields of uploaded images, where the network ran.
 
         Raises:
             UserError: the shape lies outside the plan's profiles.
@@ -290,11 +291,9 @@ class TensorRTRunner:
         return text, {name: float(np.median(some)) for name, some in times.items()}, self.nodes
 
     def download(self, fields: Fields) -> Mapping[str, NDArray[Any]]:
-        """Copies in the host's memory, float32."""
-        return {
-            name: np.asarray(field_ if isinstance(field_, DeviceArray) else field_.cpu(), np.float32)
-            for name, field_ in fields.items()
-        }
+        """Copies in the host's memory; floats are float32."""
+        host = {name: np.asarray(one if isinstance(one, DeviceArray) else one.cpu()) for name, one in fields.items()}
+        return {name: one.astype(np.float32) if one.dtype.kind == "f" else one for name, one in host.items()}
 
     def _empty(self, like: DeviceArray, memory: DeviceMemory) -> Any:
         if self._torch is None:

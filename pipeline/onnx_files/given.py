@@ -1,0 +1,202 @@
+"""What a given ONNX file is: whether it is whole, quantized already, and takes what is asked of it."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto
+
+from posepress.errors import UserError, first_line
+from posepress.spec import SPEC_KEY, InputSpec, NetworkSpec, Resolution
+
+_LIMITS = ("Clip", "Max", "Min")
+
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+_INTEGER = re.compile(  # of ONNX and of ONNX Runtime
+    r"(Dynamic)?QuantizeLinear|DequantizeLinear|QLinear\w+|\w+Integer|QGemm|MatMulIntegerToFloat|MatMul(NBits|Bnb4)|"
+    r"DynamicQuantize\w+|Q(Attention|Concat|MoE|Embed\w+|Ordered\w+)|GatherBlockQuantized"
+)
+
+
+def unlike_metadata(file: Path, spec: NetworkSpec) -> list[str]:
+    """Compare a description of the input with the one in the file's metadata, where the stage `export` wrote the file.
+
+    Returns:
+        A sentence for each difference.
+    """
+    entries = {entry.key: entry.value for entry in onnx.load(file, load_external_data=False).metadata_props}
+    if SPEC_KEY not in entries:
+        return []
+    try:
+        own = NetworkSpec.from_json(entries[SPEC_KEY]).input
+    except ValueError:
+        return []
+
+    def option(key: str, source: InputSpec) -> str:
+        value = getattr(source, key)
+        text = f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else value
+        return f"model.spec.input.{key}={text}"
+
+    return [
+        f"{option(key, spec.input)}: the metadata of {file} says otherwise; give '{option(key, own)}'"
+        for key in ("order", "range", "mean", "std")
+        if getattr(spec.input, key) != getattr(own, key)
+    ]
+
+
+def check_request(
+    file: Path, spec: NetworkSpec, precision: str, sizes: Mapping[str, Resolution], batches: Mapping[str, int], one_size: bool
+) -> list[str]:
+    """Make sure that a given file takes what a configuration asks of its engine; nothing is run.
+
+    Args:
+        file: an ONNX file.
+        spec: `model.spec`.
+        precision: the name of the engine's.
+        sizes: of the engine's input, by option.
+        batches: images at once, by option.
+        one_size: every input has the resolution's size.
+
+    Returns:
+        What figures must be read with, in sentences.
+
+    Raises:
+        UserError: it is no ONNX file, is quantized, or takes other sizes or batches.
+    """
+    where = f"model.onnx={file}"
+    try:
+        model = onnx.load(file, load_external_data=False)
+    except Exception as error:
+        raise UserError(f"{where}: not a valid ONNX file ({first_line(error)}); give an ONNX file") from error
+    integers = quantized(model)
+    if integers and precision != "external":
+        raise UserError(
+            f"{where}: already quantized ({len(integers)} nodes, the first is '{integers[0]}'), so precision={precision} would "
+            f"call it float; give the float network as model.onnx, and this file as precision=external precision.file={file}"
+        )
+    axes = free_axes(model, spec.input)
+    alone = axes["batch"] or (0 if "batch" in spec.dynamic else 1)
+    for option, batch in batches.items():
+        if alone and batch != alone:
+            raise UserError(
+                f"{option}={batch}: {where} takes a batch of {alone} alone; set batch={alone}, or export a free batch"
+            )
+    for option, size in sizes.items():
+        fixed = spec.input.size or Resolution(axes["height"] or size.height, axes["width"] or size.width)
+        if size != fixed:
+            raise UserError(
+                f"{option}={size}: {where} takes {fixed} alone; set training_resolution={fixed} and no other resolution, or "
+                "export it with free sizes"
+            )
+    if not one_size and (axes["width"] or axes["height"] or not {"height", "width"} <= spec.dynamic):
+        raise UserError(
+            f"keep_aspect_ratio_mode or scales ask for inputs of several sizes, and {where} takes one; choose "
+            "keep_aspect_ratio_mode=pad_image_input 'scales=[1.0]'"
+        )
+    said = [f"{where} is quantized itself, so that figures beside FP32 compare it with itself"] if integers else []
+    if precision != "external" and (rounding := simulated(model)):
+        said.append(
+            f"{where} looks like simulated quantization ({len(rounding)} nodes, the first is '{rounding[0]}'), so that what is "
+            f"called precision={precision} includes it; give the network as it was before, where that is not wanted"
+        )
+    half = half_weights(model)
+    if half and precision != "external":
+        said.append(f"{where} has weights of 16 bits ('{half[0]}'), so that what is called precision=fp32 is theirs")
+    return said
+
+
+def read(file: Path) -> onnx.ModelProto:
+    """An ONNX file with its weights, checked.
+
+    Raises:
+        UserError: it is none, is damaged, or lacks its file of weights.
+    """
+    where = f"model.onnx={file}"
+    try:
+        model = onnx.load(file)
+    except Exception as error:
+        raise UserError(
+            f"{where}: not a valid ONNX file ({first_line(error)}); export it again, with its weights beside it"
+        ) from error
+    if not model.graph.node:
+        raise UserError(f"{where}: not a valid ONNX file (there is no node in it); export it again")
+    if model.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF:
+        raise UserError(f"{where}: over 2 GiB with its weights, which no ONNX file can hold; give a smaller network")
+    newest = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+    if newest > onnx.defs.onnx_opset_version():
+        raise UserError(f"{where}: of opset {newest}, which is too new here; export it with opset_version=20")
+    try:
+        onnx.checker.check_model(model)
+    except Exception as error:
+        raise UserError(f"{where}: not a valid ONNX file ({first_line(error)}); export it again") from error
+    return model
+
+
+def quantized(model: onnx.ModelProto) -> list[str]:
+    """The names of the nodes that compute or hold integers instead of floats."""
+    return [_called(node) for nodes in _scopes(model) for node in nodes if _INTEGER.fullmatch(node.op_type)]
+
+
+def simulated(model: onnx.ModelProto) -> list[str]:
+    """The names of the nodes that look like simulated quantization: rounding beside a limit, integer weights made float.
+
+    Rounding is looked for at most five nodes before a limit, and a limit at most five before rounding, through additions and
+    casts. So a zero point and the straight-through form `x + (round(x) - x)` are found.
+    """
+    narrow = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)
+    weights = {tensor.name for tensor in model.graph.initializer if tensor.data_type in narrow and len(tensor.dims) > 1}
+    names: dict[str, None] = {}
+    for nodes in _scopes(model):
+        makers = {name: node for node in nodes for name in node.output}
+        for node in nodes:
+            near = _before(node, makers) if node.op_type in ("Round", *_LIMITS) else []
+            if node.op_type == "Round" and any(other.op_type in _LIMITS for other in near):
+                names[_called(node)] = None
+            elif node.op_type in _LIMITS:
+                names |= {_called(other): None for other in near if other.op_type == "Round"}
+            to = next((attribute.i for attribute in node.attribute if attribute.name == "to"), 0)
+            if node.op_type == "Cast" and to in _FLOATS and weights.intersection(node.input):
+                names[_called(node)] = None
+    return list(names)
+
+
+def _before(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """The nodes that make the inputs of a node, and those before them as far as only additions and casts lie between."""
+    reached: list[onnx.NodeProto] = []
+    step = [node]
+    for _ in range(5):
+        step = [makers[name] for one in step for name in one.input if name in makers]
+        reached += step
+        step = [one for one in step if one.op_type in ("Add", "Sub", "Cast", "Identity", *_LIMITS)]
+    return reached
+
+
+def _called(node: onnx.NodeProto) -> str:
+    return node.name or "".join(node.output[:1])
+
+
+def _scopes(model: onnx.ModelProto) -> Iterator[Sequence[onnx.NodeProto]]:
+    """The nodes of a file, of each of its inner graphs and of each of its functions."""
+    waiting = [model.graph.node, *(function.node for function in model.functions)]
+    while waiting:
+        nodes = waiting.pop(0)
+        yield nodes
+        attributes = [attribute for node in nodes for attribute in node.attribute]
+        waiting += [graph.node for attribute in attributes for graph in (attribute.g, *attribute.graphs) if graph.node]
+
+
+def half_weights(model: onnx.ModelProto) -> list[str]:
+    """The names of weights of 16 bits."""
+    narrow = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    return [tensor.name for tensor in model.graph.initializer if tensor.data_type in narrow and len(tensor.dims) > 1]
+
+
+def free_axes(model: onnx.ModelProto, spec: InputSpec) -> dict[str, int]:
+    """The sizes of the axes "batch", "height" and "width" of the first input; 0 where one is free."""
+    constants = {i.name for i in model.graph.initializer}
+    tensor = next((i for i in model.graph.input if i.name not in constants), None)
+    dims = [] if tensor is None else tensor.type.tensor_type.shape.dim
+    at = {name: place for name, place in spec.axes.items() if name != "channels"}
+    return {name: max(dims[place].dim_value, 0) if len(dims) == 4 else 0 for name, place in at.items()}

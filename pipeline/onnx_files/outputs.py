@@ -1,0 +1,216 @@
+"""Which output of a given ONNX file each field of its description is."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper
+
+from posepress.errors import UserError, nearest
+from posepress.spec import NetworkSpec, OutputSpec, Resolution
+
+Outputs = Mapping[str, NDArray[Any]]
+
+_AXES_FIX, _FIELDS_FIX = "; set axes in model.spec.fields to the order of its axes", "correct model.spec.fields"
+
+
+def shape_of(tensor: onnx.ValueInfoProto) -> list[str | int]:
+    """A tensor's declared shape: a number, the name of a free axis, or "?"."""
+    return [d.dim_value if d.dim_value > 0 else d.dim_param or "?" for d in tensor.type.tensor_type.shape.dim]
+
+
+def shape_words(shape: Sequence[str | int]) -> str:
+    """A shape in a message."""
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def chosen_outputs(spec: NetworkSpec, outputs: Mapping[str, Any] | None, returned: Outputs, where: str) -> dict[str, str]:
+    """`model.outputs`, checked.
+
+    Raises:
+        UserError: it names a field or an output that is not there, or one output twice.
+    """
+    known = [field.name for field in spec.fields]
+    if outputs is not None and not isinstance(outputs, Mapping):  # from the command line
+        raise UserError(f"model.outputs={outputs}: give it as {{{known[0]}: NAME}}")
+    chosen = {str(field): str(output) for field, output in (outputs or {}).items()}
+    for field, output in chosen.items():
+        if field not in known:
+            raise UserError(f"model.outputs.{field}: no such field{nearest(field, known)}; the fields are {', '.join(known)}")
+        if output not in returned:
+            raise UserError(f"model.outputs.{field}={output}: {where} has no such output; it has {_listed(returned)}")
+    if len(set(chosen.values())) < len(chosen):
+        raise UserError(f"model.outputs={chosen}: one output is given to two fields; give each its own")
+    return chosen
+
+
+def _listed(returned: Outputs) -> str:
+    return ", ".join(f"'{name}' {shape_words(['n', *values.shape[1:]])}" for name, values in returned.items())
+
+
+def sources_of(spec: NetworkSpec, chosen: Mapping[str, str], returned: Outputs, where: str, notes: list[str]) -> dict[str, str]:
+    """The file's output that each field is: as chosen, by name, or the only one of its shape; empty if one holds all fields.
+
+    Raises:
+        UserError: for a field no output, or more than one, fits.
+    """
+    sources = {field.name: chosen.get(field.name, field.tensor or field.name) for field in spec.fields}
+    sources = {field: output for field, output in sources.items() if output in returned}
+    left = [field for field in spec.fields if field.name not in sources]
+    others = [name for name in returned if name not in sources.values()]
+    if not left:
+        return sources
+    if len(spec.fields) > 1 and len(returned) == 1:
+        (values,) = returned.values()
+        every = sum(field.channels for field in spec.fields)
+        maps = all(field.is_map for field in spec.fields)
+        if maps and values.ndim == 4 and values.shape[1] == every and not sources:
+            return {}
+        asked = " + ".join(f"{field.channels} {field.name}" for field in spec.fields)
+        raise UserError(
+            f"{where}: its one output {_listed(returned)} does not hold the fields of model.spec ({asked} are {every} "
+            "channels, [n, C, h, w]); describe them in model.spec.fields"
+        )
+    fitting = {field.name: [name for name in others if field.holds(returned[name].shape)] for field in left}
+    if len(left) == len(others) == 1:
+        fitting = {left[0].name: others}
+    found = [names[0] for names in fitting.values() if len(names) == 1]
+    if len(found) < len(left) or len(set(found)) < len(found):
+        lost = next((field for field in left if not fitting[field.name]), None)
+        if lost is not None:
+            raise UserError(
+                f"{where}: no output is {lost.name}, {lost.form}; its outputs are {_listed(returned)}: mend "
+                f"model.spec.fields, or say which it is with 'model.outputs={{{lost.name}: NAME}}'"
+            )
+        example = ", ".join(f"{field.name}: {name}" for field, name in zip(left, [*others, "NAME", "NAME"], strict=False))
+        raise UserError(
+            f"{where}: no output is called {' or '.join(field.name for field in left)}; its outputs are {_listed(returned)}: "
+            f"say which is which, like 'model.outputs={{{example}}}'"
+        )
+    for field, output in zip(left, found, strict=True):
+        sources[field.name] = output
+        notes.append(f"its output '{output}' is taken as {field.name}")
+    return sources
+
+
+def fields_of(spec: NetworkSpec, sources: Mapping[str, str], returned: Outputs) -> Outputs:
+    """What a file returned, by field."""
+    if sources:
+        return {field.name: returned[sources[field.name]] for field in spec.fields}
+    (values,) = returned.values()
+    ends = np.cumsum([field.channels for field in spec.fields])[:-1]
+    return dict(zip((field.name for field in spec.fields), np.split(values, ends, axis=1), strict=True))
+
+
+def declared(model: onnx.ModelProto, output: str, values: NDArray[Any]) -> str:
+    """An output and its shape in words: as the file declares it, or as it came out."""
+    shape = next((shape_of(o) for o in model.graph.output if o.name == output), [])
+    return f"'{output}' is {shape_words(shape if len(shape) == values.ndim and '?' not in shape else ['n', *values.shape[1:]])}"
+
+
+def check_field(field: OutputSpec, values: NDArray[Any], declared: str, size: Resolution, where: str) -> None:
+    """Compare a field of one image with its description.
+
+    Raises:
+        UserError: it is of another rank, type, number of channels or size.
+    """
+    if values.ndim != len(field.axes) + 1:
+        parts = "; a field is made of maps: give the network without its post-processing" if field.is_map else ""
+        raise UserError(
+            f"{where}: its output {declared}, no {field.form.replace(str(field.channels), 'C')}{parts or _AXES_FIX}"
+        )
+    what = f"{where}: {declared.partition(' is ')[0]}"
+    if not field.holds(values.shape):
+        channels, last = values.shape[field.axes.find("C") + 1], ""
+        if field.is_map and values.shape[3] == field.channels:
+            last = "; it seems to have its channels last: transpose it"
+        elif not field.is_map and field.channels in values.shape[1:]:
+            last = f"; another order of axes than {field.axes} fits: set axes"
+        raise UserError(
+            f"{what} is {list(values.shape)} for an image of {size}: {channels} channels, and model.spec says {field.channels}"
+            f"{last or '; correct model.spec.fields'}"
+        )
+    if values.dtype != np.dtype(field.dtype):
+        fix = f"set its dtype: {values.dtype}" if field.axes == "HW" or values.dtype == np.float16 else "export it so"
+        raise UserError(f"{what} is {values.dtype}; expected is {field.dtype}: {fix}")
+    if field.axes in ("CX", "CY"):
+        _check_line(field, values.shape[2], size, what)
+    elif "H" in field.axes:
+        _check_cells(field, values.shape[-2:], size, what)
+
+
+def _check_line(field: OutputSpec, cells: int, size: Resolution, what: str) -> None:
+    """Compare the length of a line with the description's stride.
+
+    Raises:
+        UserError: it differs.
+    """
+    pixels = size.width if field.axes == "CX" else size.height
+    if cells != round(pixels / field.stride):
+        raise UserError(
+            f"{what}: {pixels} pixels at stride {field.stride:g} are {pixels / field.stride:g} cells, the file gives {cells}; "
+            f"set its stride: {pixels / max(cells, 1):g}"
+        )
+
+
+def _check_cells(field: OutputSpec, sides: Sequence[int], size: Resolution, what: str) -> None:
+    """Compare the size of maps with the description's stride.
+
+    Raises:
+        UserError: it differs by a cell or more.
+    """
+    height, width = sides
+    asked = [side / field.stride for side in (size.height, size.width)]
+    if any(abs(found - side) >= (1 if side % 1 else 0.5) for found, side in zip((height, width), asked, strict=True)):
+        stride = round(size.height / max(height, 1))
+        hint = f"set its stride: {stride}" if stride and round(size.width / max(width, 1)) == stride else _FIELDS_FIX
+        raise UserError(
+            f"{what}: {size} at stride {field.stride:g} are maps of {'x'.join(f'{side:g}' for side in asked)}, the file gives "
+            f"{height}x{width}; {hint}"
+        )
+
+
+def name_outputs(model: onnx.ModelProto, spec: NetworkSpec, sources: Mapping[str, str]) -> None:
+    """Make the fields the outputs of a model, in order; one output that holds all of them is split."""
+    graph, wanted = model.graph, [field.name for field in spec.fields]
+    joined = "" if sources else graph.output[0].name
+    made = {name for node in graph.node for name in node.output}
+    new = {source: name for name, source in sources.items() if source != name and source in made}
+    inner = {
+        name: f"inner_{name}" for name in wanted if name in made and name not in sources.values()
+    }  # tensors make way for fields
+    _rename(graph, {**inner, **new})
+    for name, source in sources.items():
+        if source not in made:  # the input itself, or a constant
+            graph.node.append(helper.make_node("Identity", [source], [name], name=f"posepress_{name}"))
+    kinds = {output.name: output for output in graph.output}
+    values = [kinds.get(name) or kinds.get(source) for name, source in sources.items()]
+    del graph.output[:]
+    if joined:
+        joined = inner.get(joined, joined)
+        sizes = onnx.numpy_helper.from_array(np.array([field.channels for field in spec.fields], np.int64), "posepress_split")
+        graph.initializer.append(sizes)
+        graph.node.append(helper.make_node("Split", [joined, sizes.name], wanted, axis=1, name="posepress_split"))
+    for field, value in zip(spec.fields, values or [None] * len(wanted), strict=True):
+        if value is None or len(value.type.tensor_type.shape.dim) != len(field.axes) + 1:
+            free = {"H": "field_height", "W": "field_width", "X": "line_x", "Y": "line_y", "N": "entries"}
+            shape: list[str | int] = ["batch", *(free.get(letter, field.channels) for letter in field.axes)]
+            kind = helper.np_dtype_to_tensor_dtype(np.dtype(field.dtype))
+            graph.output.append(helper.make_tensor_value_info(field.name, kind, shape))
+        else:
+            graph.output.append(value)
+            graph.output[-1].name = field.name
+
+
+def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    """Give tensors other names, in inner graphs, too."""
+    for node in graph.node:
+        for ends in (node.input, node.output):
+            ends[:] = [names.get(name, name) for name in ends]
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                _rename(inner, names)
+    for tensor in (*graph.initializer, *graph.value_info, *graph.output):
+        tensor.name = names.get(tensor.name, tensor.name)

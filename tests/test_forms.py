@@ -1,0 +1,124 @@
+"""Inputs and outputs of every form that a description knows: layouts, types, grey images, lines, sets and class maps."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from pipeline.backends.onnxruntime import OnnxRuntime
+from pipeline.onnx_files.adopt import adopt
+from pipeline.onnx_files.export import compare, onnx_reference, stamp
+from pipeline.onnx_files.files import ModelFiles, Shapes
+from posepress.errors import UserError
+from posepress.pixels import normalise
+from posepress.spec import Resolution
+
+FLOAT = TensorProto.FLOAT
+
+
+def image_network(layout, dtype, channels, size=None, batch="n"):
+    """A network whose heatmaps are the means of its input's channels, in any form of input."""
+    height, width = (size.height, size.width) if size else ("h", "w")
+    sides = {"N": batch, "C": channels, "H": height, "W": width}
+    kind = {"float32": FLOAT, "float16": TensorProto.FLOAT16, "uint8": TensorProto.UINT8}[dtype]
+    pixels = helper.make_tensor_value_info("pixels", kind, [sides[letter] for letter in layout])
+    nodes = [helper.make_node("Cast", ["pixels"], ["floats"], to=FLOAT)]
+    if layout == "NHWC":
+        nodes.append(helper.make_node("Transpose", ["floats"], ["planes"], perm=[0, 3, 1, 2]))
+    source = nodes[-1].output[0]
+    nodes += [
+        helper.make_node("Conv", [source, "w"], ["heatmaps"], kernel_shape=[8, 8], strides=[8, 8]),
+        helper.make_node("Conv", [source, "v"], ["middle"], kernel_shape=[8, 8], strides=[8, 8]),
+        helper.make_node("ReduceMean", ["middle"], ["line"], axes=[2], keepdims=0),
+        helper.make_node("ArgMax", ["middle"], ["classes"], axis=1, keepdims=0),
+        helper.make_node("Reshape", ["middle", "flat"], ["entries"]),
+    ]
+    draw = np.random.default_rng(0)
+    weights = [
+        numpy_helper.from_array(draw.normal(size=(count, channels, 8, 8)).astype(np.float32), name)
+        for name, count in (("w", 2), ("v", 4))
+    ]
+    outputs = [
+        helper.make_tensor_value_info("heatmaps", FLOAT, ["n", 2, "a", "b"]),
+        helper.make_tensor_value_info("line", FLOAT, ["n", 4, "b"]),
+        helper.make_tensor_value_info("classes", TensorProto.INT64, ["n", "a", "b"]),
+        helper.make_tensor_value_info("entries", FLOAT, ["n", 4, "e"]),
+    ]
+    flat = numpy_helper.from_array(np.array([0, 4, -1], np.int64), "flat")
+    graph = helper.make_graph(nodes, "forms", [pixels], outputs, [*weights, flat])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def forms(layout="NCHW", dtype="float32", channels=3, **more):
+    plain = {"range": 255.0} if dtype == "uint8" else {"range": 1.0, "mean": 0.5, "std": 0.25}
+    return {
+        "input": {"name": "pixels", "layout": layout, "dtype": dtype, "channels": channels, **plain, **more},
+        "fields": [
+            {"name": "heatmaps", "stride": 8, "channels": 2},
+            {"name": "simcc_x", "stride": 8, "channels": 4, "axes": "CX", "tensor": "line"},
+            {"name": "mask", "stride": 8, "channels": 1, "axes": "HW", "dtype": "int64", "tensor": "classes"},
+            {"name": "boxes", "stride": 1, "channels": 4, "axes": "CN", "tensor": "entries"},
+        ],
+        "labels": {"names": ["a", "b"], "sigmas": [0.1, 0.1]},
+    }
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("fixed", [None, Resolution(40, 48)])
+def test_inputs_and_outputs_of_every_form_are_adopted_and_run(tmp_path, layout, dtype, channels, fixed):
+    given, ours = tmp_path / "given.onnx", tmp_path / "model.onnx"
+    onnx.save(image_network(layout, dtype, channels, fixed, 1 if fixed else "n"), given)
+    made = adopt(given, forms(layout, dtype, channels), None, Resolution(64, 80))
+    assert made.size == (fixed or Resolution(64, 80))
+    assert made.spec.input.size == fixed
+    assert made.spec.dynamic == (frozenset() if fixed else {"batch", "height", "width"})
+    assert [output.name for output in made.model.graph.output] == ["heatmaps", "simcc_x", "mask", "boxes"]
+    onnx.save(made.model, ours)
+    stamp(ours, made.spec)
+    images = np.random.default_rng(1).integers(0, 256, (1, made.size.height, made.size.width, 3), dtype=np.uint8)
+    inputs = normalise(images, made.spec.input)
+    assert inputs.shape == made.spec.input.shape(1, made.size)
+    assert inputs.dtype == dtype
+    compare(ours, made.spec, onnx_reference(given, made.spec, made.sources), [inputs], 1e-6)
+    shapes = Shapes((made.size,) * 3, (1, 1, 1))
+    engine = OnnxRuntime().build(ModelFiles(dict.fromkeys(("tensorrt", "onnxruntime"), ours)), shapes, tmp_path)
+    with OnnxRuntime().load(engine) as runner:
+        fields = runner.download(runner(runner.upload(images)))
+    cells = made.spec.field("heatmaps").cells(made.size)
+    assert {name: values.shape for name, values in fields.items()} == {
+        "heatmaps": (1, 2, cells.height, cells.width),
+        "simcc_x": (1, 4, cells.width),
+        "mask": (1, cells.height, cells.width),
+        "boxes": (1, 4, cells.height * cells.width),
+    }
+    macs = 6 * channels * 64 * cells.height * cells.width
+    assert sum(layer["macs"] for layer in OnnxRuntime().audit(engine, made.size)) == macs
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (
+            ("fields", 1, "stride"),
+            4,
+            r"'line' is \[1, 4, 6\]|48 pixels at stride 4 are 12 cells, the file gives 6; set its stride: 8",
+        ),
+        (("fields", 1, "axes"), "CHW", r"no \[n, C, h, w\]; a field is made of maps"),
+        (("fields", 1, "channels"), 6, "4 channels, and model.spec says 6"),
+        (("fields", 2, "dtype"), "int32", "is int64; expected is int32: set its dtype: int64"),
+        (("fields", 3, "axes"), "NC", "another order of axes than NC fits"),
+        (("input", "channels"), 1, r"expected are images \[n, 1, h, w\]; set model.spec.input.channels=3"),
+        (("input", "size"), "64x64", "takes 40x48, and model.spec.input.size=64x64; leave it out"),
+    ],
+)
+def test_forms_that_differ_from_the_description_are_said(tmp_path, place, value, message):
+    given, raw = tmp_path / "given.onnx", forms()
+    onnx.save(image_network("NCHW", "float32", 3, Resolution(40, 48), 1), given)
+    part = raw
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    with pytest.raises(UserError, match=message):
+        adopt(given, raw, None, Resolution(40, 48))
