@@ -1,4 +1,4 @@
-"""Inputs and outputs of every form that a description knows: layouts, types, grey images, lines, sets and class maps."""
+"""Inputs and outputs of every form that a description knows, and the tail of a network that stays in float."""
 
 import numpy as np
 import onnx
@@ -6,14 +6,18 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.backends.onnxruntime import OnnxRuntime
+from pipeline.contracts import CalibrationFeed
 from pipeline.onnx_files.adopt import adopt
-from pipeline.onnx_files.export import compare, onnx_reference, stamp
+from pipeline.onnx_files.export import compare, onnx_reference, simplify, stamp
 from pipeline.onnx_files.files import ModelFiles, Shapes
+from pipeline.quantization.graph import Graph, tail
+from pipeline.quantization.quantizers import Fp16, Int8
 from posepress.errors import UserError
 from posepress.pixels import normalise
 from posepress.spec import Resolution
 
 FLOAT = TensorProto.FLOAT
+SIZE = Resolution(64, 96)
 
 
 def image_network(layout, dtype, channels, size=None, batch="n"):
@@ -122,3 +126,119 @@ def test_forms_that_differ_from_the_description_are_said(tmp_path, place, value,
     part[place[-1]] = value
     with pytest.raises(UserError, match=message):
         adopt(given, raw, None, Resolution(40, 48))
+
+
+# ---------- the tail ----------
+
+
+def tailed(*tail, constants=None):
+    """Two convolutions of trained weights, called "first" and "last", and further nodes after "mid"."""
+    draw = np.random.default_rng(0)
+    weights = {"w": draw.normal(size=(4, 3, 3, 3)), "v": draw.normal(size=(4, 4, 1, 1)), **(constants or {})}
+    nodes = [
+        helper.make_node("Conv", ["image", "w"], ["a"], name="first", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Conv", ["b", "v"], ["mid"], name="last"),
+        *tail,
+    ]
+    end = nodes[-1].output[0]
+    graph = helper.make_graph(
+        nodes,
+        "tailed",
+        [helper.make_tensor_value_info("image", FLOAT, [1, 3, 16, 16])],
+        [helper.make_tensor_value_info(end, FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return onnx.shape_inference.infer_shapes(model)
+
+
+BILINEAR = np.tile(np.outer([1, 3, 3, 1], [1, 3, 3, 1]) / 16, (4, 1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "constants"),
+    [
+        ([], {}),
+        ([helper.make_node("Sigmoid", ["mid"], ["out"])], {}),
+        ([helper.make_node("ConvTranspose", ["mid", "up"], ["out"], strides=[2, 2], group=4)], {"up": BILINEAR}),
+        ([helper.make_node("Conv", ["mid", "bins"], ["out"])], {"bins": np.arange(4).reshape(1, 4, 1, 1)}),
+        (
+            [helper.make_node("Softmax", ["mid"], ["p"], axis=3), helper.make_node("MatMul", ["p", "bins"], ["out"])],
+            {"bins": np.linspace(0, 1, 16)[:, None]},
+        ),
+        ([helper.make_node("Conv", ["mid", "mean"], ["out"], kernel_shape=[2, 2])], {"mean": np.full((1, 4, 2, 2), 1 / 16)}),
+    ],
+    ids=["nothing", "sigmoid", "bilinear resize", "expectation over channels", "expectation over bins", "mean"],
+)
+def test_fixed_weights_are_passed_over_on_the_way_to_the_tail(nodes, constants):
+    graph = Graph(tailed(*nodes, constants=constants))
+    assert "last" in tail(graph)
+    assert "first" not in tail(graph)
+
+
+@pytest.mark.parametrize("kind", ["Conv", "ConvTranspose", "MatMul", "Gemm"])
+def test_the_last_trained_weights_are_the_tail_of_whatever_operator(kind):
+    weights = np.random.default_rng(1).normal(size=(4, 4, 1, 1) if kind.startswith("Conv") else (16, 16))
+    node = helper.make_node(kind, ["mid", "head"], ["out"], name="head")
+    graph = Graph(tailed(node, constants={"head": weights}))
+    assert "last" not in tail(graph)
+    assert ("head" in tail(graph)) == kind.startswith("Conv")  # the others are never quantized, so that nothing is excluded
+
+
+def test_weights_of_a_pruned_layer_are_trained_ones():
+    node = helper.make_node("Conv", ["mid", "head"], ["out"], name="head")
+    assert "last" not in tail(Graph(tailed(node, constants={"head": np.zeros((4, 4, 1, 1))})))
+
+
+def test_a_network_of_bytes_with_its_channels_last_is_written_in_int8(tmp_path):
+    given, ours = tmp_path / "given.onnx", tmp_path / "model.onnx"
+    draw = np.random.default_rng(0)
+    pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["n", "h", "w", 3])
+    nodes = [
+        helper.make_node("Cast", ["pixels"], ["floats"], to=FLOAT),
+        helper.make_node("Transpose", ["floats"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Mul", ["planes", "scale"], ["scaled"]),
+        helper.make_node("Conv", ["scaled", "w"], ["a"], strides=[2, 2], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Conv", ["b", "v"], ["c"], strides=[2, 2], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["c"], ["d"]),
+        helper.make_node("Conv", ["d", "u"], ["e"]),
+        helper.make_node("ReduceMean", ["e"], ["line"], axes=[2], keepdims=0),
+    ]
+    shapes = {"w": (8, 3, 3, 3), "v": (8, 8, 3, 3), "u": (4, 8, 1, 1)}
+    weights = [
+        numpy_helper.from_array((draw.normal(size=shape) / 5).astype(np.float32), name) for name, shape in shapes.items()
+    ]
+    weights.append(numpy_helper.from_array(np.array(1 / 255, np.float32), "scale"))
+    outputs = [helper.make_tensor_value_info("line", FLOAT, ["n", 4, "x"])]
+    graph = helper.make_graph(nodes, "bytes", [pixels], outputs, weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), given)
+    raw = {
+        "input": {"name": "pixels", "layout": "NHWC", "dtype": "uint8", "range": 255.0},
+        "fields": [{"name": "simcc_x", "stride": 4, "channels": 4, "axes": "CX", "tensor": "line"}],
+        "labels": {"names": ["a", "b", "c", "d"], "sigmas": [0.1] * 4},
+    }
+    made = adopt(given, raw, None, SIZE)
+    onnx.save(made.model, ours)
+    simplify(ours, 120)
+    stamp(ours, made.spec)
+    frames = draw.integers(0, 256, (8, 1, SIZE.height, SIZE.width, 3), dtype=np.uint8)
+    feed = CalibrationFeed(
+        lambda most: (normalise(frame, made.spec.input) for frame in frames[:most]), lambda most: iter(frames[:most]), "i", "p"
+    )
+    report = Int8().quantize(ours, feed, None, tmp_path)
+    assert report["int8_layers"] == 2
+    (tmp_path / "half").mkdir()
+    assert Fp16().quantize(ours, feed, None, tmp_path / "half")["precision"] == "fp16"
+    fields = {}
+    plain = dict.fromkeys(("tensorrt", "onnxruntime"), ours)
+    half = ModelFiles.in_folder(tmp_path / "half").onnx
+    for name, source in (("fp32", plain), ("int8", ModelFiles.in_folder(tmp_path).onnx), ("fp16", half)):
+        (tmp_path / name).mkdir()
+        engine = OnnxRuntime().build(ModelFiles(source), Shapes((SIZE,) * 3, (1, 1, 1)), tmp_path / name)
+        with OnnxRuntime().load(engine) as runner:
+            fields[name] = runner(runner.upload(frames[0]))["simcc_x"]
+    for name, most in (("int8", 0.05), ("fp16", 0.01)):
+        error = np.abs(fields[name] - fields["fp32"]).max() / np.abs(fields["fp32"]).max()
+        assert 0 < error < most, name

@@ -43,14 +43,20 @@ def convert(model: onnx.ModelProto, keep: Iterable[str] = ()) -> onnx.ModelProto
     given = onnx.ModelProto()
     given.CopyFrom(model)
     del given.graph.value_info[:]
+    # The converter leaves the type of a Cast as it is, so that a cast to float32 must stay outside.
+    casts = [node.name for node in given.graph.node if node.op_type == "Cast" and _to_float(node)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of weights below 1e-7, which half precision does not tell from 0
         made = float16.convert_float_to_float16(
-            given, keep_io_types=True, node_block_list=list(keep), op_block_list=["Resize", "Range", "Celu"]
+            given, keep_io_types=True, node_block_list=[*keep, *casts], op_block_list=["Resize", "Range", "Celu"]
         )
     _sort(made)
     onnx.checker.check_model(made)
     return onnx.load_from_string(made.SerializeToString())
+
+
+def _to_float(node: onnx.NodeProto) -> bool:
+    return any(attribute.name == "to" and attribute.i == onnx.TensorProto.FLOAT for attribute in node.attribute)
 
 
 def _sort(model: onnx.ModelProto) -> None:
