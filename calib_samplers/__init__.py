@@ -1,1 +1,1 @@
-"""Choosing calibration images. Takes arrays, reads no files, imports nothing of `pipeline`."""
+"""Choice of calibration images. This package takes arrays, reads no files and imports nothing from `pipeline`."""

@@ -1,4 +1,4 @@
-"""Calibration images that cover what a network's activations do, by its own statistics."""
+"""Calibration images that cover the statistics of a network's activations."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ class Coverage:
     """Draws images whose activation statistics lie far apart: the greedy k-centre of Gonzalez (1985).
 
     Attributes:
-        num_images: how many.
-        max_candidates: so many eligible images at most, drawn at random, are looked at.
+        num_images: number of images to choose.
+        max_candidates: largest number of eligible images, drawn at random, whose activations are computed.
         min_persons_per_image: images with fewer labelled people are not eligible.
         min_kpts_per_person: images whose people have fewer visible keypoints on average are not eligible.
-        seed: of the draw, and of the first image.
+        seed: seed of the draw and of the first image.
         images: splits to choose from: train, unlabelled.
         image_dir: a folder of images without labels to choose from instead.
     """
@@ -35,14 +35,14 @@ class Coverage:
 
     @staticmethod
     def label_of(options: Mapping[str, Any], _: Mapping[str, str]) -> str:
-        """How many images of what, and the seed, in a label."""
+        """The sampler's label: number and source of images, and seed."""
         return label(options)
 
     def __post_init__(self) -> None:
         """Check the counts.
 
         Raises:
-            ValueError: they are below 1, or fewer are looked at than chosen.
+            ValueError: a count is below 1, or `num_images` exceeds `max_candidates`.
         """
         check_options(self.min_persons_per_image, self.min_kpts_per_person, self.seed)
         if not isinstance(self.max_candidates, int):
@@ -63,7 +63,7 @@ class Coverage:
         """Choose rows of a table.
 
         Args:
-            table: columns "id", "file_name", those of `strata`, and "features" float [rows, D]; NaN in rows that are no
+            table: columns "id", "file_name", those of `strata`, and "features" float [rows, D]; NaN in rows that are not
                 candidates.
         """
         rows = self.candidates(table)
@@ -79,4 +79,4 @@ class Coverage:
         names = strata(table)
         taken = [int(rows[n]) for n in chosen]
         met = {str(name): int(count) for name, count in zip(*np.unique(names[taken], return_counts=True), strict=True)}
-        return CalibrationSet.of(table, names, rows, taken, met, self.seed)  # nothing is asked of a stratum but what it gave
+        return CalibrationSet.of(table, names, rows, taken, met, self.seed)  # strata have no quotas here

@@ -1,4 +1,4 @@
-"""Calibration images drawn from strata of people, so that the few that are used look like the many."""
+"""Calibration images drawn from strata, so that a few images represent the whole data set."""
 
 import hashlib
 import json
@@ -12,12 +12,12 @@ from annotated_types import Interval, MinLen
 from numpy.typing import NDArray
 
 Allocation = Literal["proportional", "equal", "square_root"]
-Bins = Mapping[str, Mapping[str, float]]  # of each column: the least value of each bin, by its word, in rising order
+Bins = Mapping[str, Mapping[str, float]]  # for each column, the least value of each bin by its name, in rising order
 
-UNKNOWN = -1  # persons of an image that nobody labelled
+UNKNOWN = -1  # value of "persons" for an image without labels
 PEOPLE: Bins = {
     "persons": {"0": 0, "1": 1, "2-4": 2, "5+": 5},
-    "area": {"small": 0.0, "medium": 32.0**2, "large": 96.0**2},  # COCO's
+    "area": {"small": 0.0, "medium": 32.0**2, "large": 96.0**2},  # COCO's ranges, in pixels
     "keypoints": {"few": 0.0, "some": 6.0, "most": 12.0},
     "coverage": {"part": 0.0, "much": 0.6, "all": 1.0},
 }
@@ -29,11 +29,11 @@ class CalibrationSet:
 
     Attributes:
         ids: chosen images, in the table's order.
-        file_names: likewise.
-        rows: their places in the table.
-        strata: the stratum of each.
-        quotas: for each stratum: images eligible, asked for and met.
-        seed: of the draw.
+        file_names: file names of the chosen images, in the table's order.
+        rows: row numbers of the chosen images in the table.
+        strata: the stratum of each chosen image.
+        quotas: for each stratum, the numbers of images that are eligible, asked for and chosen.
+        seed: seed of the draw.
     """
 
     ids: tuple[str, ...]
@@ -53,7 +53,7 @@ class CalibrationSet:
         quota: Mapping[str, int],
         seed: int,
     ) -> "CalibrationSet":
-        """The set of chosen rows of a table, with what was asked of each stratum."""
+        """The calibration set of the chosen rows of a table, with the quota of each stratum."""
         rows = sorted(chosen)
         available, met = (dict(zip(*np.unique(names[some], return_counts=True), strict=True)) for some in (eligible, rows))
         return cls(
@@ -75,13 +75,13 @@ class CalibrationSet:
 
 
 def strata(table: Mapping[str, NDArray[Any]], columns: Sequence[str] = tuple(PEOPLE), bins: Bins = PEOPLE) -> NDArray[np.str_]:
-    """The stratum of each image: the bin of each column, joined by "/"; "unlabelled" where nobody labelled it.
+    """The stratum of each image: the bin of each column, joined by "/"; "unlabelled" for an image without labels.
 
     Args:
-        table: columns "persons" (-1 where unknown), "area" (median, pixels), "keypoints" (mean visible ones a person) and
-            "coverage" (the part, 0 to 1, of keypoint types of which one is visible somewhere in the image).
-        columns: which of them; none puts all labelled images into the stratum "all".
-        bins: of each column.
+        table: columns "persons" (-1 where unknown), "area" (median, pixels), "keypoints" (mean number of visible
+            keypoints per person) and "coverage" (share, 0 to 1, of the keypoint types that are visible in the image).
+        columns: columns that make the strata; with an empty list, all labelled images are in the stratum "all".
+        bins: bins of each column.
     """
     count = len(table["persons"])
     parts = []
@@ -98,12 +98,12 @@ def strata(table: Mapping[str, NDArray[Any]], columns: Sequence[str] = tuple(PEO
 def allocate(sizes: Mapping[str, int], count: int, allocation: Allocation = "proportional") -> dict[str, int]:
     """Share `count` among strata; the remainder goes to the largest fractions.
 
-    No stratum is asked for more than it has, as long as `count` is at most their sum: what one lacks the others get.
+    No quota exceeds the size of its stratum, if `count` is at most the sum of sizes: other strata supply the rest.
 
     Args:
-        sizes: of the strata.
-        count: to share.
-        allocation: in proportion to the sizes, to their square roots, or the same for each.
+        sizes: number of images in each stratum.
+        count: number of images to share.
+        allocation: quotas in proportion to the sizes, in proportion to their square roots, or equal quotas.
     """
     power = {"proportional": 1.0, "square_root": 0.5, "equal": 0.0}[allocation]
     quota: dict[str, int] = {}
@@ -129,7 +129,7 @@ def allocate(sizes: Mapping[str, int], count: int, allocation: Allocation = "pro
 
 
 def label(options: Mapping[str, Any]) -> str:
-    """How many images of what, how they are shared among which strata, and the seed, in a label."""
+    """A sampler's label: number and source of images, allocation to strata, bins, and seed."""
     images = list(options.get("images", ["train"]))
     where = "-dir" if options.get("image_dir") is not None else "" if images == ["train"] else f"-{'+'.join(images)}"
     allocation = options.get("allocation", "proportional")
@@ -141,10 +141,10 @@ def label(options: Mapping[str, Any]) -> str:
 
 
 def check_options(min_persons: object, min_keypoints: object, seed: object) -> None:
-    """Check what all samplers share.
+    """Check the options that all samplers share.
 
     Raises:
-        ValueError: an option is no number, or negative.
+        ValueError: an option is no number, or is negative.
     """
     for option, value, kinds in (
         ("min_persons_per_image", min_persons, (int,)),
@@ -158,10 +158,10 @@ def check_options(min_persons: object, min_keypoints: object, seed: object) -> N
 def eligible_rows(
     table: Mapping[str, NDArray[Any]], min_persons: int, min_keypoints: float, num_images: int
 ) -> NDArray[np.intp]:
-    """Rows with enough people and keypoints; images that nobody labelled always count.
+    """Rows with enough people and keypoints; images without labels are always eligible.
 
     Raises:
-        ValueError: they are fewer than `num_images`; each stratum's count is listed.
+        ValueError: fewer than `num_images` rows are eligible; the message lists the count of each stratum.
     """
     persons = np.asarray(table["persons"])
     enough = (persons >= min_persons) & (np.asarray(table["keypoints"]) >= min_keypoints)
@@ -179,18 +179,18 @@ def eligible_rows(
 
 @dataclass(frozen=True)
 class Stratified:
-    """Draws images from every stratum; with no columns, from all alike.
+    """Draws images from every stratum; without columns, from all images at random.
 
     Attributes:
-        num_images: how many.
-        columns: of the strata, each with its bins: "persons", "area", "keypoints", "coverage".
-        allocation: "proportional" to the strata, their "square_root", or "equal".
+        num_images: number of images to choose.
+        columns: columns whose bins make the strata: "persons", "area", "keypoints", "coverage".
+        allocation: quotas of the strata: "proportional" to their sizes, to the "square_root" of these, or "equal".
         min_persons_per_image: images with fewer labelled people are not eligible.
         min_kpts_per_person: images whose people have fewer visible keypoints on average are not eligible.
-        seed: of the draw.
+        seed: seed of the draw.
         images: splits to choose from: train, unlabelled.
         image_dir: a folder of images without labels to choose from instead.
-        bins: of each column, the least value of each bin by its word, in rising order: {persons: {"0": 0, "1": 1, "2+": 2}}.
+        bins: for each column, the least value of each bin by its name, in rising order: {persons: {"0": 0, "1": 1, "2+": 2}}.
     """
 
     num_images: Annotated[int, Interval(ge=1, le=10**7)] = 64
@@ -205,7 +205,7 @@ class Stratified:
 
     @staticmethod
     def label_of(options: Mapping[str, Any], _: Mapping[str, str]) -> str:
-        """How many images of what, and the seed, in a label."""
+        """The sampler's label: number and source of images, allocation to strata, bins, and seed."""
         return label(options)
 
     def __post_init__(self) -> None:
@@ -214,7 +214,7 @@ class Stratified:
         Raises:
             ValueError: one is out of range or unknown.
         """
-        if not isinstance(self.num_images, int) or self.num_images < 1:  # type: ignore[redundant-expr] # of a command line
+        if not isinstance(self.num_images, int) or self.num_images < 1:  # type: ignore[redundant-expr] # YAML gives any type
             raise ValueError(f"sampler.num_images={self.num_images}: choose at least 1")
         check_options(self.min_persons_per_image, self.min_kpts_per_person, self.seed)
         if self.allocation not in get_args(Allocation):
@@ -234,7 +234,7 @@ class Stratified:
             table: columns "id", "file_name" and those of `strata`, one row an image.
 
         Raises:
-            ValueError: fewer images are eligible than asked for; the strata are listed.
+            ValueError: fewer images are eligible than asked for; the message lists the strata.
         """
         eligible = eligible_rows(table, self.min_persons_per_image, self.min_kpts_per_person, self.num_images)
         names = strata(table, self.columns, self.bins)

@@ -1,1 +1,1 @@
-"""Decoding and measuring: everything between a network's fields and a figure. Imports nothing of `pipeline`."""
+"""Metrics, intervals, latency and power of engines. This package imports nothing from `pipeline`."""

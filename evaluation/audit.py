@@ -1,4 +1,4 @@
-"""Which precision really ran: shares of an engine's layers, multiply-accumulates and time, and what fell back."""
+"""Audit of the precision that really ran: shares of layers, multiply-accumulates and time, and layers that fell back."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,11 +7,11 @@ KINDS = ("layers", "macs", "time")
 
 
 def shares(layers: Sequence[Mapping[str, Any]], of: str = "macs") -> dict[str, float]:
-    """The part of an engine that ran in each precision, the greatest first.
+    """The share of an engine that ran in each precision, the greatest first.
 
     Args:
         layers: records with "precision", "macs" and, if it was measured, "us", as a backend's `audit` returns them.
-        of: "layers" (those that have MACs), "macs", or "time" (of all layers, reformatting and the rest included).
+        of: measure of the shares: "layers" (layers with MACs), "macs", or "time" (all layers, including reformatting).
 
     Raises:
         ValueError: no layer has MACs.
@@ -28,12 +28,12 @@ def shares(layers: Sequence[Mapping[str, Any]], of: str = "macs") -> dict[str, f
 
 
 def label(found: Mapping[str, float]) -> str:
-    """The shares in a few words: "int8 99.1%, fp32 0.9%"."""
+    """The shares as text: "int8 99.1%, fp32 0.9%"."""
     return ", ".join(f"{name} {100 * share:.3g}%" for name, share in found.items())
 
 
 def counts(layers: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """How many layers there are, and how many of them fuse several nodes, only move data, or are Q/DQ left alone."""
+    """The number of layers, and how many of them fuse several nodes, only move data, or are unfused Q/DQ nodes."""
     found = {"layers": len(layers)}
     if any("nodes" in layer for layer in layers):
         found["fused_groups"] = sum(layer.get("nodes", 0) > 1 for layer in layers)
@@ -43,16 +43,16 @@ def counts(layers: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def fallen(layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The layers with MACs that did not run in INT8, in an engine of which some did; those of most MACs first."""
+    """The layers with MACs that did not run in INT8, those with most MACs first; empty if no layer ran in INT8."""
     if not any(layer["precision"] == "int8" for layer in layers):
         return []
     return sorted((x for x in layers if x["macs"] and x["precision"] != "int8"), key=lambda layer: -layer["macs"])
 
 
 def unmet(layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]] | None:
-    """The layers that the file quantizes and the backend ran in another precision, those of most MACs first.
+    """The layers that the file quantizes but the backend ran in another precision, those with most MACs first.
 
-    None where no record says what the file quantizes.
+    The result is None if no record tells what the file quantizes.
     """
     if not any("quantized" in layer for layer in layers):
         return None

@@ -1,4 +1,4 @@
-"""What a metric must offer."""
+"""Protocol of metrics, and the description of their figures."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +16,13 @@ Found_contra = TypeVar("Found_contra", contravariant=True)
 
 @dataclass(frozen=True)
 class MetricInfo:
-    """What a metric's figures are called, in tables, pages and results.csv.
+    """Names of a metric's figures in tables, pages and results.csv.
 
     Attributes:
-        primary: key of the figure that matters most, for which intervals are made: "ap".
-        title: of that figure, in full.
-        short: of that figure, in table heads.
-        nothing: its value where nothing could be measured.
+        primary: key of the most important figure, for which intervals are computed: "ap".
+        title: full name of the primary figure.
+        short: short name of the primary figure, for table heads.
+        nothing: value of the primary figure if nothing could be measured.
         columns: keys of further figures that tables hold, in order.
         digits: decimals of a figure in tables.
     """
@@ -36,20 +36,20 @@ class MetricInfo:
 
     @classmethod
     def of(cls, figures: Mapping[str, Any]) -> "MetricInfo":
-        """The description that an evaluation's figures hold; from the figures themselves where they are of version 0.1.
+        """The description in an evaluation's figures. For files of version 0.1 it is derived from the figures' keys.
 
         Raises:
-            ValueError: what is there describes no metric.
+            ValueError: the figures hold no valid description of a metric.
         """
         if (kept := figures.get("metric")) is None:
             if not isinstance(name := figures.get("primary"), str) or not name:
-                raise ValueError("primary: is missing, or no text")
+                raise ValueError("primary: the key is missing, or its value is no text")
             more = [key for key in figures if key.startswith(name) and not re.search(r"_lo$|_hi$|_vs_", key) and key != name]
             return cls(name, name.upper(), name.upper(), columns=tuple(more))
         try:
             info = cls(**{**kept, "columns": tuple(kept["columns"])})
         except (TypeError, KeyError) as error:
-            raise ValueError(f"metric: describes no metric ({error})") from error
+            raise ValueError(f"metric: the value describes no metric ({error})") from error
         values: tuple[Any, ...] = (info.primary, *info.columns)
         if not all(isinstance(key, str) and re.fullmatch(r"[a-z]\w{0,60}", key) for key in values):
             raise ValueError("metric: its keys are no names")
@@ -63,10 +63,10 @@ class MetricInfo:
 
 
 class Metric(Protocol[Truth_contra, Found_contra]):
-    """Figures of a data set, filled image by image.
+    """A metric computes figures of a data set that is added image by image.
 
     Attributes:
-        info: what its figures are called.
+        info: names of the figures.
     """
 
     info: ClassVar[MetricInfo]
@@ -76,7 +76,7 @@ class Metric(Protocol[Truth_contra, Found_contra]):
         ...
 
     def process(self, id: str, truth: Truth_contra, found: Found_contra) -> None:  # noqa: A002
-        """Take one image."""
+        """Add one image."""
         ...
 
     def evaluate(self, images: NDArray[Any] | None = None) -> Mapping[str, float]:
@@ -88,17 +88,17 @@ class Metric(Protocol[Truth_contra, Found_contra]):
         ...
 
     def counts(self) -> Mapping[str, int]:
-        """What went wrong on the way, counted."""
+        """Counts of problems during the evaluation."""
         ...
 
     def results(self) -> Iterator[Mapping[str, Any]]:
-        """Everything found, as plain data."""
+        """All predictions, as plain data."""
         ...
 
     def doubts(self) -> Sequence[str]:
-        """What may have made the figures other than expected, each with what to look at; to be shown."""
+        """Possible causes of unexpected figures, each with what to check; they are shown to the user."""
         ...
 
     def details(self) -> Mapping[str, Mapping[str, float]]:
-        """What the figures are made of, in named tables."""
+        """Breakdowns of the figures, in named tables."""
         ...

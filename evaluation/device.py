@@ -1,4 +1,4 @@
-"""Which machine this is: what latencies and engines depend on."""
+"""Description of the machine, on which latencies and engines depend."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def describe() -> dict[str, Any]:
 
 
 def write(file: Path) -> dict[str, Any]:
-    """Describe this machine in a file, which is left alone if it says so already; DVC watches it."""
+    """Describe this machine in a file. DVC watches the file, so it is written only if the description changed."""
     device = describe()
     text = json.dumps(device, indent=1)
     if not file.exists() or file.read_text() != text:

@@ -1,4 +1,4 @@
-"""How long things take: repeats in blocks, engines in turns, intervals from the blocks."""
+"""Latency: calls are timed in blocks, engines take turns, and intervals are computed over the blocks."""
 
 import resource
 import time
@@ -14,14 +14,14 @@ from evaluation.statistics import Interval
 
 F64 = NDArray[np.float64]
 
-NARROW = 0.02  # width of the median's interval over the median, at which timing ends
-LEAST_CALLS = 200  # of each engine before timing may end early: two of them lie above the 99th percentile
-_BLOCK = 0.08  # seconds of one engine before it is the other's turn, at most
-_TURNS = 8  # of each engine, at least
-_WARM_UP = 3.0  # seconds, at most
+NARROW = 0.02  # timing ends when the median's interval is narrower than this share of the median
+LEAST_CALLS = 200  # least number of calls of each engine, so that two lie above the 99th percentile
+_BLOCK = 0.08  # longest block of one engine, in seconds, before the next engine's turn
+_TURNS = 8  # least number of blocks of each engine
+_WARM_UP = 3.0  # longest warm-up of an engine, in seconds
 _RESAMPLES = 400
 
-Steps = Sequence[Callable[[Any], Any]]  # each takes what the one before it returned
+Steps = Sequence[Callable[[Any], Any]]  # each step takes the value that the step before it returned
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Timing:
     """Seconds of every step of every call, block by block.
 
     Attributes:
-        blocks: one array [calls, steps] a block.
-        warm_up: calls before the first block.
+        blocks: one array [calls, steps] for each block.
+        warm_up: number of calls before the first block.
     """
 
     blocks: tuple[F64, ...]
@@ -42,7 +42,7 @@ class Timing:
         return sum(len(block) for block in self.blocks)
 
     def percentiles(self, qs: Sequence[float], step: int = 0) -> list[Interval]:
-        """Milliseconds below which q per cent of a step's times lie, of each q; 95 % bootstrap intervals over the blocks."""
+        """Percentiles of a step's times in milliseconds, with 95 % bootstrap intervals over the blocks."""
         blocks = [block[:, step] * 1e3 for block in self.blocks]
         draw = np.random.default_rng(0)
         draws = [
@@ -54,17 +54,17 @@ class Timing:
         return [Interval(float(value), float(low), float(high)) for value, low, high in zip(values, *bounds, strict=True)]
 
     def percentile(self, q: float, step: int = 0) -> Interval:
-        """Milliseconds below which q per cent of a step's times lie, as `percentiles` gives them."""
+        """A percentile of a step's times in milliseconds, with the interval of `percentiles`."""
         return self.percentiles([q], step)[0]
 
     def width(self, step: int = 0) -> float:
-        """Width of the median's interval over the median."""
+        """Width of the median's interval, divided by the median."""
         median = self.percentile(50, step)
         return (median.high - median.low) / max(median.value, 1e-12)
 
 
 def once(steps: Steps) -> list[float]:
-    """Run steps one after the other; the seconds of each."""
+    """Run steps one after the other, and return the seconds of each."""
     value: Any = None
     seconds = []
     for step in steps:
@@ -75,12 +75,12 @@ def once(steps: Steps) -> list[float]:
 
 
 def warm_up(steps: Steps, least: int = 5, seconds: float = _WARM_UP) -> int:
-    """Call until the last third of the calls is no faster than the third before it; how many calls that took.
+    """Call until the last third of the calls is no faster than the third before it, and return the number of calls.
 
     Args:
-        steps: of a call.
-        least: calls at least.
-        seconds: at most, unless `least` takes longer.
+        steps: steps of one call.
+        least: least number of calls.
+        seconds: longest duration in seconds, unless `least` calls take longer.
     """
     started, times = time.perf_counter(), list[float]()
     while True:
@@ -98,11 +98,11 @@ def in_turns(calls: Sequence[Steps], seconds: float, watched: int = 0) -> list[T
     """Time several engines in alternating blocks, so that what disturbs the machine disturbs them all.
 
     Args:
-        calls: the steps of one call of each.
-        seconds: for all of them together, at most, unless eight blocks of one call take longer. It ends as soon as every
-            engine's median is known to `NARROW` and it was called `LEAST_CALLS` times. The warm-up of each comes before and
-            takes as long at most.
-        watched: the step whose median decides.
+        calls: for each engine, the steps of one call.
+        seconds: longest duration in seconds for all engines together, unless eight blocks of one call take longer. Timing
+            ends early when every engine was called `LEAST_CALLS` times and its median is known to `NARROW`. The warm-up of
+            each engine comes first, and takes at most `seconds`.
+        watched: index of the step whose median decides.
     """
     block = min(_BLOCK, seconds / (_TURNS * len(calls)))
     warm = [warm_up(steps, seconds=min(_WARM_UP, seconds)) for steps in calls]
@@ -125,7 +125,7 @@ def in_turns(calls: Sequence[Steps], seconds: float, watched: int = 0) -> list[T
 
 
 def speedup(ours: Timing, theirs: Timing, step: int = 0, resamples: int = 1000, seed: int = 0) -> Interval:
-    """How many times faster a step of ours is than the same of theirs: the median over turns, with its bootstrap interval."""
+    """How many times faster a step is in `ours` than in `theirs`: the median over turns, with its bootstrap interval."""
     ratios = np.array([np.median(b[:, step]) / np.median(a[:, step]) for a, b in zip(ours.blocks, theirs.blocks, strict=True)])
     draw = np.random.default_rng(seed)
     draws = np.median(ratios[draw.integers(0, len(ratios), (resamples, len(ratios)))], axis=1)
@@ -136,7 +136,7 @@ def speedup(ours: Timing, theirs: Timing, step: int = 0, resamples: int = 1000, 
 def peak_rss_mb() -> float:
     """The greatest resident memory of this process so far, in MiB."""
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage counts what the parent had when it forked
+    if status.exists():  # getrusage includes the parent's memory at the time of the fork
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 1024

@@ -1,4 +1,4 @@
-"""How far two computations of the same network are apart, tensor by tensor, and where they part."""
+"""Differences of two computations of the same network, tensor by tensor, and the first tensor that differs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,16 +9,16 @@ from numpy.typing import NDArray
 
 @dataclass
 class Difference:
-    """Accumulated over images: one tensor as computed by a reference and by another.
+    """The difference of one tensor between a reference and another computation, accumulated over images.
 
     Attributes:
-        dot: sum of products.
-        squares: sums of squares of the reference and of the other.
-        apart: sum of squares of the difference.
+        dot: sum of the products of corresponding values.
+        squares: sums of squares of the reference and of the other tensor.
+        apart: sum of squared differences.
         absolute: sum of absolute differences.
-        greatest: the greatest one.
-        count: of values.
-        not_finite: values of the other that are NaN or infinite where the reference's are not.
+        greatest: greatest absolute difference.
+        count: number of compared values.
+        not_finite: number of values that are finite in the reference, but NaN or infinite in the other tensor.
     """
 
     dot: float = 0.0
@@ -30,7 +30,7 @@ class Difference:
     not_finite: int = 0
 
     def add(self, reference: NDArray[np.floating], other: NDArray[np.floating]) -> None:
-        """Take a tensor of one image.
+        """Add the tensor of one image.
 
         Raises:
             ValueError: the shapes differ.
@@ -50,7 +50,7 @@ class Difference:
         self.count += len(ours)
 
     def figures(self) -> dict[str, float]:
-        """Cosine similarity, greatest and mean absolute difference, its RMS over the reference's; 1 where NaN appeared."""
+        """Cosine similarity, greatest and mean absolute difference, and relative RMS difference, at least 1 if NaN appeared."""
         ours, theirs = np.sqrt(self.squares)
         same = self.apart == 0
         cosine = self.dot / (ours * theirs) if ours * theirs > 0 else float(same)
@@ -66,7 +66,7 @@ class Difference:
 def compare(
     batches: Sequence[tuple[Mapping[str, NDArray[np.floating]], Mapping[str, NDArray[np.floating]]]],
 ) -> dict[str, dict[str, float]]:
-    """Figures of every tensor that both sides have, over (reference, other) of some images."""
+    """Figures of every tensor that both sides have, over pairs (reference, other) of images."""
     found: dict[str, Difference] = {}
     for reference, other in batches:
         for name in (name for name in reference if name in other):
@@ -75,11 +75,11 @@ def compare(
 
 
 def first_apart(order: Sequence[str], apart: Callable[[str], bool]) -> str | None:
-    """The first tensor that differs, by bisection; None if the last does not.
+    """The first tensor that differs, found by bisection; None if the last tensor does not differ.
 
     Args:
-        order: names, inputs before what is computed from them.
-        apart: whether a tensor differs; what follows one that differs is taken to differ, too.
+        order: names of tensors; inputs come before the tensors computed from them.
+        apart: whether a tensor differs. All tensors after one that differs are assumed to differ, too.
     """
     low, high = 0, len(order) - 1
     if not order or not apart(order[high]):

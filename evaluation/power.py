@@ -26,8 +26,8 @@ def _text(file: Path) -> str:
 def rails(system: Path = _SYSTEM) -> list[tuple[str, tuple[Path, ...]]]:
     """The input rails of a Jetson's power monitors: a name, and the files whose product is the power.
 
-    INA3221 gives millivolts and milliamperes of three channels, INA238 microwatts. Only the rail that feeds the board counts
-    (VDD_IN, or what its label calls total); where none is called so, all rails count.
+    INA3221 gives millivolts and milliamperes of three channels, INA238 microwatts. Only the rail that feeds the board counts:
+    VDD_IN, or one whose label contains "total". Without such a rail, all rails count.
     """
     found: list[tuple[str, tuple[Path, ...]]] = []
     for monitor in sorted(system.glob("class/hwmon/hwmon*")):
@@ -48,7 +48,7 @@ def rails(system: Path = _SYSTEM) -> list[tuple[str, tuple[Path, ...]]]:
 
 
 def nvpmodel(root: Path = Path("/")) -> str | None:
-    """The power mode of a Jetson, as `nvpmodel` keeps it; None elsewhere."""
+    """The power mode of a Jetson, from the status file of `nvpmodel`; None on other machines."""
     try:
         return (root / "var/lib/nvpmodel/status").read_text().strip()
     except OSError:
@@ -56,7 +56,7 @@ def nvpmodel(root: Path = Path("/")) -> str | None:
 
 
 def gpu_state(index: int = 0) -> dict[str, Any]:
-    """Name, clocks (MHz), power (W), temperature (Celsius) and used memory (MiB) of a GPU; empty where NVML does not answer."""
+    """Name, clocks (MHz), power (W), temperature (Celsius) and used memory (MiB) of a GPU; empty if NVML does not answer."""
     try:
         import pynvml
     except ImportError:
@@ -78,9 +78,9 @@ def gpu_state(index: int = 0) -> dict[str, Any]:
 
 
 class EnergyMeter:
-    """Joules between entering and leaving; `joules` is None where nothing measures.
+    """Measures the energy between entering and leaving, in joules; `joules` is None if the machine has no meter.
 
-    A counter of energy is read twice (NVML, RAPL); a monitor of power is read every 20 ms and summed.
+    An energy counter (NVML, RAPL) is read twice. A power monitor is read every 20 ms, and its readings are summed.
     """
 
     def __init__(self, on_gpu: bool, system: Path = _SYSTEM) -> None:
@@ -92,7 +92,7 @@ class EnergyMeter:
 
     @property
     def measures(self) -> bool:
-        """Whether anything measures, known once it is entered."""
+        """Whether the machine has a meter; this is known after entering."""
         return bool(self._rails) or self._begin is not None
 
     def _counter(self) -> float | None:
@@ -110,7 +110,7 @@ class EnergyMeter:
             self.source = "nvml"
             return float(energy)
         packages = sorted(self.system.glob("class/powercap/intel-rapl:?"))
-        packages = [zone for zone in packages if _text(zone / "name").startswith("package")]  # psys holds them once more
+        packages = [zone for zone in packages if _text(zone / "name").startswith("package")]  # psys includes them
         values = [_number(package / "energy_uj") for package in packages]
         known = [value for value in values if value is not None]
         if not known:
@@ -119,7 +119,7 @@ class EnergyMeter:
         return sum(known) / 1e6
 
     def watts(self) -> float | None:
-        """The power of the board now."""
+        """The present power of the board in watts; None if it cannot be read."""
         total, some = 0.0, False
         for _, files in self._rails:
             values = [_number(file) for file in files]
@@ -154,5 +154,5 @@ class EnergyMeter:
             self.joules = self._sum
         elif self._begin is not None:
             end = self._counter()
-            # RAPL's counter runs over; such a reading is of no use.
+            # RAPL's counter overflows; such a reading is dropped.
             self.joules = end - self._begin if end is not None and end >= self._begin else None

@@ -1,4 +1,4 @@
-"""Forwards to where skeletons are now, for one release."""
+"""The former module of skeletons; it forwards to their new module for one release."""
 
 from posepress.moved import forward
 

@@ -1,4 +1,4 @@
-"""Intervals: what the images chosen for an evaluation leave uncertain."""
+"""Intervals: the uncertainty of a figure that comes from the choice of the evaluated images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Interval:
 
 
 class Resampled(Protocol):
-    """An evaluated data set of which a figure can be had over any multiset of its images."""
+    """An evaluated data set whose figure can be computed over any multiset of its images."""
 
     @property
     def images(self) -> Sequence[str]:
@@ -34,20 +34,20 @@ class Resampled(Protocol):
         ...
 
     def resampled(self, counts: NDArray[Any]) -> F64:
-        """The figure of every resample, NaN where it has none; `counts` [R, I] says how often each image counts in it."""
+        """The figure of every resample, NaN if it is undefined; `counts` [R, I] says how often each image counts."""
         ...
 
 
 @dataclass(frozen=True)
 class Draws:
-    """A figure and what it was in every resample of the images.
+    """A figure, and its value in every resample of the images.
 
     Two engines evaluated on the same images drew the same resamples, so the differences of their draws are paired.
 
     Attributes:
-        images: the ids.
-        value: over all images, each once; -1 where there is none.
-        values: float64 [R], over the resamples; NaN where there is none.
+        images: ids of the images.
+        value: the figure over all images; -1 if it is undefined.
+        values: float64 [R], the figure over each resample; NaN if it is undefined.
     """
 
     images: tuple[str, ...]
@@ -60,7 +60,7 @@ class Draws:
         return _interval(self.value, self.values)
 
     def save(self, file: Path) -> None:
-        """Write as .npz."""
+        """Write the draws to an .npz file."""
         np.savez_compressed(file, images=np.array(self.images, dtype=str), value=self.value, values=self.values)
 
     @classmethod
@@ -77,12 +77,12 @@ def _interval(value: float, draws: F64) -> Interval:
 
 
 def bootstrap(data: Resampled, resamples: int = 500, seed: int = 0) -> Draws:
-    """The figure over data sets of the same size, drawn image by image with repetition.
+    """The figure over data sets of the same size, drawn image by image with replacement.
 
     Args:
         data: the evaluated images.
-        resamples: how many data sets are drawn.
-        seed: of the draws; the first resamples do not depend on how many follow.
+        resamples: number of data sets to draw.
+        seed: seed of the draws; the first resamples do not depend on the number of resamples.
     """
     draw = np.random.default_rng(seed)
     n = len(data.images)
@@ -111,7 +111,7 @@ def paired(ours: Draws, theirs: Draws) -> Interval:
 
 
 def spearman(one: F64, other: F64) -> float | None:
-    """Spearman's rank correlation, ties at their mean rank; None where one of them is constant, or below three values."""
+    """Spearman's rank correlation with mean ranks for ties; None for a constant side or fewer than three values."""
 
     def ranks(values: F64) -> F64:
         below, equal = (values[:, None] > values).sum(1), (values[:, None] == values).sum(1)

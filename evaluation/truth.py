@@ -14,11 +14,11 @@ class People:
     Attributes:
         keypoints: float64 [N, K, 3]: x, y, visibility (0 not labelled, 1 hidden, 2 visible).
         boxes: float64 [N, 4]: x, y, width, height.
-        areas: float64 [N], pixels of the person's mask.
+        areas: float64 [N], areas of the people's masks in pixels.
         crowd: bool [N]; a crowd region has no keypoints.
-        masks: one a person: COCO's polygons or run lengths; None where the file has none.
-        ignored: bool [N], people that need not be found, and whose detections are no false alarms; None is those without
-            labelled keypoints.
+        masks: one for each person: COCO's polygons or run lengths; None if the file has none.
+        ignored: bool [N], ignored people: neither missing nor predicting them counts as an error. None ignores people
+            without labelled keypoints.
     """
 
     keypoints: NDArray[np.float64]
@@ -30,6 +30,6 @@ class People:
 
     @property
     def never(self) -> NDArray[np.bool_]:
-        """Crowds and ignored people, bool [N]."""
+        """Whether a person is a crowd or ignored, bool [N]."""
         without = ~(self.keypoints[..., 2] > 0).any(axis=1) if self.ignored is None else self.ignored
         return np.asarray(self.crowd | without, bool)

@@ -1,4 +1,4 @@
-"""Forwards to where these types are now, for one release."""
+"""The former module of these types; it forwards to their new modules for one release."""
 
 from posepress.moved import forward
 

@@ -1,4 +1,4 @@
-"""Forwards to where framing is now, for one release."""
+"""The former module of framings; it forwards to their new modules for one release."""
 
 from posepress.moved import forward
 

@@ -1,6 +1,7 @@
-"""Posepress: from a trained pose network to the smallest, fastest engine that still finds the people."""
+"""Posepress turns a trained pose network into the smallest and fastest engine that keeps its accuracy."""
 
 import os
 
-MOST_PIXELS = 100_000_000  # of an image; OpenCV, which reads this when it is first imported, refuses larger ones undecoded
+# Largest image that is decoded, in pixels. OpenCV reads this variable at its first import and refuses larger images.
+MOST_PIXELS = 100_000_000
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MOST_PIXELS))

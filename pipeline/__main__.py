@@ -1,4 +1,4 @@
-"""The command: composes the configuration, checks everything before any work, runs stages, and turns errors into exit codes."""
+"""The command composes the configuration, checks it before any work, runs the stages and turns errors into exit codes."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from pipeline.launch.sweep import finish_sweep, swept
 from pipeline.version import VERSION
 from posepress.errors import UserError
 
-_errors: list[str] = []  # of this process's only cell; a sweep's cells leave theirs in files
+_errors: list[str] = []  # error of a single cell; the cells of a sweep write theirs to files
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
@@ -47,7 +47,7 @@ def _cell(config: DictConfig) -> None:
     except Exception as error:
         if not sweep:
             raise
-        traceback.print_exc()  # a bug in one cell; the others go on
+        traceback.print_exc()  # a bug in one cell must not stop the other cells
         message = f"{type(error).__name__}: {error}"
     if cell is not None:
         try:
@@ -89,9 +89,9 @@ def main() -> None:
             print(f"error: {_errors[0]}", file=sys.stderr)
             sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; run the same command to go on from here", file=sys.stderr)
+        print("\ninterrupted; run the same command to continue from here", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # what reads the output has seen enough
+    except BrokenPipeError:  # the reading program, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UserError, HydraException, OmegaConfBaseException, OSError) as error:

@@ -1,4 +1,4 @@
-"""What networks, data sets, objectives, backends, quantizers and samplers must offer."""
+"""The interfaces of networks, data sets, objectives, backends, quantizers and samplers."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,69 +14,69 @@ from posepress.spec import Array, Fields, NetworkSpec, Resolution
 
 
 class Network(Protocol):
-    """A torch.nn.Module with a description; in training its fields may include those of earlier stages, "heatmaps.0"."""
+    """A torch.nn.Module with a description. In training it may also return the fields of earlier stages, as "heatmaps.0"."""
 
     spec: NetworkSpec
 
     @property
     def ignored_layers(self) -> Sequence[Any]:
-        """Modules whose outputs must keep their channels: the heads."""
+        """The heads: modules that must keep all output channels."""
         ...
 
     def __call__(self, images: Array) -> Fields:
-        """Images [B, C, H, W] in the form of `spec.input` to fields."""
+        """Compute fields from images [B, C, H, W] that are preprocessed as `spec.input` says."""
         ...
 
 
 class Splits(Protocol):
-    """A data set and what each of its images is for: train, unlabelled, tune, agreement, validation."""
+    """A data set divided into splits: train, unlabelled, tune, agreement and validation."""
 
     def open(self, split: str) -> Dataset[Any]:
-        """The images of a split, after checking that no other split has one of them."""
+        """Return the images of a split, after a check that no other split contains one of them."""
         ...
 
     def __contains__(self, split: str) -> bool:
-        """Whether there are images for this."""
+        """Whether the split has images."""
         ...
 
     def digest(self, splits: Sequence[str]) -> str:
-        """A digest of the images and labels of some splits."""
+        """Return a digest of the images and labels of the given splits."""
         ...
 
 
 class Objective(Protocol[Truth_contra]):
-    """What a family of networks is trained for."""
+    """The training objective of a family of networks."""
 
     def people(self, truth: Truth_contra | None) -> int:
-        """How many people of an image are learnt from."""
+        """Number of labelled people of an image that training uses."""
         ...
 
     def labels(
         self, truth: Truth_contra | None, size: Resolution, stored: Resolution, whole: Resolution, most: int
     ) -> dict[str, NDArray[Any]]:
-        """What a training shard keeps of an image's truth, arrays of one shape for all images.
+        """Convert the ground truth of an image to the arrays of a training shard. Their shapes are equal for all images.
 
         Args:
-            truth: None for an image without labels.
-            size: of the image that the truth speaks of.
-            stored: the size it is kept at.
-            whole: of the array it is kept in.
-            most: people that any image has.
+            truth: ground truth of the image; None for an image without labels.
+            size: size of the image in the coordinates of the ground truth.
+            stored: size of the image in the shard.
+            whole: size of the shard's array, which contains the stored image and its padding.
+            most: largest number of people in any image.
         """
         ...
 
     def targets(self, labels: Mapping[str, Array], size: Resolution, spec: NetworkSpec) -> dict[str, Array]:
-        """The fields a perfect network would return for a batch of views, and the masks of where they count.
+        """Return the fields of a perfect network for a batch of views, and the masks of the values that the loss uses.
 
         Args:
-            labels: what `labels` kept, "matrix" [B, 2, 3] from stored image to view, "flipped" [B] and "labelled" [B].
-            size: of the views, in pixels.
-            spec: of the network.
+            labels: arrays of `labels`, "matrix" [B, 2, 3] from stored image to view, "flipped" [B] and "labelled" [B].
+            size: size of the views, in pixels.
+            spec: description of the network.
         """
         ...
 
     def loss(self, fields: Fields, targets: Fields) -> Mapping[str, Array]:
-        """Named losses, to be summed."""
+        """Return the losses by name; training minimizes their sum."""
         ...
 
 
@@ -85,38 +85,38 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str:
-        """What ran, as figures say it: "onnxruntime", "tensorrt", "tensorrt-double"."""
+        """Name of the backend in reports: "onnxruntime", "tensorrt", "tensorrt-double"."""
         ...
 
     @property
     def on_gpu(self) -> bool:
-        """Whether a GPU computes."""
+        """Whether engines run on a GPU."""
         ...
 
     @property
     def timeable(self) -> bool:
-        """Whether latencies of this backend mean anything."""
+        """Whether the latencies of this backend are real measurements."""
         ...
 
     def in_fp32(self) -> "Backend":
-        """The same for FP32 networks."""
+        """Return a backend with equal options for FP32 networks."""
         ...
 
     def build(self, files: ModelFiles, shapes: Shapes, out: Path) -> Path:
-        """Build an engine into the folder `out`; returns its file."""
+        """Build an engine in the folder `out` and return its file."""
         ...
 
     def load(self, engine: Path, threads: int = 0) -> Runner:
-        """Load an engine; `threads` 0 is the backend's own choice."""
+        """Load an engine. With `threads` 0, the backend chooses the number of threads."""
         ...
 
     def audit(self, engine: Path, resolution: Resolution, scratch: Path | None = None) -> Sequence[Mapping[str, Any]]:
-        """One record a layer of the engine as it runs: name, op, precision, macs.
+        """Return one record for each layer of the optimized engine: name, op, precision, macs.
 
         Args:
-            engine: to look at.
-            resolution: it runs at.
-            scratch: a folder for files that are gone afterwards; None is the system's.
+            engine: file of the engine.
+            resolution: input resolution at which the engine runs.
+            scratch: folder for temporary files; None uses the system's.
         """
         ...
 
@@ -126,10 +126,10 @@ class CalibrationFeed:
     """Calibration images as network inputs.
 
     Attributes:
-        read: the first so many of them, or all for None, as batches [B, 3, H, W].
-        frames: the same before they are normalised, RGB uint8 [B, H, W, 3].
-        images: digest of their list.
-        preprocessing: digest of how they become inputs.
+        read: returns the first n images, or all for None, as batches [B, 3, H, W].
+        frames: returns the images before normalisation, as RGB uint8 batches [B, H, W, 3].
+        images: digest of the list of images.
+        preprocessing: digest of the preprocessing.
     """
 
     read: Callable[[int | None], Iterable[Array]]
@@ -142,13 +142,13 @@ class Quantizer(Protocol):
     """Writes precision into an ONNX file."""
 
     def quantize(self, onnx: Path, feed: CalibrationFeed | None, probe: Any, out: Path) -> Mapping[str, Any]:
-        """Write the typed ONNX of both flavours into `out`; returns a report of plain data.
+        """Write the typed ONNX file of each runtime variant into `out`, and return a report of plain data.
 
         Args:
-            onnx: a float network.
-            feed: calibration images; None where the quantizer was given none.
-            probe: a `pipeline.probing.probe.Probe`; None where the quantizer measures nothing.
-            out: a folder.
+            onnx: file of the floating-point network.
+            feed: calibration images; None if the quantizer needs none.
+            probe: a `pipeline.probing.probe.Probe`, the candidate evaluator; None if the quantizer measures nothing.
+            out: output folder.
         """
         ...
 

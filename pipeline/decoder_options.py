@@ -1,4 +1,4 @@
-"""Options of a decoder that may be lists of candidates, of which the stage `tune` takes one."""
+"""Options of a decoder. An option may be a list of candidates, from which the stage `tune` chooses one."""
 
 import itertools
 import json
@@ -6,20 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FITTED = "tuned"  # the value of an option of a decoder that the stage `tune` fits
+FITTED = "tuned"  # an option with this value is fitted by the stage `tune`
 
 
 def candidates(options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every combination of a decoder's options that are lists of candidates, the first of each list first."""
+    """Return all combinations of the candidates of a decoder. The first combination has the first candidate of each list."""
     lists = {name: value for name, value in options.items() if isinstance(value, (list, tuple)) and name != "score_weights"}
     return [dict(zip(lists, chosen, strict=True)) for chosen in itertools.product(*lists.values())]
 
 
 def decoder_options(tuned: Path | None, decoder: Any) -> dict[str, Any]:
-    """What the stage `tune` chose; where it did not run, the first of each list of candidates.
+    """Return the options that the stage `tune` chose. If it did not run, take the first candidate of each list.
 
     Args:
-        tuned: its folder.
+        tuned: result folder of the stage `tune`; None if it did not run.
         decoder: a partial decoder, with options that may be lists.
     """
     if tuned is not None:

@@ -1,7 +1,7 @@
-"""On a device: builds, evaluates and times the engine of a package, and leaves results.zip.
+"""The command for a device: it builds, evaluates and times the engine of a package, and writes results.zip.
 
-`sh install.sh`, then `.venv/bin/python -m pipeline.edge`; results.zip goes home to `stage=import`. Options of the device are
-words, as backend.mem_pool_size_mb=1024.
+Run `sh install.sh`, then `.venv/bin/python -m pipeline.edge`. On the main machine, `stage=import` reads results.zip. Options
+of the device follow the command, for example backend.mem_pool_size_mb=1024.
 """
 
 import json
@@ -28,10 +28,10 @@ PACKAGE, RESULTS, CONFIG = "package.json", "results.zip", "config.yaml"
 
 
 def run(package: Path, words: Sequence[str]) -> Path:
-    """Build, evaluate and benchmark on this device, and collect what came of it; returns results.zip.
+    """Build, evaluate and benchmark the engine on this device, collect the results and return the path of results.zip.
 
     Raises:
-        UserError: this is no package, an option is unknown, or a stage failed.
+        UserError: the folder is no package, an option is unknown, or a stage failed.
     """
     try:
         about = parse_json((package / PACKAGE).read_bytes())
@@ -59,10 +59,10 @@ def run(package: Path, words: Sequence[str]) -> Path:
 
 
 def _configuration(file: Path, words: Sequence[str]) -> DictConfig:
-    """The configuration that came along, with options of this device.
+    """Return the package's configuration, with the options of this device.
 
     Raises:
-        UserError: a word is no option.
+        UserError: an argument is no option, or its value cannot be read.
     """
     config = OmegaConf.load(file)
     assert isinstance(config, DictConfig)
@@ -70,11 +70,11 @@ def _configuration(file: Path, words: Sequence[str]) -> DictConfig:
     for word in words:
         option, equals, value = word.partition("=")
         if not equals or option not in known:
-            raise UserError(f"{word}: no such option{nearest(option, known)}; give OPTION=VALUE, as backend.device=1")
+            raise UserError(f"{word}: no such option{nearest(option, known)}; give OPTION=VALUE, for example backend.device=1")
         try:
             given = OmegaConf.from_dotlist([f"value={value}"])
         except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"{word}: its value cannot be read; give a plain one, as backend.device=1") from error
+            raise UserError(f"{word}: its value cannot be read; give a plain value, for example backend.device=1") from error
         OmegaConf.update(config, option, given["value"])
     OmegaConf.set_struct(config, value=True)
     return config
@@ -87,7 +87,7 @@ def _paths(value: Any, prefix: str) -> Iterator[str]:
 
 
 def _device(backend: str) -> str:
-    """A word for the GPU, or the processor, that engines run on here."""
+    """Return a short name of the GPU or processor on which engines run."""
     from evaluation import device
 
     if backend == "tensorrt":
@@ -100,11 +100,11 @@ def _device(backend: str) -> str:
 
 
 def main() -> None:
-    """Run on the device and exit: 0 done, 2 bad input."""
+    """Run on the device and exit with code 0 if done or 2 for bad input."""
     try:
         made = run(Path(), sys.argv[1:])
         name = json.loads(Path(PACKAGE).read_text())["name"]
-        print(f"{made}: take it home, to python -m pipeline stage=import results={RESULTS} name={name}")
+        print(f"{made}: copy it to the main machine and run: python -m pipeline stage=import results={RESULTS} name={name}")
     except (UserError, OmegaConfBaseException, OSError) as error:
         print(f"error: {message_of(error, Path('outputs'))}", file=sys.stderr)
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""Forwards to where errors are now, for one release."""
+"""The old address of `posepress.errors`, kept for one release."""
 
 from posepress.moved import forward
 

@@ -1,4 +1,4 @@
-"""A pass over a data set that shows its progress and goes on where it was stopped."""
+"""Prediction over a data set, with a progress display; an interrupted pass can be resumed."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,10 +13,10 @@ _SAVE_EVERY = 30.0  # seconds between partial results
 
 
 def shown(results: Iterator[Found], watch: Watch, what: str, total: int) -> Iterator[Found]:
-    """Pass results on and show images/s and the name of the step that holds them up; both are left behind."""
+    """Pass results on, and show the images/s and the slowest step; the last line stays visible."""
     from pipeline.progress import Progress
 
-    compiling = "before the first image, decoding is compiled or loaded"
+    compiling = "the decoder is compiled or loaded before the first image"
     with Progress(what, total, "images", stays=True, words=compiling) as progress:
         for n, result in enumerate(results, 1):
             yield result
@@ -26,18 +26,18 @@ def shown(results: Iterator[Found], watch: Watch, what: str, total: int) -> Iter
 def resumed(
     images: Any, file: Path, rest: Callable[[int], Iterator[tuple[Any, Any]]], watch: Watch, what: str
 ) -> Iterator[tuple[int, Any, Any]]:
-    """Place, sample and what was found, of every image; an interrupted pass goes on where it was.
+    """Yield index, sample and predictions of every image; an interrupted pass continues where it stopped.
 
     Args:
         images: the data set.
-        file: where what was found is kept meanwhile.
-        rest: finds people from an image on.
-        watch: of the time they take.
-        what: the images are, for the progress bar.
+        file: file that keeps the predictions of an unfinished pass.
+        rest: predicts people, starting at the image of the given index.
+        watch: measures the time of each step.
+        what: name of the images in the progress bar.
     """
     try:
         kept = list((load_results(file) if file.exists() else {}).items())
-    except UserError:  # an unfinished pass that cannot be read is begun again
+    except UserError:  # if the saved predictions cannot be read, the pass starts again
         kept = []
     start, saved = len(kept), time.monotonic()
     for place, (image, found) in enumerate(kept):

@@ -1,4 +1,4 @@
-"""How far a long step is: a bar on a terminal; in a pipe or a log, a line every ten seconds and never an empty one."""
+"""Progress of a long step: a bar on a terminal, or a line every ten seconds in a pipe or log, without empty lines."""
 
 import sys
 import threading
@@ -12,20 +12,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 Item = TypeVar("Item")
-P = TypeVar("P", bound="Progress")  # typing.Self is not in the Python 3.10 of the edge
+P = TypeVar("P", bound="Progress")  # typing.Self is missing in Python 3.10, which edge devices use
 
-EVERY = 10.0  # seconds between lines
-INDENT = " " * 11  # below the names of stages
+EVERY = 10.0  # time between two lines, in seconds
+INDENT = " " * 11  # aligns lines with the text after a stage's name
 
 
 @dataclass
 class Lines:
-    """Where lines go, and when the last one did: many short steps after another share one pace.
+    """The output of progress lines and the time of the last line. Short steps that follow each other share one interval.
 
     Attributes:
-        stream: None is standard error, as it is when a line is written.
-        clock: seconds that only grow.
-        last: the time of the last line; None before the first step.
+        stream: output of the lines; None uses the value of sys.stderr when a line is written.
+        clock: a monotonic clock, in seconds.
+        last: the time of the last line, in seconds; None before the first step.
     """
 
     stream: TextIO | None = None
@@ -47,21 +47,21 @@ class Lines:
 
 
 _LINES = Lines()
-_bars: list[Bar] = []  # a terminal has room for one
+_bars: list[Bar] = []  # at most one, because bars on a terminal overwrite each other
 
 
 class Progress:
-    """How far one long step is, said while it runs.
+    """The progress of one long step, shown while it runs.
 
     Args:
-        what: the step does, "calibrating".
-        total: how many things it does it to; None is not known.
-        unit: those things, "images"; "s" of one thing that takes seconds.
-        shown: False says nothing.
-        stays: whether its last line stays also if it was short.
-        done: how many are done before.
-        lines: the pace of a log; None is that of the process.
-        words: are shown until the first thing is done.
+        what: name of the step, for example "calibrating".
+        total: number of items; None if unknown.
+        unit: name of the items, for example "images"; "s" shows the elapsed seconds instead of a count.
+        shown: False prints nothing.
+        stays: whether the last line is also printed after a short step.
+        done: number of items that were done before.
+        lines: output and interval of the lines; None uses those of the process.
+        words: text that is shown until the first item is done.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Progress:
         self._what, self._total, self._unit, self._stays = what, total, unit, stays
         self._lines = _LINES if lines is None else lines
         self._shown = shown
-        self._said: int | None = None  # how many were done at the last line
+        self._said: int | None = None  # number of items done at the last line
         self._from = self._done = done
         self._words = words
         console = Console(file=self._lines.stream or sys.stderr, soft_wrap=True, highlight=False)
@@ -97,19 +97,19 @@ class Progress:
         self._ended = threading.Event()
 
     def __enter__(self: P) -> P:  # noqa: PYI019
-        """Begin to count and to show."""
+        """Start the clock and the display."""
         self._started = self._lines.clock()
         if not self._bar.disable:
             _bars.append(self._bar)
             self._bar.start()
         elif self._shown and not self._interactive:
-            _ = self._lines.due  # the first step of a process begins the pace
-            if self._lines.clock is time.monotonic:  # a thing that takes minutes must not silence a log
+            _ = self._lines.due  # reading it starts the interval at the first step of a process
+            if self._lines.clock is time.monotonic:  # a log must show lines also during an item of minutes
                 threading.Thread(target=self._tick, daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Take the bar away; a step that said something says where it ended."""
+        """Remove the bar, and print a last line if the step printed lines before."""
         self._ended.set()
         if not self._bar.disable:
             self._bar.stop()
@@ -123,7 +123,7 @@ class Progress:
             self.tick()
 
     def tick(self) -> None:
-        """Say how far it is, where there is no bar and the last line is ten seconds old."""
+        """Print a line if there is no bar and the last line is ten seconds old."""
         if not self._shown or self._interactive:
             return
         with self._lines.lock:
@@ -132,22 +132,22 @@ class Progress:
                 self._said = self._done
 
     def update(self, done: int, words: str = "") -> None:
-        """So many are done.
+        """Set the number of items that are done.
 
         Args:
-            done: in all.
-            words: what else there is to say.
+            done: number of items in total.
+            words: text to show after the rate.
         """
         self._done, self._words = done, words
         self._bar.update(self._task, completed=done, words=self._tail())
         self.tick()
 
     def advance(self) -> None:
-        """One more is done."""
+        """Count one more item as done."""
         self.update(self._done + 1, self._words)
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a line that stays visible beside the bar."""
         if not self._shown:
             return
         bar = self._bar if not self._bar.disable else _bars[-1] if _bars and self._interactive else None
@@ -158,7 +158,7 @@ class Progress:
             bar.console.print(f"{INDENT}{text}", markup=False)
 
     def line(self) -> str:
-        """How far it is, in words: what, how many of how many, how fast."""
+        """Return a line with the name of the step, the number of items done and the rate."""
         of = "" if self._total is None else f" of {self._total}"
         if self._unit == "s":
             return f"{self._what}: {self._lines.clock() - self._started:.0f} s"
@@ -180,21 +180,21 @@ def say(text: str, style: str | None = None) -> None:
 
 
 def rate(value: float) -> str:
-    """A rate with as many digits as are worth reading."""
+    """Format a rate with two or three significant digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def track(
     items: Iterable[Item], what: str, total: int | None = None, unit: str = "", lines: Lines | None = None
 ) -> Iterator[Item]:
-    """Pass things on and show how many there were.
+    """Pass items on and show how many have passed.
 
     Args:
-        items: anything.
-        what: is done with them.
-        total: how many; None asks them.
-        unit: what they are.
-        lines: the pace of a log; None is that of the process.
+        items: any iterable.
+        what: name of the step, for example "calibrating".
+        total: number of items; None uses their length, if they have one.
+        unit: name of the items, for example "images".
+        lines: output and interval of the lines; None uses those of the process.
     """
     count = len(items) if total is None and isinstance(items, Sized) else total
     with Progress(what, count, unit, lines=lines) as progress:
@@ -204,14 +204,14 @@ def track(
 
 
 class TrainingProgress(Progress):
-    """How far, how fast and how well a training goes; each line's rate is of the steps since the line before.
+    """Steps, rate and losses of a training. Each line shows the rate since the previous line.
 
     Args:
-        shown: False says nothing, as on all devices but the first.
-        steps: of the whole training.
-        batch_size: images a step.
-        step: how many steps are done.
-        lines: the pace of a log; None is that of the process.
+        shown: False prints nothing, as on all devices but the first.
+        steps: number of steps of the whole training.
+        batch_size: number of images of a step.
+        step: number of steps that are done.
+        lines: output and interval of the lines; None uses those of the process.
     """
 
     def __init__(self, shown: bool, steps: int, batch_size: int, step: int, lines: Lines | None = None) -> None:
@@ -220,34 +220,34 @@ class TrainingProgress(Progress):
         self._begun = self._last = step, self._lines.clock()
 
     def begin(self, step: int) -> None:
-        """Rates count from here, after so many steps."""
+        """Measure rates from now on, with `step` steps done."""
         self._begun = self._last = step, self._lines.clock()
         self.update(step)
 
     def update(self, done: int, words: str = "") -> None:
-        """So many steps are done."""
+        """Set the number of steps that are done."""
         super().update(done, words or self._losses)
 
     def show_losses(self, step: int, losses: Mapping[str, float], start: int) -> None:
         """Show the losses.
 
         Args:
-            step: how many are done; the device is done with them too.
-            losses: by name.
-            start: rates leave out so many steps from where it began.
+            step: number of steps that the device has completed.
+            losses: losses by name.
+            start: number of first steps that rates leave out.
         """
         self._losses = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
         if step <= self._begun[0] + start < self._steps:
-            self._last = step, self._lines.clock()  # how it starts says nothing of how fast it goes
+            self._last = step, self._lines.clock()  # the first steps are slower than the rest
         self.update(step)
 
     def say_rate(self, step: int) -> None:
-        """Say how far and how fast it went."""
+        """Print a line with the step and the rate."""
         self._done = self._said = step
         self.say(self.line())
 
     def line(self) -> str:
-        """The step, the rate since the last line, and the losses."""
+        """Return a line with the step, the rate since the previous line and the losses."""
         step, now = self._done, self._lines.clock()
         before, then = self._last if self._last[0] < step else self._begun
         self._last = step, now

@@ -1,3 +1,3 @@
-"""The version, in a module of its own: a new one makes no result stale."""
+"""The version. It has its own module, so that a new version makes no result stale."""
 
 VERSION = "0.1.0"

@@ -1,1 +1,1 @@
-"""Run an engine on images: what users import, and what a device takes home."""
+"""Run an engine on images. Users import this package, and packages for devices contain it."""

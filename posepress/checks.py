@@ -9,14 +9,14 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 T = TypeVar("T")
-MOST_PIXELS, MOST_CHANNELS, MOST_VALUE = 4096, 65536, 1e9  # greater ones are mistakes
+MOST_PIXELS, MOST_CHANNELS, MOST_VALUE = 4096, 65536, 1e9  # greater values are refused as mistakes
 
 
 def number(option: str, value: object, least: float = -MOST_VALUE, most: float = MOST_VALUE) -> None:
-    """Make sure that the value of an option is a finite number of a range.
+    """Make sure that the value of an option is a finite number within a range.
 
     Raises:
-        ValueError: it is none; the message begins with the option.
+        ValueError: the value is not; the message begins with the option.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)) or not least <= value <= most:
         bounds = f"from {least:g} to {most:g}" if (least, most) != (-MOST_VALUE, MOST_VALUE) else "that is finite"
@@ -24,10 +24,10 @@ def number(option: str, value: object, least: float = -MOST_VALUE, most: float =
 
 
 def whole(option: str, value: object, least: int, most: int) -> None:
-    """Make sure that the value of an option is a whole number of a range.
+    """Make sure that the value of an option is a whole number within a range.
 
     Raises:
-        ValueError: it is none; the message begins with the option.
+        ValueError: the value is not; the message begins with the option.
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value <= most:
         raise ValueError(f"{option}={shown(value)}: choose a whole number from {least} to {most}")
@@ -37,17 +37,17 @@ def text(option: str, value: object) -> None:
     """Make sure that the value of an option is a name.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the value is no text, or an empty one.
     """
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{option}={shown(value)}: choose a name")
 
 
 def choice(option: str, value: object, known: Iterable[str]) -> None:
-    """Make sure that the value of an option is one of some words.
+    """Make sure that the value of an option is one of the known words.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: the value is another one.
     """
     if value not in tuple(known):
         raise ValueError(f"{option}={shown(value)}: choose {', '.join(known)}")
@@ -57,7 +57,7 @@ def unique(option: str, names: tuple[object, ...]) -> None:
     """Make sure that names differ.
 
     Raises:
-        ValueError: one is there twice, or is no name.
+        ValueError: a name occurs twice, or a value is no name.
     """
     for place, name in enumerate(names):
         text(f"{option}[{place}]", name)
@@ -67,12 +67,12 @@ def unique(option: str, names: tuple[object, ...]) -> None:
 
 
 def listed(value: object) -> tuple[Any, ...]:
-    """The items of a list or tuple; none of anything else."""
+    """The items of a list or tuple; an empty tuple for any other value."""
     return tuple(value) if isinstance(value, (list, tuple)) else ()
 
 
 def shown(value: object) -> str:
-    """A value in an error, shortened."""
+    """A value as text for an error message, shortened."""
     try:
         text = "null" if value is None else str(value)
     except ValueError:  # Python writes no number of more than 4,300 digits
@@ -82,7 +82,7 @@ def shown(value: object) -> str:
 
 @contextmanager
 def within(path: str) -> Iterator[None]:
-    """Put the place of a part in front of its errors."""
+    """Put a path in front of the messages of errors that are raised inside."""
     try:
         yield
     except ValueError as error:
@@ -90,14 +90,14 @@ def within(path: str) -> Iterator[None]:
 
 
 def part(kind: type[T], path: str, raw: object, lists: Iterable[str] = ()) -> T:
-    """A part of a description from plain data.
+    """Build one part of a description from plain data.
 
     Raises:
         ValueError: a key is unknown or missing, or a value is wrong.
     """
     known = {f.name: f for f in fields(cast("Any", kind))}
     if not isinstance(raw, Mapping):
-        raise ValueError(f"{path}={shown(raw)}: give it as {{{', '.join(known)}}}")  # noqa: TRY004 - one kind of error
+        raise ValueError(f"{path}={shown(raw)}: give it as {{{', '.join(known)}}}")  # noqa: TRY004 - callers catch ValueError
     for key in raw:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)

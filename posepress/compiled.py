@@ -1,4 +1,4 @@
-"""One typed door to numba."""
+"""A typed wrapper of numba's compiler."""
 
 from collections.abc import Callable
 from typing import TypeVar, cast
@@ -9,11 +9,11 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def compiled(function: F) -> F:
-    """Compile a function of numpy arrays with numba, released from the GIL and cached on disk.
+    """Compile a function of numpy arrays with numba; it runs without the GIL and is cached on disk.
 
-    numba's cache notices edits of the function's own file only, so a compiled function calls compiled functions of its
-    own file and of no other. Where no folder can take the cache (NUMBA_CACHE_DIR, this package, the user's), every process
-    compiles anew.
+    numba's cache notices edits of the function's own file only. Therefore a compiled function may only call compiled
+    functions of its own file. The cache needs a writable folder: NUMBA_CACHE_DIR, this package's or the user's. Without
+    one, every process compiles again.
     """
     try:
         return cast("F", numba.njit(cache=True, nogil=True)(function))

@@ -1,4 +1,4 @@
-"""What a framing, a decoder and a runner must offer."""
+"""Protocols of data sets, framings, decoders and runners."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -22,12 +22,12 @@ class Dataset(Protocol[Truth]):
     def __getitem__(self, index: int) -> Sample[Truth]: ...
 
     def table(self) -> Mapping[str, NDArray[Any]]:
-        """Columns with one row an image, for strata."""
+        """Columns with one row for each image, from which strata are made."""
         ...
 
 
 class Framing(Protocol):
-    """How an image becomes network inputs."""
+    """A rule that turns an image into network inputs."""
 
     @property
     def one_size(self) -> bool:
@@ -40,27 +40,27 @@ class Framing(Protocol):
         ...
 
     def views(self, size: Resolution, resolution: Resolution, spec: InputSpec, boxes: NDArray[Any] | None = None) -> list[View]:
-        """The views of an image; `boxes` [N, 4] are of its people, x, y, width, height."""
+        """The views of an image; `boxes` [N, 4] are those of its people: x, y, width, height."""
         ...
 
 
 class Decoder(Protocol[Found]):
-    """Fields to what was found."""
+    """A decoder turns fields into predictions."""
 
     def decode(self, fields: Fields, views: Sequence[View]) -> list[Found]:
-        """One result a view."""
+        """One prediction for each view."""
         ...
 
     def merge(self, parts: Sequence[Found], views: Sequence[View]) -> Found:
-        """One result an image, from those of its views."""
+        """The prediction for an image, merged from those of its views."""
         ...
 
     def draw(self, image: NDArray[Any], found: Found) -> NDArray[Any]:
-        """What was found, drawn over its image uint8 [H, W, 3]."""
+        """The image uint8 [H, W, 3] with the prediction drawn on it."""
         ...
 
     def variants(self, found: Found) -> Mapping[str, Found]:
-        """Other readings of an image's result, by name; they are scored beside it."""
+        """Alternative versions of an image's prediction, by name; each is evaluated, too."""
         ...
 
 
@@ -69,7 +69,7 @@ class Runner(Protocol):
 
     Attributes:
         spec: the network's description.
-        workers: how many threads may call it at once.
+        workers: number of threads that may call the runner at the same time.
     """
 
     spec: NetworkSpec
@@ -80,13 +80,13 @@ class Runner(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
     def upload(self, images: NDArray[Any]) -> Array:
-        """RGB images uint8 [B, H, W, 3] in the network's input form where the engine reads them; there when it returns."""
+        """Convert RGB images uint8 [B, H, W, 3] to the network's input form, in the engine's memory; complete on return."""
         ...
 
     def __call__(self, images: Array) -> Fields:
-        """Uploaded images to fields [B, C, h, w], where the engine leaves them; they are there when it returns."""
+        """Run the network on uploaded images. The fields [B, C, h, w] stay in the engine's memory; complete on return."""
         ...
 
     def download(self, fields: Fields) -> Mapping[str, NDArray[Any]]:
-        """Fields in the memory of the host."""
+        """Copy fields to host memory."""
         ...

@@ -1,4 +1,4 @@
-"""Found people drawn over their image."""
+"""Drawing of predicted poses on their image."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ _COLOURS = ((255, 120, 40), (60, 180, 255), (120, 220, 80), (230, 90, 200), (250
 
 
 def draw(image: NDArray[np.uint8], found: Poses, labels: Skeleton) -> NDArray[np.uint8]:
-    """Draw limbs and found keypoints of every person, in a colour each, on a copy of an RGB image [H, W, 3]; no guesses."""
+    """Draw each person in a colour on a copy of an RGB image [H, W, 3]; filled-in keypoints are left out."""
     import cv2
 
     out = image.copy()

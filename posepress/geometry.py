@@ -1,4 +1,4 @@
-"""Views: matrices from images to network inputs, and the one place where pixel centres are shifted.
+"""Views: matrices that map image points to network inputs. Only this module handles the half-pixel shift of centres.
 
 Points are (x, y) in pixels, with the centre of the first pixel at (0, 0).
 """
@@ -19,8 +19,8 @@ class View:
     Attributes:
         matrix: float64 [2, 3], from image points to input points.
         size: the input's size.
-        box: (x, y, width, height) in image pixels that the view shows; None is the whole image.
-        flipped: left and right of the skeleton are swapped in this view.
+        box: the shown part of the image, (x, y, width, height) in image pixels; None is the whole image.
+        flipped: whether the skeleton's left and right are swapped in this view.
     """
 
     matrix: NDArray[np.float64]
@@ -35,7 +35,7 @@ class View:
     def to_image(self, points: NDArray[Any]) -> NDArray[np.float64]:
         """Map input points [..., 2] to image points."""
         (a, b, x), (c, d, y) = self.matrix.tolist()
-        inverse = np.array([[d, -c], [-b, a]]) / (a * d - b * c)  # transposed; a fifth of the time of a general inverse
+        inverse = np.array([[d, -c], [-b, a]]) / (a * d - b * c)  # transposed; takes a fifth of the time of a general inverse
         mapped: NDArray[np.float64] = (np.asarray(points, np.float64) - (x, y)) @ inverse
         return mapped
 
@@ -55,13 +55,13 @@ def input_to_cells(points: NDArray[np.float64], spec: OutputSpec) -> NDArray[np.
 
 
 def resized(size: Resolution, to: tuple[float, float]) -> NDArray[np.float64]:
-    """The matrix [2, 3] of a resize of a whole image to (height, width), keeping pixel *edges* in place."""
+    """The matrix [2, 3] that resizes a whole image to (height, width). It keeps the pixels' *edges* in place."""
     sy, sx = to[0] / size.height, to[1] / size.width
     return np.array([[sx, 0, 0.5 * sx - 0.5], [0, sy, 0.5 * sy - 0.5]], np.float64)
 
 
 def mirrored(view: View, size: Resolution) -> View:
-    """The same view of the image of `size` turned left to right."""
+    """The same view of the mirrored image; `size` is the image's size."""
     turned = view.matrix.copy()
     turned[:, 0] = -view.matrix[:, 0]
     turned[:, 2] = view.matrix[:, 2] + view.matrix[:, 0] * (size.width - 1)

@@ -1,4 +1,4 @@
-"""Modules that moved: their old places forward to the new ones, with a warning, for one release."""
+"""Forwarding of moved modules: for one release the old place still works and gives a warning."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -10,8 +10,8 @@ def forward(old: str, places: Mapping[str, str]) -> Callable[[str], Any]:
     """A module's `__getattr__` that looks names up where they are now.
 
     Args:
-        old: the module.
-        places: the new module of each name, or "module:name" where the name changed too; "*" is that of all others.
+        old: name of the old module.
+        places: the new module of each name, or "module:name" if the name changed, too; "*" stands for all other names.
     """
 
     def get(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Pixels: cutting a view from an image, and the form in which a network takes it."""
+"""Cutting of a view from an image, and its conversion to the network's input form."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ F32 = NDArray[np.float32]
 
 
 def frame(image: NDArray[np.uint8], view: View, spec: InputSpec) -> NDArray[np.uint8]:
-    """Cut a view [H, W, 3] from an image; outside is the network's padding."""
+    """Cut a view [H, W, 3] from an image; pixels outside the image get the network's grey level of padding."""
     import cv2
 
     height, width = view.size.height, view.size.width
@@ -26,7 +26,7 @@ def frame(image: NDArray[np.uint8], view: View, spec: InputSpec) -> NDArray[np.u
         pad = (spec.pad,) * 3
         warped = cv2.warpAffine(image, view.matrix, (width, height), flags=cv2.INTER_LINEAR, borderValue=pad)
         return np.asarray(warped, np.uint8)
-    # A resize keeps its coefficients in more bits than a warp does.
+    # A resize has more precise coefficients than a warp.
     inside = (round(image.shape[1] * sx), round(image.shape[0] * sy))
     resized = cv2.resize(image, inside, interpolation=cv2.INTER_LINEAR)
     if inside == (width, height):
@@ -47,15 +47,15 @@ def _planes(images: NDArray[np.uint8], order: NDArray[np.int64], factor: F32, of
 
 
 def normalise(images: NDArray[np.uint8], spec: InputSpec, out: NDArray[Any] | None = None) -> NDArray[Any]:
-    """RGB pixels to the network's input form: its layout, type and channels.
+    """Convert RGB pixels to the layout, type and channels of the network's input.
 
     Args:
         images: RGB [B, H, W, 3].
-        spec: the network's input; grey is OpenCV's: .299 R + .587 G + .114 B.
-        out: a contiguous array of the form's shape and type that takes the input; None makes one.
+        spec: the network's input; grey values follow OpenCV: 0.299 R + 0.587 G + 0.114 B.
+        out: a contiguous array for the result, of the input's shape and type; None allocates one.
 
     Raises:
-        ValueError: the images have other channels, or `out` has another shape or type.
+        ValueError: the images do not have three channels, or `out` has another shape or type.
     """
     if images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(f"images {list(images.shape)} are not RGB [B, H, W, 3]")
@@ -81,7 +81,7 @@ def normalise(images: NDArray[np.uint8], spec: InputSpec, out: NDArray[Any] | No
 
 
 def grey(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """RGB images [B, H, W, 3] as grey ones [B, H, W, 1]."""
+    """Convert RGB images [B, H, W, 3] to grey images [B, H, W, 1]."""
     import cv2
 
     return np.stack([cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in images])[..., None].astype(np.uint8, copy=False)

@@ -1,4 +1,4 @@
-"""The network's input form, computed where the network runs: a quarter of the bytes travel there."""
+"""Conversion to the network's input form on the device, to which only a quarter of the bytes must be copied."""
 
 from functools import cache
 
@@ -18,9 +18,12 @@ def _on(device: torch.device, spec: InputSpec) -> tuple[Tensor, Tensor]:
 
 
 def normalise(images: NDArray[np.uint8], spec: InputSpec, device: torch.device) -> Tensor:
-    """RGB pixels [B, H, W, 3] to the network's input form on the device; [B, C, H, W] is channels last in memory.
+    """Convert RGB pixels [B, H, W, 3] to the network's input form on the device.
 
-    See `posepress.pixels.normalise`. On a GPU the current stream does the work, and the host does not wait for it.
+    The memory format of [B, C, H, W] is channels last.
+
+    The formula is that of `posepress.pixels.normalise`.
+    On a GPU the current stream does the work, and the host does not wait for it.
     """
     if spec.channels == 1:
         images = grey(images)

@@ -1,4 +1,4 @@
-"""The one loop that runs a network over images: calibration, evaluation and prediction are made of it."""
+"""The loop that runs a network over images; calibration, evaluation and prediction use it."""
 
 import os
 import time
@@ -22,9 +22,9 @@ from posepress.spec import InputSpec, Resolution
 
 Found = TypeVar("Found")
 
-_READ_AHEAD = 16  # images being read or waiting: bounds the memory
+_READ_AHEAD = 16  # largest number of images being read or waiting, to bound the memory
 
-# More threads than these only wait for each other's turn in Python: on 16 cores and a GPU, 16 and 4 of them lost a tenth.
+# More threads only wait for Python's GIL: on 16 cores and a GPU, 16 readers and 4 decoders were a tenth slower.
 _MOST_READERS, _MOST_DECODERS = 8, 2
 
 
@@ -35,7 +35,7 @@ class Batch:
     Attributes:
         images: uint8 [B, H, W, 3], RGB; `Runner.upload` gives them the network's input form.
         views: B views.
-        samples: the image each view is of.
+        samples: the image of each view.
         last: whether a view is the last of its image.
     """
 
@@ -47,11 +47,11 @@ class Batch:
 
 @dataclass
 class Watch:
-    """What the steps of a loop cost, to name the one that holds it up.
+    """The time that each step of a loop takes, to find the bottleneck.
 
     Attributes:
-        workers: how many threads share a step.
-        busy: seconds of work of each step, of all its threads.
+        workers: number of threads of each step.
+        busy: seconds of work in each step, summed over its threads.
     """
 
     workers: dict[str, int] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Watch:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Count the time inside as work of a step."""
+        """Add the time spent in the `with` block to a step."""
         started = time.perf_counter()
         try:
             yield
@@ -90,13 +90,13 @@ def batches(
         framing: how an image becomes views.
         spec: the network's input.
         resolution: the network's input size.
-        batch: most views at once; views of different sizes never share a batch.
+        batch: largest number of views in a batch; views of different sizes never share a batch.
         indices: which images; None is all.
         watch: counts the time of the steps "reading" and "framing".
     """
     import cv2
 
-    cv2.setNumThreads(1)  # the readers are the threads
+    cv2.setNumThreads(1)  # the readers already run in parallel
     watch = watch or Watch()
     readers = min(os.cpu_count() or 1, _MOST_READERS)
     watch.workers |= {"reading": readers, "framing": readers}
@@ -108,7 +108,7 @@ def batches(
         with watch.step("framing"):
             try:
                 views = framing.views(sample.size, resolution, spec, sample.boxes)
-            except ValueError as error:  # the image has no boxes, or one that is not finite
+            except ValueError as error:  # the image has no boxes, or a box is not finite
                 raise UserError(f"image {sample.id}: {error}") from error
             return sample, views, [frame(image, view, spec) for view in views]
 
@@ -131,7 +131,7 @@ def batches(
             if not pending:
                 break
             sample, views, inputs = pending.popleft().result()
-            if not views:  # nobody to cut out: the image is done before any network sees it
+            if not views:  # a top-down image without people needs no network
                 if waiting:
                     yield flush()
                 yield Batch(np.zeros((0, 1, 1, 3), np.uint8), (), (sample,), ())
@@ -155,18 +155,18 @@ def predict(
     indices: Sequence[int] | None = None,
     watch: Watch | None = None,
 ) -> Iterator[tuple[Sample[Any], Found]]:
-    """Find what is in each image, in order.
+    """Predict the result of each image, in order.
 
-    Reading and framing, the network, and decoding run side by side; between them wait a few batches at most. `runner.workers`
-    batches are in the network at once.
+    Reading, the network and decoding run in parallel, with only a few batches waiting between them. The network runs
+    `runner.workers` batches at the same time.
 
     Args:
         data: the images.
         runner: a loaded engine.
         framing: how an image becomes views.
-        decoder: of the engine's fields.
+        decoder: turns the engine's fields into results.
         resolution: the network's input size.
-        batch: most views at once.
+        batch: largest number of views in a batch.
         indices: which images; None is all.
         watch: counts the time of the steps "reading", "framing", "network" and "decoding".
     """
@@ -187,7 +187,7 @@ def predict(
         with watch.step("decoding"):
             try:
                 return decoder.decode(returned, ready.views) if ready.views else []
-            except ValueError as error:  # the fields are not as described
+            except ValueError as error:  # the fields differ from their description
                 raise UserError(str(error)) from error
 
     def finished(done: Batch, found: list[Found]) -> Iterator[tuple[Sample[Any], Found]]:

@@ -1,4 +1,4 @@
-"""What is found in an image, and its file format."""
+"""Predictions for an image, and their file format."""
 
 import struct
 import tokenize
@@ -20,16 +20,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Poses:
-    """People found in an image.
+    """Predicted poses of the people in an image.
 
     Attributes:
-        keypoints: float32 [N, K, 3]: x and y in image pixels, and the keypoint's own score; (0, 0, 0) where none was found.
-            Like the scores, float64 where they come from a file, whose order must not suffer from rounding.
-        scores: float32 [N], the greater the surer.
-        guessed: bool [N, K], keypoints that were completed rather than found; None where nothing was.
-        features: float32 [N, F], what a score can be fitted to; the first is the plain score.
-        dropped_peaks: peaks of this image that had no room.
-        not_finite: the network returned NaN or infinity.
+        keypoints: float32 [N, K, 3]: x and y in image pixels, and the keypoint's own score; (0, 0, 0) for a missing keypoint.
+            Keypoints and scores read from a file are float64, so that rounding does not change the order of scores.
+        scores: float32 [N]; a higher score means higher confidence.
+        guessed: bool [N, K], whether a missing keypoint was filled in; None if the decoder fills in none.
+        features: float32 [N, F], the inputs of a fitted score; the first is the plain score.
+        dropped_peaks: number of peaks that were dropped because a heatmap had too many.
+        not_finite: whether the network returned NaN or infinity.
     """
 
     keypoints: NDArray[np.float32]
@@ -40,7 +40,7 @@ class Poses:
     not_finite: bool = False
 
     def as_found(self) -> "Poses":
-        """The same people without guesses, and with their plain scores."""
+        """The same poses without filled-in keypoints, and with their plain scores."""
         keypoints = self.keypoints if self.guessed is None else np.where(self.guessed[..., None], 0, self.keypoints)
         scores = self.scores if self.features is None else self.features[:, 0]
         return replace(self, keypoints=keypoints, scores=scores, guessed=None)
@@ -59,12 +59,12 @@ class SemanticMask:
 
 @dataclass(frozen=True)
 class Sample(Generic[T]):
-    """One image and what is known of it.
+    """One image with its labels.
 
     Attributes:
-        id: unique in its data set; COCO's image id as text.
+        id: name that is unique in the data set; for COCO, the image id as text.
         size: the image's size.
-        read: reads the pixels, uint8 [H, W, 3], RGB.
+        read: function that reads the RGB pixels, uint8 [H, W, 3].
         truth: the labels; None for an unlabelled image.
         boxes: float64 [N, 4], people's boxes for top-down networks.
     """
@@ -77,14 +77,14 @@ class Sample(Generic[T]):
 
 
 _KINDS: Mapping[str, type] = {kind.__name__: kind for kind in (Poses, SemanticMask)}
-DAMAGED = (  # what numpy and zipfile raise over bytes that are none of theirs
+DAMAGED = (  # exceptions that numpy and zipfile raise for a damaged file
     OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, MemoryError, ArithmeticError,
     zipfile.BadZipFile, zlib.error, struct.error, SyntaxError, tokenize.TokenError,
 )  # fmt: skip
 
 
 def save_results(file: Path, results: Sequence[tuple[str, Any]]) -> None:
-    """Write results, (image id, result), to an .npz file: the fields of each, by number of image."""
+    """Write results, (image id, result), to an .npz file; its keys are "number.name" of image and field."""
     arrays: dict[str, Any] = {"ids": np.array([i for i, _ in results], dtype=str)}
     kinds = {type(found).__name__ for _, found in results}
     arrays["kind"] = np.array(sorted(kinds), dtype=str)
@@ -98,7 +98,7 @@ def save_results(file: Path, results: Sequence[tuple[str, Any]]) -> None:
 
 
 def load_results(file: Path) -> dict[str, Any]:
-    """What `save_results` wrote, by image id.
+    """The results that `save_results` wrote, by image id.
 
     Raises:
         UserError: the file is damaged.

@@ -1,4 +1,4 @@
-"""What is known of a network beside its weights: its input, its outputs and their labels.
+"""The description of a network without its weights: its input, its outputs and their labels.
 
 Sizes are (height, width).
 """
@@ -28,12 +28,12 @@ from posepress.checks import (
     whole,
 )
 
-Array = Any  # numpy, or a torch tensor left on the device where the network ran
+Array = Any  # a numpy array, or a torch tensor on the device that ran the network
 
 Fields = Mapping[str, Array]  # field name -> [B, C, H / stride, W / stride]
 
-FIELDS = ("heatmaps", "pafs")  # the decoders' names of a pose network's fields
-SPEC_KEY = "posepress.spec"  # metadata of every ONNX file we write: NetworkSpec as JSON
+FIELDS = ("heatmaps", "pafs")  # names that the decoders use for a pose network's fields
+SPEC_KEY = "posepress.spec"  # metadata key of every ONNX file we write; its value is the NetworkSpec as JSON
 _FREE = ("batch", "height", "width")
 
 
@@ -42,8 +42,8 @@ class Resolution:
     """A size in pixels.
 
     Attributes:
-        height: of the image or input.
-        width: likewise.
+        height: height of the image or input, in pixels.
+        width: width of the image or input, in pixels.
     """
 
     height: Annotated[int, Interval(ge=1, lt=10**6)]
@@ -73,15 +73,15 @@ class InputSpec:
         name: the input's name in the ONNX file.
         order: "RGB" or "BGR"; mean and std follow it.
         range: the value a full-scale pixel (255) is scaled to, before mean and std: 1 or 255.
-        mean: one number a channel, or one for all, in units of `range`.
-        std: one number a channel, or one for all, above 0, in units of `range`.
+        mean: mean in units of `range`: one number for each channel, or one for all.
+        std: standard deviation in units of `range`, above 0: one number for each channel, or one for all.
         pad: the grey level (0..255) outside the image.
         multiple: height and width must be k * multiple + offset.
-        offset: 0, or 1 for networks of 16k + 1.
+        offset: 0, or 1 for networks whose height and width must be 16 k + 1.
         layout: order of the axes: "NCHW" (batch, channels, height, width) or "NHWC".
-        dtype: "float32", "float16" or "uint8"; a network of uint8 normalises pixels itself.
-        channels: 3, or 1 for a network of grey images.
-        size: the one input size of a network of fixed size; None where height or width is free.
+        dtype: "float32", "float16" or "uint8"; a network with uint8 input normalises the pixels itself.
+        channels: 3 for colour images, or 1 for grey images.
+        size: the only input size of a network with a fixed size; None if height or width is free.
     """
 
     name: str
@@ -98,7 +98,7 @@ class InputSpec:
     size: Resolution | None = None
 
     def __post_init__(self) -> None:
-        """Check the values; words of another case are taken, and one mean or std stands for all channels.
+        """Check the values. Upper and lower case are both accepted, and one mean or std applies to all channels.
 
         Raises:
             ValueError: a value is of another type or out of range; the message begins with its name.
@@ -119,7 +119,7 @@ class InputSpec:
         for option, least in (("mean", -MOST_VALUE), ("std", 1e-6)):
             object.__setattr__(self, option, self._of_each_channel(option, getattr(self, option), least))
         if self.dtype == "uint8" and (self.range != 255 or any(self.mean) or set(self.std) != {1}):
-            raise ValueError("dtype=uint8: the network takes pixels as they are; give range=255, mean=0 and std=1 with it")
+            raise ValueError("dtype=uint8: the network takes pixels without normalisation; give range=255, mean=0 and std=1")
         whole("pad", self.pad, 0, 255)
         whole("multiple", self.multiple, 1, MOST_PIXELS)
         whole("offset", self.offset, 0, MOST_PIXELS)
@@ -127,10 +127,10 @@ class InputSpec:
             object.__setattr__(self, "size", _size(self.size))
 
     def _of_each_channel(self, option: str, given: Any, least: float) -> tuple[float, ...]:
-        """The numbers of an option, one a channel.
+        """The numbers of an option, one for each channel.
 
         Raises:
-            ValueError: one is no number of the range, or there are more or fewer than channels.
+            ValueError: a value is no number or is too small, or the count of numbers differs from that of channels.
         """
         values = tuple(given) if isinstance(given, (list, tuple)) else (given,)
         for place, value in enumerate(values):
@@ -138,13 +138,13 @@ class InputSpec:
         if self.channels == 1 and len(set(values)) == 1:
             values = values[:1]
         if len(values) not in (1, self.channels):
-            more = ", or three, one a channel" if self.channels == 3 else ", of the grey channel"
+            more = ", or three, one for each channel" if self.channels == 3 else " for the grey channel"
             raise ValueError(f"{option}={shown(list(values))}: {len(values)} numbers; give one{more}")
         return values * (self.channels // len(values))
 
     @property
     def doubts(self) -> list[str]:
-        """What of these values is allowed but unusual, in sentences that begin with the option; empty if nothing is."""
+        """Warnings about values that are allowed but unusual; each begins with the option's name."""
         low, high = min(self.mean), max(self.mean)
         said = []
         if low < -self.range or high > 2 * self.range or (self.range > 2 and 0 < max(abs(low), abs(high)) <= 1):
@@ -154,23 +154,23 @@ class InputSpec:
             )
         least, most = min(self.std) / self.range, max(self.std) / self.range
         if most > 2 or (least < 0.02 and set(self.std) != {1} and self.range > 2):
-            said.append(f"std={list(self.std)} is far from a part of range={self.range:g}; mean and std are in units of range")
+            said.append(f"std={list(self.std)} is implausible for range={self.range:g}; mean and std are in units of range")
         return said
 
     def fits(self, resolution: Resolution) -> bool:
-        """Whether the network takes this resolution."""
+        """Whether the network accepts this resolution."""
         if self.size is not None:
             return resolution == self.size
         return all((n - self.offset) % self.multiple == 0 for n in (resolution.height, resolution.width))
 
     def fit(self, pixels: float) -> int:
-        """The least side the network takes that is at least `pixels`."""
+        """The smallest side in pixels that the network accepts and that is at least `pixels`."""
         steps = int(np.ceil((pixels - self.offset) / self.multiple - 1e-9))
         return max(steps, 1) * self.multiple + self.offset
 
     @property
     def axes(self) -> dict[str, int]:
-        """Where "batch", "height", "width" and "channels" stand in the input's shape."""
+        """The positions of "batch", "height", "width" and "channels" in the input's shape."""
         at = {"N": "batch", "C": "channels", "H": "height", "W": "width"}
         return {at[letter]: place for place, letter in enumerate(self.layout)}
 
@@ -184,7 +184,7 @@ class InputSpec:
         return Resolution(int(shape[self.axes["height"]]), int(shape[self.axes["width"]]))
 
     def form(self) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
-        """How pixels become inputs: the channels' order, and factor and offset [channels] of value * factor - offset."""
+        """The conversion of pixels: the channels' order, and factor and offset [channels] of value * factor - offset."""
         order = np.arange(self.channels) if self.order == "RGB" else np.arange(self.channels)[::-1].copy()
         factor = (np.float32(self.range / 255) / np.asarray(self.std, np.float32)).astype(np.float32)
         offset = (np.asarray(self.mean, np.float32) / np.asarray(self.std, np.float32)).astype(np.float32)
@@ -195,7 +195,7 @@ def _size(given: object) -> Resolution:
     """A fixed input size, given as "288x384" or as {height, width}.
 
     Raises:
-        ValueError: it is neither; the message begins with the option.
+        ValueError: the size has neither form; the message begins with the option.
     """
     if isinstance(given, Resolution):
         return given
@@ -215,13 +215,13 @@ class OutputSpec:
 
     Attributes:
         name: the output's name in our ONNX files: "heatmaps", "pafs", ...
-        stride: input pixels a cell, below 1 for lines that are finer than the input; without meaning for a set.
-        channels: maps, lines or values an entry of a set has; 1 for a class map.
-        shift: where the first cell's sample lies, in cells from the centre of the first cell; heatmaps and PAFs can differ.
-        axes: what follows the batch: "CHW" a map for each channel, "CX" or "CY" a line along the width or the height for each
+        stride: size of a cell in input pixels; below 1 for lines that are finer than the input. Sets ignore it.
+        channels: number of maps, of lines, or of values of each entry of a set; 1 for a class map.
+        shift: offset of a cell's sampling point from the cell's centre, in cells; heatmaps and PAFs can differ.
+        axes: the axes after the batch: "CHW" a map for each channel, "CX" or "CY" a line along the width or the height for each
             channel, "CN" or "NC" a set of N entries, "HW" a map of class indices; empty for a tensor of any shape.
         dtype: "float32" or "float16"; for a class map or indices "uint8", "int32" or "int64".
-        tensor: the output's name in a given file; empty where it is `name`.
+        tensor: the output's name in a given file; empty if it equals `name`.
     """
 
     name: str
@@ -247,7 +247,7 @@ class OutputSpec:
             whole("stride", self.stride, 1, MOST_PIXELS)
         whole("channels", self.channels, 1, MOST_CHANNELS)
         if self.axes == "HW" and self.channels != 1:
-            raise ValueError(f"channels={self.channels}: a map of class indices (axes=HW) has 1")
+            raise ValueError(f"channels={self.channels}: a map of class indices (axes=HW) has one channel; give channels=1")
         number("shift", self.shift, -MOST_PIXELS, MOST_PIXELS)
         if not isinstance(self.tensor, str):
             raise ValueError(f"tensor={shown(self.tensor)}: give the output's name in the file")  # noqa: TRY004
@@ -262,7 +262,7 @@ class OutputSpec:
         return Resolution(int(size.height // self.stride), int(size.width // self.stride))
 
     def shape(self, size: Resolution) -> tuple[int | None, ...]:
-        """The output's shape for an input of `size`, without the batch; None where the description does not tell."""
+        """The output's shape for an input of `size`, without the batch; None for an unknown side."""
         sides: dict[str, int | None] = {
             "C": self.channels,
             "H": int(size.height // self.stride),
@@ -292,9 +292,9 @@ class Skeleton:
     """Names of keypoints, and the limbs that join them.
 
     Attributes:
-        names: one a keypoint, left and right told apart by the prefixes `left_` and `right_`.
+        names: one for each keypoint; the prefixes `left_` and `right_` mark mirrored keypoints.
         limbs: index pairs, counted from 0; a PAF field holds two channels (x, y) for each, in this order.
-        sigmas: OKS standard deviations, one a keypoint (COCO's `sigmas`); empty where they are not known.
+        sigmas: OKS standard deviations, one for each keypoint (COCO's `sigmas`); empty if they are unknown.
     """
 
     names: tuple[str, ...]
@@ -302,11 +302,11 @@ class Skeleton:
     sigmas: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check the values; compiled code counts on limbs that join keypoints which are there.
+        """Check the values; compiled code relies on limbs that join existing keypoints.
 
         Raises:
-            ValueError: a name is there twice, a limb joins what is no keypoint, or sigmas are of another number or not above
-                0; the message begins with the option.
+            ValueError: a name occurs twice, a limb joins an unknown keypoint, the sigmas do not match the keypoints, or a sigma
+                is not above 0. The message begins with the option.
         """
         for option in ("names", "limbs", "sigmas"):
             if not isinstance(getattr(self, option), tuple):
@@ -331,17 +331,17 @@ class Skeleton:
         for place, sigma in enumerate(self.sigmas):
             number(f"sigmas[{place}]", sigma, 1e-6, 1e3)
         if len(self.sigmas) not in (0, K):
-            raise ValueError(f"sigmas: {len(self.sigmas)} numbers for {K} keypoints; give one a keypoint")
+            raise ValueError(f"sigmas: {len(self.sigmas)} numbers for {K} keypoints; give one for each")
 
     @property
     def flip(self) -> tuple[int, ...]:
-        """Index of each keypoint's mirror image; its own where it has none."""
+        """Index of each keypoint's mirror image; its own index if it has none."""
         at = {name: n for n, name in enumerate(self.names)}
         return tuple(at.get(_mirrored(name), n) for n, name in enumerate(self.names))
 
     @property
     def limb_flip(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Index of each limb's mirror image, and -1 where that runs the other way, else 1.
+        """Index of each limb's mirror image, and a sign: -1 if the mirror image runs in the opposite direction, else 1.
 
         Raises:
             ValueError: a limb has no mirror image.
@@ -352,7 +352,7 @@ class Skeleton:
             mirror = (self.flip[a], self.flip[b])
             straight = mirror in at
             if not straight and mirror[::-1] not in at:
-                raise ValueError(f"the limb {self.names[a]} - {self.names[b]} has no mirror image, so flip=true cannot be used")
+                raise ValueError(f"the limb {self.names[a]} - {self.names[b]} has no mirror image; choose flip=false")
             indices.append(at[mirror if straight else mirror[::-1]])
             signs.append(1 if straight else -1)
         return tuple(indices), tuple(signs)
@@ -376,8 +376,8 @@ class Palette:
         """Check the values.
 
         Raises:
-            ValueError: a name is there twice, or there is not one colour of three numbers for each; the message begins with
-                the option.
+            ValueError: a name occurs twice, or a class does not have one colour of three numbers. The message begins with the
+                option.
         """
         for option in ("names", "colours"):
             if not isinstance(getattr(self, option), tuple):
@@ -390,18 +390,18 @@ class Palette:
             for value in colour:
                 whole(f"colours[{place}]", value, 0, 255)
         if not self.names or len(colours) != len(self.names):
-            raise ValueError(f"colours: {len(colours)} for {len(self.names)} classes; give one a class")
+            raise ValueError(f"colours: {len(colours)} for {len(self.names)} classes; give one for each")
         object.__setattr__(self, "colours", colours)
 
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """All there is to know of a network beside its weights; travels in architecture.json and inside the ONNX file.
+    """The description of a network without its weights; architecture.json and the ONNX file contain it.
 
     Attributes:
-        input: the input's form.
+        input: form of the input.
         fields: the outputs, in order.
-        labels: what the fields speak of.
+        labels: the skeleton of a pose network, or the palette of a segmentation network.
         dynamic: which input dimensions are free: "batch", "height", "width".
     """
 
@@ -411,10 +411,10 @@ class NetworkSpec:
     dynamic: frozenset[str] = field(default_factory=lambda: frozenset(_FREE))
 
     def __post_init__(self) -> None:
-        """Check that the names of input and fields differ, and the words of `dynamic`.
+        """Check the names of input and fields, and the entries of `dynamic`.
 
         Raises:
-            ValueError: they do not; the message begins with the option.
+            ValueError: two names are equal, or an entry of `dynamic` is unknown; the message begins with the option.
         """
         if not self.fields:
             raise ValueError("fields=[]: give each output of the network, {name, stride, channels}")
@@ -427,10 +427,10 @@ class NetworkSpec:
             object.__setattr__(self, "dynamic", self.dynamic & {"batch"})
 
     def field(self, name: str) -> OutputSpec:
-        """The output of that name.
+        """The output of this name.
 
         Raises:
-            ValueError: there is none.
+            ValueError: no output has this name.
         """
         for spec in self.fields:
             if spec.name == name:
@@ -476,15 +476,15 @@ class NetworkSpec:
     def from_dict(cls, raw: object) -> "NetworkSpec":
         """The description from plain data, as JSON or a configuration holds it.
 
-        Labels with colours are a palette, others a skeleton; a network whose `dynamic` is not given takes every shape.
+        Labels with colours are a palette, others are a skeleton. Without `dynamic`, batch, height and width are all free.
 
         Raises:
-            ValueError: a key is unknown or missing, or a value is of another type or out of range; the message begins with the
+            ValueError: a key is unknown or missing, or a value is of another type or out of range. The message begins with the
                 path of the value.
         """
         known = ("input", "fields", "labels", "dynamic")
         if not isinstance(raw, Mapping):
-            raise ValueError(f"{shown(raw)}: give {{{', '.join(known)}}}")  # noqa: TRY004 - one kind of error
+            raise ValueError(f"{shown(raw)}: give {{{', '.join(known)}}}")  # noqa: TRY004 - callers catch ValueError
         for key in raw:
             if key not in known:
                 close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)

@@ -442,7 +442,7 @@ def test_believable_figures_are_not_doubted():
     ("made", "words"),
     [
         (lambda: measured(area=0.0), ["area is 0 for 12 of 12 people", "drop 'area'"]),
-        (lambda: measured(lambda points: None), ["AP is 0.000", "0 people found, 12 to be found", "decoder.*", "model.spec"]),
+        (lambda: measured(lambda points: None), ["AP is 0.000", "0 people are predicted, 12 are", "decoder.*", "model.spec"]),
         (lambda: measured(lambda points: points[list(COCO_17.flip)]), ["with left and right exchanged", "model.spec.labels"]),
         (lambda: measured(lambda points: points[:, ::-1]), ["with x and y exchanged"]),
         (lambda: measured(lambda points: points + 900), ["may be untrained", "data.*.images with data.*.annotations"]),

@@ -183,7 +183,7 @@ def test_a_failed_report_hides_no_failed_cell_and_is_none(swept, capsys):
 
 def test_a_sweep_without_cells_is_an_error(swept, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no cell of this sweep left there"):
+    with pytest.raises(UserError, match="no cell of this sweep wrote its outcome there"):
         swept[0]()
 
 

@@ -50,7 +50,7 @@ def test_what_is_compiled_is_kept_below_outputs(tmp_path):
 def test_what_can_be_kept_nowhere_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(os, "access", lambda *_: False)
     program.keep_compiled(tmp_path / "outputs")
-    assert "a folder that can be written by NUMBA_CACHE_DIR" in capsys.readouterr().err
+    assert "set NUMBA_CACHE_DIR to a writable folder" in capsys.readouterr().err
     assert "NUMBA_CACHE_DIR" not in os.environ
 
 

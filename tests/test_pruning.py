@@ -739,10 +739,10 @@ def test_the_control_trains_as_long_as_all_of_it_took(tmp_path):
     assert f"{found['retrain-scratch']['steps']} steps" in done.stderr
     words += ["name=given", "control=scratch", "stage=[train,prune,retrain]"]
     patient = pipeline(*words, "stages.train.training.patience=2", cwd=tmp_path)
-    assert "a retraining with patience=2 ends when it will; give it and the control stages.retrain" in refused(patient)
+    assert "early stopping (patience=2) makes the compute of retraining unpredictable; set stages.retrain" in refused(patient)
     weights = next((tmp_path / "smoke" / "train").glob("*/model.safetensors"))
     text = refused(pipeline(*words, f"weights={weights}", cwd=tmp_path))
-    assert "control=scratch: the dense network came trained (weights=), so what its training took is not known" in text
+    assert "control=scratch: the dense network came trained (weights=), so the compute of its training is not known" in text
     assert not (tmp_path / "given").exists(), "before anything is trained"
     text = refused(pipeline(*SMOKE, f"outputs={tmp_path}", "pruner=l1", "control=scrap", "stage=retrain", cwd=tmp_path))
     assert "control=scrap: choose pruned, scratch or null" in text

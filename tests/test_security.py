@@ -752,7 +752,7 @@ def test_ordinary_choices_are_read(tmp_path):
     (tmp_path / "empty.yaml").write_text("")
     command_line.read(["--config-dir", str(tmp_path), "stage=train"])
     (tmp_path / "broken.yaml").write_text("a: [")
-    with pytest.raises(UserError, match=r"broken\.yaml: no YAML .*mend it"):
+    with pytest.raises(UserError, match=r"broken\.yaml: no YAML .*correct it"):
         command_line.read(["--config-dir", str(tmp_path), "stage=train"])
 
 

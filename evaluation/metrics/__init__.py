@@ -1,1 +1,1 @@
-"""How good results are, one file a metric."""
+"""Metrics of predictions, one file for each."""

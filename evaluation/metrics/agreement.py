@@ -1,4 +1,4 @@
-"""Agreement: how well an engine finds the people that the FP32 network finds, on images that nobody labelled."""
+"""Agreement: how well an engine's predictions match those of the FP32 network, on images without labels."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,14 +14,14 @@ from evaluation.truth import People
 from posepress.results import Poses
 from posepress.spec import Skeleton
 
-SURE = 0.5  # least mean score of the found keypoints of a reference person
+SURE = 0.5  # least mean keypoint score of a reference person
 
 
 def reference_people(found: Poses) -> People:
-    """The people an FP32 network found, as if somebody had labelled them.
+    """The FP32 network's predictions as ground truth.
 
-    Found keypoints count as labelled. The area is half the box of these. People whose keypoints' mean score is below `SURE`
-    are ignored: nobody has to find them, and nobody is blamed for finding them.
+    Predicted keypoints count as labelled. A person's area is half that of the keypoints' box. People with a mean keypoint
+    score below `SURE` are ignored: neither missing nor predicting them counts as an error.
     """
     seen = np.array(found.keypoints[..., 2] > 0, dtype=np.bool_, ndmin=2)
     points = found.keypoints[..., :2].astype(np.float64)
@@ -42,18 +42,18 @@ def reference_people(found: Poses) -> People:
 
 @dataclass
 class PoseAgreement:
-    """Average precision of an engine's people against the FP32 network's, both as found, without guesses.
+    """Average precision of an engine against the FP32 network's predictions, both without filled-in keypoints.
 
     Attributes:
         labels: the network's skeleton.
     """
 
     labels: Skeleton
-    info: ClassVar[MetricInfo] = MetricInfo("ap", "AP against what FP32 finds", "agreement", NOT_MEASURED)
+    info: ClassVar[MetricInfo] = MetricInfo("ap", "AP against FP32's predictions", "agreement", NOT_MEASURED)
     _inner: CocoKeypoints = field(init=False)
 
     def __post_init__(self) -> None:
-        """Everything found counts, not the 20 surest people alone."""
+        """Count all predictions, not only the 20 of each image with the highest scores."""
         self._inner = CocoKeypoints(self.labels, self.labels, most_found=10**9)
 
     def reset(self) -> None:
@@ -61,34 +61,34 @@ class PoseAgreement:
         self._inner.reset()
 
     def process(self, id: str, truth: Poses, found: Poses) -> None:  # noqa: A002
-        """Take what FP32 (`truth`) and the engine found in an image."""
+        """Add the predictions of FP32 (`truth`) and of the engine (`found`) for an image."""
         self._inner.process(id, reference_people(truth.as_found()), found.as_found())
 
     def evaluate(self, images: NDArray[np.intp] | None = None) -> dict[str, float]:
-        """AP; -1 where FP32 is sure of nobody."""
+        """AP; -1 if there is no reference person in FP32's predictions."""
         return {"ap": self._inner.evaluate(images)["ap"]}
 
     def matches(self) -> Matches:
-        """The images, ready for resampling."""
+        """The matched images, for resampling."""
         return self._inner.matches()
 
     def counts(self) -> dict[str, int]:
-        """Reference people that count, and what went wrong."""
+        """The number of reference people that are not ignored, and counts of problems."""
         return {"people": int((~self._inner.people().never).sum()), **self._inner.counts()}
 
     def results(self) -> Iterator[dict[str, Any]]:
-        """Everything found, in COCO's result format."""
+        """The engine's predictions in COCO's result format."""
         return self._inner.results()
 
     def doubts(self) -> list[str]:
-        """Why there is no figure, where there is none."""
+        """The reason why agreement was not measured; empty if it was."""
         if self.counts()["people"]:
             return []
         return [
-            f"agreement is not measured: FP32 finds no person with a mean keypoint score of {SURE} or more in the agreement "
-            "images. Where its scores are low on all images, compare AP instead; else add images with people"
+            f"agreement is not measured: FP32 predicts no person with a mean keypoint score of {SURE} or more in the agreement "
+            "images. If its scores are low on all images, compare AP instead; else add images with people"
         ]
 
     def details(self) -> Mapping[str, Mapping[str, float]]:
-        """None: the keypoints' strata are those of labelled images."""
+        """No tables: strata need labelled images."""
         return {}

@@ -14,15 +14,15 @@ I64 = NDArray[np.int64]
 
 # Ronchi and Perona, "Benchmarking and Error Diagnosis in Multi-Instance Pose Estimation" (arXiv:1707.05388), section 3.
 KINDS = ("good", "jitter", "inversion", "swap", "miss")
-_GOOD, _NEAR, _MATCHED = 0.85, 0.5, 0.1  # keypoint similarities of a good and of a jittered keypoint; OKS of a matched person
+_GOOD, _NEAR, _MATCHED = 0.85, 0.5, 0.1  # least similarity of good and of jittered keypoints; least OKS of a match
 
-PERSONS = {"persons_1": (1, 1), "persons_2-4": (2, 4), "persons_5+": (5, 10**9)}  # people with labels in the image
-HIDDEN = {"hidden_0": (-1.0, 0.0), "hidden_to_.25": (0.0, 0.25), "hidden_above_.25": (0.25, 1.0)}  # part of labels
+PERSONS = {"persons_1": (1, 1), "persons_2-4": (2, 4), "persons_5+": (5, 10**9)}  # least and most labelled people in an image
+HIDDEN = {"hidden_0": (-1.0, 0.0), "hidden_to_.25": (0.0, 0.25), "hidden_above_.25": (0.25, 1.0)}  # share of hidden keypoints
 
 
 @compiled
 def _partners(similarity: F64, never: NDArray[np.bool_]) -> I64:
-    """The true person of each found one, best score first, or -1; found people [D] by true people [G]."""
+    """The ground-truth person of each prediction, highest score first, or -1; `similarity` is [D, G]."""
     partners = np.full(similarity.shape[0], -1, np.int64)
     taken = never.copy()
     for d in range(similarity.shape[0]):
@@ -39,7 +39,7 @@ def _partners(similarity: F64, never: NDArray[np.bool_]) -> I64:
 def _kinds(
     found: F64, partners: I64, truth: F64, areas: F64, never: NDArray[np.bool_], sigmas: F64, flip: I64
 ) -> NDArray[np.uint8]:
-    """The kind of every keypoint [D, K] of an image's found people, an index into KINDS; 255 where nothing is labelled."""
+    """The kind of each predicted keypoint [D, K] of an image, an index into KINDS; 255 for unlabelled keypoints."""
     D, K = found.shape[0], found.shape[1]
     out = np.full((D, K), 255, np.uint8)
     for d in range(D):
@@ -68,16 +68,16 @@ def _kinds(
 
 
 def errors(everybody: Everybody, labels: Skeleton) -> dict[str, float]:
-    """What kinds of error there are, and the AP that would be gained without each.
+    """How often each kind of error occurs, and how much AP would be gained without it.
 
-    A found person belongs to the true one of the greatest OKS, at least .1, the surest first. Its labelled keypoints are good
-    (similarity .85 and more), jitter (.5 to .85), an inversion (near the person's own mirrored keypoint), a swap (near
-    another person's) or a miss.
+    Predictions, the highest score first, are matched to the ground-truth person with the greatest OKS, at least 0.1. Each
+    labelled keypoint of a match is one of: good (similarity 0.85 or more), jitter (0.5 to 0.85), inversion (near the
+    person's mirrored keypoint), swap (near another person's keypoint) or miss.
 
     Returns:
-        "error_<kind>": part of the labelled keypoints of matched people; "gain_<kind>": AP gained if these stood where they
-        belong; "background": part of the found people who match nobody, and "gain_background" if they were gone; "missed":
-        part of the true people whom nobody matches.
+        "error_<kind>": share of the labelled keypoints of matched people. "gain_<kind>": AP gained if these keypoints were
+        correct. "background": share of predictions without a match. "gain_background": AP gained without these. "missed":
+        share of ground-truth people without a match.
     """
     flip = np.array(labels.flip)
     partners = np.full(len(everybody.scores), -1, np.int64)
@@ -113,7 +113,7 @@ def errors(everybody: Everybody, labels: Skeleton) -> dict[str, float]:
 
 
 def _without(everybody: Everybody, gone: NDArray[np.bool_]) -> Everybody:
-    """The same without some of the found people."""
+    """The data set without the predictions for which `gone` is true."""
     kept = np.concatenate([[0], np.cumsum(~gone)])
     return replace(
         everybody,
@@ -124,7 +124,7 @@ def _without(everybody: Everybody, gone: NDArray[np.bool_]) -> Everybody:
 
 
 def by_keypoint(everybody: Everybody, labels: Skeleton) -> dict[str, float]:
-    """AP of each keypoint alone: OKS over that keypoint, of the people in whom it is labelled."""
+    """AP of each keypoint alone: OKS uses only that keypoint, for the people in whom it is labelled."""
     figures = {}
     for k, name in enumerate(labels.names):
         truth = everybody.truth.copy()
@@ -140,7 +140,7 @@ def by_keypoint(everybody: Everybody, labels: Skeleton) -> dict[str, float]:
 def by_stratum(everybody: Everybody) -> dict[str, float]:
     """AP of images with few and many people, and of people with few and many hidden keypoints.
 
-    Within a stratum of people the others are ignored, as COCO does with areas; a false alarm belongs to every stratum.
+    People outside a stratum are ignored, as in COCO's area ranges. A false positive counts in every stratum.
     """
     figures = {}
     matches = everybody.matches()
@@ -160,7 +160,7 @@ def by_stratum(everybody: Everybody) -> dict[str, float]:
 
 
 def details(everybody: Everybody, labels: Skeleton) -> dict[str, dict[str, float]]:
-    """All of the above."""
+    """AP by keypoint and by stratum, and the kinds of error."""
     return {
         "keypoints": by_keypoint(everybody, labels),
         "strata": by_stratum(everybody),

@@ -21,8 +21,8 @@ class CocoKeypoints:
 
     Attributes:
         labels: skeleton of the ground truth, with its sigmas.
-        found_labels: skeleton of the found poses; keypoints are joined by name, others dropped.
-        most_found: so many people an image count, the surest first; COCO's 20.
+        found_labels: skeleton of the predictions; keypoints are matched by name, and unmatched ones are dropped.
+        most_found: largest number of predictions that count in an image, the highest scores first; COCO uses 20.
     """
 
     labels: Skeleton
@@ -36,7 +36,7 @@ class CocoKeypoints:
     _not_finite: int = 0
 
     def __post_init__(self) -> None:
-        """Join the two skeletons.
+        """Match the keypoints of the two skeletons by name.
 
         Raises:
             ValueError: the network has none of the ground truth's keypoints, or the labels have no sigmas.
@@ -60,16 +60,16 @@ class CocoKeypoints:
         self._dropped = self._not_finite = 0
 
     def keypoints(self, found: Poses) -> NDArray[Any]:
-        """Found poses in the ground truth's skeleton, [N, K, 3]; missing keypoints are zeros."""
+        """Predictions in the ground truth's skeleton, [N, K, 3]; missing keypoints are zeros."""
         chosen = found.keypoints[:, self._columns]
         chosen[:, self._columns < 0] = 0
         return chosen
 
     def process(self, id: str, truth: People, found: Poses) -> None:  # noqa: A002
-        """Take the people found in an image.
+        """Add the predictions and the ground truth of an image.
 
         Raises:
-            ValueError: the image came before, its labels are of another skeleton, or a score or a point is not finite.
+            ValueError: the image was added before, its labels have another skeleton, or a score or a point is not finite.
         """
         if id in self._rows:
             raise ValueError(f"image {id} is evaluated twice")
@@ -77,7 +77,7 @@ class CocoKeypoints:
             raise ValueError(f"image {id}: {truth.keypoints.shape[1]} keypoints a person, not {len(self.labels.names)}")
         keypoints = self.keypoints(found)
         if not (np.isfinite(found.scores).all() and np.isfinite(keypoints).all()):
-            raise ValueError(f"image {id}: a found person has a score or a point that is not finite")
+            raise ValueError(f"image {id}: a predicted person has a score or a point that is not finite")
         order = np.argsort(-found.scores, kind="mergesort")[: self.most_found]
         self._rows[id] = (truth, keypoints[order], found.scores[order].astype(np.float64))
         self._dropped += found.dropped_peaks
@@ -89,7 +89,7 @@ class CocoKeypoints:
         return sorted(self._rows, key=int) if all(_NUMBER.fullmatch(key) for key in self._rows) else sorted(self._rows)
 
     def people(self) -> Everybody:
-        """Everybody, found and true."""
+        """The predictions and the ground truth of all images."""
         ids = self.images
         rows = [self._rows[i] for i in ids]
         K = len(self.labels.names)
@@ -119,7 +119,7 @@ class CocoKeypoints:
         return self.people().matches()
 
     def results(self) -> Iterator[dict[str, Any]]:
-        """Everything found, in COCO's result format (https://cocodataset.org/#format-results)."""
+        """The predictions in COCO's result format (https://cocodataset.org/#format-results)."""
         for id in self.images:  # noqa: A001
             _, keypoints, scores = self._rows[id]
             for points, score in zip(keypoints.astype(np.float64).round(3), scores.tolist(), strict=True):
@@ -131,17 +131,17 @@ class CocoKeypoints:
                 }
 
     def evaluate(self, images: NDArray[np.intp] | None = None) -> dict[str, float]:
-        """The ten figures, over all images or over those at the given indices (repeats count)."""
+        """COCO's ten figures over all images, or over the images at the given indices; a repeated index counts again."""
         matches = self.matches()
         counts = None if images is None else np.bincount(images, minlength=len(matches.images))
         return matches.figures(counts)
 
     def counts(self) -> dict[str, int]:
-        """What went wrong: peaks that had no room, and images in which the network returned NaN or infinity."""
+        """Counts of problems: dropped peaks, and images for which the network returned NaN or infinity."""
         return {"dropped_peaks": self._dropped, "images_not_finite": self._not_finite}
 
     def doubts(self) -> list[str]:
-        """What may have made the figures other than expected, each with what to look at."""
+        """Possible causes of unexpected figures, each with what to check."""
         from evaluation.metrics.plausibility import doubts
 
         return doubts(self.people(), self.labels, self.found_labels)

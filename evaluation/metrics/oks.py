@@ -1,8 +1,8 @@
-"""COCO keypoint metrics: the ten figures, over any multiset of images, and what they are made of.
+"""COCO keypoint metrics: the ten figures over any multiset of images, and the matches that they are computed from.
 
 The rules are those of COCO's evaluation (https://cocodataset.org/#keypoints-eval), including how its reference code breaks
-ties; tests compare the figures with pycocotools to 1e-9. Images only wait when they are processed; all are matched in one
-compiled call, whose outcome serves the figures, their intervals and paired comparisons.
+ties; tests compare the figures with pycocotools to 1e-9. All images are matched in one
+compiled call. Its outcome serves the figures, their intervals and paired comparisons.
 """
 
 import re
@@ -28,20 +28,20 @@ AREAS = {"all": (0.0, 1e10), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e
 
 FIGURES = ("ap", "ap50", "ap75", "ap_medium", "ap_large", "ar", "ar50", "ar75", "ar_medium", "ar_large")
 
-MOST_FOUND = 20  # people an image that count, as in COCO
+MOST_FOUND = 20  # largest number of predictions that count in an image, as in COCO
 
 HIT, MISS = 1, 2
 
-NOT_MEASURED = -1  # stands for a figure of which there is nothing to find, as in COCO's reference code
+NOT_MEASURED = -1  # value of a figure without ground truth, as in COCO's reference code
 
-_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,18}")  # an id that is a whole number; 007 is text
+_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,18}")  # an image id that is a whole number; 007 is text
 
 
 @compiled
 def oks(found: F64, truth: F64, boxes: F64, areas: F64, sigmas: F64) -> F64:
-    """Object keypoint similarity [D, G] of found [D, K, 2] and true [G, K, 3] people.
+    """Object keypoint similarity [D, G] of predictions [D, K, 2] and ground truth [G, K, 3].
 
-    A person without labelled keypoints (a crowd) is compared by how far points lie outside its doubled box, as COCO does.
+    For a person without labelled keypoints (a crowd), the distance is that of points outside its doubled box, as in COCO.
     """
     D, G, K = found.shape[0], truth.shape[0], truth.shape[1]
     out = np.zeros((D, G))
@@ -81,23 +81,23 @@ def match(
     outside: NDArray[np.bool_],
     thresholds: F64,
 ) -> NDArray[np.uint8]:
-    """Match found people, best score first, to true ones, ignored ones last, image by image.
+    """Match predictions, the highest score first, to ground-truth people, image by image; ignored people come last.
 
     Args:
-        found: [D, K, 2], the images one after the other, each sorted by falling score.
-        found_starts: where each image's found people begin, [I + 1].
-        truth: [G, K, 3].
-        true_starts: where each image's true people begin, [I + 1].
-        boxes: [G, 4].
-        areas: [G].
-        crowd: [G].
-        sigmas: [K].
-        ignored: [S, G], true people outside a stratum.
-        outside: [S, D], found people that are no false alarm of a stratum if nobody matches them.
-        thresholds: [T] of OKS.
+        found: predictions of all images [D, K, 2], those of an image together and sorted by falling score.
+        found_starts: where each image's predictions begin, [I + 1].
+        truth: keypoints of the ground truth, [G, K, 3].
+        true_starts: where each image's ground truth begins, [I + 1].
+        boxes: boxes of the ground truth, [G, 4].
+        areas: areas of the ground truth, [G].
+        crowd: whether a ground-truth entry is a crowd, [G].
+        sigmas: OKS standard deviations of the keypoints, [K].
+        ignored: whether a ground-truth person lies outside a stratum, [S, G].
+        outside: whether a prediction without a match is no false positive of a stratum, [S, D].
+        thresholds: OKS thresholds, [T].
 
     Returns:
-        [S, D, T]: HIT, MISS (a false alarm) or 0 (does not count).
+        [S, D, T]: HIT, MISS (a false positive) or 0 (does not count).
     """
     S, T = ignored.shape[0], thresholds.shape[0]
     outcome = np.zeros((S, found.shape[0], T), np.uint8)
@@ -136,7 +136,7 @@ def match(
 
 @compiled
 def _precision_recall(outcome: NDArray[np.uint8], image: I64, weight: F64, positives: float, recalls: F64) -> tuple[F64, F64]:
-    """Interpolated average precision and final recall, each [T], of found people [D, T] sorted by falling score."""
+    """Interpolated average precision and final recall, each [T], of predictions [D, T] sorted by falling score."""
     D, T = outcome.shape
     tp, fp = np.zeros(T), np.zeros(T)
     hits = np.zeros(T, np.int64)
@@ -173,16 +173,16 @@ def _precision_recall(outcome: NDArray[np.uint8], image: I64, weight: F64, posit
 
 @dataclass(frozen=True)
 class Matches:
-    """What is left of a data set once every image is matched; all that a figure needs.
+    """The matches of a data set: everything that a figure needs.
 
     Attributes:
         images: the ids, in order.
-        image: int64 [D], index of each found person's image.
-        scores: float64 [D].
+        image: int64 [D], index of each prediction's image.
+        scores: float64 [D], scores of the predictions.
         outcome: uint8 [S, D, T]: HIT, MISS or 0 (ignored), for each stratum and threshold.
-        positives: int64 [S, I], people to be found in each image.
+        positives: int64 [S, I], number of people in each image that are not ignored.
         strata: names of the strata.
-        primary: the figure that is resampled.
+        primary: name of the figure that is resampled.
     """
 
     images: tuple[str, ...]
@@ -199,7 +199,7 @@ class Matches:
         return np.ascontiguousarray(self.outcome[:, order]), self.image[order]
 
     def curves(self, stratum: str, counts: NDArray[Any] | None = None) -> tuple[F64, F64]:
-        """Average precision and recall at each threshold, [T]; -1 where there is nobody to find.
+        """Average precision and recall at each threshold, [T]; -1 if there is no ground truth.
 
         Args:
             stratum: one of `strata`.
@@ -215,7 +215,7 @@ class Matches:
         return _precision_recall(outcome[s], image, weight, positives, RECALLS)
 
     def figures(self, counts: NDArray[Any] | None = None, names: Sequence[str] = FIGURES) -> dict[str, float]:
-        """COCO's figures in 0..1; -1 where there is nobody to find.
+        """COCO's figures in 0..1; -1 if there is no ground truth.
 
         Args:
             counts: how often each image counts, [I]; None counts each once.
@@ -235,7 +235,7 @@ class Matches:
     def resampled(self, counts: NDArray[Any]) -> F64:
         """The primary figure of every resample; `counts` [R, I] says how often each image counts in it.
 
-        NaN where a resample has nobody to find, as opposed to the -1 of a data set.
+        A resample without ground truth gives NaN, while a data set without ground truth gives -1.
         """
         values = np.array([self.figures(row, [self.primary])[self.primary] for row in counts])
         return np.where(values < 0, np.nan, values)
@@ -243,20 +243,20 @@ class Matches:
 
 @dataclass(frozen=True)
 class Everybody:
-    """All images of a data set as the compiled functions take them.
+    """Predictions and ground truth of all images, as the compiled functions need them.
 
     Attributes:
         images: the ids, in order.
-        found: float64 [D, K, 2], each image sorted by falling score.
-        scores: float64 [D].
-        found_starts: int64 [I + 1].
-        truth: float64 [G, K, 3].
-        true_starts: int64 [I + 1].
-        boxes: float64 [G, 4].
-        areas: float64 [G].
-        crowd: bool [G].
-        never: bool [G], people whom nobody has to find: crowds and those without labels.
-        sigmas: float64 [K].
+        found: float64 [D, K, 2], predictions, those of an image sorted by falling score.
+        scores: float64 [D], scores of the predictions.
+        found_starts: int64 [I + 1], where each image's predictions begin.
+        truth: float64 [G, K, 3], keypoints of the ground truth.
+        true_starts: int64 [I + 1], where each image's ground truth begins.
+        boxes: float64 [G, 4], boxes of the ground truth.
+        areas: float64 [G], areas of the ground truth.
+        crowd: bool [G], whether a ground-truth entry is a crowd.
+        never: bool [G], ignored people: crowds and people without labelled keypoints.
+        sigmas: float64 [K], OKS standard deviations of the keypoints.
     """
 
     images: tuple[str, ...]
@@ -275,8 +275,8 @@ class Everybody:
         """Match every image.
 
         Args:
-            strata: name to (true people who do not belong to it [G], found people who are no false alarm of it [D]); None is
-                COCO's area ranges.
+            strata: for each name, whether a ground-truth person lies outside the stratum [G], and whether a prediction is no
+                false positive of it [D]. None takes COCO's area ranges.
         """
         if strata is None:
             size = np.prod(self.found.max(axis=1) - self.found.min(axis=1), axis=1)

@@ -1,4 +1,4 @@
-"""What may lie behind figures that are not believable: each cause that the data shows, with what to look at."""
+"""Possible causes of implausible figures, as far as the data shows them, each with what to check."""
 
 from dataclasses import replace
 
@@ -7,22 +7,22 @@ import numpy as np
 from evaluation.metrics.oks import Everybody
 from posepress.spec import Skeleton
 
-IMPLAUSIBLE = 0.05  # average precision below which a trained network is in doubt
-_FLAT = 1e-4  # of the box's area; a person fills a quarter and more of it
-_FEW = 0.25  # found people, as a part of those to be found
+IMPLAUSIBLE = 0.05  # an average precision below this threshold is implausible for a trained network
+_FLAT = 1e-4  # least area of a person as a share of its box; real people fill a quarter or more
+_FEW = 0.25  # least number of predictions as a share of the labelled people
 
 _UNKNOWN = (
-    "few of the people found lie where people are: the network may be untrained or of other data; look at the pictures in the "
+    "few predictions match labelled people: the network may be untrained or trained on other data; look at the pictures in the "
     "report, and compare order, range, mean, std, strides and labels in model.spec, and data.*.images with data.*.annotations"
 )
-_BETTER = 0.05  # average precision that mended points must gain
+_BETTER = 0.05  # least gain of average precision for an exchange to be reported
 
 
 def doubts(people: Everybody, labels: Skeleton, found_labels: Skeleton) -> list[str]:
-    """Causes of figures that are other than expected, the likeliest first.
+    """Possible causes of unexpected figures, the most likely first.
 
     Args:
-        people: what was found and the ground truth.
+        people: the predictions and the ground truth.
         labels: the skeleton of the ground truth.
         found_labels: the skeleton of the network.
     """
@@ -31,21 +31,21 @@ def doubts(people: Everybody, labels: Skeleton, found_labels: Skeleton) -> list[
     flat = int((counted & (people.areas <= _FLAT * people.boxes[:, 2:].prod(axis=1))).sum())
     if flat:
         said.append(
-            f"area is 0 for {flat} of {int(counted.sum())} people, or far below their box's, and OKS is 0 then: give the "
-            "areas, or drop 'area' from the annotations, so that the box's is taken"
+            f"area is 0 for {flat} of {int(counted.sum())} people, or far below that of their box, so that their OKS is 0: "
+            "correct the areas, or drop 'area' from the annotations to use the boxes' areas"
         )
     lacking = [name for name in labels.names if name not in found_labels.names]
     if lacking:
         few = ", ".join(lacking[:5]) + (", ..." if len(lacking) > 5 else "")
         said.append(
             f"the network has no keypoint named like {len(lacking)} of {len(labels.names)} of the annotations ({few}): "
-            "keypoints are joined by name; compare model.spec.labels with the category in the annotation file"
+            "keypoints are matched by name; compare model.spec.labels with the category in the annotation file"
         )
     ap = people.matches().figures(None, ["ap"])["ap"]
     if not 0 <= ap < IMPLAUSIBLE:
         return said
     return [
-        f"AP is {ap:.3f}, implausible for a trained network; what it may come from:",
+        f"AP is {ap:.3f}, implausible for a trained network; possible causes:",
         *said,
         *(_causes(people, labels, ap) or ([] if said else [_UNKNOWN])),
     ]
@@ -57,8 +57,8 @@ def _causes(people: Everybody, labels: Skeleton, ap: float) -> list[str]:
     said = []
     if found < _FEW * wanted:
         said.append(
-            f"{found} people found, {wanted} to be found: lower the decoder's thresholds (decoder.*), and compare the input's "
-            "order, range, mean and std in model.spec with the network's training"
+            f"{found} people are predicted, {wanted} are labelled: lower the decoder's thresholds (decoder.*), and compare "
+            "the input's order, range, mean and std in model.spec with the network's training"
         )
     truth = people.truth[~people.never]
     seen = truth[..., 2] > 0

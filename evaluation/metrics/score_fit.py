@@ -1,4 +1,4 @@
-"""A person's score, fitted to tune images: AP rewards scores that rank people by how well they are placed."""
+"""Fit of a person's score on the tune images: AP rewards scores that order people by their OKS."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,12 @@ from evaluation.metrics.oks import oks
 from evaluation.truth import People
 from posepress.results import Poses
 
-_STRENGTH = 10.0  # of the ridge, in people: few tune images must not decide alone
-_LEAST = 20  # found people below which nothing is fitted
+_STRENGTH = 10.0  # strength of the ridge penalty, in people; it limits the influence of few tune images
+_LEAST = 20  # least number of predictions for a fit
 
 
 def placed(metric: CocoKeypoints, truth: People, found: Poses) -> NDArray[np.float64]:
-    """The greatest OKS of each found person, [N]; NaN for one that belongs to a person whom COCO ignores."""
+    """The greatest OKS of each prediction, [N]; NaN for a prediction that matches a person ignored by COCO."""
     points = metric.keypoints(found)[..., :2].astype(np.float64)
     similarity = oks(points, truth.keypoints, truth.boxes, truth.areas, np.array(metric.labels.sigmas))
     best: NDArray[np.float64] = similarity[:, ~truth.never].max(axis=1, initial=0)
@@ -27,11 +27,11 @@ def fit(metric: CocoKeypoints, results: Sequence[tuple[People, Poses]]) -> list[
     """Weights of `Poses.features` that predict a person's OKS, by ridge regression.
 
     Args:
-        metric: joins the skeletons.
-        results: truth and found people of each tune image; the found ones have features, the last of which is one.
+        metric: matches the keypoints of the skeletons.
+        results: ground truth and predictions of each tune image; the predictions have features, the last of which is 1.
 
     Returns:
-        One weight a feature; None if too few people were found to fit any. Weighted features may be negative.
+        One weight for each feature; None if there are too few predictions for a fit. The weighted sum may be negative.
     """
     known = [found.features for _, found in results if found.features is not None]
     features = np.concatenate(known or [np.zeros((0, 1), np.float32)])

@@ -1,1 +1,1 @@
-"""Where engines are built and run; each backend imports its runtime only when it is used."""
+"""The backends, which build and run engines. Each imports its runtime only when it is used."""

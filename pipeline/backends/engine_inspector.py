@@ -1,4 +1,4 @@
-"""What TensorRT's engine inspector says of a plan's layers, as records."""
+"""Records of a plan's layers, read from the output of TensorRT's engine inspector."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 from posepress.errors import UserError
 
-_WORDS = (  # in this order: "BFloat16" holds "Float", "UInt8" holds "Int8"
+_WORDS = (  # the order matters, because "BFloat16" contains "Float" and "UInt8" contains "Int8"
     ("bfloat16", "bf16"),
     ("bf16", "bf16"),
     ("fp8", "fp8"),
@@ -26,27 +26,29 @@ _MOVING = {"Reformat", "NoOp", "Constant", "ShapeHostToDevice"}
 def layers(
     text: str, nodes: Mapping[str, Mapping[str, Any]] | None = None, times: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """The layers of a plan.
+    """Return the layers of a plan.
 
     Args:
-        text: JSON of `get_engine_information`: {"Layers": [...]} with "Bindings" (10) or "I/O Tensors" (11), or the list alone.
-        nodes: "macs" and "quantized" (whether the file dequantizes its weights) of the ONNX nodes that have weights; None
-            where nobody knows them: MACs are then those of the layers that show their weights.
-        times: microseconds of the layers that were timed.
+        text: JSON of `get_engine_information`. It is {"Layers": [...]} with "Bindings" (TensorRT 10) or "I/O Tensors"
+            (TensorRT 11), or the list alone.
+        nodes: "macs" and "quantized" (whether the file dequantizes the weights) of each ONNX node with weights. None if
+            unknown: only layers that show their weights then have MACs.
+        times: times of the measured layers, in microseconds.
 
     Returns:
-        A record a layer: "name", "op", "precision" ("int8", "fp16", ...; of the weights, or of the first input), "macs" (0
-        where none are counted), "us", "nodes" (how many of the ONNX file it fuses), "reformat" (whether it only moves data),
-        "unfused_qdq" (whether it is a Q or DQ that was not fused into a layer), "reason" (why not in INT8, where the file
-        asks for it) and, where `nodes` are known, "quantized".
+        A record for each layer. "name" and "op" identify it. "precision" is that of its weights or else of its first input
+        ("int8", "fp16", ...). "macs" is 0 if unknown. "us" is its time in microseconds. "nodes" is the number of ONNX nodes
+        that it fuses. "reformat" says whether it only moves data. "unfused_qdq" says whether it is a Q or DQ node that
+        TensorRT did not fuse. "reason" says why a layer that the file quantizes does not run in INT8. If `nodes` is given,
+        "quantized" says whether the file quantizes the layer.
 
     Raises:
-        UserError: the plan was built without details.
+        UserError: the plan was built without detailed profiling information.
     """
     content = json.loads(text)
     listed = content["Layers"] if isinstance(content, dict) else content
     if any(isinstance(layer, str) for layer in listed):
-        raise UserError("the plan holds names of layers alone; build it here, with profiling verbosity DETAILED: stage=build")
+        raise UserError("the plan holds only the names of its layers; build it here with stage=build, which adds details")
     return [_record(layer, nodes or {}, times or {}) for layer in listed]
 
 
@@ -70,7 +72,7 @@ def _record(layer: Mapping[str, Any], nodes: Mapping[str, Mapping[str, Any]], ti
 
 
 def precision_of(text: str) -> str:
-    """The precision that a format or type stands for; "other" for none that is known."""
+    """Return the precision of a format or type, or "other" if it is unknown."""
     words = text.lower()
     return next((name for word, name in _WORDS if word in words), "other")
 

@@ -1,4 +1,4 @@
-"""Multiply-accumulates of an ONNX network."""
+"""Count the multiply-accumulates of an ONNX network."""
 
 import numpy as np
 import onnx
@@ -7,12 +7,12 @@ from posepress.spec import InputSpec, Resolution
 
 
 def macs(model: onnx.ModelProto, resolution: Resolution, spec: InputSpec) -> dict[str, int]:
-    """Multiply-accumulates of each convolution and matrix product, by node, for one image of a resolution.
+    """Return the multiply-accumulates of each convolution and matrix product for one image, by node name.
 
     Args:
-        model: a network with one input, perhaps with Q/DQ.
-        resolution: size of the input.
-        spec: form of the input.
+        model: a network with one input, with or without Q/DQ nodes.
+        resolution: size of the input image, in pixels.
+        spec: description of the input.
     """
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)

@@ -1,4 +1,4 @@
-"""ONNX Runtime."""
+"""The backend that runs ONNX files in ONNX Runtime."""
 
 import json
 import os
@@ -20,7 +20,7 @@ _CONVOLUTIONS = {"Conv": 1, "FusedConv": 1, "NhwcFusedConv": 1, "ConvTranspose":
 
 _FUSED = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid")
 
-_PROFILED = 5  # runs of which the least time counts
+_PROFILED = 5  # number of profiled runs; the shortest time of each layer counts
 
 _PRODUCTS = {
     "Gemm": 1,
@@ -35,10 +35,10 @@ _PRODUCTS = {
 
 @dataclass(frozen=True)
 class OnnxRuntime:
-    """Runs typed ONNX files; the uint8 flavour is the one its processor kernels are fast with.
+    """Runs typed ONNX files. It uses the variant with uint8 activations, for which ONNX Runtime has fast CPU kernels.
 
     Attributes:
-        provider: an execution provider of ONNX Runtime.
+        provider: name of an execution provider of ONNX Runtime.
     """
 
     provider: str = "CPUExecutionProvider"
@@ -47,42 +47,42 @@ class OnnxRuntime:
         """Check the provider.
 
         Raises:
-            UserError: this build of ONNX Runtime does not have it.
+            UserError: this build of ONNX Runtime lacks the provider.
         """
         import onnxruntime
 
         known = onnxruntime.get_available_providers()
         if self.provider not in known:
-            raise UserError(f"backend.provider={self.provider}: not in this ONNX Runtime; it has {', '.join(known)}")
+            raise UserError(f"backend.provider={self.provider}: not in this ONNX Runtime; choose one of {', '.join(known)}")
 
     @property
     def name(self) -> str:
-        """What ran."""
+        """Name of the backend in reports."""
         return "onnxruntime"
 
     @property
     def on_gpu(self) -> bool:
-        """Whether a GPU computes."""
+        """Whether engines run on a GPU."""
         return self.provider != "CPUExecutionProvider"
 
     @property
     def timeable(self) -> bool:
-        """Its latencies are real."""
+        """True: its latencies are real measurements."""
         return True
 
     def in_fp32(self) -> "OnnxRuntime":
-        """Itself: precision is in the ONNX file."""
+        """Return itself, because the ONNX file determines the precision."""
         return self
 
     def build(self, files: ModelFiles, shapes: Shapes, out: Path) -> Path:  # noqa: ARG002
-        """Copy the uint8 flavour and make sure that it loads; ONNX Runtime optimises when it loads."""
+        """Copy the uint8 variant and check that it loads. ONNX Runtime optimises a network when it loads it."""
         engine = out / ENGINE
         shutil.copyfile(files.onnx["onnxruntime"], engine)
         self._session(engine, 0)
         return engine
 
     def _session(self, model: Path, threads: int, observed: Path | None = None) -> Any:
-        """A session; with `observed`, a folder, it leaves its optimised graph and a profile there."""
+        """Open a session. It writes its optimised graph and a profile into the folder `observed`, if one is given."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -96,10 +96,10 @@ class OnnxRuntime:
         return onnxruntime.InferenceSession(str(model), options, providers=[self.provider])
 
     def load(self, engine: Path, threads: int = 0) -> "OnnxRuntimeRunner":
-        """Load an engine; with `threads` 0 and on a processor, as many batches as there are cores run at once, on one each.
+        """Load an engine. With `threads` 0 on a CPU, one batch runs on each core at the same time.
 
         Raises:
-            UserError: the file is no engine of ours.
+            UserError: the file cannot be loaded, or the stage `build` did not write it.
         """
         workers = (os.cpu_count() or 1) if threads == 0 and not self.on_gpu else 1
         try:
@@ -116,12 +116,12 @@ class OnnxRuntime:
         return OnnxRuntimeRunner(session, spec, workers)
 
     def audit(self, engine: Path, resolution: Resolution, scratch: Path | None = None) -> list[dict[str, Any]]:
-        """The layers of the graph as ONNX Runtime optimised it, for one image of a resolution.
+        """Return the layers of the graph that ONNX Runtime has optimised, measured for one image of a resolution.
 
         Returns:
-            A record a node: "name", "op", "precision" ("int8", "fp16", "fp32"), "macs" (0 where none are counted), "us" (the
-            least of some runs on one thread), "quantized" (whether the file has it between DequantizeLinear and
-            QuantizeLinear nodes that were not fused into it) and "reason" (why it does not compute in integers).
+            A record for each node: "name", "op" and "precision" ("int8", "fp16" or "fp32"). "macs" is 0 if unknown. "us" is
+            the shortest time of several runs on one thread, in microseconds. "quantized" says whether the file quantizes a
+            node that ONNX Runtime computes in floating point. "reason" says why it does not compute in integers.
         """
         import onnx
 
@@ -131,7 +131,7 @@ class OnnxRuntime:
             image = np.zeros(spec.shape(1, resolution), spec.dtype)
             for _ in range(_PROFILED):
                 session.run(None, {session.get_inputs()[0].name: image})
-            # The graph knows weights and node names, the profile the shapes that came out and the times.
+            # Weights and node names are in the graph only, output shapes and times in the profile only.
             events = json.loads(Path(session.end_profiling()).read_text())
             graph = onnx.load(Path(folder) / "optimised.onnx").graph
         made: dict[str, tuple[list[int], list[int]]] = {}
@@ -162,7 +162,7 @@ class OnnxRuntime:
 
 
 def _quantized(node: Any, constants: Container[str], makers: Mapping[str, str], takers: Mapping[str, set[str]]) -> bool:
-    """Whether a node that computes in float stands where the file asks for integers."""
+    """Whether a node computes in floating point although the file quantizes it."""
     if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
         return False
     if node.op_type in (*_CONVOLUTIONS, *_PRODUCTS):
@@ -173,16 +173,16 @@ def _quantized(node: Any, constants: Container[str], makers: Mapping[str, str], 
 
 
 def _reason(node: Any, makers: Mapping[str, str], quantized: bool) -> str:
-    """Why a layer with weights, or another that is quantized, does not compute in integers; empty for others."""
+    """Return why a layer with weights, or another quantized layer, does not compute in integers. Empty for other layers."""
     if node.op_type not in (*_CONVOLUTIONS, *_PRODUCTS):
-        return f"ONNX Runtime has no INT8 kernel for {node.op_type} as it stands there" if quantized else ""
+        return f"ONNX Runtime has no INT8 kernel for {node.op_type} in this position" if quantized else ""
     if _integer(node.op_type):
         return ""
     if node.op_type == "ConvTranspose":
         return "ONNX Runtime has no INT8 kernel for ConvTranspose"
     dequantized = [makers.get(name) == "DequantizeLinear" for name in node.input[:2]]
     if not any(dequantized):
-        return "not quantized: excluded, or nothing around it is"
+        return "not quantized: it is excluded, or no layer next to it is quantized"
     if not all(dequantized):
         return "only its weights are quantized" if dequantized[1] else "only its input is quantized"
     return "its output is not quantized, so that it cannot be fused into one integer kernel"
@@ -193,7 +193,7 @@ def _integer(op: str) -> bool:
 
 
 def _weights(graph: Any) -> dict[str, int]:
-    """How many weights made each tensor that a float convolution returns, or an activation that is fused into it."""
+    """Return the number of weights of each float convolution, by the name of its output or of its fused activation's output."""
     constants = {i.name: int(np.prod(i.dims)) for i in graph.initializer}
     counts = {n.output[0]: constants[n.input[1]] for n in graph.node if n.op_type == "Conv" and n.input[1] in constants}
     return counts | {n.output[0]: counts[n.input[0]] for n in graph.node if n.op_type in _FUSED and n.input[0] in counts}
@@ -202,7 +202,14 @@ def _weights(graph: Any) -> dict[str, int]:
 def _layer(
     node: Any, constants: Mapping[str, Any], given: Mapping[str, int], made: tuple[Sequence[int], Sequence[int]] | None
 ) -> dict[str, Any]:
-    """A record of an optimised node; `given` are weights by tensor as they were, `made` its input's and output's shape."""
+    """Return a record of an optimised node.
+
+    Args:
+        node: the node.
+        constants: initializers of the optimised graph, by name.
+        given: number of weights before the optimisation, by output tensor.
+        made: shapes of the node's input and output; None if the profile lacks them.
+    """
     import onnx
 
     place = {**_CONVOLUTIONS, **_PRODUCTS}.get(node.op_type)
@@ -211,7 +218,7 @@ def _layer(
     macs = 0
     if weights is not None and made is not None:
         source, result = made
-        # The blocked layout names a node by its tensor, and pads channels of weights and result, which is no work asked for.
+        # The blocked layout names a node after its tensor and pads its channels; the padding must not count as work.
         count = given.get(node.name.removesuffix("_nchwc"), int(np.prod(weights.dims)))
         across = weights.dims[0] if node.op_type in _CONVOLUTIONS else weights.dims[-1]
         macs = count * int(np.prod(source if node.op_type == "ConvTranspose" else result)) // max(int(across), 1)

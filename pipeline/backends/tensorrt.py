@@ -1,4 +1,4 @@
-"""TensorRT 10 and 11, strongly typed: precision is what the ONNX file says."""
+"""The backend for TensorRT 10 and 11. Networks are strongly typed: the ONNX file determines the precision."""
 
 import hashlib
 import json
@@ -20,12 +20,12 @@ from posepress.runners.device_memory import DeviceMemory
 from posepress.runners.tensorrt import ENGINE, SIDE, WEIGHTS, TensorRTRunner, failed, logger, prepare
 from posepress.spec import InputSpec, NetworkSpec, Resolution
 
-_LAST_WITH_FLAG = 10  # later versions have no other kind of network than strongly typed ones
-_BF16_FROM, _FP8_FROM = 8.0, 8.9  # compute capability
+_LAST_WITH_FLAG = 10  # later versions make only strongly typed networks and have no flag for them
+_BF16_FROM, _FP8_FROM = 8.0, 8.9  # lowest compute capability that supports the type
 
 
 def _shapes(shapes: Shapes, spec: InputSpec) -> list[tuple[int, int, int, int]]:
-    """Least, best and greatest shape of the input."""
+    """Return the minimum, optimum and maximum shape of the input."""
     return [spec.shape(batch, size) for batch, size in zip(shapes.batch, shapes.resolution, strict=True)]
 
 
@@ -34,26 +34,27 @@ _Gpu = Annotated[int, Interval(ge=0, le=1023)]
 
 @dataclass(frozen=True)
 class TensorRT:
-    """Builds plans from the int8 flavour and runs them. Options have the names that trtexec's users know.
+    """Builds plans from the int8 runtime variant and runs them. The options have the names that trtexec uses.
 
     Attributes:
-        mem_pool_size_mb: workspace the builder may use.
-        builder_optimization_level: 0 to 5.
-        tf32: let float32 layers use TF32; off gives a true FP32 baseline.
-        tactic_sources: names of those that may be used; None leaves TensorRT's own.
-        preview_features: names of those that are switched on.
+        mem_pool_size_mb: workspace the builder may use, in MiB.
+        builder_optimization_level: 0 (fastest build) to 5 (longest search).
+        tf32: let float32 layers use TF32; false gives a true FP32 baseline.
+        tactic_sources: names of the tactic sources that the builder may use; None uses TensorRT's default.
+        preview_features: names of the preview features to switch on.
         hardware_compatibility_level: "none", "ampere_plus" or, from 10.16 on, "same_compute_capability".
-        version_compatible: the plan runs with later versions of the same major one.
-        sparse_weights: use 2:4 sparse kernels where weights are so.
-        strip_weights: the plan holds no weights; they are put in from the ONNX file beside it when it is loaded.
-        use_dla_core: number of the deep-learning accelerator of a Jetson; the GPU runs what it does not. None is the GPU.
-        error_on_timing_cache_miss: build from kernels that were measured before, or fail: the same plan again.
+        version_compatible: the plan also runs with later versions of the same major version.
+        sparse_weights: use 2:4 sparse kernels for weights that have this pattern.
+        strip_weights: the plan holds no weights; they are read from the ONNX file beside it when the plan is loaded.
+        use_dla_core: number of a Jetson's deep-learning accelerator (DLA); the GPU runs the layers that the DLA cannot. None
+            uses the GPU alone.
+        error_on_timing_cache_miss: use only kernels in the timing cache, so that the build gives an equal plan, or else fail.
         plugins: libraries to load before parsing.
-        timing_cache: a folder where measured kernels are kept, by version and GPU; None measures anew.
-        rebuild: number of this build of the same engine; from 1 on the timing cache is left alone.
-        avg_timing_iterations: how often a kernel is measured.
+        timing_cache: folder that keeps measured kernels, by version and GPU; None measures them in each build.
+        rebuild: number of this build of the same engine; builds from 1 on do not use the timing cache.
+        avg_timing_iterations: number of measurements of each kernel.
         cuda_graph: replay the plan as one CUDA graph for each input shape.
-        device: number of the GPU, or numbers of several that share the work; the first builds.
+        device: number of the GPU, or numbers of several GPUs that share the work; the first GPU builds the engine.
     """
 
     mem_pool_size_mb: Annotated[int, Interval(ge=1, le=1 << 20)] = 4096
@@ -76,14 +77,15 @@ class TensorRT:
 
     @staticmethod
     def label_of(options: Mapping[str, Any], _: Mapping[str, str]) -> str:
-        """What differs from the usual, in a label."""
+        """Return the label suffix for options that differ from the default."""
         return "tf32" if options.get("tf32") else ""
 
     def __post_init__(self) -> None:
-        """Check the options that are the same for all versions.
+        """Check the options that all versions have.
 
         Raises:
-            ValueError: one is out of range.
+            ValueError: an option is out of range.
+            UserError: a plugin library is missing.
         """
         for option, least, most in (
             ("mem_pool_size_mb", 1, 1 << 20),
@@ -112,7 +114,7 @@ class TensorRT:
 
     @property
     def cache(self) -> str | None:
-        """The folder of measured kernels; a rebuild measures anew."""
+        """The folder of measured kernels; None for a rebuild, which measures them again."""
         return None if self.rebuild else self.timing_cache
 
     @property
@@ -122,27 +124,27 @@ class TensorRT:
 
     @property
     def name(self) -> str:
-        """What ran: "tensorrt", or "tensorrt-double" in tests."""
+        """Name of the backend in reports: "tensorrt", or "tensorrt-double" in tests."""
         import tensorrt as trt
 
         return "tensorrt-double" if getattr(trt, "POSEPRESS_DOUBLE", False) else "tensorrt"
 
     @property
     def on_gpu(self) -> bool:
-        """TensorRT has nothing else."""
+        """True: TensorRT runs on GPUs only."""
         return True
 
     @property
     def timeable(self) -> bool:
-        """Whether a GPU ran it."""
+        """Whether engines run on a real GPU and not in the tests' double."""
         return self.name == "tensorrt"
 
     def in_fp32(self) -> "TensorRT":
-        """Itself: precision is in the ONNX file."""
+        """Return itself, because the ONNX file determines the precision."""
         return self
 
     def build(self, files: ModelFiles, shapes: Shapes, out: Path) -> Path:
-        """Parse the typed network and build a plan with a profile for each set of shapes.
+        """Parse the typed network and build a plan with an optimization profile for each set of shapes.
 
         Raises:
             UserError: this version lacks an option, or the parser or the builder refuses the network.
@@ -186,7 +188,7 @@ class TensorRT:
         if plan is None:
             fix = "lower backend.mem_pool_size_mb, batch or resolution if memory ran out; else try another precision"
             if self.error_on_timing_cache_miss:
-                fix = "build it once with backend.error_on_timing_cache_miss=false, which measures what is missing"
+                fix = "build it once with backend.error_on_timing_cache_miss=false, which measures the missing kernels"
             raise failed(f"{source.name}: TensorRT {trt.__version__} cannot build it", fix)
         engine, content = out / ENGINE, bytes(memoryview(plan))
         engine.write_bytes(content)
@@ -205,16 +207,16 @@ class TensorRT:
         return engine
 
     def adopt(self, plan: Path, spec: NetworkSpec, tensors: Mapping[str, str], out: Path) -> Path:
-        """Take an engine that somebody else built, with a description made from what it says of itself.
+        """Copy an engine that another program built, and write its description beside it.
 
         Args:
-            plan: the engine.
-            spec: what it computes.
-            tensors: names of its tensors where they are not those of the input and the fields.
-            out: a folder.
+            plan: file of the engine.
+            spec: description of the network.
+            tensors: names of the engine's tensors by the name of input or field, where they differ.
+            out: output folder.
 
         Raises:
-            UserError: it is no plan of this version and GPU, or lacks a tensor of the description.
+            UserError: the file is no plan of this version and GPU, or its tensors do not fit the description.
         """
         import tensorrt as trt
 
@@ -274,7 +276,7 @@ class TensorRT:
         return out / ENGINE
 
     def _side(self, trt: Any, spec: NetworkSpec, gpu: Mapping[str, str], content: bytes) -> dict[str, Any]:
-        """What lies beside every plan."""
+        """Return the description that is written beside every plan."""
         return {
             "spec": json.loads(spec.to_json()),
             "tensorrt": trt.__version__,
@@ -287,10 +289,10 @@ class TensorRT:
         }
 
     def _config(self, trt: Any, builder: Any, gpu: Mapping[str, str], typed: bool) -> Any:
-        """What the builder is told.
+        """Return the builder's configuration.
 
         Raises:
-            UserError: this version does not have what an option names.
+            UserError: this version of TensorRT lacks something that an option names.
         """
         config = builder.create_builder_config()
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self.mem_pool_size_mb << 20)
@@ -334,10 +336,10 @@ class TensorRT:
         return config
 
     def _built(self, trt: Any, builder: Any, network: Any, config: Any, gpu: Mapping[str, str]) -> Any:
-        """The plan, with the measured kernels of earlier builds; those of this one are kept, too.
+        """Build the plan, read measured kernels from the timing cache and add the new ones to it.
 
         Raises:
-            UserError: the timing cache is damaged, or of another version or GPU.
+            UserError: the timing cache is damaged, or belongs to another version or GPU.
         """
         if self.cache is None:
             return builder.build_serialized_network(network, config)
@@ -370,19 +372,19 @@ class TensorRT:
                 unfinished.replace(file)
         return plan
 
-    def load(self, engine: Path, threads: int = 0) -> TensorRTRunner:  # noqa: ARG002 - a GPU has its own
+    def load(self, engine: Path, threads: int = 0) -> TensorRTRunner:  # noqa: ARG002 - the option is for CPUs
         """Load a plan.
 
         Raises:
-            UserError: it was built by another version or for another GPU.
+            UserError: another version built the plan, or it was built for another GPU.
         """
         return TensorRTRunner(engine, self.devices, self.cuda_graph)
 
     def audit(self, engine: Path, resolution: Resolution, scratch: Path | None = None) -> Sequence[dict[str, Any]]:  # noqa: ARG002
-        """The layers as the engine inspector lists them.
+        """Return the layers from TensorRT's engine inspector.
 
         Raises:
-            UserError: the plan holds their names alone.
+            UserError: the plan holds only the names of its layers.
         """
         with TensorRTRunner(engine, self.devices[:1], cuda_graph=False) as runner:
             text, times, nodes = runner.inspected()
@@ -391,10 +393,10 @@ class TensorRT:
 
 
 def _member(trt: Any, kind: str, name: str, option: str) -> Any:
-    """A member of an enum by its name, in any case.
+    """Return a member of an enum by its name, in upper or lower case.
 
     Raises:
-        UserError: this version has no such member.
+        UserError: this version of TensorRT has no such member.
     """
     owner = getattr(trt, kind)
     found = getattr(owner, str(name).upper(), None)
@@ -413,14 +415,14 @@ def _names(owner: Any) -> list[str]:
 
 
 def _check_plugins(trt: Any, model: Any, file: str) -> None:
-    """Make sure that somebody has every operator that is not ONNX's.
+    """Check that a plugin is loaded for every operator that is not in the ONNX standard.
 
     Raises:
-        UserError: nobody has one.
+        UserError: no plugin has an operator of the network.
     """
     known = {str(creator.name) for creator in trt.get_plugin_registry().all_creators}
     for node in model.graph.node:
-        native = node.domain in ("", "ai.onnx") or node.op_type.startswith("TRT_")  # the parser has its own of these
+        native = node.domain in ("", "ai.onnx") or node.op_type.startswith("TRT_")  # the parser itself implements these
         if not native and node.op_type not in known:
             raise UserError(
                 f"{file}: no plugin has the operator {node.op_type} (of the node '{node.name}'){nearest(node.op_type, known)}; "
@@ -429,10 +431,10 @@ def _check_plugins(trt: Any, model: Any, file: str) -> None:
 
 
 def _check_types(trt: Any, model: Any, gpu: Mapping[str, str]) -> None:
-    """Make sure that version and GPU have FP8 and bfloat16, if a network does.
+    """Check that TensorRT and the GPU support FP8 and bfloat16, if the network uses them.
 
     Raises:
-        UserError: one of them has not.
+        UserError: TensorRT or the GPU does not support a type of the network.
     """
     from onnx import TensorProto
 
@@ -451,7 +453,7 @@ def _check_types(trt: Any, model: Any, gpu: Mapping[str, str]) -> None:
 
 
 def _reason(error: Any, model: Any) -> str:
-    """What the parser complains about, with the node, its operator and the torch module it came from."""
+    """Return the parser's message, with the node, its operator and the torch module from which it was exported."""
     name, words = error.node_name(), f"{error.desc()}"
     if not name:
         return words
@@ -460,7 +462,10 @@ def _reason(error: Any, model: Any) -> str:
 
 
 def _module(model: Any, name: str) -> str:
-    """The torch module whose weights a node reads, or the nearest before it: the exporter names weights after them."""
+    """Return the torch module of a node's weights, or of the nearest weights before it.
+
+    The exporter names weights after their modules.
+    """
     graph = model.graph
     weights = {tensor.name for tensor in graph.initializer if ".weight" in tensor.name}
     makers = {output: node for node in graph.node for output in node.output}

@@ -1,4 +1,7 @@
-"""INT8 by TensorRT 10's own calibrators, fed with inputs that the stage `quantize` wrote. TensorRT 11 has none."""
+"""INT8 with the calibrators of TensorRT 10, which read the inputs that the stage `quantize` wrote.
+
+TensorRT 11 has no calibrators.
+"""
 
 import json
 import os
@@ -23,17 +26,17 @@ _BASES = {"entropy": "IInt8EntropyCalibrator2", "minmax": "IInt8MinMaxCalibrator
 def calibrate(
     trt: Any, config: Any, profile: Any, folder: Path, spec: InputSpec, memory: DeviceMemory, kept: Path | None
 ) -> Callable[[], None]:
-    """Tell a builder to calibrate; what is returned raises, when it is called after the build, what went wrong in between.
+    """Set up a builder for calibration. Call the returned function after the build: it raises an error of the calibration.
 
     Args:
-        trt: the module.
-        config: the builder's; the network must not be strongly typed.
-        profile: an empty one of the builder.
-        folder: of calibrator.json and calibration_inputs.npy.
-        spec: of the network's input.
-        memory: of the GPU.
-        kept: a folder of calibration caches; one is reused where network, images, preprocessing, calibrator and version of
-            TensorRT are the same. None calibrates anew.
+        trt: the module `tensorrt`.
+        config: the builder's configuration; the network must not be strongly typed.
+        profile: an empty optimization profile of the builder.
+        folder: folder with calibrator.json and calibration_inputs.npy.
+        spec: description of the network's input.
+        memory: memory of the GPU.
+        kept: folder of calibration caches. A cache is used again if network, images, preprocessing, calibrator and version
+            of TensorRT are equal. None calibrates in each build.
 
     Raises:
         UserError: this version of TensorRT has no calibrators.
@@ -42,8 +45,8 @@ def calibrate(
     base: Any = getattr(trt, _BASES[about["calibrator"]], None)
     if base is None:
         raise UserError(
-            f"precision=int8_entropy: TensorRT {trt.__version__} has no calibrators, the last that had them is 10; choose "
-            "precision=int8, whose scales are in the file"
+            f"precision=int8_entropy: TensorRT {trt.__version__} has no calibrators, which only version 10 has; "
+            "choose precision=int8, which writes the scales into the ONNX file"
         )
     images = np.load(folder / CALIBRATION_INPUTS, mmap_mode="r")
     digest = sha256(json.dumps([about, trt.__version__], sort_keys=True).encode()).hexdigest()
@@ -73,9 +76,9 @@ def calibrate(
                 return None
             if not self.at:
                 progress.enter_context(bar)
-            try:  # TensorRT swallows what is raised here and goes on with what it has
+            try:  # TensorRT ignores exceptions raised here and continues with fewer images
                 memory.copy(self.input, normalise(images[self.at : self.at + 1], spec))
-            except Exception as error:  # noqa: BLE001 - whatever it was, it is raised after the build
+            except Exception as error:  # noqa: BLE001 - every error is raised again after the build
                 self.failure = error
                 return None
             self.at += 1
@@ -94,7 +97,7 @@ def calibrate(
                 blob = bytes(memoryview(content))
                 unfinished.write_bytes(sha256(blob).hexdigest().encode() + b"\n" + blob)
                 unfinished.replace(cache)
-            except Exception as error:  # noqa: BLE001 - whatever it was, it is raised after the build
+            except Exception as error:  # noqa: BLE001 - every error is raised again after the build
                 self.failure = error
 
     calibrator = config.int8_calibrator = Calibrator()
@@ -108,14 +111,14 @@ def calibrate(
 
 
 def _kept(cache: Path | None) -> bytes | None:
-    """What TensorRT wrote, behind its digest; None where there is nothing.
+    """Return TensorRT's calibration cache after a check of its digest, or None if there is no cache.
 
     Raises:
-        UserError: it is not whole.
+        UserError: the cache is damaged or incomplete.
     """
     if cache is None or not cache.exists():
         return None
     digest, _, content = cache.read_bytes().partition(b"\n")
     if digest != sha256(content).hexdigest().encode():
-        raise UserError(f"{cache}: damaged or cut short; delete it, and TensorRT calibrates anew")
+        raise UserError(f"{cache}: damaged or cut short; delete it, so that TensorRT calibrates again")
     return content

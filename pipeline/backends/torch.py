@@ -1,4 +1,4 @@
-"""PyTorch itself: the network as it was trained, or a typed ONNX file node by node, in floating point."""
+"""The backend that runs the trained network, or a typed ONNX file node by node, in PyTorch in floating point."""
 
 import json
 import shutil
@@ -24,14 +24,14 @@ _PRECISIONS = ("fp32", "fp16", "bf16")
 
 @dataclass(frozen=True)
 class Torch:
-    """Runs the checkpoint that was exported, on a GPU where there is one.
+    """Runs the checkpoint that was exported, on a GPU if there is one.
 
-    A network that was given as ONNX runs node by node, each in the precision that its typed file says.
+    A network that was given as an ONNX file runs node by node, each node in the precision that the typed file says.
 
     Attributes:
-        precision: fp32, fp16 or bf16; half precisions run the weights and everything between input and fields.
+        precision: fp32, fp16 or bf16; a half precision applies to the weights and to all layers between input and fields.
         cuda_graph: replay the network as one CUDA graph for each input shape.
-        compile: by torch.compile on a GPU, some seconds for each input shape.
+        compile: compile the network with torch.compile on a GPU, which takes some seconds for each input shape.
     """
 
     precision: str = "fp32"
@@ -40,14 +40,14 @@ class Torch:
 
     @staticmethod
     def label_of(options: Mapping[str, Any], _: Mapping[str, str]) -> str:
-        """What differs from the usual, in a label."""
+        """Return the label suffix for options that differ from the default."""
         return "compiled" if options.get("compile") else ""
 
     def __post_init__(self) -> None:
         """Check the precision.
 
         Raises:
-            UserError: torch cannot run it.
+            UserError: torch cannot run this precision.
         """
         if self.precision not in _PRECISIONS:
             raise UserError(
@@ -56,27 +56,27 @@ class Torch:
 
     @property
     def name(self) -> str:
-        """What ran."""
+        """Name of the backend in reports."""
         return "torch"
 
     @property
     def on_gpu(self) -> bool:
-        """Whether a GPU computes."""
+        """Whether engines run on a GPU."""
         import torch
 
         return torch.cuda.is_available()
 
     @property
     def timeable(self) -> bool:
-        """Its latencies are real."""
+        """True: its latencies are real measurements."""
         return True
 
     def in_fp32(self) -> "Torch":
-        """The same, as FP32 networks are built."""
+        """Return a backend with equal options for FP32 networks."""
         return replace(self, precision="fp32")
 
     def build(self, files: ModelFiles, shapes: Shapes, out: Path) -> Path:  # noqa: ARG002 - torch takes any shape
-        """Copy the checkpoint, or the typed ONNX file where there is none, and say in which precision it runs."""
+        """Copy the checkpoint, or the typed ONNX file if there is none, and write the options of the engine."""
         from pipeline.models import store
 
         if files.checkpoint is None:
@@ -90,11 +90,11 @@ class Torch:
         return engine
 
     def load(self, engine: Path, threads: int = 0) -> "TorchRunner":
-        """Load the network; `threads` of the processor, where there is no GPU."""
+        """Load the network. Without a GPU it runs on `threads` threads of the CPU."""
         return TorchRunner(engine.parent, json.loads(engine.read_text()), threads)
 
     def audit(self, engine: Path, resolution: Resolution, scratch: Path | None = None) -> Sequence[dict[str, Any]]:  # noqa: ARG002
-        """One record a convolution or linear layer, in the precision of all."""
+        """Return one record for each convolution or linear layer. All have the network's precision."""
         import torch
 
         plain = {**json.loads(engine.read_text()), "compile": False, "fuse": False}
@@ -129,7 +129,7 @@ class Torch:
 
 
 class TorchRunner:
-    """A loaded network; as many calls as it has workers run at once, on a GPU each on a stream of its own."""
+    """A loaded network. Up to `workers` calls run at the same time; on a GPU each call has its own stream."""
 
     def __init__(self, folder: Path, options: Mapping[str, Any], threads: int) -> None:
         import torch
@@ -141,7 +141,7 @@ class TorchRunner:
         typed = (folder / _TYPED).exists()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         on_gpu = self.device.type == "cuda"
-        kind = OnnxNetwork if on_gpu else RoundedToHalf  # a processor's half convolutions take several times as long
+        kind = OnnxNetwork if on_gpu else RoundedToHalf  # half-precision convolutions are several times slower on a CPU
         network: Any = kind.read(folder / _TYPED) if typed else store.load(folder)[0]
         self.spec: NetworkSpec = network.spec
         self.workers = 2 if on_gpu else 1
@@ -154,7 +154,7 @@ class TorchRunner:
         if on_gpu and self.dtype == torch.float16 and options.get("fuse", True):
             fused(network)
         self.network = network.to(self.device, memory_format=torch.channels_last)
-        if not typed:  # whose nodes have types of their own
+        if not typed:  # a typed file sets the type of each node
             self.network.to(self.dtype)
         if on_gpu and not typed and options.get("compile"):
             self.network = torch.compile(self.network, dynamic=False)
@@ -172,7 +172,7 @@ class TorchRunner:
 
     @contextmanager
     def _slot(self) -> Iterator["_Slot"]:
-        """A free stream, made the current one."""
+        """Wait for a free stream and make it the current stream."""
         import torch
 
         slot = self.slots.get()
@@ -185,7 +185,7 @@ class TorchRunner:
             self.slots.put(slot)
 
     def upload(self, images: NDArray[Any]) -> Array:
-        """Images on the device, in the network's precision."""
+        """Copy images to the device, in the network's precision."""
         import torch
 
         from posepress.pixels_torch import normalise
@@ -194,16 +194,16 @@ class TorchRunner:
             return normalise(images, self.spec.input, self.device).to(self.dtype, memory_format=torch.channels_last)
 
     def forward(self, images: Array) -> dict[str, Any]:
-        """The network's fields, float32."""
+        """Return the network's fields as float32."""
         return {name: made.float() for name, made in self.network(images).items() if "." not in name}
 
     def __call__(self, images: Array) -> Fields:
-        """Fields of uploaded images [B, 3, H, W], float32, where the network ran."""
+        """Return the fields of uploaded images [B, 3, H, W] as float32, on the network's device."""
         with self._slot() as slot:
             return self._replay(slot, images) if self.cuda_graph else self.forward(images)
 
     def _replay(self, slot: "_Slot", images: Any) -> dict[str, Any]:
-        """Run as a CUDA graph, captured when a stream first sees a shape."""
+        """Run the network as a CUDA graph, which is captured at the first batch of a shape on each stream."""
         import torch
 
         key = tuple(images.shape)
@@ -223,13 +223,13 @@ class TorchRunner:
         return {name: field.clone() for name, field in made.items()}
 
     def download(self, fields: Fields) -> Mapping[str, NDArray[Any]]:
-        """Copies in the host's memory."""
+        """Copy fields to the host's memory."""
         return {name: field.cpu().numpy() for name, field in fields.items()}
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """What one call at a time uses: a CUDA stream, and the graphs captured on it by input shape."""
+    """The resources of one call: a CUDA stream, and the graphs that were captured on it, by input shape."""
 
     stream: Any
     graphs: dict[tuple[int, ...], Any]

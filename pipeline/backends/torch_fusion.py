@@ -1,4 +1,7 @@
-"""Convolution, batch norm and ReLU as one kernel: most of eager torch's time in half precision goes to what lies between."""
+"""Fusion of convolution, batch norm and ReLU into one kernel.
+
+In half precision, eager torch spends most of its time on the memory traffic between these layers.
+"""
 
 from typing import Any
 
@@ -8,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 class _Pointwise(nn.Module):
-    """A 1x1 convolution, its bias and ReLU as one matrix product (cuBLASLt's epilogue)."""
+    """A 1x1 convolution, its bias and ReLU as one matrix product with an epilogue of cuBLASLt."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -17,8 +20,9 @@ class _Pointwise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        pixels = x.permute(0, 2, 3, 1).reshape(-1, C)  # no copy in channels_last
-        made = torch._addmm_activation(self.bias, pixels, self.weight.t())  # noqa: SLF001 - torch's only door to the epilogue
+        pixels = x.permute(0, 2, 3, 1).reshape(-1, C)  # a view, not a copy, in channels_last
+        # This private function is torch's only access to the epilogue.
+        made = torch._addmm_activation(self.bias, pixels, self.weight.t())  # noqa: SLF001
         return made.view(B, H, W, -1).permute(0, 3, 1, 2)
 
 
@@ -37,10 +41,11 @@ class _Spatial(nn.Module):
 
 
 def fused(network: nn.Module) -> nn.Module:
-    """A network in evaluation mode, float32, with its convolutions fused in place.
+    """Fuse the convolutions of a float32 network in evaluation mode in place, and return the network.
 
-    In every `nn.Sequential` a batch norm is folded into the convolution before it, and a convolution of one group with the
-    ReLU after it becomes one kernel. Grouped ones stay as they are: cuDNN's fused kernel is slower for them.
+    In every `nn.Sequential`, a batch norm is folded into the convolution before it. An ungrouped convolution and the ReLU
+    after it become one kernel. Grouped convolutions are not fused with a ReLU, because cuDNN's fused kernel is slower for
+    them.
     """
     for parent in [one for one in network.modules() if isinstance(one, nn.Sequential)]:
         layers: list[nn.Module] = []

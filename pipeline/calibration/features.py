@@ -1,4 +1,4 @@
-"""What images do to a network's activations, in a few numbers each."""
+"""Activation statistics: a few numbers for each image that describe how the network responds to it."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,13 +17,13 @@ from posepress.spec import Resolution
 
 
 def features(onnx_file: Path, images: Sequence[tuple[Any, int]], framing: Framing, size: Resolution) -> NDArray[np.float64]:
-    """Logarithms of the greatest and the mean magnitude of every tensor that would be quantized.
+    """Return the logarithms of the largest and the mean magnitude of every tensor that would be quantized.
 
     Args:
-        onnx_file: a float network.
-        images: data sets and places in them.
-        framing: how they become inputs; of several views of an image the first counts.
-        size: of the network's input.
+        onnx_file: file of a floating-point network.
+        images: pairs of a data set and an index in it.
+        framing: turns an image into views; only the first view of an image is used.
+        size: size of the network's input, in pixels.
 
     Returns:
         float64 [images, 2 x tensors].
@@ -32,7 +32,7 @@ def features(onnx_file: Path, images: Sequence[tuple[Any, int]], framing: Framin
     tensors = place(model).tensors
 
     def inputs() -> Iterator[NDArray[np.float32]]:
-        for data, index in track(images, "looking at activations", unit="images"):
+        for data, index in track(images, "measuring activations", unit="images"):
             batch = next(iter(batches(data, framing, spec.input, size, 1, [index])))
             shape = (1, size.height, size.width, 3)
             yield normalise(batch.images[:1] if batch.views else np.zeros(shape, np.uint8), spec.input)

@@ -1,4 +1,4 @@
-"""The chosen calibration images as network inputs."""
+"""Conversion of the chosen calibration images to network inputs."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -23,19 +23,19 @@ from posepress.spec import InputSpec, Resolution
 def calibration_feed(
     chosen: Path, data: Splits, image_dir: str | None, framing: Framing, spec: InputSpec, size: Resolution, cache: Path
 ) -> CalibrationFeed:
-    """Make a feed of what the stage `sample` chose.
+    """Make a feed of the images that the stage `sample` chose.
 
     Args:
-        chosen: its calibration.json.
-        data: the images are of its splits, unless they are of `image_dir`.
-        image_dir: the folder that they were sampled from.
-        framing: how they become inputs.
-        spec: of the network's input.
-        size: of the network's input.
-        cache: folder where digests of images are kept.
+        chosen: the file calibration.json of the stage `sample`.
+        data: the data set with the images in its splits, unless `image_dir` holds them.
+        image_dir: folder from which the images were sampled; None if they are from `data`.
+        framing: turns an image into views.
+        spec: description of the network's input.
+        size: size of the network's input, in pixels.
+        cache: folder that keeps digests of images.
 
     Raises:
-        UserError: an image is gone or changed.
+        UserError: an image is missing or has changed.
     """
     images = json.loads(chosen.read_text())["images"]
     sources = list(_sources(images, data, image_dir, cache))
@@ -57,7 +57,7 @@ def calibration_feed(
 def _sources(
     images: list[Mapping[str, str]], data: Splits, image_dir: str | None, cache: Path
 ) -> Iterator[tuple[Any, list[int]]]:
-    """Data sets, and places in them."""
+    """Yield each data set with the indices of its chosen images."""
     for split in dict.fromkeys(image["split"] for image in images):
         part: Any = data.open(split) if split != "image_dir" else Coco.folder(str(image_dir))
         contents = part.contents(cache)

@@ -1,4 +1,4 @@
-"""Pictures of what was chosen for calibration."""
+"""Charts and thumbnails of the chosen calibration images."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,11 +8,11 @@ import numpy as np
 
 from posepress.results import Sample
 
-_SIDE, _MOST = 160, 64  # pixels of a thumbnail, thumbnails on a sheet
+_SIDE, _MOST = 160, 64  # side of a thumbnail in pixels, and most thumbnails on a sheet
 
 
 def strata_chart(quotas: Mapping[str, Mapping[str, int]], file: Path) -> None:
-    """Draw how many images each stratum has, and how many were asked of it and met, as a PNG."""
+    """Draw a PNG chart with the images of each stratum: how many exist, were requested and were chosen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -42,7 +42,7 @@ def strata_chart(quotas: Mapping[str, Mapping[str, int]], file: Path) -> None:
 
 
 def contact_sheet(samples: Sequence[Sample[Any]], strata: Sequence[str], file: Path) -> None:
-    """Draw the chosen images small, each with its stratum, evenly picked where they are more than 64, as a JPEG."""
+    """Draw a JPEG with thumbnails of the chosen images and their strata. More than 64 images are thinned out evenly."""
     import cv2
 
     shown = np.unique(np.linspace(0, len(samples) - 1, min(len(samples), _MOST)).round().astype(int))

@@ -1,1 +1,1 @@
-"""Images and labels, on disk in COCO's format or generated into it."""
+"""Images and labels in COCO's format, either given on disk or generated."""

@@ -1,7 +1,7 @@
-"""COCO annotation files: read, checked, and turned into ground truth.
+"""Reading of COCO annotation files: this module checks them and converts them to ground truth.
 
-Annotations of one category are kept. They are checked some hundreds at a time as arrays; only where something is unusual are
-they looked at one by one (`pipeline.datasets.records`), which names what is wrong.
+Only annotations of one category are kept. They are checked as arrays, hundreds at a time. If a check finds something
+unusual, `pipeline.datasets.records` checks these annotations one by one and names the error.
 """
 
 import gc
@@ -26,17 +26,17 @@ from pipeline.datasets.records import FAR, Category
 from posepress.errors import UserError
 from posepress.skeletons import COCO_17
 
-MOST_BYTES = 4 << 30  # of a file of annotations or results; COCO's largest has a tenth
+MOST_BYTES = 4 << 30  # largest file of annotations or results; COCO's largest has a tenth of it
 _POLYGONS = re.compile(rb'"segmentation" ?: ?(\[\[[-+0-9.,eE \[\]]*\]\])')
 _LIST, _BETWEEN, _END = (re.compile(p) for p in (rb'"annotations"\s*:\s*\[', rb"\}\s*,\s*\{", rb"\}\s*\]"))
-_ODD = (b"true", b"false")  # numbers beside these are looked at one by one: Python's arrays take true for 1
-_PIECE = 1 << 20  # bytes read into Python's numbers at once
-_RECORDS = 1000  # checked at once where the file is not read in pieces
+_ODD = (b"true", b"false")  # pieces with these are checked one by one, because Python's arrays accept true as 1
+_PIECE = 1 << 20  # bytes that are parsed at once
+_RECORDS = 1000  # records that are checked at once if the file is not parsed in pieces
 
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """No garbage collection: it would look at millions of new numbers again and again, four times the work of reading them."""
+    """Switch garbage collection off: its repeated scans of millions of new numbers take four times as long as reading them."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -47,10 +47,10 @@ def unwatched() -> Iterator[None]:
 
 
 def read_file(file: Path, fix: str) -> bytes:
-    """The content of a file of JSON, without the mark that some editors begin UTF-8 with.
+    """Return the content of a JSON file without the byte order mark that some editors write.
 
     Raises:
-        UserError: it cannot be read, for which `fix` is the advice, or is no UTF-8.
+        UserError: the file cannot be read, or is in UTF-16 or UTF-32. `fix` is the advice if it cannot be read.
     """
     try:
         content = read_bytes(file, MOST_BYTES)
@@ -62,10 +62,10 @@ def read_file(file: Path, fix: str) -> bytes:
 
 
 def read_json(content: bytes, file: Path) -> Any:
-    """What a large JSON file holds.
+    """Parse the content of a large JSON file.
 
     Raises:
-        UserError: it is not JSON.
+        UserError: the content is not JSON.
     """
     try:
         with unwatched():
@@ -79,15 +79,15 @@ class Annotations:
     """A checked annotation file: its images, and the annotations of one category, N people with K keypoints.
 
     Attributes:
-        category: of the people.
-        images: COCO's records.
-        people: COCO's records.
+        category: category of the people.
+        images: COCO's image records.
+        people: COCO's annotation records.
         visibility: uint8 [N, K], 0 not labelled, 1 hidden, 2 visible.
-        areas: float64 [N], pixels.
-        labelled: int64 [N], labelled keypoints as the file counts them.
-        crowd: bool [N].
-        left_out: annotations of other categories.
-        boxed: people whose box was absent or empty and is made of their points.
+        areas: float64 [N], area of each person in pixels.
+        labelled: int64 [N], number of labelled keypoints, from "num_keypoints" if the file has it.
+        crowd: bool [N], whether the annotation is a crowd region.
+        left_out: number of annotations of other categories.
+        boxed: number of people without a box, or with an empty one; their boxes were computed from keypoints.
     """
 
     category: Category
@@ -103,7 +103,7 @@ class Annotations:
 
 @dataclass(frozen=True)
 class _Columns:
-    """What is kept of checked annotations as arrays."""
+    """The columns of checked annotations that are kept as arrays."""
 
     visibility: NDArray[np.uint8]
     areas: NDArray[np.float64]
@@ -112,18 +112,18 @@ class _Columns:
 
 
 class _Kept:
-    """The annotations of one category, taken and checked piece by piece."""
+    """A collection of the annotations of one category, which are added and checked piece by piece."""
 
     def __init__(self, categories: Any, wanted: int | str | None, file: Path) -> None:
-        """None yet.
+        """Choose the category and start with no annotations.
 
         Args:
-            categories: the file's list.
-            wanted: the category's name or id; None is the one that follows from the list.
-            file: for messages.
+            categories: the file's list of categories.
+            wanted: name or id of the category; None chooses it from the list.
+            file: path of the file, for messages.
 
         Raises:
-            UserError: it follows from nothing.
+            UserError: the list does not determine the category.
         """
         self.category = records.choose_category(categories, wanted, str(file))
         self.declared = frozenset(record["id"] for record in categories or ())
@@ -133,10 +133,10 @@ class _Kept:
         self.seen = self.left_out = self.boxed = 0
 
     def take(self, piece: list[Any], odd: bool = True) -> None:
-        """Check some annotations; `odd` says that true or false may be among their numbers.
+        """Check and add some annotations. `odd` says that the values true or false may be among their numbers.
 
         Raises:
-            UserError: one of them is not what COCO's format says.
+            UserError: an annotation is not in COCO's format.
         """
         chosen = self._of_category(piece)
         people = piece if len(chosen) == len(piece) else [piece[n] for n in chosen]
@@ -154,7 +154,7 @@ class _Kept:
         self.left_out += len(piece) - len(people)
 
     def _of_category(self, piece: list[Any]) -> Sequence[int]:
-        """The places of the annotations that belong to the category."""
+        """Return the indices of the annotations that belong to the category."""
         try:
             ids = [record["category_id"] for record in piece]
         except (KeyError, TypeError, IndexError):
@@ -170,10 +170,10 @@ class _Kept:
         where = f"{self.file}: " + (f"annotation {record['id']}" if named else f"annotations[{position}]")
         if number is None:
             if len(self.declared) > 1:
-                raise UserError(f"{where} has no 'category_id', and there are {len(self.declared)} categories; give it one")
+                raise UserError(f"{where} has no 'category_id', and there are {len(self.declared)} categories; add its id")
             return True
         if not records.is_id(number) or (self.declared and number not in self.declared):
-            raise UserError(f"{where}: category_id is {records.shown(number)}, none of the file's categories; mend it")
+            raise UserError(f"{where}: category_id is {records.shown(number)}, none of the file's categories; correct it")
         if not self.declared and not self.asked:
             if self.category.id is None:
                 self.category = Category(number, "", self.category.labels)
@@ -186,7 +186,13 @@ class _Kept:
 
 
 def _columns(people: Sequence[dict[str, Any]], K: int, flat: bool = False) -> _Columns | None:
-    """Annotations as arrays; None where one of them is unusual and must be looked at, unless `flat` boxes are all that is."""
+    """Convert annotations to arrays. Return None if an annotation is unusual and must be checked alone.
+
+    Args:
+        people: records of the annotations.
+        K: number of keypoints of a person.
+        flat: the annotations were checked before and may have boxes of width or height 0, so their values are accepted.
+    """
     if not people:
         return _Columns(np.zeros((0, K), np.uint8), np.zeros(0), np.zeros(0, np.int64), np.zeros(0, bool))
     nothing = [0] * (3 * K)
@@ -218,11 +224,11 @@ def _columns(people: Sequence[dict[str, Any]], K: int, flat: bool = False) -> _C
 
 
 def _numbers(lists: Sequence[Sequence[Any]], length: int) -> NDArray[np.float64]:
-    """Lists of numbers as an array [len(lists), length]; unlike numpy, Python's arrays take no text for a number.
+    """Convert lists of numbers to an array [len(lists), length]. Unlike numpy, Python's arrays do not convert text to numbers.
 
     Raises:
-        ValueError: one has another length.
-        TypeError: one holds something else.
+        ValueError: a list has another length.
+        TypeError: a list holds something other than numbers.
     """
     if set(map(len, lists)) != {length}:
         raise ValueError
@@ -230,9 +236,10 @@ def _numbers(lists: Sequence[Sequence[Any]], length: int) -> NDArray[np.float64]
 
 
 def _in_pieces(content: bytes, start_taking: Callable[[Any], _Kept]) -> tuple[Any, _Kept] | None:
-    """What an annotation file holds, its long list read some records at a time; None where it is not written as COCO's.
+    """Parse an annotation file and its long list of annotations piece by piece. Return None if its layout is unlike COCO's.
 
-    The memory of a piece's numbers is used again. Polygons are most of the file and are read of few people: they stay text.
+    The memory of each piece's numbers is used again for the next piece. Polygons stay text, because they are most of the file
+    and only few people's are needed.
     """
     start, end = _LIST.search(content), None
     if start is not None:
@@ -243,7 +250,7 @@ def _in_pieces(content: bytes, start_taking: Callable[[Any], _Kept]) -> tuple[An
         with unwatched():
             raw = orjson.loads(content[: start.end()] + content[end.end() - 1 :])
             if raw["annotations"] != []:
-                return None  # it was another list of this name
+                return None  # the pattern matched another list with this name
             kept = start_taking(raw)
             at = start.end()
             while at < end.end() - 1:
@@ -253,7 +260,7 @@ def _in_pieces(content: bytes, start_taking: Callable[[Any], _Kept]) -> tuple[An
                 kept.take(orjson.loads(b"[" + piece + b"]"), any(word in piece for word in _ODD))
                 at = cut.end() - 1 if cut else stop
     except (ValueError, TypeError, KeyError):
-        return None  # the whole is read once more, and complained about
+        return None  # the caller parses the whole file again, which gives the error message
     return raw, kept
 
 
@@ -261,12 +268,12 @@ def load_annotations(file: Path, category: int | str | None = None) -> Annotatio
     """Read and check a COCO keypoint annotation file.
 
     Args:
-        file: of the annotations.
-        category: whose annotations are read, by name or id; None as `records.choose_category` says.
+        file: the annotation file.
+        category: name or id of the category to read; None chooses it with `records.choose_category`.
 
     Raises:
-        UserError: the file is missing, is not JSON, lacks COCO's lists, does not say which category is meant, or a record is
-            not what COCO's format says.
+        UserError: the file is missing, is not JSON, lacks COCO's lists or does not determine the category, or a record is
+            not in COCO's format.
     """
     content = read_file(file, "check data.*.annotations")
 
@@ -288,7 +295,7 @@ def load_annotations(file: Path, category: int | str | None = None) -> Annotatio
     images = _images(raw["images"], str(file))
     _check_ids(images, kept.people, str(file))
 
-    kept.take([])  # so that there are arrays even of nobody
+    kept.take([])  # makes empty arrays if there are no people
 
     def joined(name: str) -> NDArray[Any]:
         return np.concatenate([getattr(columns, name) for columns in kept.columns])
@@ -307,7 +314,7 @@ def load_annotations(file: Path, category: int | str | None = None) -> Annotatio
 
 
 def _images(listed: list[Any], file: str) -> list[dict[str, Any]]:
-    """Checked image records; the usual ones are looked at together."""
+    """Check image records, all at once if none is unusual, and return them."""
     try:
         names = [record["file_name"] for record in listed]
         kinds = {type(value) for record in listed for value in (record["id"], record["height"], record["width"])}
@@ -325,7 +332,7 @@ def _check_ids(images: Sequence[Mapping[str, Any]], people: Sequence[Mapping[str
     """Compare the ids of images and annotations.
 
     Raises:
-        UserError: an id is there twice, or an annotation is of no image.
+        UserError: an id is used twice, or an annotation names an unknown image.
     """
     known = {image["id"] for image in images}
     if len({str(i) for i in known}) < len(images):
@@ -335,7 +342,7 @@ def _check_ids(images: Sequence[Mapping[str, Any]], people: Sequence[Mapping[str
     numbers = [a["id"] for a in people if "id" in a]
     if len(set(numbers)) < len(numbers):
         raise UserError(
-            f"{file}: the annotation id {_twice(numbers)} is there twice; give every person one, or drop what is doubled"
+            f"{file}: the annotation id {_twice(numbers)} is there twice; give every person its own, or drop the duplicate"
         )
     unknown = {a["image_id"] for a in people} - known
     if not unknown:
@@ -344,7 +351,7 @@ def _check_ids(images: Sequence[Mapping[str, Any]], people: Sequence[Mapping[str
     if other is not None:
         kinds = ("text", "numbers") if isinstance(other, str) else ("a number", "text")
         raise UserError(
-            f"{file}: image_id {other!r} of annotations is {kinds[0]} where images have {kinds[1]}; write both alike"
+            f"{file}: image_id {other!r} of annotations is {kinds[0]} where images have {kinds[1]}; write both in the same form"
         )
     raise UserError(
         f"{file}: annotations name {len(unknown)} unknown images ({', '.join(sorted(map(str, unknown))[:5])}, ...); "
@@ -353,7 +360,7 @@ def _check_ids(images: Sequence[Mapping[str, Any]], people: Sequence[Mapping[str
 
 
 def _twice(ids: Any) -> Any:
-    """The first id that came before."""
+    """Return the first id that occurs a second time."""
     seen: set[Any] = set()
     for number in ids:
         if number in seen:
@@ -363,10 +370,10 @@ def _twice(ids: Any) -> Any:
 
 
 def people(annotations: Sequence[Mapping[str, Any]], K: int = len(COCO_17.names)) -> People:
-    """The ground truth of an image from its checked COCO records.
+    """Return the ground truth of an image from its checked COCO records.
 
     Raises:
-        UserError: a segmentation is not what COCO's format says.
+        UserError: a segmentation is not in COCO's format.
     """
     keypoints = np.zeros((len(annotations), K, 3))
     for row, record in enumerate(annotations):
@@ -385,7 +392,7 @@ def people(annotations: Sequence[Mapping[str, Any]], K: int = len(COCO_17.names)
 
 
 def labelled_keypoints(annotation: Mapping[str, Any]) -> int:
-    """How many keypoints of a person are labelled, as the file counts them."""
+    """Return the number of a person's labelled keypoints, from "num_keypoints" if the file has it."""
     if "num_keypoints" in annotation:
         return int(annotation["num_keypoints"])
     return sum(v > 0 for v in (annotation.get("keypoints") or [])[2::3])

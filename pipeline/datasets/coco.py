@@ -1,4 +1,4 @@
-"""Data sets in COCO's format, and their splits."""
+"""Data sets in COCO's format and their division into splits."""
 
 import difflib
 import hashlib
@@ -31,9 +31,10 @@ from posepress.results import Sample
 from posepress.skeletons import COCO_17
 from posepress.spec import Resolution, Skeleton
 
-_LOOKED_AT, _MANY_OUTSIDE = 4000, 0.2  # people; part of their keypoints or boxes outside images that is said
+# Most people that are checked, and the share of their keypoints or boxes outside images above which a doubt is reported.
+_LOOKED_AT, _MANY_OUTSIDE = 4000, 0.2
 SPLITS = ("train", "unlabelled", "tune", "agreement", "validation")
-_NAMED = ("train", "tune", "agreement", "validation")  # in a splits file
+_NAMED = ("train", "tune", "agreement", "validation")  # splits that a splits file may name
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,13 @@ class Coco:
     """Images of one split with COCO keypoint labels, or without labels.
 
     Attributes:
-        images: the folder of images.
+        images: folder of the images.
         annotations: the annotation file; None for unlabelled images.
-        names: only these files, in this order; None is all of them.
-        remedy: what to do about images that are missing or not whole.
-        category: whose annotations are read, by name or id; None is the one that carries keypoints, or person.
-        upright: whether the annotations are of the images as EXIF's orientation shows them; None follows from their size.
+        names: names of the files to use, in this order; None uses all.
+        remedy: advice in the message about missing or damaged images.
+        category: name or id of the category to read; None chooses the one with keypoints, or person.
+        upright: whether the annotations belong to the images after the rotation that EXIF's orientation asks for; None
+            decides it by the size of each image.
     """
 
     images: Path
@@ -58,19 +60,19 @@ class Coco:
 
     @classmethod
     def folder(cls, images: str) -> "Coco":
-        """The images of a plain folder, without labels.
+        """Return the images of a plain folder, without labels.
 
         Raises:
-            UserError: there is no such folder, or no image in it.
+            UserError: the folder does not exist or holds no image.
         """
         made = cls(Path(images), remedy="restore them or take them out of image_dir")
         if not made.images.is_dir() or not len(made):
             what = "no image in this folder" if made.images.is_dir() else "no such folder"
-            raise UserError(f"image_dir={images}: {what}; give one that holds images ({', '.join(IMAGE_TYPES)})")
+            raise UserError(f"image_dir={images}: {what}; give a folder that holds images ({', '.join(IMAGE_TYPES)})")
         return made
 
     def only(self, names: Sequence[str]) -> "Coco":
-        """Some of the images; the annotation file is not read again."""
+        """Return a data set with some of the images. The annotation file is not read again."""
         part = replace(self, names=tuple(names))
         if self.annotations is not None:
             part.__dict__["truth"] = self.truth
@@ -78,22 +80,22 @@ class Coco:
 
     @property
     def labels(self) -> Skeleton:
-        """The skeleton of the keypoints, COCO's unless the file's category names others."""
+        """The skeleton of the keypoints. It is COCO's unless the file's category names other keypoints."""
         return COCO_17 if self.truth is None else self.truth.category.labels
 
     @cached_property
     def truth(self) -> Annotations | None:
-        """The whole annotation file; None where there is none."""
+        """The whole annotation file; None for unlabelled images."""
         return None if self.annotations is None else load_annotations(self.annotations, self.category)
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """COCO's image records, each with its `annotations` (None where unlabelled), in the order of their ids."""
+        """COCO's image records in the order of their ids. Each holds its `annotations`, which are None without labels."""
         return self._rows[0]
 
     @cached_property
     def _rows(self) -> tuple[list[dict[str, Any]], list[list[int]]]:
-        """The records, and the places of their annotations in the file."""
+        """The records, and the indices of their annotations in the file."""
         if self.truth is None:
             records = self._unlabelled()
             return records, [[] for _ in records]
@@ -127,7 +129,7 @@ class Coco:
         names = tuple(dict.fromkeys(names))
         ids = [Path(name).stem.lstrip("0") or "0" for name in names]
         if len(set(ids)) < len(ids):
-            ids = list(names)  # 1.jpg beside 01.jpg, or the same name in two folders
+            ids = list(names)  # 1.jpg and 01.jpg, or equal names in two folders, have equal ids
         return [{"id": i, "file_name": name, "annotations": None} for i, name in zip(ids, names, strict=True)]
 
     def __len__(self) -> int:
@@ -151,10 +153,11 @@ class Coco:
             raise UserError(f"{self.annotations}: {error}") from error
 
     def table(self) -> dict[str, NDArray[Any]]:
-        """Columns id, file_name, persons, area, keypoints and coverage, one row an image.
+        """Return a table with one row for each image.
 
-        Those are: people with keypoints (-1 in an image that nobody labelled); the median of their areas in pixels; the mean
-        count of their visible keypoints; the part, 0 to 1, of keypoint types of which one is visible in the image.
+        Its columns are "id", "file_name" and four more. "persons" is the number of people with keypoints, or -1 in an
+        unlabelled data set. "area" is the median of their areas, in pixels. "keypoints" is the mean number of their visible
+        keypoints. "coverage" is the share (0 to 1) of keypoint types that are visible in the image at least once.
         """
         records, rows = self._rows
         count, K = len(records), len(self.labels.names)
@@ -181,13 +184,13 @@ class Coco:
         return {name: np.array(values) for name, values in columns.items()}
 
     def contents(self, cache: Path) -> dict[str, str]:
-        """SHA-256 of every image file, by name.
+        """Return the SHA-256 of every image file, by name.
 
         Args:
-            cache: folder where digests are kept, with each file's size and time.
+            cache: folder that keeps digests, with each file's size and modification time.
 
         Raises:
-            UserError: files are missing or not whole; up to ten are listed.
+            UserError: files are missing or damaged; the message lists up to ten.
         """
         found = self.inspection(cache)
         if found.wrong:
@@ -202,7 +205,7 @@ class Coco:
         return found.digests
 
     def misfits(self, found: Inspection) -> dict[str, str]:
-        """Complaints about images whose headers say another size than their annotations, by name."""
+        """Return messages by image name: the header of each image states another size than its annotations."""
         wrong = {}
         for record in self.records if self.truth is not None else ():
             header, size = found.headers.get(record["file_name"]), Resolution(record["height"], record["width"])
@@ -211,11 +214,11 @@ class Coco:
         return wrong
 
     def inspection(self, cache: Path, decode: bool = False) -> Inspection:
-        """What is known of the image files without decoding them; with `decode` each was tried once."""
+        """Check the image files by their headers. With `decode`, each is also decoded once."""
         return inspect_files(self.images, [record["file_name"] for record in self.records], cache, decode)
 
     def _outside(self) -> list[str]:
-        """What to look at where many labelled keypoints or boxes lie outside their images; of few thousand people."""
+        """Return doubts if many labelled keypoints or boxes lie outside their images. A sample of the people is checked."""
         people = [(r, a) for r in self.records for a in r["annotations"] if a.get("keypoints") and not a.get("iscrowd")]
         people = people[:: max(len(people) // _LOOKED_AT, 1)]
         if not people:
@@ -229,8 +232,8 @@ class Coco:
         said = []
         if away.size and away.mean() > _MANY_OUTSIDE:
             said.append(
-                f"{100 * away.mean():.0f} % of the labelled keypoints lie outside their images: are the annotations of images "
-                "of this size, data.*.images those of data.*.annotations, and points x before y?"
+                f"{100 * away.mean():.0f} % of the labelled keypoints lie outside their images; check that data.*.images "
+                "belongs to data.*.annotations, that the images have the annotated size, and that points are x before y"
             )
         if beyond.mean() > _MANY_OUTSIDE:
             said.append(
@@ -240,10 +243,10 @@ class Coco:
         return said
 
     def doubts(self, cache: Path) -> list[str]:
-        """What in the annotations and images may make figures other than expected, each with its cause and what to do.
+        """Return warnings about annotations and images that may distort the metrics. Each names the cause and the fix.
 
         Args:
-            cache: folder where digests are kept.
+            cache: folder that keeps digests of images.
         """
         if self.truth is None:
             return []
@@ -254,8 +257,8 @@ class Coco:
             )
         if self.truth.boxed:
             found.append(
-                f"{self.truth.boxed} people have no box, or an empty one: it is made of their labelled keypoints, which is "
-                "smaller than a person; give bbox for top-down networks"
+                f"{self.truth.boxed} people have no box, or an empty one: it is made of their labelled keypoints, so it is "
+                "smaller than the person; give bbox for top-down networks"
             )
         rows = np.array([row for own in self._rows[1] for row in own], np.intp)
         counted, points = self.truth.labelled[rows], self.truth.visibility[rows].any(axis=1)
@@ -267,23 +270,23 @@ class Coco:
             ),
         ):
             if number := int((wrong & ~self.truth.crowd[rows]).sum()):
-                found.append(f"{said.format(number)}; mend or drop it")
+                found.append(f"{said.format(number)}; correct or drop num_keypoints")
         found += self._outside()
         headers = self.inspection(cache).headers
-        hidden = 0  # images whose size is the same however they are turned
+        hidden = 0  # images with an orientation that does not change their size
         for record in self.records:
             header = headers.get(record["file_name"])
             hidden += header is not None and header.orientation != 1 and header.shown == header.size
         if hidden and self.upright is None:
             found.append(
                 f"EXIF turns or mirrors {hidden} images in a way that their size does not tell; they are read as "
-                "stored; pass data.upright=true if they were annotated as they are shown, else data.upright=false"
+                "stored; pass data.upright=true if they were annotated as viewers show them, else data.upright=false"
             )
         return found
 
 
 def _medians(values: NDArray[np.float64], group: NDArray[np.intp], count: int) -> NDArray[np.float64]:
-    """The median of each group's values, 0 where it has none; `group` is sorted."""
+    """Return the median of each group's values, or 0 for an empty group. `group` must be sorted."""
     order = np.lexsort((values, group))
     sizes = np.bincount(group, minlength=count)
     starts = np.cumsum(sizes) - sizes
@@ -293,36 +296,37 @@ def _medians(values: NDArray[np.float64], group: NDArray[np.intp], count: int) -
 
 
 class Labelled(TypedDict):
-    """Where the images of a part lie, and their annotation file."""
+    """The folder of the images of a part, and their annotation file."""
 
     images: str | Path
     annotations: str | Path
 
 
 class Unlabelled(TypedDict):
-    """Where images without labels lie."""
+    """The folder of the images without labels."""
 
     images: str | Path | None
 
 
 @dataclass(frozen=True)
 class CocoSplits:
-    """A COCO data set of a train and a validation part, and what each image is for.
+    """A COCO data set with a train and a validation part, and the split of each image.
 
     Attributes:
-        train: {"images": folder, "annotations": file}; the tune images are taken from it.
-        val: likewise; these are the validation images.
-        unlabelled: {"images": folder} or nothing; train and agreement images without labels are taken from it.
-        splits: a file {split: {any name: [file names] or "all"}} that says what each image is for; unlabelled images that
-            it calls train become the split "unlabelled". None: of the train images, the twentieth part whose file names
-            hash lowest is for tuning; of the unlabelled, half is for agreement.
-        cache: where digests are kept.
-        strict: False drops images that are missing, cannot be read or have another size than annotated, and counts them,
-            instead of refusing.
-        category: whose annotations are read, by name or id; None is the one that carries keypoints, of several the one named
-            person; where none names keypoints, the only one, or person.
-        upright: True where the annotations are of the images as EXIF's orientation shows them, False where they are of the
-            pixels as stored; None follows from the sizes in the annotations.
+        train: {"images": folder, "annotations": file} of the train part; the tune images are taken from it.
+        val: {"images": folder, "annotations": file} of the validation images.
+        unlabelled: {"images": folder} of images without labels, or null; the splits unlabelled and agreement are taken from
+            it.
+        splits: a file {split: {any name: [file names] or "all"}} that assigns images to splits. Its train images without
+            labels become the split "unlabelled". None assigns by a hash of the file names: 5 % of the train images become
+            tune images, and half of the unlabelled images become agreement images.
+        cache: folder that keeps digests of images.
+        strict: true refuses images that are missing, cannot be read or have another size than annotated; false skips and
+            counts them.
+        category: name or id of the category to read. None chooses the category with keypoints, or the one
+            named person of several. If no category names keypoints, it is the only category or the one named person.
+        upright: true if the annotations belong to the images after the rotation that EXIF's orientation asks for, false if
+            they belong to the pixels as stored; None decides it by the sizes in the annotations.
     """
 
     train: Labelled
@@ -337,7 +341,7 @@ class CocoSplits:
     _kept: dict[str, Coco] = field(default_factory=dict, compare=False, repr=False, init=False)
 
     def _named(self, file: str) -> dict[str, dict[str, Any]]:
-        """The splits file: {split: {any name: [file names] or "all"}}; keys unlike a split's name are left alone."""
+        """Read the splits file {split: {any name: [file names] or "all"}}. Keys that are unlike a split's name are ignored."""
         raw = read_json(read_file(Path(file), "check data.splits"), Path(file))
         if not isinstance(raw, dict):
             raise UserError(f"{file}: not a splits file but a {type(raw).__name__}; see data/README.md")
@@ -359,10 +363,10 @@ class CocoSplits:
 
     @cached_property
     def parts(self) -> dict[str, Coco]:
-        """The images of every split.
+        """The images of every split, by its name.
 
         Raises:
-            UserError: a folder or file is missing or bad, or the keypoints have no sigmas.
+            UserError: a folder or file is missing or wrong, or the keypoints have no sigmas.
         """
         train, val = (self._source(paths, role) for paths, role in ((self.train, "train"), (self.val, "val")))
         loose = None
@@ -426,11 +430,11 @@ class CocoSplits:
         return Coco(images, file, category=self.category, upright=self.upright)
 
     def open(self, split: str) -> Coco:
-        """The images of a split, after checking that no other split has one of them.
+        """Return the images of a split, after a check that no other split contains one of them.
 
         Raises:
-            UserError: there is no such split, it is empty, nobody is labelled in it, or two splits share an image, by id
-                or by content.
+            UserError: the split does not exist, is empty or has no labelled person, or two splits share an image by id or
+                content.
         """
         if split not in self.parts:
             raise UserError(f"no split '{split}' in this data; it has {', '.join(self.parts)}{nearest(split, self.parts)}")
@@ -475,11 +479,11 @@ class CocoSplits:
                     raise UserError(f"{name} of '{split}' has the same content as {twin} of '{other}'; splits must not overlap")
 
     def __contains__(self, split: str) -> bool:
-        """Whether there are images for this."""
+        """Whether the split has images."""
         return split in self.parts and len(self.parts[split]) > 0
 
     def digest(self, splits: Sequence[str]) -> str:
-        """SHA-256 over names, contents and labels of some splits."""
+        """Return a SHA-256 over the names, contents and labels of some splits."""
         total = hashlib.sha256()
         for split in splits:
             if split not in self.parts:

@@ -1,4 +1,4 @@
-"""Image files: looked at before they are read, and read."""
+"""Checks of image files, and reading of images."""
 
 import hashlib
 import json
@@ -23,19 +23,20 @@ from posepress.errors import UserError
 from posepress.spec import Resolution
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-MOST_BYTES = 8 * MOST_PIXELS  # of a file: an image of 16-bit pixels, not compressed, with room to spare
-_LARGE = MOST_PIXELS // 8  # pixels above which images are decoded one at a time, so that all readers together stay small
+MOST_BYTES = 8 * MOST_PIXELS  # largest file; enough for an uncompressed image of 16-bit pixels
+_LARGE = MOST_PIXELS // 8  # larger images are decoded one at a time, to limit the memory of parallel readers
 _decoding = Lock()
-_ENTRIES = tuple([int, int, str, side, side, int, bool] for side in (int, type(None)))  # of a list of digests
+# Types of an entry in the cache of digests. Height and width are None for files without a readable header.
+_ENTRIES = tuple([int, int, str, side, side, int, bool] for side in (int, type(None)))
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the first bytes of an image file say.
+    """Size and orientation of an image, from the header of its file.
 
     Attributes:
-        size: of the stored pixels.
-        orientation: EXIF's, 1 to 8; 1 is as stored, 3 upside down, 2 and 4 mirrored, 5 to 8 a quarter turned.
+        size: size of the image as stored, in pixels.
+        orientation: EXIF orientation, 1 to 8. 1 means as stored, 3 upside down, 2 and 4 mirrored, 5 to 8 a quarter turned.
     """
 
     size: Resolution
@@ -43,17 +44,18 @@ class Header:
 
     @property
     def shown(self) -> Resolution:
-        """The size of the image turned as its orientation says."""
+        """The size of the image after the rotation that its orientation asks for."""
         return Resolution(self.size.width, self.size.height) if self.orientation > 4 else self.size
 
 
 def read_bytes(file: Path, most: int) -> bytes:
-    """The content of a regular file.
+    """Return the content of a regular file.
 
     Raises:
-        OSError: the file cannot be read, or is a folder, a device, a pipe or a socket, or larger than `most` bytes.
+        OSError: the file cannot be read, is larger than `most` bytes, or is a folder, device, pipe or socket.
     """
-    with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:  # a pipe would wait for a writer
+    # Without O_NONBLOCK, opening a pipe waits for a writer.
+    with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
         found = os.fstat(stream.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise OSError(0, "not a regular file", str(file))
@@ -66,25 +68,26 @@ def read_image(file: Path, upright: bool = False) -> NDArray[np.uint8]:
     """Read an image file as uint8 [H, W, 3], RGB; grey, CMYK and 16-bit files too.
 
     Args:
-        file: of the image.
-        upright: turn it as its EXIF orientation says; COCO's annotations are of the pixels as they are stored.
+        file: the image file.
+        upright: turn the image as its EXIF orientation says. COCO's annotations belong to the pixels as stored.
 
     Raises:
-        UserError: the file is missing, larger than `MOST_PIXELS`, or no image can be read from it.
+        UserError: the file is missing, is no readable image, or has more than `MOST_PIXELS` pixels.
     """
     return _decoded(file, _content(file), upright)
 
 
 def read_sized(file: Path, size: Resolution, upright: bool | None = None) -> NDArray[np.uint8]:
-    """Read an image that annotations say the size of.
+    """Read an image and check that it has the size in its annotations.
 
     Args:
-        file: of the image.
-        size: that the annotations say.
-        upright: whether the annotations are of the image as its EXIF orientation shows it; None follows from the size.
+        file: the image file.
+        size: size of the image in the annotations.
+        upright: whether the annotations belong to the image after the rotation that its EXIF orientation asks for; None
+            decides it by the size.
 
     Raises:
-        UserError: it has another size, or cannot be read.
+        UserError: the image has another size, or cannot be read.
     """
     data = _content(file)
     header = read_header(data)
@@ -100,12 +103,12 @@ def read_sized(file: Path, size: Resolution, upright: bool | None = None) -> NDA
 
 
 def turned(header: Header, size: Resolution, upright: bool | None = None) -> bool:
-    """Whether annotations of this size are of the image as its EXIF orientation shows it."""
+    """Whether annotations of this size belong to the image after the rotation that its EXIF orientation asks for."""
     return size != header.size and size == header.shown if upright is None else upright
 
 
 def mismatch(stored: Resolution, said: Resolution) -> str:
-    """A complaint about an image of another size than its annotations say, and what to do."""
+    """Return the error message for an image with another size than its annotations state."""
     return (
         f"{stored} pixels, but its annotations say {said}; they do not belong together: give the images that were annotated, "
         "correct height and width, or set data.upright"
@@ -113,7 +116,7 @@ def mismatch(stored: Resolution, said: Resolution) -> str:
 
 
 def shown_size(file: Path) -> Resolution:
-    """The size of an image turned as its EXIF orientation says; decoded only where its header does not tell.
+    """Return the size of an image after its EXIF rotation. The image is decoded only if its header does not tell the size.
 
     Raises:
         UserError: the image cannot be read.
@@ -159,7 +162,7 @@ def _decoded(file: Path, data: bytes, upright: bool) -> NDArray[np.uint8]:
 
 
 def read_header(data: bytes | memoryview) -> Header | None:
-    """What a JPEG, PNG, BMP or WebP file says of itself; None where it is another or broken."""
+    """Read the header of a JPEG, PNG, BMP or WebP file. Return None for other or damaged files."""
     content = memoryview(data)
     start = bytes(content[:30])
     try:
@@ -198,15 +201,16 @@ def _png_header(content: memoryview) -> Header | None:
 
 
 def _jpeg_segments(content: memoryview) -> Iterator[tuple[int, int, int]]:
-    """The segments of a JPEG up to its first scan: the marker, and where its content begins and ends.
+    """Yield the segments of a JPEG up to its first scan: the marker, and the start and end of its content.
 
     Raises:
-        IndexError: the file is cut short; struct.error likewise.
+        IndexError: the file is cut short.
+        struct.error: the file is cut short within a length.
     """
     at = 2
     while content[at] == 0xFF:
         marker = content[at + 1]
-        if marker in (0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # fill and markers without content
+        if marker in (0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # fill bytes and markers have no content
             at += 1 if marker == 0xFF else 2
             continue
         end = at + 2 + struct.unpack_from(">H", content, at + 2)[0]
@@ -249,7 +253,7 @@ def _webp_header(content: memoryview) -> Header | None:
 
 
 def _orientation(exif: memoryview) -> int:
-    """The orientation of an EXIF block that begins with its TIFF header; 1 where it has none."""
+    """Return the orientation of an EXIF block that begins with its TIFF header, or 1 if it has none."""
     order = {b"II": "<", b"MM": ">"}.get(bytes(exif[:2]))
     if order is None:
         return 1
@@ -266,12 +270,12 @@ def _orientation(exif: memoryview) -> int:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is known of image files without decoding them.
+    """The results of a check of image files.
 
     Attributes:
-        digests: SHA-256 of each whole file, by name.
-        headers: by name, of files whose header can be read.
-        wrong: complaints about the others, by name.
+        digests: SHA-256 of each intact file, by name.
+        headers: readable headers, by name.
+        wrong: error messages about damaged or missing files, by name.
     """
 
     digests: dict[str, str]
@@ -280,13 +284,13 @@ class Inspection:
 
 
 def inspect_files(folder: Path, names: Iterable[str], cache: Path, decode: bool = False) -> Inspection:
-    """Look at image files: which are missing or cut short, and the digests of the others.
+    """Check which image files are missing or damaged, and compute the digests of the others.
 
     Args:
-        folder: of the files.
-        names: of the files.
-        cache: files whose size and time did not change since a list there was written are not read again.
-        decode: also try to decode each, once.
+        folder: folder of the files.
+        names: names of the files.
+        cache: folder of earlier results. Files with unchanged size and modification time are not read again.
+        decode: also decode each file once.
     """
     index = cache / "digests" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.json"
     known = _known(index)
@@ -294,7 +298,7 @@ def inspect_files(folder: Path, names: Iterable[str], cache: Path, decode: bool 
     stale: list[tuple[str, list[int]]] = []
     for name in names:
         try:
-            status = os.stat(folder / name)  # noqa: PTH116 - a hundred thousand times
+            status = os.stat(folder / name)  # noqa: PTH116 - faster than pathlib for 100,000 files
         except (OSError, ValueError):
             found.wrong[name] = "missing"
             continue
@@ -323,7 +327,7 @@ def inspect_files(folder: Path, names: Iterable[str], cache: Path, decode: bool 
 
 
 def _known(index: Path) -> dict[str, list[Any]]:
-    """The list of an earlier inspection: by name size, time, digest, height, width, orientation, and whether it was decoded."""
+    """Read an earlier inspection: size, time, digest, height, width, orientation and decoding of each file, by name."""
     try:
         listed = json.loads(index.read_text())
     except (OSError, ValueError, RecursionError):
@@ -345,7 +349,7 @@ def _take(found: Inspection, name: str, entry: list[Any]) -> None:
 
 
 def _inspect(file: Path, decode: bool) -> list[Any] | str:
-    """Digest, height, width, orientation and whether it was decoded; or a complaint."""
+    """Return digest, height, width and orientation of a file and whether it was decoded, or else an error message."""
     try:
         data = read_bytes(file, MOST_BYTES)
     except OSError as error:
@@ -365,7 +369,7 @@ def _inspect(file: Path, decode: bool) -> list[Any] | str:
 
 
 def _whole(file: Path, data: bytes | memoryview) -> bool:
-    """Whether an image file has its end, and what its parts say of themselves is true."""
+    """Whether an image file is complete and its checksums and sizes are right."""
     content = memoryview(data)
     start = bytes(content[:30])
     if start[:4] == b"\x89PNG":
@@ -393,8 +397,8 @@ def _whole_png(content: memoryview) -> bool:
 
 
 def _whole_jpeg(content: memoryview) -> bool:
-    # Past the headers, one of which may hold a whole thumbnail, to the first scan; in it no byte pair looks like the end.
-    # Phones append more after the end. Some files have other bytes between two segments.
+    # The search for the end marker starts at the first scan, because a header may hold a whole thumbnail. Within a scan no
+    # other bytes look like the marker. It need not be the last bytes: phones append data after it.
     at = 2
     try:
         for marker, start, end in _jpeg_segments(content):

@@ -1,4 +1,4 @@
-"""The images that a package carries to a device: those an engine is evaluated on, as COCO data, with their digests."""
+"""The evaluation images in a package for a device, as a COCO data set with digests."""
 
 import json
 import shutil
@@ -15,14 +15,14 @@ from pipeline.results.content import parse_json, sha256
 from posepress.errors import UserError
 
 LISTED = "data.json"
-_GROUPS = (("validation",), ("validation", "agreement"))  # whose digests the stages ask for
+_GROUPS = (("validation",), ("validation", "agreement"))  # groups of splits for which stages request a digest
 
 
 def pack(data: Splits, out: Path) -> dict[str, int]:
-    """Copy the validation and agreement images with their labels into a folder; returns how many there are.
+    """Copy the validation and agreement images with their labels into a folder, and return their number by split.
 
     Args:
-        data: with images on disk, as `Coco` has them.
+        data: a data set with images on disk, as in `Coco`.
         out: a new folder.
     """
     counts, digests = {}, {}
@@ -46,7 +46,7 @@ def pack(data: Splits, out: Path) -> dict[str, int]:
 
 
 def _content(part: Coco) -> dict[str, Any]:
-    """A COCO annotation file of one split."""
+    """Return the content of a COCO annotation file for one split."""
     assert part.truth is not None
     skeleton, category = part.labels, part.truth.category
     described = {
@@ -63,10 +63,10 @@ def _content(part: Coco) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Packaged:
-    """What `pack` wrote, in place of the data set it came from.
+    """A data set that `pack` wrote. On a device it replaces the original data set.
 
     Attributes:
-        folder: of it.
+        folder: folder that `pack` wrote.
     """
 
     folder: str
@@ -89,7 +89,7 @@ class Packaged:
         """The images of a split.
 
         Raises:
-            UserError: they were not packaged, or changed since.
+            UserError: the images were not packaged, or have changed since.
         """
         if split not in self:
             raise UserError(f"{self.folder}: holds no {split} images, but {', '.join(self._listed['splits'])}")
@@ -100,14 +100,14 @@ class Packaged:
         return Coco(images, file, names, remedy="copy the package again", upright=upright)
 
     def __contains__(self, split: str) -> bool:
-        """Whether there are images for this."""
+        """Whether the split has images."""
         return split in self._listed["splits"]
 
     def digest(self, splits: Sequence[str]) -> str:
-        """That of the data set they came from.
+        """Return the digest of these splits in the original data set.
 
         Raises:
-            UserError: it is not known of these splits.
+            UserError: the package does not hold the digest of these splits.
         """
         digests: Mapping[str, str] = self._listed["digests"]
         if " ".join(splits) not in digests:

@@ -1,4 +1,4 @@
-"""COCO's records, one by one: what each field may be, and what is wrong with it, named with the record."""
+"""Checks of single COCO records. Error messages name the record and the wrong field."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,11 @@ from posepress.errors import UserError, nearest
 from posepress.skeletons import COCO_17
 from posepress.spec import Skeleton
 
-FAR = 1e8  # pixels from the origin that no point or box is beyond
-_MOST_TEXT = 1000  # characters of an id or a file name
+FAR = 1e8  # largest coordinate of a point or box, in pixels
+_MOST_TEXT = 1000  # longest id or file name, in characters
 _PLAIN_NAME = re.compile(r"(?!/)(?!.*(?:^|/)\.\.(?:/|$))[^\\]+")
 _UNUSUAL = re.compile(r"[^\n\x20-\x5b\x5d-\x7e]|(?:^|/)\.\.(?:/|$)|^/|^$", re.MULTILINE)
-_MOST_COUNT = 10_000  # keypoints that a person is said to have
+_MOST_COUNT = 10_000  # largest value of num_keypoints
 _SEEN = (0, 1, 2)
 
 
@@ -25,9 +25,9 @@ class Category:
     """The category whose annotations are read.
 
     Attributes:
-        id: COCO's; None where the file lists no categories.
-        name: likewise; "" where it has none.
-        labels: the skeleton of its keypoints, COCO's where it names none.
+        id: the category's id in the file; None if the file lists no categories.
+        name: the category's name in the file; "" if it has none.
+        labels: the skeleton of its keypoints; COCO's if the category names no keypoints.
     """
 
     id: int | str | None
@@ -39,12 +39,12 @@ class Category:
 
 
 def plain(text: object) -> str:
-    """Text on one line that moves no cursor: what cannot be printed is a question mark."""
+    """Return text that is safe to print on one line. Question marks replace characters that cannot be printed."""
     return "".join(c if c.isprintable() else "?" for c in str(text)[:200])
 
 
 def shown(value: Any) -> str:
-    """A wrong value as messages show it."""
+    """Describe a wrong value for an error message."""
     if isinstance(value, str):
         return f"the text '{plain(value[:40])}{'...' if len(value) > 40 else ''}'"
     if isinstance(value, list):
@@ -55,12 +55,12 @@ def shown(value: Any) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number that JSON wrote as one; true and false are none."""
+    """Whether a JSON value is a number. true and false are not numbers."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def flattened(points: Any) -> Any:
-    """Triples of numbers as one list; anything else as it is."""
+    """Join a list of triples to one flat list. Other values are returned unchanged."""
     if isinstance(points, list) and points and all(isinstance(triple, list) and len(triple) == 3 for triple in points):
         return [value for triple in points for value in triple]
     return points
@@ -74,16 +74,16 @@ def is_id(value: Any) -> bool:
 
 
 def choose_category(categories: Any, wanted: int | str | None, where: str) -> Category:
-    """The category whose annotations are read.
+    """Choose the category to read.
 
     Args:
-        categories: the file's list.
-        wanted: its name or id; None is the one that names keypoints, of several the one named person. Where none names
-            keypoints it is the only one, or the one named person.
-        where: the file, for messages.
+        categories: the file's list of categories.
+        wanted: name or id of the category. None chooses the category with keypoints, or the one named person of several. If
+            no category names keypoints, it is the only category or the one named person.
+        where: path of the file, for messages.
 
     Raises:
-        UserError: there is none, or which one is meant does not follow; or its keypoints are badly described.
+        UserError: the category does not exist or is ambiguous, or its keypoints are described wrongly.
     """
     if categories is not None and not isinstance(categories, list):
         raise UserError(f"{where}: categories is {shown(categories)}, not a list; see https://cocodataset.org/#format-data")
@@ -133,11 +133,11 @@ def _chosen(listed: Sequence[Mapping[str, Any]], wanted: int | str | None, where
 
 
 def _skeleton(category: Mapping[str, Any], where: str) -> Skeleton:
-    """The keypoints that a category names, with its "sigmas" where it has them; COCO's if it names none."""
+    """Return the skeleton of a category, with its "sigmas" if it has them. It is COCO's if the category names no keypoints."""
     who = f"{where}: category {plain(category.get('name') or category['id'])}"
     names = category.get("keypoints") or []
     if not isinstance(names, list) or not all(isinstance(n, str) and n.isprintable() and 0 < len(n) < 100 for n in names):
-        raise UserError(f"{who}: keypoints is {shown(names)}; give a list of names, one a keypoint")
+        raise UserError(f"{who}: keypoints is {shown(names)}; give a list of names, one for each keypoint")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{who}: the keypoint {twice} is there twice; give every keypoint a name of its own")
@@ -153,14 +153,14 @@ def _skeleton(category: Mapping[str, Any], where: str) -> Skeleton:
             )
     sigmas = category.get("sigmas") or []
     if sigmas and not (isinstance(sigmas, list) and all(is_number(s) and 0 < s <= 1 for s in sigmas)):
-        raise UserError(f"{who}: sigmas must be numbers above 0, at most 1, one a keypoint")
+        raise UserError(f"{who}: sigmas must be numbers above 0, at most 1; give one for each keypoint")
     if sigmas and len(sigmas) != len(names):
-        raise UserError(f"{who}: {len(names)} keypoints but {len(sigmas)} sigmas; give one a keypoint")
+        raise UserError(f"{who}: {len(names)} keypoints but {len(sigmas)} sigmas; give one for each keypoint")
     try:
         return Skeleton(tuple(names), tuple((a - 1, b - 1) for a, b in limbs), tuple(float(s) for s in sigmas))
     except ValueError as error:
         raise UserError(
-            f"{who}: its keypoints, skeleton (pairs counted from 1) or sigmas are wrong ({error}); mend it"
+            f"{who}: its keypoints, skeleton (pairs counted from 1) or sigmas are wrong ({error}); correct them"
         ) from error
 
 
@@ -170,10 +170,10 @@ def inside(name: str) -> bool:
 
 
 def all_inside(names: Sequence[str]) -> bool:
-    """Whether all names are plain ASCII and `inside`, found in one search; others must be looked at one by one.
+    """Whether all names are plain ASCII and `inside`, tested by one search. Other names must be checked one by one.
 
     Raises:
-        TypeError: one is no text.
+        TypeError: a name is no text.
     """
     joined = "\n".join(names)
     plain = joined.count("\n") == max(len(names) - 1, 0) and _UNUSUAL.search(joined) is None
@@ -181,10 +181,10 @@ def all_inside(names: Sequence[str]) -> bool:
 
 
 def file_name(value: Any, where: str) -> str:
-    """A checked file name.
+    """Check a file name and return it.
 
     Raises:
-        UserError: it is none, or leaves the folder of the images.
+        UserError: the value is no file name, or leaves the folder of the images.
     """
     if not isinstance(value, str):
         raise UserError(
@@ -201,7 +201,7 @@ def file_name(value: Any, where: str) -> str:
 
 
 def image(record: Any, where: str, file: str) -> dict[str, Any]:
-    """A checked image record; null is absent.
+    """Check an image record and return it without fields that are null.
 
     Raises:
         UserError: a field is missing or wrong.
@@ -230,15 +230,17 @@ class PersonCheck:
     """Checks annotations one by one.
 
     Attributes:
-        file: that they are of.
-        keypoints: of the category.
+        file: path of the annotation file, for messages.
+        keypoints: number of keypoints of the category.
     """
 
     file: str
     keypoints: int
 
     def __call__(self, record: Any, position: int) -> dict[str, Any]:
-        """A checked annotation: null is absent, points are flat, and a box that is absent or empty is that of the points.
+        """Check an annotation. Return it without null fields, with flat keypoints, and with a box.
+
+        A missing or empty box becomes the bounding box of the labelled keypoints.
 
         Raises:
             UserError: a field is missing or wrong.
@@ -279,11 +281,11 @@ class PersonCheck:
         if len(points) != 3 * self.keypoints:
             raise UserError(
                 f"{who}: {len(points)} keypoint numbers, not {3 * self.keypoints} ({self.keypoints} keypoints, as the file's "
-                "category names them, or COCO's); mend it, or choose another data.category"
+                "category names them, or COCO's); correct it, or choose another data.category"
             )
         for n, value in enumerate(points):
             if not is_number(value) or abs(value) > FAR:
-                fix = "give x, y and a visibility of 0, 1 or 2, and 0 where nothing is labelled"
+                fix = "give x, y and a visibility of 0, 1 or 2, and 0, 0, 0 for a keypoint without a label"
                 self._wrong(who, f"keypoints[{n}]", value, fix)
             if n % 3 == 2 and value not in _SEEN:
                 self._wrong(who, f"the visibility keypoints[{n}]", value, "give 0 not labelled, 1 hidden or 2 visible")
@@ -313,14 +315,14 @@ class PersonCheck:
 
 
 def mask(shape: Any, where: str) -> Any:
-    """A checked segmentation: polygons, or run lengths as a list; None where there is none.
+    """Check a segmentation. Return its polygons, or its run lengths as a list, or None if there is none.
 
     Raises:
-        UserError: it is neither.
+        UserError: the segmentation is in neither form.
     """
     if shape is None or shape in ([], {}):
         return None
-    if isinstance(shape, str):  # polygons that were left as text
+    if isinstance(shape, str):  # `_in_pieces` leaves polygons as text
         try:
             shape = orjson.loads(shape)
         except ValueError:
@@ -330,7 +332,7 @@ def mask(shape: Any, where: str) -> Any:
             plain = isinstance(polygon, list) and len(polygon) % 2 == 0 and set(map(type, polygon)) <= {int, float}
             if not plain or (polygon and not -FAR <= min(polygon) <= max(polygon) <= FAR):
                 raise UserError(
-                    f"{where}: segmentation holds a polygon that is no list of x, y, x, y, ... in pixels; mend or drop it"
+                    f"{where}: segmentation holds a polygon that is no list of x, y, x, y, ... in pixels; correct or drop it"
                 )
         return [polygon for polygon in shape if polygon] or None
     if isinstance(shape, dict):
@@ -341,12 +343,12 @@ def mask(shape: Any, where: str) -> Any:
         whole = lists and set(map(type, [*size, *counts])) == {int} and min(*size, *counts) >= 0
         if whole and size[0] * size[1] == sum(counts) <= MOST_PIXELS:
             return {"size": size, "counts": counts}
-        raise UserError(f"{where}: the segmentation's counts do not add up to its size, height x width; mend or drop it")
+        raise UserError(f"{where}: the segmentation's counts do not add up to its size, height x width; correct or drop it")
     raise UserError(f"{where}: segmentation is {shown(shape)}; give polygons or run lengths")
 
 
 def _run_lengths(text: str) -> list[int]:
-    """COCO's compressed run lengths, https://github.com/cocodataset/cocoapi/blob/master/common/maskApi.c (rleFrString)."""
+    """Decode COCO's compressed run lengths, as rleFrString does in cocodataset/cocoapi, common/maskApi.c."""
     counts: list[int] = []
     at = 0
     while at < len(text):

@@ -1,4 +1,4 @@
-"""Results in COCO's format: https://cocodataset.org/#format-results."""
+"""Reading of results in COCO's format, https://cocodataset.org/#format-results."""
 
 from array import array
 from collections import Counter
@@ -19,14 +19,14 @@ from posepress.errors import UserError
 from posepress.results import Poses
 from posepress.spec import Skeleton
 
-_PIECE = 1 << 20  # bytes read into Python's numbers at once
+_PIECE = 1 << 20  # bytes that are parsed at once
 
 
 def _pieces(content: bytes) -> Iterator[list[Any]]:
-    """The records of a JSON list, some at a time: the memory of their numbers is used again, which is most of the work.
+    """Yield the records of a JSON list piece by piece. This is faster, since each piece uses the memory of the last one again.
 
     Raises:
-        ValueError: it is no such list, or its records hold others.
+        ValueError: the content is no list of records, or a record contains further records.
     """
     at, end = content.index(b"[") + 1, content.rindex(b"]")
     if content[: at - 1].strip() or content[end + 1 :].strip():
@@ -43,18 +43,18 @@ def _pieces(content: bytes) -> Iterator[list[Any]]:
 
 @dataclass
 class _Reader:
-    """Takes checked records of one category.
+    """Checks and collects the records of one category.
 
     Attributes:
-        file: for messages.
-        K: keypoints of a person.
-        category: whose records are taken; None is all.
-        ids: of the images.
-        where: places of the records in the file.
-        keypoints: each [N, K, 3].
-        scores: each [N].
-        seen: records so far, of all categories.
-        left_out: records so far of other categories.
+        file: path of the file, for messages.
+        K: number of keypoints of a person.
+        category: category to collect; None collects all.
+        ids: image id of each collected record.
+        where: index of each collected record in the file.
+        keypoints: keypoints of each piece, [N, K, 3].
+        scores: scores of each piece, [N].
+        seen: number of records read so far, of all categories.
+        left_out: number of records of each other category so far.
     """
 
     file: Path
@@ -68,10 +68,10 @@ class _Reader:
     left_out: Counter[Any] = field(default_factory=Counter)
 
     def take(self, piece: Any, odd: bool) -> None:
-        """Check some records; `odd` says that true or false may be among their numbers.
+        """Check and add some records. `odd` says that the values true or false may be among their numbers.
 
         Raises:
-            UserError: one is no result, or of another number of keypoints.
+            UserError: a record is no result, or has another number of keypoints.
         """
         if not isinstance(piece, list) or not all(isinstance(record, dict) for record in piece):
             raise UserError(f"{self.file}: not a list of results; see https://cocodataset.org/#format-results")
@@ -115,7 +115,7 @@ class _Reader:
             many = len(lists[wrong]) if isinstance(lists[wrong], list) else "no list of"
             raise UserError(
                 f"{self.file}: result {where[wrong]} has {many} keypoint numbers, not {3 * K} ({K} keypoints); "
-                "mend it, or choose another data.category"
+                "correct it, or choose another data.category"
             )
         scores = [record["score"] for record in kept]
         strange = next((n for n in range(len(kept)) if not all(map(is_number, (scores[n], *lists[n])))), None) if odd else None
@@ -131,20 +131,20 @@ class _Reader:
 
 
 def load_results(file: Path, labels: Skeleton, images: AbstractSet[str], category: Category | None = None) -> dict[str, Poses]:
-    """Read and check found people.
+    """Read and check predicted people.
 
     Args:
         file: a JSON list of {"image_id", "category_id", "keypoints": [x, y, score, ...], "score"}.
         labels: the skeleton of the keypoints.
-        images: the ids of the images that were to be looked at.
-        category: whose results count; others are left out, and so is none where it is None.
+        images: the ids of the images in the evaluation.
+        category: category of the results to read; results of other categories are left out. None keeps all results.
 
     Returns:
-        Poses of every image, of some nobody.
+        Poses of every image, which are empty for an image without results.
 
     Raises:
-        UserError: the file is missing or no such list; an image is unknown, keypoints are missing or too many, a number is
-            not finite, a score is negative, a person is there twice, or all results are of other categories.
+        UserError: the file is missing or no list of results, an image is unknown, the number of keypoints is wrong, a number
+            is not finite, a score is negative, a person occurs twice, or all results are of other categories.
     """
     content, K = read_file(file, "check the path of the results"), len(labels.names)
     odd = b"true" in content or b"false" in content
@@ -159,8 +159,8 @@ def load_results(file: Path, labels: Skeleton, images: AbstractSet[str], categor
     if read.seen and not read.ids and category is not None:
         (other, count), *_ = read.left_out.most_common(1)
         raise UserError(
-            f"{file}: no result has the category_id {category.id} ({category}), but {count} have {other}; mend category_id, or "
-            "choose another data.category"
+            f"{file}: no result has the category_id {category.id} ({category}), but {count} have {other}; "
+            "correct category_id, or choose another data.category"
         )
     if others := sum(read.left_out.values()):
         from rich.console import Console

@@ -1,8 +1,8 @@
-"""Generated people: a COCO-format data set made from a seed, with numpy alone.
+"""A generated data set of people in COCO's format, drawn from a seed with numpy alone.
 
-A person is a skeleton in three dimensions, posed by random joint angles and projected; its body is drawn as tapered
-capsules, far ones first. What each pixel belongs to is kept, so masks, areas, boxes and the visibility of each keypoint
-follow from what can really be seen.
+A person is a skeleton in three dimensions that is posed by random joint angles and then projected. Its body is drawn as
+tapered capsules, distant ones first. The owner of each pixel is recorded, so that masks, areas, boxes and the visibility of
+keypoints match the image.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ Colour = NDArray[np.float32]
 
 _NOBODY, _CROWD, _CLUTTER = -1, -2, -3
 
-# Joints in body coordinates, heights as parts of the whole: x to the person's left, y down, z forward.
+# Joints in body coordinates as fractions of the person's height: x to the person's left, y down, z forward.
 _TORSO = {
     "neck": (0.0, 0.18, 0.0),
     "left_shoulder": (0.105, 0.2, 0.0),
@@ -54,17 +54,17 @@ _SKINS = np.array([[236, 200, 170], [224, 172, 138], [190, 134, 98], [141, 92, 6
 
 @dataclass(frozen=True)
 class Preset:
-    """How hard a generated image is.
+    """The difficulty of generated images.
 
     Attributes:
-        size: the images' size.
-        people: least and most people.
-        heights: least and most height of a person, as a part of the image's.
-        clutter: objects behind the people, at most.
-        occluders: objects before the people, at most.
-        crowds: share of images with a crowd region.
-        turned: share of people who show their side or back.
-        cut: how far a person's middle may lie outside the image, as a part of the person's height.
+        size: size of the images, in pixels.
+        people: smallest and largest number of people.
+        heights: smallest and largest height of a person, as a fraction of the image's height.
+        clutter: largest number of objects behind the people.
+        occluders: largest number of objects in front of the people.
+        crowds: share of images with a crowd region, 0 to 1.
+        turned: share of people who show their side or back, 0 to 1.
+        cut: largest distance of a person's middle from the image, as a fraction of the person's height.
     """
 
     size: Resolution
@@ -77,10 +77,10 @@ class Preset:
     cut: Annotated[float, Interval(ge=0, le=1)]
 
     def __post_init__(self) -> None:
-        """Check the order of least and most.
+        """Check that no minimum exceeds its maximum.
 
         Raises:
-            UserError: the least is more than the most.
+            UserError: a minimum is larger than its maximum.
         """
         for option in ("people", "heights"):
             least, most = getattr(self, option)
@@ -97,7 +97,7 @@ def _rotation(axis: int, angle: float) -> F64:
 
 
 def _pose(draw: np.random.Generator, preset: Preset) -> dict[str, F64]:
-    """Joints of one person of height 1 in body coordinates after all rotations; z towards the viewer."""
+    """Draw a random pose and return the joints of a person of height 1 after all rotations, z towards the viewer."""
     width = draw.uniform(0.85, 1.2)
     joints = {name: np.array(at) * (width, 1, 1) for name, at in _TORSO.items()}
     nod = _rotation(1, draw.normal(0, 0.35)) @ _rotation(0, draw.normal(0, 0.15)) @ _rotation(2, draw.normal(0, 0.12))
@@ -126,7 +126,7 @@ def _pose(draw: np.random.Generator, preset: Preset) -> dict[str, F64]:
 
 @dataclass
 class _Canvas:
-    """Pixels and what each belongs to."""
+    """The pixels of an image, with the person and the body part of each pixel."""
 
     image: NDArray[np.float32]
     owner: NDArray[np.int16]
@@ -168,7 +168,7 @@ class _Canvas:
 
 @dataclass(frozen=True)
 class _Paint:
-    """A cloth: a colour, and perhaps stripes of a second one."""
+    """A texture: one colour, or stripes of two colours."""
 
     base: Colour
     other: Colour
@@ -190,7 +190,7 @@ def _paint(draw: np.random.Generator, plain: float = 0.6) -> _Paint:
 
 
 def _noise(draw: np.random.Generator, H: int, W: int) -> NDArray[np.float32]:
-    """Smooth coloured noise of several octaves, about -1..1, [H, W, 3]."""
+    """Draw smooth coloured noise of several octaves with values of about -1 to 1, [H, W, 3]."""
     total = np.zeros((H, W, 3), np.float32)
     for cells in (3, 6, 14, 40):
         grid = draw.normal(0, 1, (cells + 1, cells + 1, 3)).astype(np.float32)
@@ -213,7 +213,7 @@ def _background(draw: np.random.Generator, size: Resolution) -> NDArray[np.float
 
 
 def _clutter(draw: np.random.Generator, canvas: _Canvas, count: int) -> None:
-    """Poles, blobs and furniture in the colours of clothes and skin."""
+    """Draw objects of random shape in the colours of clothes and skin."""
     H, W = canvas.owner.shape
     for _ in range(count):
         at = draw.uniform((0, 0), (W, H))
@@ -228,7 +228,7 @@ def _clutter(draw: np.random.Generator, canvas: _Canvas, count: int) -> None:
 
 
 def _draw_person(draw: np.random.Generator, canvas: _Canvas, joints: dict[str, F64], scale: float, owner: int) -> None:
-    """Draw a posed person whose joints are in pixels; parts are numbered for `_visibility`."""
+    """Draw a posed person with joints in pixels. Body parts are numbered as in `_OWN_PARTS`."""
     skin_colour = _SKINS[draw.integers(len(_SKINS))] * np.float32(draw.uniform(0.85, 1.1))
     skin = _Paint(skin_colour, skin_colour)
     hair_colour = draw.choice(np.array([[25, 20, 18], [70, 45, 25], [150, 110, 60], [120, 120, 120]], np.float32))
@@ -297,7 +297,7 @@ def _draw_head(canvas: _Canvas, joints: dict[str, F64], thick: float, owner: int
         ("nose", red, 0.014),
     ):
         at = joints[name]
-        # An ear shows until it is well behind the head; eyes and nose only from the front.
+        # An ear is visible unless it is well behind the head; eyes and nose are visible from the front only.
         if at[2] - head[2] > (-0.02 if "ear" in name else 0.012) * thick:
             point = at[:2].tolist()
             canvas.capsule(point, point, (radius * thick, radius * thick), paint, owner, 3)
@@ -312,7 +312,7 @@ _OWN_PARTS = {
 
 
 def _label(canvas: _Canvas, joints: dict[str, F64], scale: float, owner: int) -> NDArray[np.float64]:
-    """Keypoints [17, 3] as COCO's annotators would give them: 2 visible, 1 hidden but guessed, 0 not labelled."""
+    """Return keypoints [17, 3] as COCO's annotators label them: 2 visible, 1 hidden but guessed, 0 not labelled."""
     H, W = canvas.owner.shape
     keypoints = np.zeros((len(COCO_17.names), 3))
     head = joints["head"]
@@ -322,7 +322,7 @@ def _label(canvas: _Canvas, joints: dict[str, F64], scale: float, owner: int) ->
         if not (0 <= i < H and 0 <= j < W):
             continue
         if k < 5 and z - head[2] <= (-0.02 if "ear" in name else 0.012) * scale:
-            continue  # on the far side of the head: nobody labels it
+            continue  # annotators do not label points on the far side of the head
         mine = canvas.owner[i, j] == owner
         seen = mine and canvas.part[i, j] in _OWN_PARTS[name]
         if k < 5 and not mine:
@@ -332,7 +332,7 @@ def _label(canvas: _Canvas, joints: dict[str, F64], scale: float, owner: int) ->
 
 
 def _run_lengths(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    """COCO's uncompressed run lengths of a mask, column by column."""
+    """Return COCO's uncompressed run lengths of a mask, column by column."""
     flat = mask.ravel(order="F")
     edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     runs = np.diff(np.concatenate(([0], edges, [flat.size])))
@@ -355,11 +355,11 @@ def _annotation(mask: NDArray[np.bool_], keypoints: F64 | None) -> dict[str, Any
 
 
 def generate(preset: Preset, seed: Sequence[int]) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]:
-    """One image and its COCO annotations.
+    """Draw one image and return it with its COCO annotations.
 
     Args:
-        preset: how hard it is.
-        seed: any integers; equal ones give an equal image.
+        preset: difficulty of the image.
+        seed: any integers; equal seeds give equal images.
 
     Returns:
         uint8 [H, W, 3], RGB; and COCO annotation records without ids.
@@ -381,12 +381,12 @@ def generate(preset: Preset, seed: Sequence[int]) -> tuple[NDArray[np.uint8], li
 
     count = int(draw.integers(preset.people[0], preset.people[1] + 1))
     least, most = np.log(preset.heights).tolist()
-    heights = np.sort(np.exp(draw.uniform(least, most, count))) * H  # the small stand behind
+    heights = np.sort(np.exp(draw.uniform(least, most, count))) * H  # small people are farther away, so they are drawn first
     people: list[tuple[dict[str, F64], float]] = []
     middles: list[F64] = []
     for owner, scale in enumerate(heights.tolist()):
         margin = (0.25 - preset.cut) * scale
-        for _ in range(12):  # prefer a place of one's own
+        for _ in range(12):  # try to find a place away from other people
             low = (min(margin, W / 2), min(0.45 * scale, H / 2))
             high = (max(W - margin, W / 2), max(H - 0.35 * scale, H / 2))
             middle = np.array([draw.uniform(low[0], high[0]), draw.uniform(low[1], high[1])])
@@ -435,13 +435,13 @@ def _write(job: tuple[Preset, Path, int, list[int], list[int]]) -> list[tuple[in
 
 @dataclass(frozen=True)
 class Synthetic:
-    """A generated data set, written once in COCO's layout and then read as any other.
+    """A generated data set. It is written once in COCO's layout and then read as any other data set.
 
     Attributes:
-        preset: how hard the images are.
-        counts: images of each split: train, unlabelled, tune, agreement, validation.
-        seed: of the whole set.
-        cache: folder under which the set is written; its own folder is named after `identity`.
+        preset: difficulty of the images.
+        counts: number of images of each split: train, unlabelled, tune, agreement, validation.
+        seed: seed of the whole data set.
+        cache: folder that holds the data set, in a subfolder named after `identity`.
     """
 
     preset: Preset
@@ -463,17 +463,17 @@ class Synthetic:
 
     @property
     def identity(self) -> str:
-        """Digest of everything the pixels and labels follow from."""
+        """Digest of all values that determine the pixels and labels."""
         what = {"version": VERSION, "preset": asdict(self.preset), "counts": self.counts, "seed": self.seed}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     @property
     def folder(self) -> Path:
-        """Where the set lies."""
+        """The folder of the data set."""
         return Path(self.cache) / "synthetic" / f"v{VERSION}-{self.identity[:12]}"
 
     def digest(self, splits: Sequence[str]) -> str:
-        """Digest of some splits; it follows from the generator's version and options, so nothing need exist yet."""
+        """Return a digest of some splits. It depends on the generator's version and options only, so no file need exist."""
         return hashlib.sha256(f"{self.identity} {' '.join(splits)}".encode()).hexdigest()
 
     @cached_property
@@ -489,16 +489,16 @@ class Synthetic:
         )
 
     def __contains__(self, split: str) -> bool:
-        """Whether there are images for this."""
+        """Whether the split has images."""
         return self.counts.get(split, 0) > 0
 
     def open(self, split: str) -> Coco:
-        """The images of a split; the set is written first if it is not there."""
+        """Return the images of a split. The data set is written first if it does not exist."""
         return self._splits.open(split)
 
     def _jobs(self, folder: Path) -> Iterator[tuple[Preset, Path, int, list[int], list[int]]]:
         for index, split in enumerate(SPLITS):
-            first = index * 10_000_000 + 1  # so that a split's images do not depend on the sizes of others
+            first = index * 10_000_000 + 1  # the images of a split must not depend on the sizes of other splits
             ids = list(range(first, first + self.counts[split]))
             where = folder / "images" / {"tune": "train", "agreement": "unlabelled"}.get(split, split)
             where.mkdir(parents=True, exist_ok=True)
@@ -519,7 +519,7 @@ class Synthetic:
             unfinished = self.folder.with_suffix(".tmp")
             shutil.rmtree(unfinished, ignore_errors=True)
             count = sum(self.counts.values())
-            say(f"drawing {count:,} images of {self.preset.size} once, into {self.folder}; data=coco takes your own")
+            say(f"drawing {count:,} images of {self.preset.size} once, into {self.folder}; data=coco uses your own images")
             jobs = list(self._jobs(unfinished))
             split_records: dict[int, list[tuple[int, list[dict[str, Any]]]]] = {}
             workers = min(os.cpu_count() or 1, len(jobs))

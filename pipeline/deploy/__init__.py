@@ -1,1 +1,1 @@
-"""To a device and back."""
+"""Packages for a device, and the import of the device's results."""

@@ -1,4 +1,4 @@
-"""A package: a folder that builds, evaluates and times an engine on a device, and holds no more than that takes."""
+"""Packages: a package is a folder with all files that a device needs to build, evaluate and time an engine."""
 
 import json
 import shutil
@@ -18,9 +18,10 @@ from pipeline.results.stage import targets
 from posepress.errors import UserError
 
 LOCK = "requirements-edge.lock"
-_WHOLE = ("posepress", "evaluation")  # packages that go along whole
+_WHOLE = ("posepress", "evaluation")  # Python packages that are copied completely
 _INSTALL = """#!/bin/sh
-# Python 3.10 to 3.12 (PYTHON=...). TensorRT is the device's own: JetPack has it, elsewhere .venv/bin/pip install tensorrt.
+# Needs Python 3.10 to 3.12 (set PYTHON=... to choose one) and TensorRT. JetPack includes TensorRT; on other devices install it
+# with .venv/bin/pip install tensorrt.
 set -e
 cd "$(dirname "$0")"
 "${PYTHON:-python3}" -m venv --system-site-packages .venv
@@ -33,27 +34,27 @@ _README = """Builds, evaluates, times and audits an engine on this device, in tw
     sh install.sh
     .venv/bin/python -m pipeline.edge
 
-The second leaves results.zip. On the machine that made this package:
+The second command writes results.zip. Copy it to the machine that made this package, and run there:
 
     python -m pipeline stage=import results=results.zip name={name}
 
-What the backend has to be told more takes options: .venv/bin/python -m pipeline.edge {option}
-The first evaluation compiles its decoder for this processor, which takes up to a minute.
+To pass further options of the backend, append them to the command, for example: .venv/bin/python -m pipeline.edge {option}
+The first evaluation compiles the decoder for this processor, which takes up to a minute.
 """
 
 
 def write_package(out: Path, root: Path, folders: Sequence[Path], config: DictConfig, about: Mapping[str, Any]) -> None:
-    """Write everything but the images.
+    """Write all files of a package except the images.
 
     Args:
-        out: the package, whose folder "data" holds the images.
-        root: outputs/<name>.
-        folders: finished results that the device needs whole.
-        config: of the command that runs there.
-        about: what the package is of.
+        out: folder of the package; its folder "data" holds the images.
+        root: the folder outputs/<name>.
+        folders: finished results that are copied completely.
+        config: configuration of the command on the device.
+        about: description of the package.
 
     Raises:
-        UserError: the edge lock is not there.
+        UserError: the file requirements-edge.lock is missing.
     """
     lock = ROOT / LOCK
     if not lock.is_file():
@@ -80,7 +81,7 @@ def write_package(out: Path, root: Path, folders: Sequence[Path], config: DictCo
 
 
 def _above(folders: Sequence[Path], root: Path) -> Iterator[Path]:
-    """Folders of the results that some were made from, whose manifests say that they are current."""
+    """Yield the folders of all results from which the given ones were made. Their manifests show that results are current."""
     waiting, seen = list(folders), set(folders)
     while waiting:
         manifest = read_manifest(waiting.pop()) or {"inputs": {}}
@@ -93,7 +94,10 @@ def _above(folders: Sequence[Path], root: Path) -> Iterator[Path]:
 
 
 def code(config: DictConfig) -> list[Path]:
-    """The files that a device runs, relative to the project: what is whole, and the import closure of its stages."""
+    """Return the source files that a device needs, relative to the project.
+
+    They are the packages in `_WHOLE`, and the import closure of the device's stages.
+    """
     config = deepcopy(config)
     wiring.wire(config, STAGES)
     modules = ["pipeline.edge"]
@@ -104,5 +108,5 @@ def code(config: DictConfig) -> list[Path]:
 
 
 def bytes_of(folder: Path) -> int:
-    """How large a folder is."""
+    """Return the size of a folder, in bytes."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,7 +1,7 @@
-"""Reads results.zip, which a device wrote and which is therefore not trusted.
+"""Reading of results.zip, which is not trusted because a device wrote it.
 
-Sizes are checked before anything is unpacked; then names, digests, and the type and range of every figure that a table or a
-page shows. A digest finds damage. It does not prove where a file comes from.
+Sizes are checked before anything is unpacked. Then names, digests, and the type and range of every figure in a table or page
+are checked. A digest reveals damage, but it does not prove the origin of a file.
 """
 
 import hashlib
@@ -30,19 +30,20 @@ from posepress.errors import UserError
 from posepress.results import DAMAGED
 
 _MOST_MEMBERS = 10_000
-_MOST_BYTES = 8 << 30  # of all members, unpacked
-_MOST_MEMBER = 4 << 30
-_MOST_RATIO, _FREE = 200, 1 << 20  # unpacked to packed, of members larger than this
-_MOST_DIRECTORY = 4 << 20  # bytes of the list of members, which zipfile reads into memory
-_MOST_ARRAYS = 256 << 20
-_MOST_ITEMS = 1 << 22  # of one array
-_MOST_TEXT = 500  # characters
-_END = struct.Struct("<4s4H2LH")  # of a zip file: APPNOTE.TXT 4.3.16
-_LONGEST_END, _LOCATOR, _ENTRY = _END.size + 0xFFFF, 20, 46  # with its comment; of ZIP64; the shortest entry of the list
+_MOST_BYTES = 8 << 30  # largest unpacked size of all members together, in bytes
+_MOST_MEMBER = 4 << 30  # largest unpacked size of one member, in bytes
+_MOST_RATIO, _FREE = 200, 1 << 20  # largest ratio of unpacked to packed size, for members above the second number of bytes
+_MOST_DIRECTORY = 4 << 20  # largest list of members, in bytes; zipfile reads it into memory
+_MOST_ARRAYS = 256 << 20  # largest unpacked size of a .npz file, in bytes
+_MOST_ITEMS = 1 << 22  # most items of one array
+_MOST_TEXT = 500  # longest text, in characters
+_END = struct.Struct("<4s4H2LH")  # the record at the end of a zip file, APPNOTE.TXT 4.3.16
+# Sizes in bytes: the record at the end with its longest comment, the locator of ZIP64, the shortest entry of the list.
+_LONGEST_END, _LOCATOR, _ENTRY = _END.size + 0xFFFF, 20, 46
 _KEY = re.compile(r"[\w.:/ -]{1,120}")
-_COUNTS = ("agreement_people", "dropped_peaks", "images_not_finite")  # of an evaluation; its other figures are parts of 1
+_COUNTS = ("agreement_people", "dropped_peaks", "images_not_finite")  # an evaluation's other figures are at most 1
 _SPEEDUP = ("speedup", "speedup_lo", "speedup_hi")
-# What a summary of an evaluation holds beside the figures of its metric; the report computes other columns.
+# Keys of an evaluation's summary beside the figures of its metric. The report computes all other columns.
 _EVALUATED = {
     "agreement_people",
     "images",
@@ -62,13 +63,13 @@ _TIMED = frozenset(key for key in columns([]) if re.search(r"_p\d\d_ms|^latency_
 
 @dataclass(frozen=True)
 class Brought:
-    """What a device brought home, checked.
+    """The checked results of a device.
 
     Attributes:
-        name: of the results that the package was made of.
-        device: a word for it, which is part of every address.
-        folder: holds the files by their place under outputs/<name>.
-        manifests: by "<stage>/<address>".
+        name: name of the results from which the package was made.
+        device: short name of the device, which is part of every address.
+        folder: folder of the unpacked files, with the layout of outputs/<name>.
+        manifests: manifest of each result, by "<stage>/<address>".
     """
 
     name: str
@@ -82,12 +83,12 @@ def unpack(file: Path, results: Results, folder: Path) -> Brought:
 
     Args:
         file: results.zip.
-        results: those that it belongs to.
-        folder: takes the files; it is made, and what lay there goes.
+        results: the results to which it belongs.
+        folder: target folder; its earlier content is deleted.
 
     Raises:
-        UserError: the file is damaged, was changed or is too large, is of networks that are not here, or would replace what
-            was made here.
+        UserError: the file is damaged, changed or too large, belongs to networks that are not here, or would replace a
+            result of this machine.
     """
     if not file.is_file():
         raise UserError(f"results={file}: no such file; give the path of results.zip")
@@ -112,10 +113,10 @@ def unpack(file: Path, results: Results, folder: Path) -> Brought:
 
 
 def check_place(file: Path, folder: Path) -> None:
-    """Check that what a device brings may lie there: beside results of this machine, never in their place.
+    """Check that an imported result would not replace a result of this machine.
 
     Raises:
-        UserError: a result of this machine is there, or one of which nothing says that it was imported.
+        UserError: the folder holds a result that is not marked as imported.
     """
     if not folder.exists():
         return
@@ -128,7 +129,10 @@ def check_place(file: Path, folder: Path) -> None:
 
 
 def _unpacked(file: Path, folder: Path) -> tuple[Brought, dict[str, str]]:
-    """The files of a zip file in a folder, and what the package says it was made of; any exception is damage."""
+    """Unpack a zip file into a folder. Return the checked results, and digests of the results behind the package.
+
+    Any exception means that the file is damaged.
+    """
     _check_directory(file)
     with zipfile.ZipFile(file) as archive:
         members = _members(archive.infolist())
@@ -164,9 +168,9 @@ def _unpacked(file: Path, folder: Path) -> tuple[Brought, dict[str, str]]:
 
 
 def _check_directory(file: Path) -> None:
-    """Check the size of the list of members, at the end of a zip file, before all of it is read.
+    """Check the size of the list of members at the end of a zip file, before zipfile reads the list.
 
-    The record at the end is the one that zipfile takes: any other would be checked in its place.
+    The check must use the same record at the end as zipfile, so that another record cannot mislead it.
     """
     size = file.stat().st_size
     if size > _MOST_BYTES:
@@ -191,7 +195,7 @@ def _check_directory(file: Path) -> None:
 
 
 def _members(listed: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
-    """The members by name, none of which is strange or too large."""
+    """Return the members by name, after a check of their names and sizes."""
     if len(listed) > _MOST_MEMBERS:
         raise ValueError(f"{len(listed)} members, more than {_MOST_MEMBERS}")
     members: dict[str, zipfile.ZipInfo] = {}
@@ -205,7 +209,7 @@ def _members(listed: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
             raise ValueError(f"{name} is encrypted, or packed in another way than results are")
         packed = max(member.compress_size, 1)
         if member.file_size > _MOST_MEMBER or member.file_size > max(_FREE, _MOST_RATIO * packed):
-            raise ValueError(f"{name} would be unpacked to {member.file_size} bytes from {packed}, which results never are")
+            raise ValueError(f"{name} would be unpacked to {member.file_size} bytes from {packed}, too many for results")
         members[name] = member
     if (total := sum(member.file_size for member in members.values())) > _MOST_BYTES:
         raise ValueError(f"it would be unpacked to {total} bytes, more than {_MOST_BYTES}")
@@ -219,7 +223,7 @@ def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
 
 
 def _copied(source: Any, sink: BinaryIO) -> str:
-    """Copy a stream; returns the SHA-256 of its bytes, in hex."""
+    """Copy a stream and return the SHA-256 of its bytes, in hexadecimal digits."""
     digest = hashlib.sha256()
     while block := source.read(1 << 20):
         digest.update(block)
@@ -234,7 +238,7 @@ def _texts(found: Any, what: str) -> dict[str, str]:
 
 
 def _package(about: Any) -> dict[str, Any]:
-    """What the package says of itself: "name", "device", "files" and "made_of"."""
+    """Check the package's description and return it: "name", "device", "files" and "made_of"."""
     if not isinstance(about, dict) or not plain(about.get("name")) or not re.fullmatch(r"[a-z0-9.]+", str(about.get("device"))):
         raise ValueError(f"{PACKAGE} names no results and device")
     made_of = _texts(about.get("made_of"), f"made_of of {PACKAGE}")
@@ -245,7 +249,7 @@ def _package(about: Any) -> dict[str, Any]:
 
 
 def _manifest(folder: Path, place: str, files: Mapping[str, str], device: str) -> dict[str, Any]:
-    """The manifest of one result, whose files and figures are checked."""
+    """Return the manifest of one result, after a check of the result's files and figures."""
     stage, address = place.split("/")
     manifest = checked_manifest(_json(folder / place / MANIFEST))
     if (manifest["stage"], manifest["address"]) != (stage, address) or f"-{device}-" not in f"{address}-":
@@ -267,11 +271,11 @@ def _check_engine(place: str, manifest: Mapping[str, Any], manifests: Mapping[st
     engines = manifest["inputs"].get("engine", [])
     there = [manifests.get(f"{entry['stage']}/{entry['address']}", {}).get("digest") for entry in engines]
     if len(engines) != 1 or engines[0]["stage"] != "build" or there != [engines[0]["digest"]]:
-        raise ValueError(f"{place} is of an engine that is not among the results")
+        raise ValueError(f"{place} belongs to an engine that is not among the results")
 
 
 def _shown(value: Any) -> bool:
-    """Whether a value is a text that can stand in a table: short, without control characters."""
+    """Whether a value is a text for a table: short and without control characters."""
     return isinstance(value, str) and len(value) <= _MOST_TEXT and value.isprintable()
 
 
@@ -283,13 +287,13 @@ def check_figures(summary: Mapping[str, Any], place: str) -> None:
     """Check the type and range of every figure of a result.
 
     Raises:
-        ValueError: one is none, or cannot be.
+        ValueError: a figure has the wrong type or is out of range.
     """
     info = metric_of(summary)
     own, numbers = {*evaluated(info)}, {*columns(info), *_SPEEDUP}
     for key, value in summary.items():
         if key == "metric":
-            continue  # which was read
+            continue  # `metric_of` has checked it
         texts = isinstance(value, list) and all(map(_shown, value))
         kind = value is None or _shown(value) or _number(value) or texts
         if key == "doubts":
@@ -299,10 +303,10 @@ def check_figures(summary: Mapping[str, Any], place: str) -> None:
         elif key in numbers:
             kind = _number(value)
         if not _KEY.fullmatch(key) or not kind:
-            raise ValueError(f"{place}: {key[:120]!r} is {str(value)[:120]!r}, which is no such figure")
+            raise ValueError(f"{place}: {key[:120]!r} is {str(value)[:120]!r}, which is no value of this figure")
         least, most = -1.0, 1.0 if key in own and key not in _COUNTS else math.inf
         if _number(value) and not least <= value <= most:
-            raise ValueError(f"{place}: {key}={value}, which cannot be: it must be within {least:g} and {most:g}")
+            raise ValueError(f"{place}: {key}={value}, which is impossible: it must be within {least:g} and {most:g}")
     for name in (*(each.primary for each in info), "latency_p50_ms", "speedup"):
         bounded = [f"{name}{end}" in summary for end in ("", "_lo", "_hi")]
         if any(bounded) and not all(bounded):
@@ -310,7 +314,7 @@ def check_figures(summary: Mapping[str, Any], place: str) -> None:
 
 
 def metric_of(summary: Mapping[str, Any]) -> list[MetricInfo]:
-    """The metric of an evaluation's figures; none of a benchmark's.
+    """Return the metric of an evaluation's figures, in a list that is empty for a benchmark.
 
     Raises:
         ValueError: the summary describes no metric.
@@ -319,7 +323,7 @@ def metric_of(summary: Mapping[str, Any]) -> list[MetricInfo]:
 
 
 def _check_owner(summary: Iterable[str], place: Path, known: Iterable[str], owned: Iterable[str]) -> None:
-    """Check that a result has figures of its own stage: in a row they stand beside those of others."""
+    """Check that a result has only figures of its own stage, because a table's row joins the figures of several stages."""
     strange = [key for key in summary if key in (*known, *_SPEEDUP, "primary", "metric") and key not in owned]
     if strange:
         raise ValueError(f"{place.name}: {strange[0]} is no figure of its stage")
@@ -355,7 +359,7 @@ def _check_axes(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_evaluation(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Check what report, pages and comparisons read of an evaluation."""
+    """Check the parts of an evaluation that reports, pages and comparisons read."""
     summary, axes = manifest["summary"], _check_axes(folder, manifest)
     if not (info := metric_of(summary)):
         raise ValueError(f"{folder.name}: primary is missing, or no text")
@@ -384,7 +388,7 @@ def _check_evaluation(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _check_benchmark(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Check what report and pages read of a benchmark."""
+    """Check the parts of a benchmark that reports and pages read."""
     summary = manifest["summary"]
     _check_axes(folder, manifest)
     _require(summary, folder, ("backend",), ("timed",))
@@ -408,10 +412,10 @@ def _check_benchmark(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _draws(file: Path) -> Draws:
-    """Draws of a bootstrap, which are a zip file again, of arrays.
+    """Read the draws of a bootstrap, which are a zip file of arrays.
 
     Raises:
-        ValueError: they are none.
+        ValueError: the file holds no such draws.
     """
     _check_directory(file)
     with zipfile.ZipFile(file) as archive:
@@ -432,7 +436,7 @@ def _draws(file: Path) -> Draws:
 
 
 def _check_array(stream: IO[bytes], size: int) -> None:
-    """Check that an array of a .npz file is as large as its header says, before memory is taken for it."""
+    """Check that an array of a .npz file has the size in its header, before memory is allocated for it."""
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(stream)
@@ -442,6 +446,6 @@ def _check_array(stream: IO[bytes], size: int) -> None:
 
 
 def describe(brought: Brought) -> str:
-    """The package's own description as it is kept beside the import: each result with its digest."""
+    """Return the description that is kept beside the import: name, device, and the digest of each result."""
     results = {place: manifest["digest"] for place, manifest in sorted(brought.manifests.items())}
     return json.dumps({"name": brought.name, "device": brought.device, "results": results}, indent=1)

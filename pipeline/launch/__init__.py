@@ -1,1 +1,1 @@
-"""The command: from a configuration to stages that run."""
+"""The command, which turns a configuration into stages and runs them."""

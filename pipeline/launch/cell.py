@@ -1,4 +1,4 @@
-"""One configuration: checked before any work, then run stage by stage."""
+"""A cell: one configuration, which is checked before any work and then run stage by stage."""
 
 import os
 import shlex
@@ -26,7 +26,7 @@ labels.register()
 
 
 class _Stages(Mapping[str, Stage]):
-    """The stages of a configuration, each resolved when it is first asked for: a run needs few of them."""
+    """The stages of a configuration. Each is resolved at its first use, because a run needs few of them."""
 
     def __init__(self, config: DictConfig) -> None:
         self._config, self._node = config, config.stages
@@ -46,13 +46,13 @@ class _Stages(Mapping[str, Stage]):
 
 
 class Logbook(Protocol):
-    """Where runs are logged; a device has none."""
+    """A log of runs. A device has none."""
 
     def check(self) -> None:
         """Check before any work that figures can be logged.
 
         Raises:
-            UserError: they cannot.
+            UserError: figures cannot be logged.
         """
         ...
 
@@ -62,33 +62,33 @@ class Logbook(Protocol):
 
 
 class Cell:
-    """One configuration: its stages, and what became of them.
+    """One configuration, its stages and their results.
 
     Attributes:
-        logbook: set by what runs the cell.
+        logbook: log of runs, which the caller sets; None logs nothing.
         plan: the stages to run, in order.
-        skipped: stages that were asked for and that this cell of a sweep does not need.
+        skipped: requested stages that this cell of a sweep does not need.
     """
 
     def __init__(
         self, config: DictConfig, overrides: Sequence[str], sweep: bool, flags: Sequence[str] = (), program: str = ""
     ) -> None:
-        """Check every option by itself, touching nothing.
+        """Check every option by itself. No file is read or written.
 
         Args:
-            config: of this cell.
-            overrides: its words of the command line.
-            sweep: whether it is one of several.
-            flags: of the command line, that the same command needs again.
-            program: what makes every result, where no command makes a single one, as on a device.
+            config: configuration of this cell.
+            overrides: options of the command line for this cell.
+            sweep: whether the cell is one of a sweep.
+            flags: flags of the command line that a suggested command must repeat.
+            program: command that makes all results, on a device where stages have no command of their own.
 
         Raises:
-            UserError: an option is unknown, missing or wrong, or no such stage runs.
+            UserError: an option is unknown, missing or wrong, or a stage cannot run in this configuration.
         """
         self.config, self.overrides, self.sweep, self.flags = config, list(overrides), sweep, list(flags)
         self.program = program
         options.check_command(config)
-        keep_compiled(Path(str(config.outputs)))  # before numba is imported, which labels may do
+        keep_compiled(Path(str(config.outputs)))  # must precede the import of numba, which labels may trigger
         wiring.settle(config)
         options.check_wiring(config)
         preflight.check_pruner(config)
@@ -102,21 +102,23 @@ class Cell:
 
     @cached_property
     def results(self) -> Results:
-        """Where results lie; the folder is made when it is first asked for."""
+        """The results of this name. Their folder is made at the first use."""
         return Results(Path(str(self.config.outputs)), str(self.config.name), os.environ[RUN_VARIABLE])
 
     def command(self, stage: str) -> str:
-        """The command line that runs a stage of this cell."""
+        """Return the command line that runs a stage of this cell."""
         if self.program:
             return self.program
         others = [o for o in self.overrides if not o.startswith(("stage=", "hydra.", "force="))]
         return shlex.join(["python", "-m", "pipeline", *self.flags, f"stage={stage}", *others])
 
     def preflight(self) -> None:
-        """Check what can be checked before any work, the options first: nothing is written before they are known to be right.
+        """Check everything that can be checked before any work.
+
+        The options are checked first, so that nothing is written while one is wrong.
 
         Raises:
-            UserError: options do not go together or do not fit the given file, a file, package or input is missing.
+            UserError: options do not fit each other or the given file, or a file, package or input is missing.
         """
         preflight.check_given(self.config, self.stages, self.plan)
         for name in self.plan:
@@ -138,7 +140,7 @@ class Cell:
             self.logbook.check()
 
     def run(self) -> None:
-        """Run the planned stages; those of a sweep that collect all cells are left to the end of the sweep."""
+        """Run the planned stages. In a sweep, stages that collect all cells run at the end of the sweep."""
         self.preflight()
         this_device(self.results)
         for name in self.skipped:
@@ -173,7 +175,7 @@ class Cell:
         with self.results.lock(stage):
             if (
                 self.results.fresh(stage, fingerprint) and not self.config.force and not stage.aside
-            ):  # another process was faster
+            ):  # another process has made it meanwhile
                 self._keep(stage, fingerprint, console)
                 return
             console.print(f"[bold]{stage.name:10}[/] ...    {escape(str(folder))}", soft_wrap=True)
@@ -207,12 +209,12 @@ class Cell:
             )
 
     def _note(self, stage: Stage, fingerprint: str, started: float, ended: float) -> None:
-        """Remember a stage to be logged."""
+        """Record a stage for the log."""
         times = {"started": started, "ended": ended, "summary": self.summaries[stage.name]}
         self.ran.append({"stage": stage.name, "address": stage.address, "fingerprint": fingerprint, **times})
 
     def _keep(self, stage: Stage, fingerprint: str, console: Any) -> None:
-        """Say that a result is fresh, take its figures, and have it logged if it never was."""
+        """Report that a result is fresh, read its figures, and record it for the log if it was never logged."""
         from rich.markup import escape
 
         folder = self.results.folder(stage)
@@ -226,23 +228,23 @@ class Cell:
 
 
 def plain(value: Any) -> Any:
-    """A value of a configuration without its references."""
+    """Convert a value of a configuration to plain data, with references resolved."""
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def resolved(node: DictConfig) -> dict[str, Any]:
-    """A node without its references; values that are missing stay "???"."""
+    """Convert a node to plain data, with references resolved. Missing values stay "???"."""
     resolved: dict[str, Any] = OmegaConf.to_container(node, resolve=True, throw_on_missing=False)  # type: ignore[assignment]
     return resolved
 
 
 def run_folder(outputs: Path) -> Path:
-    """Where the cells of this launch leave what became of them."""
+    """Return the folder where the cells of this launch write their outcome."""
     return outputs / "runs" / os.environ[RUN_VARIABLE]
 
 
 def keep_compiled(outputs: Path) -> None:
-    """Where numba can keep what it compiles neither beside the code nor in the user's cache, it does so in outputs/cache."""
+    """Let numba keep compiled code in outputs/cache if the folder of the code and the user's cache are not writable."""
     import posepress
 
     def writable(folder: Path) -> bool:
@@ -257,13 +259,13 @@ def keep_compiled(outputs: Path) -> None:
         os.environ["NUMBA_CACHE_DIR"] = str((outputs / "cache" / "numba").absolute())
     else:
         print(
-            "warning: nothing that is compiled can be kept; name a folder that can be written by NUMBA_CACHE_DIR",
+            "warning: compiled code cannot be kept, so each run compiles again; set NUMBA_CACHE_DIR to a writable folder",
             file=sys.stderr,
         )
 
 
 def this_device(results: Results) -> dict[str, Any]:
-    """This machine's description; outputs/cache/device.json is what DVC watches."""
+    """Return this machine's description, and write it to outputs/cache/device.json, on which DVC's stages depend."""
     from evaluation.device import describe, write
 
     return write(results.cache / "device.json") if results.writable else describe()

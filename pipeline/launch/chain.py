@@ -1,4 +1,4 @@
-"""Which stages a command runs, in their order."""
+"""The choice of stages that a command runs, and their order."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,10 +15,10 @@ _WAKES = {
 
 
 def needed(stages: Mapping[str, Stage], targets: Sequence[str]) -> list[str]:
-    """The stages that `targets` need, inputs first.
+    """Return the stages that `targets` need, inputs first.
 
     Raises:
-        UserError: the inputs form a circle, or a stage is not there.
+        UserError: the inputs form a circle, or a stage does not exist.
     """
     order: list[str] = []
 
@@ -27,7 +27,7 @@ def needed(stages: Mapping[str, Stage], targets: Sequence[str]) -> list[str]:
             raise UserError(f"stages.{name}.inputs: a circle, {' -> '.join((*above, name))}")
         if name not in stages:
             if not above:
-                raise UserError(f"stages.{name}: is not there; this configuration takes it out, and it is needed")
+                raise UserError(f"stages.{name}: is not there, but it is needed; do not take it out of the configuration")
             raise UserError(f"stages.{above[-1]}.inputs: no stage '{name}'{nearest(name, stages)}")
         if name not in order:
             for upstream in stages[name].inputs.values():
@@ -41,10 +41,10 @@ def needed(stages: Mapping[str, Stage], targets: Sequence[str]) -> list[str]:
 
 
 def requested(stage: str | Sequence[str] | None, stages: Mapping[str, Stage]) -> list[str]:
-    """The stages to run, in order, from the value of `stage`.
+    """Return the stages to run, in order, from the value of the option `stage`.
 
     Raises:
-        UserError: nothing or an unknown stage is asked for, or one outside the chain of this configuration.
+        UserError: no stage is requested, or one that is unknown or outside the chain of this configuration.
     """
     wanted = [stage] if isinstance(stage, str) else list(stage or [])
     if not wanted:
@@ -61,6 +61,6 @@ def requested(stage: str | Sequence[str] | None, stages: Mapping[str, Stage]) ->
         if name != "all" and name not in chain:
             raise UserError(
                 f"stage={name}: outside the chain of this configuration ({' -> '.join(chain)}); "
-                f"set the option that needs it, for instance {_WAKES.get(name, 'a pruner or a precision')}"
+                f"set the option that needs it, for example {_WAKES.get(name, 'a pruner or a precision')}"
             )
     return chain if "all" in wanted else [name for name in chain if name in wanted]

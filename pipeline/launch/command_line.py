@@ -1,4 +1,4 @@
-"""Reads the command line before Hydra does: sorts flags and options, quotes values, rewrites Hydra's errors."""
+"""Processing of the command line before Hydra: it sorts flags and options, quotes values and rewrites Hydra's errors."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,16 +26,16 @@ _WITH_VALUE = (
     *("--info", "-i", "--shell-completion", "-sc", "--experimental-rerun"),
 )
 _COMMANDS = {"-m": "--multirun", "-r": "--run", "-c": "--cfg", "-i": "--info", "-sc": "--shell-completion"}
-_MOST_YAML = 100_000  # bytes of a file, and values that it stands for
-_SAFE = re.compile(r"[\w./:=+~@%,-]*")  # of what a shell leaves as it is
+_MOST_YAML = 100_000  # largest file in bytes, and most values after its aliases are expanded
+_SAFE = re.compile(r"[\w./:=+~@%,-]*")  # characters that a shell does not change
 
 
 class Words(NamedTuple):
-    """The command, read once.
+    """The arguments of the command line, divided into flags and options.
 
     Attributes:
-        flags: what begins with a dash, with the values that belong to it.
-        options: OPTION=VALUE, with values quoted where Hydra would not read them.
+        flags: arguments that begin with a dash, with their values.
+        options: arguments OPTION=VALUE, with values in quotes if Hydra could not read them otherwise.
     """
 
     flags: list[str]
@@ -43,17 +43,17 @@ class Words(NamedTuple):
 
     @property
     def sweep(self) -> bool:
-        """Whether each value of a list separated by commas is a cell."""
+        """Whether the command is a sweep, in which commas separate the values of different cells."""
         return any(flag in ("--multirun", "-m") for flag in self.flags)
 
     @property
     def config_dir(self) -> str | None:
-        """A folder of further choices."""
+        """The folder of further choices, or None."""
         return next(iter(self._values("--config-dir", "-cd")), None)
 
     @property
     def config_folders(self) -> list[str]:
-        """All folders that configuration files are read from, besides the program's own."""
+        """All folders of configuration files beside the program's own."""
         return [*self._values("--config-dir", "-cd"), *self._values("--config-path", "-cp")]
 
     def _values(self, *names: str) -> Iterator[str]:
@@ -63,7 +63,7 @@ class Words(NamedTuple):
                 yield joined if equals else value
 
     def outputs(self) -> list[Path]:
-        """Where results lie: one folder, or in a sweep over it several."""
+        """Return the folders of results: one folder, or several in a sweep over `outputs`."""
         parsed: list[Override] = OverridesParser.create().parse_overrides(self.options)
         for override in reversed(parsed):
             if override.key_or_group == "outputs":
@@ -73,14 +73,14 @@ class Words(NamedTuple):
         try:
             return [Path(str(compose(plain, self.config_dir).outputs))]
         except (HydraException, OmegaConfBaseException):
-            return [Path("outputs")]  # an option of a choice that is swept
+            return [Path("outputs")]  # an option may belong to a choice that the sweep varies
 
 
 def read(words: Sequence[str]) -> Words:
-    """Sort the words of a command, flags in any place.
+    """Divide the arguments of a command into flags, which may stand anywhere, and options.
 
     Raises:
-        UserError: a flag is unknown, flags exclude each other, a word is no option, or a value can be read in two ways.
+        UserError: a flag is unknown, flags exclude each other, an argument is no option, or a value is ambiguous.
     """
     flags: list[str] = []
     options: list[str] = []
@@ -124,10 +124,10 @@ def read(words: Sequence[str]) -> Words:
 
 
 def _check_flags(flags: Sequence[str]) -> None:
-    """Refuse flags of which Hydra takes one alone.
+    """Refuse combinations of flags that Hydra does not support.
 
     Raises:
-        UserError: there are two of them.
+        UserError: two flags exclude each other, or --config-dir is given twice.
     """
     names = [flag.partition("=")[0] for flag in flags if flag.startswith("-")]
     commands = list(dict.fromkeys(_COMMANDS.get(name, name) for name in names))
@@ -139,7 +139,7 @@ def _check_flags(flags: Sequence[str]) -> None:
 
 
 def _no_texts(word: str) -> list[str]:
-    """The values of a group's option that are no names of choices, such as null and numbers; a mapping sets options."""
+    """Return the values of a group's option that cannot name a choice, such as null and numbers. A mapping is allowed."""
     parser = OverridesParser.create()
     override = parser.parse_override(word)
     if override.is_delete():
@@ -156,10 +156,11 @@ def _no_texts(word: str) -> list[str]:
 
 
 def _for_hydra(word: str) -> list[str]:
-    """A word for Hydra, which takes an option without a plus only where a file holds it.
+    """Rewrite an argument for Hydra, which accepts an option without "++" only if a file contains it.
 
-    `++model.X=0` before `~model.X` makes taking an option out no error where it is not there. Options that a stage takes from
-    the whole command, or from another stage's training, are in no file of it. What is said about a choice stands in `about`.
+    `++model.X=0` before `~model.X` lets a command remove an option that may not exist. A stage's file does not contain the
+    options that it shares with the whole command or with another stage's training. Descriptions of a choice move into
+    `about`.
     """
     if re.fullmatch(r"~model\.\w+", word):
         return [f"++{word[1:]}=0", word]
@@ -174,7 +175,7 @@ def _for_hydra(word: str) -> list[str]:
 
 
 def check_config_dir(folder: Path) -> None:
-    """Check, before any of it is read into memory, that the choices of a folder are of bounded size, aliases followed.
+    """Check that the choices of a folder have a bounded size after their aliases are expanded, before they are loaded.
 
     Raises:
         UserError: a file is too large, nested too deeply, or grows too large by its aliases.
@@ -189,16 +190,16 @@ def check_config_dir(folder: Path) -> None:
             size = _MOST_YAML
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(
-                f"{file}: no YAML ({' '.join(str(error).split())}); mend it, or take it out of --config-dir"
+                f"{file}: no YAML ({' '.join(str(error).split())}); correct it, or take it out of --config-dir"
             ) from error
         if size >= _MOST_YAML:
             raise UserError(f"{file}: too large, too deep, or too large by its aliases (*name); take it out of --config-dir")
 
 
 def _nodes(node: Any, known: dict[int, int]) -> int:
-    """How many values a YAML node stands for, every alias followed; a circle counts as too many."""
+    """Return the number of values in a YAML node after its aliases are expanded. A circle counts as too many."""
     if id(node) not in known:
-        known[id(node)] = _MOST_YAML  # of a node that is inside itself
+        known[id(node)] = _MOST_YAML  # the result for a node that contains itself
         entries = [] if node is None or isinstance(node.value, str) else node.value
         inner = [part for entry in entries for part in (entry if isinstance(entry, tuple) else (entry,))]
         known[id(node)] = 1 + sum(_nodes(part, known) for part in inner)
@@ -206,10 +207,10 @@ def _nodes(node: Any, known: dict[int, int]) -> int:
 
 
 def _readable(word: str, sweep: bool) -> str:
-    """A word as Hydra reads it: a value that its grammar does not hold becomes a text in quotes.
+    """Return an argument in a form that Hydra can read. A value outside Hydra's grammar becomes a text in quotes.
 
     Raises:
-        UserError: it is no option, or a value can be read in two ways.
+        UserError: the argument is no option, or its value is ambiguous.
     """
     option, equals, value = word.partition("=")
     parser = OverridesParser.create()
@@ -220,7 +221,7 @@ def _readable(word: str, sweep: bool) -> str:
     except HydraException as error:
         text = quoted(option, value)
         if not equals:
-            raise UserError(f"{word}: no option; give OPTION=VALUE, as in stage={word}, or a flag of --help") from error
+            raise UserError(f"{word}: no option; give OPTION=VALUE, for example stage={word}, or a flag of --help") from error
         if value.lstrip()[:1] in ("[", "{") or re.match(r"\w+\(", value):
             raise UserError(
                 f"{word}: cannot be read; give a list as '{option}=[a,b]', with quotes around an item that holds more than "
@@ -241,17 +242,17 @@ def _readable(word: str, sweep: bool) -> str:
 
 
 def quoted(option: str, value: str) -> str:
-    """An option whose value is this text, whatever it holds, in Hydra's quotes."""
+    """Return an option with any text as its value, in Hydra's quotes."""
     inner = re.sub(r"(\\*)(')", lambda found: found[1] * 2 + "\\'", value)
     end = re.search(r"\\*$", inner)
     return f"{option}='{inner}{end[0] if end else ''}'"
 
 
 def compose(options: Sequence[str], config_dir: str | None) -> DictConfig:
-    """The configuration of a command without flags, but for its folder of further choices."""
+    """Compose the configuration of options and of a folder with further choices."""
     place = None if config_dir is None else quoted("", f"file://{Path(config_dir).resolve()}")[1:]
     more = [] if place is None else [f"hydra.searchpath=[{place}]"]
-    state = get_gh_backup()  # of the command that runs
+    state = get_gh_backup()  # state of the running command, which Hydra keeps globally
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_module("conf", version_base="1.3"):
@@ -261,7 +262,7 @@ def compose(options: Sequence[str], config_dir: str | None) -> DictConfig:
 
 
 def explained(error: Exception, words: Words) -> str:
-    """Hydra's complaint about the command line, shortened, with the nearest known name."""
+    """Shorten Hydra's error message about the command line and add the nearest known name."""
     folders = _folders(words.config_dir)
     groups = _groups(folders)
     try:
@@ -294,7 +295,7 @@ def explained(error: Exception, words: Words) -> str:
 
 
 def _folders(config_dir: str | None) -> list[Path]:
-    """Where choices lie."""
+    """Return the folders of choices."""
     import conf
 
     own = Path(str(conf.__file__)).parent
@@ -310,21 +311,21 @@ def _choices(group: str, folders: Sequence[Path]) -> list[str]:
 
 
 def _having(key: str, folders: Sequence[Path]) -> list[str]:
-    """Choices of groups, as GROUP=CHOICE, that have an option."""
+    """Return the choices that have an option, in the form GROUP=CHOICE."""
     groups = sorted(_groups(folders) - {"experiment", "stages"})
     files = [(group, file) for group in groups for folder in folders for file in sorted((folder / group).glob("*.yaml"))]
     return [f"{group}={file.stem}" for group, file in files if key in _options_of(file, group)]
 
 
 def _elsewhere(key: str, folders: Sequence[Path]) -> dict[str, str]:
-    """The options of all choices of the group that a key begins with, each with its first choice, as GROUP=CHOICE."""
+    """Return the options of all choices in a key's group, each with the first choice (GROUP=CHOICE) that has it."""
     group = key.partition(".")[0]
     files = [file for folder in folders for file in sorted((folder / group).glob("*.yaml"), reverse=True)]
     return {option: f"{group}={file.stem}" for file in files for option in _options_of(file, group)}
 
 
 def _options_of(file: Path, group: str) -> set[str]:
-    """The options in the file of a choice, and of the choices of its group that it begins with."""
+    """Return the options in the file of a choice, and in the files that its `defaults` name."""
     content: Any = OmegaConf.to_container(OmegaConf.load(file))
     whole = file.read_text(encoding="utf-8").startswith("# @package _global_")
     options = set(_paths(content, "" if whole else f"{group}."))

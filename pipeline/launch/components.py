@@ -1,4 +1,4 @@
-"""Components from plain options: mappings whose `_target_` names a class or function."""
+"""Construction of components from plain options: mappings with a `_target_` that names a class or function."""
 
 import importlib
 from collections.abc import Mapping
@@ -11,16 +11,18 @@ _WORDS = ("_target_", "_partial_", "_convert_", "_recursive_")
 
 
 def located(target: str) -> Any:
-    """The class or function that a dotted name means."""
+    """Return the class or function with this dotted name."""
     module, _, name = target.rpartition(".")
     return getattr(importlib.import_module(module), name)
 
 
 def build(value: Any) -> Any:
-    """A component with those inside it, or a container of them; with `_partial_` its class waits for further arguments.
+    """Build a component and the components inside it, or a container of components.
+
+    With `_partial_` the result is a functools.partial, which takes further arguments.
 
     Raises:
-        UserError: options of a component do not go together.
+        UserError: a component rejects its options.
     """
     if isinstance(value, Mapping):
         given = {str(key): build(inner) for key, inner in value.items() if key not in _WORDS}

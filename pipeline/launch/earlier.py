@@ -1,4 +1,4 @@
-"""Files of choices that were written for version 0.1: their words and classes have new places."""
+"""Support for files of choices from version 0.1, in which some keys and classes had other places."""
 
 import sys
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.results.stage import ABOUT
 
-# Words about a component that stood beside its arguments up to version 0.1; `about` holds them now.
+# Keys that describe a component. Up to version 0.1 they stood beside its arguments; now `about` holds them.
 MOVED: Mapping[str, tuple[str, ...]] = {
     "data": ("label",),
     "model": ("label", "multiple", "offset", "requires", "only_on", "retrain_lr"),
@@ -31,7 +31,7 @@ _GONE: Mapping[str, tuple[str, ...]] = {
     "precision": ("judged_by", "measures_here", "measuring"),
 }
 
-# Classes that files of choices written for version 0.1 name.
+# New names of classes that files of choices from version 0.1 may name.
 _TARGETS: Mapping[str, str] = {
     "evaluation.types.Resolution": "posepress.spec.Resolution",
     "evaluation.views.WholeImage": "posepress.framing.whole_image.WholeImage",
@@ -49,7 +49,7 @@ def has(node: DictConfig, key: str) -> bool:
 
 
 def move(config: Any) -> None:
-    """Take files of choices written for version 0.1: what they say about a component goes into `about`."""
+    """Convert choices from version 0.1: keys that describe a component move into `about`."""
     _rename(config)
     if config.exported is None:
         config.quantized = None
@@ -62,7 +62,7 @@ def move(config: Any) -> None:
             OmegaConf.set_struct(node, value=False)
             if not isinstance(node.get(ABOUT), DictConfig):
                 node[ABOUT] = {}
-            with suppress(OmegaConfBaseException):  # made by a resolver that is gone: the component makes it now
+            with suppress(OmegaConfBaseException):  # the value's resolver is gone; the component computes it now
                 node[ABOUT][key] = node[key]
             del node[key]
         for key in _GONE.get(group, ()):
@@ -74,7 +74,7 @@ def move(config: Any) -> None:
 
 
 def _rename(node: Any) -> None:
-    """Write the new names of classes that moved."""
+    """Replace the old names of classes that moved."""
     for key in list(node.keys()):
         inner = node._get_node(key)  # noqa: SLF001 - reading it would resolve an interpolation
         if isinstance(inner, DictConfig) and not inner._is_none() and not inner._is_interpolation():  # noqa: SLF001
@@ -85,6 +85,6 @@ def _rename(node: Any) -> None:
 
 
 def remove(node: DictConfig, key: str) -> None:
-    """Take a key out of a node."""
+    """Remove a key from a node."""
     OmegaConf.set_struct(node, value=False)
     del node[key]

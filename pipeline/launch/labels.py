@@ -1,7 +1,7 @@
 """Labels and addresses of a configuration.
 
-A component says itself how its options are called in a label: its class has `label_of`. What is put together here are the
-labels of several components: addresses, and the axes of a table.
+A component's class determines its own label suffix with the method `label_of`. This module joins the labels of several
+components to addresses and to the axes of a table.
 """
 
 import re
@@ -19,11 +19,11 @@ from pipeline.results.stage import ABOUT
 
 Config = Any  # a DictConfig, whose attributes are options
 
-GROUPS = ("data", "model", "pruner", "sampler", "precision", "backend")  # whose labels are in addresses
+GROUPS = ("data", "model", "pruner", "sampler", "precision", "backend")  # groups with a label in addresses
 
 
 def said(config: Config, group: str, key: str, otherwise: Any = None) -> Any:
-    """What a component's file says about it, in `about`."""
+    """Return a value from the `about` of a component's file, or `otherwise`."""
     node = config.get(group)
     if not isinstance(node, DictConfig):
         return otherwise
@@ -34,7 +34,7 @@ def said(config: Config, group: str, key: str, otherwise: Any = None) -> Any:
 
 
 def label(config: Config, group: str) -> str:
-    """How the choice of a group is called in tables and addresses."""
+    """Return the label of a group's choice in tables and addresses."""
     if (given := said(config, group, "label")) is not None:
         return str(given)
     if group == "model" and said(config, group, "name") == "plan":
@@ -43,7 +43,7 @@ def label(config: Config, group: str) -> str:
 
 
 def recipe(config: Config, group: str = "precision") -> str:
-    """The part of a choice's label that follows from its options."""
+    """Return the part of a choice's label that depends on its options."""
     if (given := said(config, group, "recipe")) is not None:
         return str(given)
     function = method(config, group, "label_of")
@@ -53,7 +53,7 @@ def recipe(config: Config, group: str = "precision") -> str:
 
 
 def grid(config: Config) -> tuple[int, int]:
-    """What sides of its input a network takes: k * multiple + offset."""
+    """Return multiple and offset of a network: the sides of its input must be k * multiple + offset."""
     given = OmegaConf.select(config, "model.spec.input")
     values = [said(config, "model", key) for key in ("multiple", "offset")]
     if isinstance(given, DictConfig):
@@ -67,26 +67,26 @@ def prunes(config: Config) -> bool:
 
 
 def given(config: Config) -> bool:
-    """Whether the network is given as a file, so that no torch weights are there."""
+    """Whether the network is given as an ONNX file or plan, so that there are no torch weights."""
     return "_target_" not in config.model
 
 
 def weights(config: Config) -> str | None:
-    """The stage that makes the weights of the network that is exported."""
+    """Return the stage that makes the weights of the exported network, or None for a given file."""
     if given(config):
         return None
     return "train" if not prunes(config) else "prune" if config.control == "pruned" else "retrain"
 
 
 def options_of(config: Config, group: str) -> dict[str, Any]:
-    """The arguments of a choice, without references and without `about`."""
+    """Return the arguments of a choice with references resolved and without `about`."""
     options: Any = OmegaConf.to_container(config[group], resolve=True) if isinstance(config.get(group), DictConfig) else {}
     return {key: value for key, value in options.items() if key != ABOUT}
 
 
 @cache
 def class_of(target: str) -> Any:
-    """A component's class; None where it cannot be imported, which the check of its options says."""
+    """Return a component's class, or None if it cannot be imported. The check of its options reports this error."""
     try:
         return located(target)
     except Exception:  # noqa: BLE001 - the code of a module raises anything
@@ -94,14 +94,14 @@ def class_of(target: str) -> Any:
 
 
 def method(config: Config, group: str, name: str) -> Callable[..., Any] | None:
-    """A class method of a choice. A network's class is not looked at: whether it may be imported is not known yet."""
+    """Return a class method of a choice, or None. A network's class is not imported, because it may not be trusted."""
     node = config.get(group)
     target = node.get("_target_") if isinstance(node, DictConfig) and group != "model" else None
     return getattr(class_of(str(target)), name, None) if target is not None else None
 
 
 def _setting(config: Config, group: str) -> dict[str, str]:
-    """The choices beside a component that its label, or its automatic values, may follow from."""
+    """Return the other choices on which a component's label and automatic values may depend."""
     setting = {"resolution": str(config.resolution), "threads": str(config.threads)}
     if group in ("pruner", "precision"):
         setting |= {"backend": label(config, "backend"), "framing": label(config, "framing")}
@@ -113,7 +113,7 @@ def _setting(config: Config, group: str) -> dict[str, str]:
 
 
 def automatic(config: Config, group: str) -> dict[str, Any]:
-    """Values of the options of a choice that were left to it, where they follow from other choices."""
+    """Return the automatic values of a choice's options, which depend on other choices."""
     function = method(config, group, "settled")
     return {} if function is None else dict(function(options_of(config, group), _setting(config, group)))
 
@@ -151,7 +151,7 @@ def _tuned(config: Config, network: str) -> str:
 
 
 def _as_here(config: Config) -> dict[str, str]:
-    """Labels that follow from this machine and its choices, and must not follow from the device that a package goes to."""
+    """Return labels that a package must take from this machine, so that they do not change on the device."""
     groups = [group for group in (*GROUPS, "framing") if group != "backend"]
     fixed = {f"{group}.about.label": label(config, group) for group in groups}
     return {**fixed, "precision.about.recipe": recipe(config), "addresses.quantize": str(config.addresses.quantize)}
@@ -187,12 +187,12 @@ _ADDRESSES: Mapping[str, Callable[[Config], Any]] = {
 
 
 def _label_of(what: str, *, _root_: Config) -> Any:
-    """The resolver of labels and addresses."""
+    """Return a label or address. OmegaConf calls this resolver."""
     return _ADDRESSES[what](_root_)
 
 
 def _measuring(*, _root_: Config) -> Any:
-    """The backend that measures a pruning's steps: the same one for every precision and rebuild of the pruned network."""
+    """Return the backend that measures the steps of pruning. It does not depend on precision or rebuild."""
     root = deepcopy(_root_)
     root.rebuild = 0
     backend: Any = OmegaConf.to_container(root.backend, resolve=True)
@@ -200,6 +200,6 @@ def _measuring(*, _root_: Config) -> Any:
 
 
 def register() -> None:
-    """Make the resolvers known to the configuration."""
+    """Register the resolvers in OmegaConf."""
     OmegaConf.register_new_resolver("label_of", _label_of, replace=True)
     OmegaConf.register_new_resolver("measuring", _measuring, replace=True)

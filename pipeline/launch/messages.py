@@ -1,4 +1,4 @@
-"""Errors in one line that names the file or option."""
+"""Conversion of errors to one line that names the file or option."""
 
 import errno
 import re
@@ -8,14 +8,14 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 
 def message_of(error: BaseException, outputs: Path) -> str:
-    """An error in one line that names the file or option."""
+    """Return an error as one line that names the file or option."""
     missing = re.search(r"Missing mandatory value: (\S+)", str(error))
     if isinstance(error, MissingMandatoryValue) or missing:
         return f"{missing[1]} has no value; give it as {missing[1]}=..." if missing else f"an option has no value: {error}"
     if isinstance(error, OSError):
         inside = bool(error.filename) and Path(error.filename).is_relative_to(outputs)
         full = error.errno == errno.ENOSPC
-        gone = inside and error.errno == errno.ENOENT and outputs.exists()  # else the folder itself cannot be made
+        gone = inside and error.errno == errno.ENOENT and outputs.exists()  # otherwise the folder outputs itself cannot be made
         if inside and not gone and not full:
             return f"outputs={outputs}: cannot write there ({error.strerror}); choose another folder with outputs=DIR"
         where = f"{error.filename}: " if error.filename else ""
@@ -25,12 +25,12 @@ def message_of(error: BaseException, outputs: Path) -> str:
 
 
 def lost(error: Exception) -> str | None:
-    """What OmegaConf says, in several lines, of an option that is not there; None of another error."""
+    """Shorten OmegaConf's message about a missing option to one line. Return None for other errors."""
     place = re.search(r"full_key: (\S+)", str(error))
     if place and (found := re.match(r"Interpolation key '([^']+)' not found", str(error))):
         return f"{found[1]}: is not there, and {place[1]} needs it"
     if place and (found := re.match(r"Unsupported interpolation type (\w+)", str(error))):
         return f"{place[1]}: the resolver {found[1]} is gone; leave this option out, or give a plain value"
     if place and re.match(r"Key '[^']*' is not in struct", str(error)):
-        return f"{place[1]}: is not there, and is needed"
+        return f"{place[1]}: is not there, and is needed; add it"
     return None

@@ -1,7 +1,7 @@
-"""Every option against the signature that takes it: its type, range and finiteness, before any work.
+"""Check of every option's type and range before any work.
 
-A stage's options are the arguments of its `run`, a component's those of its `_target_`: what they may be stands in the
-annotations there, for instance `Annotated[int, Ge(1)]`. Options of no component are declared below, in `Command`.
+The options of a stage are the arguments of its `run`. The options of a component are the arguments of its `_target_`. Their
+annotations state the allowed values, for example `Annotated[int, Ge(1)]`. All other options are declared in `Command`.
 """
 
 import importlib
@@ -23,19 +23,20 @@ from pipeline.results.stage import ABOUT, WIRING, Stage
 from posepress.errors import UserError, nearest
 
 _HYDRAS = ("_target_", "_partial_", "_convert_", "_recursive_")
-REFERENCE = re.compile(r"\$\{(?:oc\.select:)?(\.*)([\w.]+)(?:,[^{}]*)?\}")  # an interpolation that is another option
+REFERENCE = re.compile(r"\$\{(?:oc\.select:)?(\.*)([\w.]+)(?:,[^{}]*)?\}")  # an interpolation to another option
 _CONTAINERS = (list, tuple, dict, Sequence, Mapping)
-TUNED, FITTED = "decoder", "tuned"  # whose options may be lists of candidates, and the word for what the stage `tune` fits
+# The group of options that may be lists of candidates, and the value of an option that the stage `tune` fits.
+TUNED, FITTED = "decoder", "tuned"
 
-Size = Annotated[str, Predicate(re.compile(r"\d+x\d+").fullmatch), doc("HEIGHTxWIDTH, as 288x384")]
+Size = Annotated[str, Predicate(re.compile(r"\d+x\d+").fullmatch), doc("HEIGHTxWIDTH, for example 288x384")]
 Word = Annotated[str, Predicate(re.compile(r"[\w.+=-]{0,100}").fullmatch), doc("letters, digits and ._+=-, 100 at most")]
-# MLflow's address of a database in it ends at "?", and has "%20" for a blank.
+# The folder may be part of MLflow's URI of a database, in which "?" ends the path and "%20" means a blank.
 Folder = Annotated[str, Predicate(re.compile(r"(?!.*%[0-9A-Fa-f]{2})[^?\n]+").fullmatch), doc("a folder without ? and %20")]
 Seed = Annotated[int, Interval(ge=0, lt=2**32)]
 
 
 class Command(TypedDict):
-    """The options of conf/config.yaml; those of type Any are components, values of type object are made of other options."""
+    """The options of conf/config.yaml. Options of type Any are components; values of type object are computed."""
 
     name: Word
     stage: str | Sequence[str] | None
@@ -89,10 +90,10 @@ class Tracking(TypedDict):
 
 
 class About(TypedDict, total=False):
-    """What a component's file says about it, in `about`: words that are no arguments of its `_target_`.
+    """The description of a component in its file, under `about`. Its keys are no arguments of the `_target_`.
 
-    `name` and `label` stand in addresses and tables: a label is `name` and what the component's `label_of` makes of its
-    options, unless it is given. `network`, `calibration`, `checkpoint` and `tuned_by` are stages that the component reads.
+    `name` and `label` appear in addresses and tables. Unless `label` is given, it is `name` and the suffix that the component's
+    `label_of` returns. `network`, `calibration`, `checkpoint` and `tuned_by` name the stages that the component reads.
     """
 
     label: str
@@ -119,10 +120,10 @@ class _Parameter(NamedTuple):
 
 
 def check_command(config: DictConfig) -> None:
-    """Check the options of conf/config.yaml; a number where text is taken becomes text.
+    """Check the options of conf/config.yaml, and convert numbers to text where an option is a text.
 
     Raises:
-        UserError: one is unknown, missing or wrong.
+        UserError: an option is unknown, missing or wrong.
     """
     known = get_type_hints(Command, include_extras=True)
     check = _Check()
@@ -132,10 +133,10 @@ def check_command(config: DictConfig) -> None:
     here = set(config.keys())  # "in config" resolves the value
     for key, hint in known.items():
         if key not in here:
-            raise UserError(f"{key}: is not there; this configuration takes it out, and it is needed")
+            raise UserError(f"{key}: is not there, but it is needed; do not take it out of the configuration")
         if hint is not Any:
             check.option(config, key, hint)
-    for key in ("data", "model", "pruner", "precision", "backend"):  # of every chain
+    for key in ("data", "model", "pruner", "precision", "backend"):  # every chain needs these
         _refuse_unless(isinstance(config[key], DictConfig), key, config[key], DictConfig)
     for key in config.model if "_target_" not in config.model else ():
         if OmegaConf.is_missing(config.model, key):
@@ -147,10 +148,10 @@ def check_command(config: DictConfig) -> None:
 
 
 def check_wiring(config: DictConfig) -> None:
-    """Check of every stage, planned or not, what the plan is read from.
+    """Check the function, inputs and address of every stage, from which the plan is made.
 
     Raises:
-        UserError: one is no mapping, or lacks its function, inputs or address.
+        UserError: a stage is no mapping, or lacks its function, inputs or address.
     """
     check = _Check()
     shape = "a stage is a mapping with _target_, inputs and address"
@@ -175,7 +176,7 @@ def check_stages(config: DictConfig, names: Sequence[str]) -> None:
     """Check the options of stages and of the components in them.
 
     Raises:
-        UserError: one is unknown, missing or wrong.
+        UserError: an option is unknown, missing or wrong.
     """
     check = _Check()
     for name in names:
@@ -185,22 +186,22 @@ def check_stages(config: DictConfig, names: Sequence[str]) -> None:
 
 
 def installed(node: Any) -> bool:
-    """Whether the packages are here that a component needs; a device has no torch, and its options were checked before."""
+    """Whether the packages that a component needs are installed. A device has no torch; its options were checked before."""
     target = str(node.get("_target_", "")) if isinstance(node, DictConfig) else ""
     try:
         _parameters(target)
     except ModuleNotFoundError as error:
         return error.name is None or target.startswith(error.name)
-    except Exception:  # noqa: BLE001 - wrong, whatever it is, which the check says
+    except Exception:  # noqa: BLE001 - the check of the options reports any error
         return True
     return True
 
 
 def check_component(config: DictConfig, group: str) -> None:
-    """Check the options of a component that the command names, though no planned stage takes it.
+    """Check the options of a component that the command names, even if no planned stage uses it.
 
     Raises:
-        UserError: one is unknown, missing or wrong.
+        UserError: an option is unknown, missing or wrong.
     """
     node = config.get(group)
     if isinstance(node, DictConfig) and "_target_" in node:
@@ -208,10 +209,10 @@ def check_component(config: DictConfig, group: str) -> None:
 
 
 def check_added(config: DictConfig, words: Sequence[str]) -> None:
-    """Refuse what `+` adds to the configuration and no signature takes.
+    """Refuse options that `+` adds to the configuration although no signature has them.
 
     Raises:
-        UserError: there is such an option, or what it is added to is no component.
+        UserError: no signature has the added option, or it is added to something that is no component.
     """
     for word in words:
         key = word.lstrip("+").partition("=")[0]
@@ -221,7 +222,7 @@ def check_added(config: DictConfig, words: Sequence[str]) -> None:
         components = [n for n in range(1, len(parts)) if _component_at(config, parts[:n]) is not None]
         free = parts[:2] in (["model", "spec"], ["model", "tensors"])
         if len(parts) == 1 or parts[1] == ABOUT or (free and not components):
-            continue  # `Command`, `About` or the network's description takes it
+            continue  # `Command`, `About` or the network's description checks it
         place = components[-1] if components else 0
         node = _component_at(config, parts[:place]) if components else None
         if node is not None and not installed(node):
@@ -233,10 +234,10 @@ def check_added(config: DictConfig, words: Sequence[str]) -> None:
 
 
 def instances(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a stage: its options, with the components among them built.
+    """Return the arguments of a stage, which are its options with their components built.
 
     Raises:
-        UserError: options of a component do not go together.
+        UserError: a component rejects its options.
     """
     return {key: build(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
@@ -250,14 +251,14 @@ def _component_at(config: DictConfig, parts: Sequence[str]) -> DictConfig | None
 
 
 class _Check:
-    """A walk over options, each read by itself: what is wrong elsewhere does not hide it. A component is looked at once."""
+    """A check of options one by one, so that one wrong option does not hide another. Each component is checked once."""
 
     def __init__(self) -> None:
         self.seen: set[str] = set()
 
     def stage(self, node: DictConfig, name: str) -> None:
-        """A stage's wiring, and its options against the signature of its function."""
-        wiring = get_type_hints(Stage, include_extras=True) | {"inputs": Mapping[str, str | None]}  # null: no such input here
+        """Check a stage's wiring, and its options against the signature of its function."""
+        wiring = get_type_hints(Stage, include_extras=True) | {"inputs": Mapping[str, str | None]}  # null removes an input
         here = node.keys()
         for key in WIRING:
             if key in here and key != "address":
@@ -268,7 +269,7 @@ class _Check:
         self.arguments(node, _target(node), given=("job",), skipped=WIRING, stage=name)
 
     def component(self, node: DictConfig, stage: str = "") -> None:
-        """A component's options against the signature of its `_target_`."""
+        """Check a component's options against the signature of its `_target_`."""
         place = str(node._get_full_key(None))  # noqa: SLF001 - OmegaConf has no other way to a node's place
         if place in self.seen:
             return
@@ -287,7 +288,7 @@ class _Check:
         partial: bool = False,
         stage: str = "",
     ) -> None:
-        """Keys and values of a node against a signature."""
+        """Check the keys and values of a node against a signature."""
         takes = _parameters(target)
         for key in map(str, node):
             if key in _HYDRAS or (key in skipped and key not in takes):
@@ -307,15 +308,15 @@ class _Check:
             raise UserError(f"{_name(node, lost[0])}: is not there, and {target} needs it")
 
     def option(self, node: DictConfig, key: str, hint: Any, stage: str = "") -> None:
-        """One value against its annotation."""
-        name = partial(_name, node, key)  # that is looked up for an error alone
+        """Check one value against its annotation."""
+        name = partial(_name, node, key)  # a slow look-up, which only errors need
         try:
             value = node[key]
         except (MissingMandatoryValue, InterpolationToMissingValueError):
             needs = f", and stage={stage} needs it" if stage else ""
             raise UserError(f"{name()} has no value{needs}; give it as {name()}=...") from None
         except OmegaConfBaseException:
-            return  # made of an option that is wrong, which is named in its own place
+            return  # it refers to a wrong option, and that option's check reports the error
         if isinstance(value, dict):  # a resolver made it
             value = DictConfig(value, key=key, parent=node)
         if isinstance(value, DictConfig) and "_target_" in value:
@@ -333,7 +334,7 @@ class _Check:
                 _refuse_unless(_fits(hint, plain), name, plain, hint)
 
     def mapping(self, value: DictConfig, name: Callable[[], str], hint: Any, stage: str) -> None:
-        """Each value of a mapping against the annotation of its values."""
+        """Check each value of a mapping against the annotation of the values."""
         kinds = [
             kind for kind in _alternatives(hint) if kind is Any or is_typeddict(kind) or _container(kind) in (dict, Mapping)
         ]
@@ -347,7 +348,7 @@ class _Check:
                 self.option(value, key, known[key], stage)
             lost = [key for key in kind.__required_keys__ if key not in value]
             if lost:
-                raise UserError(f"{name()}.{min(lost)}: is not there, and is needed")
+                raise UserError(f"{name()}.{min(lost)}: is not there, and is needed; add it")
             return
         keys, values = get_args(kind) or (Any, Any)
         if values is object:
@@ -359,10 +360,10 @@ class _Check:
 
 
 def _target(node: DictConfig) -> str:
-    """The `_target_` of a node, which can be imported.
+    """Return the `_target_` of a node, after a check that it can be imported.
 
     Raises:
-        UserError: it cannot.
+        UserError: the target cannot be imported.
     """
     target = node["_target_"]
     if not isinstance(target, str):
@@ -385,7 +386,7 @@ def _target(node: DictConfig) -> str:
 
 @cache
 def _parameters(target: str) -> dict[str, _Parameter]:
-    """The parameters of a class or function; "**" stands for any others."""
+    """Return the parameters of a class or function. The key "**" stands for arbitrary further ones."""
     module, _, attribute = target.rpartition(".")
     function = getattr(importlib.import_module(module), attribute)
     parameters: dict[str, _Parameter] = {}
@@ -401,12 +402,12 @@ def _parameters(target: str) -> dict[str, _Parameter]:
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     try:
         return get_type_hints(function, include_extras=True)
-    except NameError:  # imported for the type checker alone
+    except NameError:  # an annotation names a type that only the type checker imports
         return {name: hint for name, hint in inspect.get_annotations(function).items() if not isinstance(hint, str)}
 
 
 def _name(node: DictConfig, key: str) -> str:
-    """What an option is called on the command line: where the value stands that it refers to."""
+    """Return an option's name on the command line. For a reference, it is the name of the option that it refers to."""
     full = str(node._get_full_key(key))  # noqa: SLF001 - OmegaConf has no other way to a node's place
     raw: Any = node._get_node(key, validate_access=False)  # noqa: SLF001
     text = raw._value() if raw is not None else None  # noqa: SLF001
@@ -427,7 +428,7 @@ def _name(node: DictConfig, key: str) -> str:
 
 
 def _write(node: DictConfig, key: str, value: str) -> None:
-    """Put a text in the place of a number."""
+    """Replace a number by a text."""
     root: Any = node._get_root()  # noqa: SLF001
     OmegaConf.update(root, _name(node, key), value)
 
@@ -440,7 +441,7 @@ def _adapter(hint: Any) -> Any:
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    """Whether a plain value has the type and range of an annotation; numbers are finite. A list is as good as a tuple."""
+    """Whether a plain value has the type and range of an annotation. Numbers must be finite; a list may replace a tuple."""
     from pydantic import ValidationError
 
     if value is None:
@@ -462,7 +463,7 @@ def _refuse_unless(fits: bool, name: str | Callable[[], str], value: Any, hint: 
 
 
 def _shown(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """Format a value as on the command line."""
     if isinstance(value, (DictConfig, ListConfig)):
         value = OmegaConf.to_container(value)
     if isinstance(value, (list, tuple)):
@@ -485,7 +486,7 @@ def _bare(hint: Any) -> Any:
 
 
 def _container(hint: Any) -> Any:
-    """The class of a container's annotation, without what it holds."""
+    """Return the class of a container's annotation without its item types, or None if it is no container."""
     origin = get_origin(_bare(hint)) or _bare(hint)
     return origin if origin in _CONTAINERS else None
 
@@ -502,7 +503,7 @@ def _is_plain(hint: Any) -> bool:
 
 
 def _candidates(hint: Any) -> Any:
-    """What an option of a decoder may be: one value, a list of candidates, or, of a list, what is fitted."""
+    """Return the annotation of a decoder's option: a value or a list of candidates. A list may also be "tuned"."""
     plain = [kind for kind in _alternatives(hint) if kind is not NoneType]
     if not all(map(_is_plain, plain)):
         return hint
@@ -512,7 +513,7 @@ def _candidates(hint: Any) -> Any:
 
 
 def described(hint: Any) -> str:
-    """What an annotation allows, in words that follow "choose"."""
+    """Describe the values that an annotation allows, as text after "choose"."""
     kinds = [kind for kind in _alternatives(hint) if kind not in (None, NoneType)]
     words = [_in_words(kind) for kind in kinds] + (["null"] if len(kinds) < len(_alternatives(hint)) else [])
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
@@ -547,7 +548,7 @@ def _in_words(kind: Any) -> str:
 
 
 def _bounds(markers: Sequence[Any]) -> str:
-    """The range that markers of a number leave, in words."""
+    """Describe the range of a number that its markers allow."""
     bounds = [bound for marker in markers for bound in (marker if isinstance(marker, Interval) else [marker])]
     least = next((b.ge for b in bounds if isinstance(b, Ge)), None)
     above = next((b.gt for b in bounds if isinstance(b, Gt)), None)

@@ -1,4 +1,4 @@
-"""What must hold between options, and between them and this machine, before any work."""
+"""Checks before any work: options must fit each other, the given files and this machine."""
 
 import json
 import sys
@@ -19,10 +19,10 @@ from posepress.spec import InputSpec, Resolution
 
 
 def planned(config: DictConfig, sweep: bool) -> tuple[list[str], list[str]]:
-    """The stages to run, in order; and those asked for that this cell of a sweep does not need.
+    """Return the stages to run, in order, and the requested stages that this cell of a sweep does not need.
 
     Raises:
-        UserError: nothing or an unknown stage is asked for, or outside a sweep one that the configuration does not need.
+        UserError: no stage or an unknown one is requested, or, outside a sweep, one that this configuration does not need.
     """
     wiring = {}
     for name in config.stages:
@@ -41,16 +41,16 @@ def planned(config: DictConfig, sweep: bool) -> tuple[list[str], list[str]]:
 
 
 def check_options(config: DictConfig, plan: Sequence[str], words: Sequence[str], sweep: bool) -> None:
-    """Check the options of what is planned and of what the command names.
+    """Check the options of the planned stages, and of the stages and components that the command names.
 
     Raises:
-        UserError: one is unknown, missing or wrong.
+        UserError: an option is unknown, missing or wrong.
     """
     lost = [word for word in words if word.lstrip("+").startswith("pruner.")]
     if lost and not labels.prunes(config):
         if not sweep:
             raise UserError(f"{lost[0]}: there is no pruner; add pruner=l1")
-        words = [word for word in words if word not in lost]  # of another cell
+        words = [word for word in words if word not in lost]  # they belong to other cells
     wiring.wire(config, plan)
     options.check_added(config, words)
     keys = [word.lstrip("+~").partition("=")[0].split(".") for word in words]
@@ -64,26 +64,27 @@ def check_options(config: DictConfig, plan: Sequence[str], words: Sequence[str],
 
 
 def check_pruner(config: DictConfig) -> None:
-    """Check what pruning and its control need of each other.
+    """Check that the options of pruning and of its baseline (`control`) fit each other.
 
     Raises:
-        UserError: they do not go together.
+        UserError: the options do not fit each other.
     """
     if (by := config.pruner.get("sensitivity")) not in (None, "sensitivity"):
-        raise UserError(f"pruner.sensitivity={by}: choose sensitivity (the stage that sets the ratios then) or null")
+        raise UserError(f"pruner.sensitivity={by}: choose sensitivity, to let the stage `sensitivity` set the ratios, or null")
     if config.control is not None and not labels.prunes(config):
         raise UserError(f"control={config.control}: there is no pruner; add pruner=l1")
     if config.control == "scratch" and config.weights is not None:
         raise UserError(
-            "control=scratch: the dense network came trained (weights=), so what its training took is not known; train it here "
-            "with weights=null, or choose control=pruned"
+            "control=scratch: the dense network came trained (weights=), so the compute of its training is not known; train it "
+            "here with weights=null, or choose control=pruned"
         )
     scratch = config.control == "scratch" and "retrain" in config.stages
     training = config.stages.retrain.get("training") if scratch else None
-    patience = training.get("patience") if isinstance(training, DictConfig) else None  # else refused with the stage's options
+    # If `training` is no mapping, the check of the stage's options refuses it.
+    patience = training.get("patience") if isinstance(training, DictConfig) else None
     if patience is not None:
         raise UserError(
-            f"control=scratch: a retraining with patience={patience} ends when it will; give it and the control "
+            f"control=scratch: early stopping (patience={patience}) makes the compute of retraining unpredictable; set "
             "stages.retrain.training.patience=null"
         )
     if labels.prunes(config) and labels.given(config):
@@ -94,7 +95,7 @@ def check_choices(config: DictConfig, plan: Sequence[str], words: Sequence[str])
     """Check the choices of groups against each other.
 
     Raises:
-        UserError: a choice does not run on the backend, the resolution does not fit, a stage is of other networks.
+        UserError: a choice does not run on the backend, the resolution does not fit, or a stage does not support the network.
     """
     backend = str(config.backend._target_).rpartition(".")[0].rpartition(".")[2]
     precision = str(labels.said(config, "precision", "name"))
@@ -115,8 +116,8 @@ def check_choices(config: DictConfig, plan: Sequence[str], words: Sequence[str])
 
         if int((installed() or "0").split(".")[0]) > last:
             raise UserError(
-                f"precision={precision}: TensorRT {installed()} has no calibrators, the last that had them is "
-                f"{last}; choose precision=int8, whose scales are in the file"
+                f"precision={precision}: TensorRT {installed()} has no calibrators, because the last version with them is "
+                f"{last}; choose precision=int8, which writes the scales into the ONNX file"
             )
     if "compare" in plan:
         from pipeline.report import comparison
@@ -124,19 +125,19 @@ def check_choices(config: DictConfig, plan: Sequence[str], words: Sequence[str])
         comparison.check(Path(str(config.outputs)), str(config.name), list(config.engines))
         if any(entry.endswith(".json") for entry in config.engines) and not _data_named(words):
             raise UserError(
-                "engines: files of results need the images that they are of; give data=coco with its options, or the "
+                "engines: files of results need the images that they belong to; give data=coco with its options, or the "
                 "experiment that they come from"
             )
     name = labels.label(config, "model")
     if config.exported is None and {"parity", "package"}.intersection(plan):
-        raise UserError(f"stage={plan[0]}: model={name} is an engine; this is for networks that are built here")
+        raise UserError(f"stage={plan[0]}: model={name} is an engine; this stage works only for networks that are built here")
 
 
 def check_data(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[str], words: Sequence[str]) -> None:
-    """Check that a given network is tried on images that the command names.
+    """Check that the command names the images for a given network.
 
     Raises:
-        UserError: the default data would be drawn for it, thousands of images.
+        UserError: the command names no data, so that thousands of default images would be generated.
     """
     named = _data_named(words)
     splits = {split for name in plan for split in stages[name].splits}
@@ -146,7 +147,7 @@ def check_data(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[s
     parts = ["train"] if splits - {"validation"} else []
     wanted = " ".join(f"data.{part}.images=FOLDER data.{part}.annotations=FILE" for part in [*parts, "val"])
     raise UserError(
-        f"data: the network is given, so name the images that it is tried on; give data=coco {wanted}, "
+        f"data: the network is given, so name the images to evaluate it on; give data=coco {wanted}, "
         f"or data={labels.label(config, 'data')}, which draws {count:,} images"
     )
 
@@ -155,14 +156,15 @@ def _data_named(words: Sequence[str]) -> bool:
     return any(word.lstrip("+").partition("=")[0] in ("data", "experiment") for word in words)
 
 
-_OPTIONS = {"validation": "data.val", "unlabelled": "data.unlabelled", "agreement": "data.unlabelled"}  # else data.train
+# The option that names the images of each split. It is data.train for the splits that are not listed.
+_OPTIONS = {"validation": "data.val", "unlabelled": "data.unlabelled", "agreement": "data.unlabelled"}
 
 
 def check_images(stages: Mapping[str, Stage], plan: Sequence[str]) -> None:
-    """Check the annotations and images of a given data set, of every split that is read; generated ones are drawn later.
+    """Check the annotations and images of every split that the planned stages read. Generated data sets are drawn later.
 
     Raises:
-        UserError: an image or an annotation is bad, a split is empty, or two splits share an image.
+        UserError: an image or an annotation is wrong, a split is empty, or two splits share an image.
     """
     reading = [stages[name] for name in plan if stages[name].splits]
     splits = dict.fromkeys(split for stage in reading for split in stage.splits)
@@ -171,7 +173,7 @@ def check_images(stages: Mapping[str, Stage], plan: Sequence[str]) -> None:
         return
     data = options.instances({"data": node})["data"]
     for split in splits:
-        if split in data or split in ("train", "validation"):  # the others may be without images
+        if split in data or split in ("train", "validation"):  # the other splits may be absent
             try:
                 data.open(split)
             except UserError as error:
@@ -179,10 +181,10 @@ def check_images(stages: Mapping[str, Stage], plan: Sequence[str]) -> None:
 
 
 def check_given(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[str]) -> None:
-    """Check the description of a given file, and what is asked of it; a file that is not adopted yet is run once.
+    """Check the description of a given file and the options that depend on it. A file that is not adopted yet is run once.
 
     Raises:
-        UserError: the description is none, or does not fit the file, the decoder or the options of the engine.
+        UserError: the description is invalid, or does not fit the file, the decoder or the options of the engine.
     """
     keys = ("onnx", "plan", "spec", "outputs")
     node = config.model
@@ -196,7 +198,7 @@ def check_given(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[
 
     raw = model["spec"]
     if config.model.get("_target_") is not None:
-        raise UserError(f"model.onnx={model['onnx']}: choose model=onnx, whose model.spec describes the file")
+        raise UserError(f"model.onnx={model['onnx']}: choose model=onnx, and describe the file in model.spec")
     spec, _ = named(described(raw))
     for doubt in spec.input.doubts:
         print(f"warning: model.spec.input.{doubt}", file=sys.stderr)
@@ -220,7 +222,7 @@ def check_given(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[
     batches = {"batch": config.batch}
     batches |= {f"{one}[{n}].{k}": count for n, p in enumerate(profiles) for k, count in enumerate(p.batch)}
     precision = str(labels.said(config, "precision", "name"))
-    asked = check_request(file, spec, precision, sizes, batches, parts["framing"].one_size)  # which refuses what is no ONNX
+    asked = check_request(file, spec, precision, sizes, batches, parts["framing"].one_size)  # refuses other files
     for doubt in [*unlike_metadata(file, spec), *asked]:
         print(f"warning: {doubt}", file=sys.stderr)
     export = Path(str(config.outputs)) / str(config.name) / "export" / stages["export"].address
@@ -229,7 +231,7 @@ def check_given(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[
 
 
 def _adopted(manifest: Mapping[str, Any] | None, export: Stage, file: Path) -> bool:
-    """Whether a result was made of this very file, described and tried in the same way."""
+    """Whether a result was made from a file with this content, with an equal description, outputs and resolution."""
     from pipeline.onnx_files.cut import external_files
 
     if manifest is None:
@@ -243,22 +245,22 @@ def _adopted(manifest: Mapping[str, Any] | None, export: Stage, file: Path) -> b
 
 
 def check_files(stage: Stage) -> None:
-    """Check that the files are there that a stage reads.
+    """Check that the files that a stage reads exist.
 
     Raises:
-        UserError: one is missing.
+        UserError: a file is missing.
     """
     for option in stage.files:
         file = value_at(stage.options, option)
         if file is not None and not Path(str(file)).is_file():
-            raise UserError(f"{option_of(option)}={file}: no such file; give the path of an existing one")
+            raise UserError(f"{option_of(option)}={file}: no such file; give the path of an existing file")
 
 
 def check_packages(stage: Stage) -> None:
-    """Check that the packages are installed that a stage's components need.
+    """Check that the packages that a stage's components need are installed.
 
     Raises:
-        UserError: one is missing.
+        UserError: a package is missing.
     """
     for component in stage.options.values():
         if not (isinstance(component, Mapping) and any(targets(component))):

@@ -1,4 +1,4 @@
-"""The end of a sweep: its reports, and the cells that failed."""
+"""The end of a sweep, which makes the reports and lists the cells that failed."""
 
 import json
 import traceback
@@ -15,20 +15,20 @@ from pipeline.launch.messages import message_of
 from pipeline.launch.tracking import Cells
 from posepress.errors import UserError
 
-swept: dict[Path, None] = {}  # folders of outputs that this process's cells left theirs in, in order
+swept: dict[Path, None] = {}  # folders `outputs` of this process's cells, in order
 
 
 def finish_sweep(words: command_line.Words) -> None:
-    """Make the reports of a finished sweep, one a name and folder, and list the cells that failed.
+    """Make the reports of a finished sweep, one for each name and folder, and list the cells that failed.
 
     Raises:
-        UserError: a cell or a report failed, or no cell needs a stage that was asked for.
+        UserError: a cell or a report failed, or no cell needs a requested stage.
     """
     folders = list(swept) or words.outputs()  # a launcher may run cells in other processes
     files = [file for outputs in folders for file in (run_folder(outputs) / "cells").glob("*.json")]
     cells = [json.loads(file.read_text()) for file in sorted(files, key=lambda file: file.name)]
     if not cells:
-        raise UserError(f"outputs={folders[0]}: no cell of this sweep left there what became of it; give a plain folder")
+        raise UserError(f"outputs={folders[0]}: no cell of this sweep wrote its outcome there; give a plain folder")
     failed = [cell for cell in cells if cell["error"] is not None]
     reports = _failed_reports(cells, words)
     if failed or reports:
@@ -44,12 +44,13 @@ def finish_sweep(words: command_line.Words) -> None:
 
 
 def _failed_reports(cells: Sequence[Mapping[str, Any]], words: command_line.Words) -> list[dict[str, Any]]:
-    """Make the reports of cells; those that could not be made, with what went wrong."""
+    """Make the reports of cells. Return the reports that failed, with their error messages."""
     failed: list[dict[str, Any]] = []
     collecting = {(cell["outputs"], cell["name"]): cell for cell in cells if cell["collect"] and cell["error"] is None}
     for (outputs, name), cell in collecting.items():
         others = [o for o in cell["overrides"] if not o.startswith("stage=")]
-        place = [command_line.quoted("outputs", outputs), command_line.quoted("name", name)]  # once resolved, they stay
+        # The report must use the resolved values of the cells, because resolving again may give other values.
+        place = [command_line.quoted("outputs", outputs), command_line.quoted("name", name)]
         try:
             config = command_line.compose([*others, *place, f"stage=[{','.join(cell['collect'])}]"], words.config_dir)
             report = Cell(config, others, sweep=False)
@@ -59,7 +60,7 @@ def _failed_reports(cells: Sequence[Mapping[str, Any]], words: command_line.Word
         except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
             message = message_of(error, Path(outputs))
         except Exception as error:  # noqa: BLE001
-            traceback.print_exc()  # a bug in a report; what failed before it is listed all the same
+            traceback.print_exc()  # a bug in a report must not hide the list of failed cells
             message = f"{type(error).__name__}: {error}"
         failed.append({"overrides": [*others, "stage=report"], "error": message})
     return failed

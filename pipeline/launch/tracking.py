@@ -1,4 +1,7 @@
-"""MLflow: a sweep holds its cells, a cell its stages. By client with explicit ids, so that nothing depends on a current run."""
+"""Logging to MLflow. The run of a sweep is the parent of its cells' runs, and a cell's run the parent of its stages' runs.
+
+The client gets explicit ids, so that nothing depends on MLflow's current run.
+"""
 
 import hashlib
 import json
@@ -29,8 +32,8 @@ _SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databric
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _SQLITE = re.compile(r"sqlite(?:\+\w+)?://(.*)", re.DOTALL)
 _LIBRARIES = ("mlflow", "sqlalchemy", "alembic", "sqlite3", "requests", "urllib3")
-_SECONDS = 10  # that a database or server may take to answer
-# MLflow's own defaults try a server that is down for four minutes.
+_SECONDS = 10  # longest time that a database or server may take to answer
+# With MLflow's defaults, requests to a server that is down are repeated for four minutes.
 _PATIENCE = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_SECONDS),
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -39,14 +42,14 @@ _PATIENCE = {
 
 
 def check(uri: str, experiment: str) -> None:
-    """Check before any work that its figures can be logged.
+    """Check before any work that figures can be logged.
 
     Args:
         uri: MLflow's tracking URI.
-        experiment: its name.
+        experiment: name of MLflow's experiment.
 
     Raises:
-        UserError: MLflow does not take the URI, or what it names cannot be reached, read or written.
+        UserError: MLflow does not support the URI, or its database or server cannot be reached, read or written.
     """
     scheme = uri.partition("://")[0].partition("+")[0]
     if scheme not in _SCHEMES:
@@ -71,7 +74,7 @@ def check(uri: str, experiment: str) -> None:
 
 
 def _check_server(uri: str, host: str, port: int) -> None:
-    """Check that the driver of a database is installed and that its server answers; MLflow itself would try for minutes."""
+    """Check that the driver of a database is installed and that its server answers. MLflow itself would try for minutes."""
     from sqlalchemy import create_engine
 
     try:
@@ -90,8 +93,8 @@ def _shown(uri: str) -> str:
 
 
 @contextmanager
-def _explained(uri: str, fix: str = "mend the URI or choose tracking=none") -> Iterator[None]:
-    """Turn what MLflow, its database or its server raise into one line; they share no class of errors."""
+def _explained(uri: str, fix: str = "correct the URI or choose tracking=none") -> Iterator[None]:
+    """Convert exceptions of MLflow, its database and its server, which have no common base class, into one line."""
     try:
         yield
     except Exception as error:
@@ -112,10 +115,10 @@ def _innermost(error: BaseException) -> str:
 
 
 def _database(uri: str) -> Path:
-    """The file of an sqlite URI.
+    """Return the file of an sqlite URI.
 
     Raises:
-        ValueError: it names none.
+        ValueError: the URI names no file.
     """
     found = _SQLITE.fullmatch(uri)
     path = found[1] if found else ""
@@ -127,13 +130,13 @@ def _database(uri: str) -> Path:
 
 
 def _check_database(file: Path, uri: str, experiment: str) -> None:
-    """Check that a database can be written, and is MLflow's where it is there, with an experiment that takes runs.
+    """Check that a database can be written. An existing one must be MLflow's, and its experiment must not be deleted.
 
     Raises:
-        UserError: it cannot, or is not.
-        OSError: its folder cannot be made.
+        UserError: the database cannot be written or is not MLflow's, or the experiment was deleted.
+        OSError: the folder of the database cannot be made.
     """
-    import sqlite3  # not part of every Python of a device
+    import sqlite3  # some devices' Python lacks sqlite3
 
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -153,7 +156,7 @@ def _check_database(file: Path, uri: str, experiment: str) -> None:
                 database.rollback()
         except sqlite3.Error as error:
             lost = "no such table" in str(error) or "not a database" in str(error)
-            fix = "move it away" if lost else "see to it that it can be written"
+            fix = "move it away" if lost else "make it writable"
             raise UserError(
                 f"tracking.uri={uri}: {file} is not MLflow's, or cannot be used ({error}); "
                 f"{fix}, choose another, or tracking=none"
@@ -168,7 +171,7 @@ def _check_database(file: Path, uri: str, experiment: str) -> None:
 
 
 def _client(uri: str) -> "MlflowClient":
-    """MLflow's client, in few words and with little patience.
+    """Return MLflow's client, with few log messages and short timeouts.
 
     Raises:
         UserError: MLflow is not installed.
@@ -187,14 +190,14 @@ def _client(uri: str) -> "MlflowClient":
 
 
 class Log:
-    """Which results a store has, by what lies in outputs/runs/logged: so that what it lacks is logged by the next run."""
+    """The list of results that an MLflow store has, kept in outputs/runs/logged. The next run logs the missing ones."""
 
     def __init__(self, outputs: Path, uri: str, name: str) -> None:
-        """Of the results of `name` under `outputs`, in the store `uri`."""
+        """Open the list for results of `name` under `outputs` in the store `uri`."""
         known = _SQLITE.fullmatch(uri)
         self._file = Path(known[1].removeprefix("/")) if known else None
         store = _shown(uri)
-        if self._file is not None:  # that lies in a folder which may be moved with it
+        if self._file is not None:  # relative, because the folder outputs may be moved with its database
             here, file = outputs.resolve(), self._file.resolve()
             store = str(file.relative_to(here) if file.is_relative_to(here) else file)
         self._folder = outputs / "runs" / "logged" / hashlib.sha256(store.encode()).hexdigest()[:16]
@@ -209,13 +212,13 @@ class Log:
         return (self._file is None or self._file.exists()) and entry.is_file() and entry.read_bytes() == fingerprint.encode()
 
     def note(self, stage: str, address: str, fingerprint: str) -> None:
-        """The store has this result now."""
+        """Record that the store has this result."""
         entry = self._entry(stage, address)
         entry.parent.mkdir(parents=True, exist_ok=True)
         entry.write_text(fingerprint)
 
     def forget(self) -> None:
-        """The store is a new one: it has nothing of any name."""
+        """Clear the list, because the store is new and has no results."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -223,7 +226,7 @@ class Cells:
     """The logbook of a cell.
 
     Attributes:
-        log: what was logged before; None where nothing is logged, as where nothing can be written.
+        log: list of the logged results; None if tracking is off or the folder cannot be written.
     """
 
     def __init__(self, cell: Cell) -> None:
@@ -231,7 +234,7 @@ class Cells:
 
     @cached_property
     def log(self) -> "Log | None":
-        """Opened when it is first asked for."""
+        """The list of the logged results, which is opened at the first use."""
         config, results = self.cell.config, self.cell.results
         if not config.tracking.enabled or not results.writable:
             return None
@@ -241,17 +244,17 @@ class Cells:
         """Check before any work that figures can be logged.
 
         Raises:
-            UserError: they cannot.
+            UserError: figures cannot be logged.
         """
         if self.log is not None:
             check(str(self.cell.config.tracking.uri), str(self.cell.config.name))
 
     def has(self, stage: str, address: str, fingerprint: str) -> bool:
-        """Whether a result was logged, or none is."""
+        """Whether a result was logged. True also if nothing is logged."""
         return self.log is None or self.log.has(stage, address, fingerprint)
 
     def write(self, error: str | None) -> None:
-        """Log what the cell ran, and how it ended."""
+        """Log the stages that the cell ran, and its error if it failed."""
         cell, config = self.cell, self.cell.config
         if not cell.ran or self.log is None:
             return
@@ -261,7 +264,7 @@ class Cells:
             figures |= {key: value for key, value in summary.items() if wanted is None or key in wanted}
         tracker = Tracker(str(config.tracking.uri), str(config.name), cell.results.run)
         brought = [(ran, imported) for ran in cell.ran for imported in ran["summary"].get("cells", [])]
-        for ran, imported in brought:  # of a device
+        for ran, imported in brought:  # cells imported from a device
             times = {"started": ran["started"], "ended": ran["ended"]}
             stages = [{**stage, **times} for stage in imported["stages"]]
             tracker.log_cell(imported["axes"], imported["figures"], stages, None)
@@ -273,12 +276,12 @@ class Tracker:
     """Logs the cells of one launch."""
 
     def __init__(self, uri: str, experiment: str, run: Path) -> None:
-        """Open the experiment, and the sweep's run, which the first cell of a launch makes.
+        """Open the experiment and the run of the sweep. The first cell of a launch creates that run.
 
         Args:
-            uri: MLflow's tracking URI; sqlite files are made with their folder.
-            experiment: its name, which is that of the results.
-            run: the launch's folder, shared by its processes.
+            uri: MLflow's tracking URI; an sqlite file and its folder are created if missing.
+            experiment: name of the experiment, which equals the name of the results.
+            run: folder of the launch, which its processes share.
 
         Raises:
             UserError: MLflow cannot reach the URI.
@@ -340,16 +343,17 @@ class Tracker:
         stages: Sequence[Mapping[str, Any]],
         error: str | None,
     ) -> None:
-        """Log a cell and those of its stages that the store does not have, and note that it has them.
+        """Log a cell and its new stages, and record that the store has them.
 
         Args:
-            axes: what tells the cell from others.
-            figures: of the cell as far as it is finished; those of the TensorRT double are left out.
-            stages: "stage", "address", "started", "ended" (seconds), "summary" of each, and "fingerprint" where it lies here.
-            error: why the cell failed, or None.
+            axes: choices that distinguish the cell from others.
+            figures: figures of the finished stages; those of the TensorRT double are left out.
+            stages: "stage", "address", "started" and "ended" (in seconds) and "summary" of each stage, and "fingerprint" if
+                the result was made on this machine.
+            error: error message of the cell; None if it succeeded.
 
         Raises:
-            UserError: the store does not take them; the next run logs them.
+            UserError: the store refuses the run; the next command logs it again.
         """
         with _explained(self.uri, "the results are whole, and the next run logs them"):
             self._log_cell(axes, figures, stages, error)
@@ -376,9 +380,9 @@ class Tracker:
 
 
 def _make_database(file: Path) -> None:
-    """Make MLflow's database beside its place and rename it, so that one that was interrupted is not there at all."""
-    for leftover in file.parent.glob(f".{file.name}.new-*"):  # sqlite's journal too
+    """Create MLflow's database under a temporary name and rename it, so that an interrupted creation leaves no database."""
+    for leftover in file.parent.glob(f".{file.name}.new-*"):  # the pattern includes sqlite's journal
         leftover.unlink()
-    new = file.with_name(f".{file.name}.new-{time.time_ns()}")  # MLflow keeps what it opened by this name
+    new = file.with_name(f".{file.name}.new-{time.time_ns()}")  # unique, since MLflow caches databases by name
     _client(f"sqlite:///{new.resolve()}")  # opening makes the tables
     new.replace(file)

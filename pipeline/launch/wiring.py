@@ -1,4 +1,4 @@
-"""What a configuration leaves open: automatic values, and the options that stages take from elsewhere."""
+"""Completion of a configuration: automatic values, and the options that stages take from other places."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,13 +12,14 @@ from pipeline.launch.earlier import has, move, remove
 from pipeline.launch.labels import GROUPS, Config, automatic, class_of, method, options_of, said
 from pipeline.launch.options import Command
 
-SHARED = tuple(Command.__annotations__)  # a stage's file need not name options of the command that its function takes
+SHARED = tuple(Command.__annotations__)  # a stage gets these options if its function has parameters with their names
 
 
 def holds(config: Config, condition: str) -> bool:
-    """Whether a choice says yes of its options: "pruner.measures", "precision.measures", "pruner.trains".
+    """Whether a condition such as "pruner.measures", "precision.measures" or "pruner.trains" holds.
 
-    What measures candidates on this machine makes a result that belongs here.
+    The class of the choice has a method of this name, which decides by the choice's options. A choice that measures
+    candidates makes results that are valid on this machine only.
     """
     group, _, name = condition.partition(".")
     function = method(config, group, name)
@@ -28,9 +29,9 @@ def holds(config: Config, condition: str) -> bool:
 
 
 def settle(config: DictConfig) -> None:
-    """Write into a configuration what follows from its choices: values left to a component, labels, and the stages' wiring.
+    """Write automatic values, labels and the stages' wiring into a configuration.
 
-    What is made of an option that is wrong stays as it is: that option is named by its own check.
+    Values that depend on a wrong option stay unchanged, because the check of that option reports the error.
     """
     move(config)
     for group in ("pruner", "precision"):
@@ -49,7 +50,7 @@ def settle(config: DictConfig) -> None:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Leave what is made of an option that is wrong: that option is named in its own place."""
+    """Ignore errors of values that depend on a wrong option, because the check of that option reports them."""
     with suppress(OmegaConfBaseException, TypeError, ValueError, KeyError, AttributeError):
         yield
 
@@ -64,7 +65,7 @@ def _write(node: Any, values: Mapping[str, Any]) -> None:
 
 
 def _retraining(config: Config) -> None:
-    """The rate and the seed of retraining, where they are left to it."""
+    """Set the learning rate and the seed of retraining if they are null."""
     retrain = config.stages.get("retrain")
     if not isinstance(retrain, DictConfig):
         return
@@ -77,7 +78,7 @@ def _retraining(config: Config) -> None:
 
 
 def _follow(config: Config, stage: str) -> None:
-    """Refer to the options of another stage where a stage does not say its own."""
+    """Replace options that a stage does not set by references to the options of another stage."""
     node = config.stages.get(stage)
     follows = node.get("follows") if isinstance(node, DictConfig) else None
     if not isinstance(follows, DictConfig):
@@ -97,7 +98,7 @@ def _refer(node: DictConfig, key: str, place: str) -> None:
 
 
 def wire(config: DictConfig, names: Iterable[str]) -> None:
-    """Give stages the options of the whole command that their functions take, and those of their measuring components."""
+    """Add to stages the options of the whole command that their functions take, and those that a condition requires."""
     for name in names:
         node: Any = config.stages.get(name)
         if not isinstance(node, DictConfig):
@@ -110,7 +111,7 @@ def wire(config: DictConfig, names: Iterable[str]) -> None:
             for condition, options in when.items():
                 for key in options if condition == "otherwise" or holds(config, str(condition)) else ():
                     if not has(node, key):
-                        node[key] = options._get_node(key)._value()  # noqa: SLF001 - the reference, not what it refers to
+                        node[key] = options._get_node(key)._value()  # noqa: SLF001 - copies the reference, not its value
         function = class_of(str(node.get("_target_")))
         for key in _parameters(function) if callable(function) else ():
             if key in SHARED and not has(node, key) and key in config:

@@ -1,1 +1,1 @@
-"""Networks: one file each, and how any of them is saved and loaded without pickle."""
+"""The networks, with one file for each, and code that saves and loads them without pickle."""

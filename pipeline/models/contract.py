@@ -1,4 +1,4 @@
-"""What is expected of a torch network: how it is made, what it says of itself, and what its forward pass returns."""
+"""Checks of a torch network: its construction, its description, and the outputs of its forward pass."""
 
 import inspect
 import traceback
@@ -20,19 +20,19 @@ from posepress.errors import UserError, first_line, nearest
 from posepress.spec import NetworkSpec, OutputSpec, Resolution
 
 _SEE = "see README, Networks"
-_IMAGES = 2  # of a forward pass: batch norms that train need more than one
+_IMAGES = 2  # batch size of a forward pass; batch norm in training needs more than one image
 
 
 def title(kind: Any) -> str:
-    """The full name of a class or function."""
+    """Return the full name of a class or function."""
     return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', kind)}"
 
 
 def created(make: "partial[nn.Module]") -> nn.Module:
-    """The network of a class with options, once it has what every network must have: `spec` and `ignored_layers`.
+    """Make a network from its class and options, and check that it has `spec` and `ignored_layers`.
 
     Raises:
-        UserError: the class is no network, does not take the options, or fails; or the network lacks something.
+        UserError: the class is no network, does not take the options or fails, or the network lacks an attribute.
     """
     kind: Any = make.func
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
@@ -80,15 +80,16 @@ def _check_description(network: nn.Module, kind: type) -> None:
 
 
 def check(network: nn.Module, resolution: Resolution, objective: Objective[Any] | None = None) -> None:
-    """Compare what a network returns with what its `spec` says, in evaluation and in training, before any data are read.
+    """Compare a network's outputs with its `spec`, in evaluation and in training mode, before any data are read.
 
     Args:
-        network: stays as it is.
-        resolution: of the images.
-        objective: what it will learn; its loss is computed for images without labels.
+        network: the network, which is not changed.
+        resolution: size of the images, in pixels.
+        objective: training objective; its loss is computed for images without labels. None skips this check.
 
     Raises:
-        UserError: the forward pass fails, a field is missing or of another shape (both are said), or cannot be learnt.
+        UserError: the forward pass fails, the objective does not fit, or a field is missing or has another shape than
+            expected. The message states both shapes.
     """
     spec: NetworkSpec = network.spec  # type: ignore[assignment]
     name = title(type(network))
@@ -130,14 +131,14 @@ def _rehearse(name: str, spec: NetworkSpec, objective: Objective[Any], size: Res
 
 
 def forward(network: nn.Module, images: Tensor) -> Any:
-    """What a network returns, in the mode it is in, without gradients.
+    """Run a network in its current mode without gradients, and return its outputs.
 
     Args:
-        network: of any kind.
-        images: [N, C, H, W] on its device.
+        network: any network.
+        images: [N, C, H, W] on the network's device.
 
     Raises:
-        UserError: its forward pass fails.
+        UserError: the forward pass fails.
     """
     mode = "training" if network.training else "evaluation"
     try:
@@ -152,7 +153,7 @@ def forward(network: nn.Module, images: Tensor) -> Any:
 
 
 def _differences(fields: Mapping[Any, Any], spec: NetworkSpec, size: Resolution, training: bool) -> list[str]:
-    """What is missing, left over, or has another shape than the spec says; in training earlier stages may be there too."""
+    """Describe fields that are missing, unknown or of a wrong shape. In training, fields of earlier stages are allowed."""
     own = {field.name: field for field in spec.fields}
     missing = [name for name in own if name not in fields]
     extra = [name for name in fields if name not in own and not (training and str(name).partition(".")[0] in own)]
@@ -161,7 +162,7 @@ def _differences(fields: Mapping[Any, Any], spec: NetworkSpec, size: Resolution,
         wrong.append(f"expected {', '.join(map(repr, own))}, found {', '.join(map(repr, fields)) or 'nothing'}")
         if not missing:
             hint = f"{next(iter(own))}.0"
-            wrong[-1] += f" (another output may be returned in training alone, named as '{hint}', a field of an earlier stage)"
+            wrong[-1] += f" (in training only, a further output is allowed if its name marks an earlier stage, as '{hint}')"
     for name, found in fields.items():
         field = own.get(str(name).partition(".")[0])
         if field is not None and name not in extra and (text := _difference(name, field, found, size)):
@@ -186,14 +187,14 @@ def _difference(name: str, field: OutputSpec, found: Any, size: Resolution) -> s
 
 
 def duplicate(network: nn.Module) -> nn.Module:
-    """A deep copy, also of a network with weights that a hook computes (the older weight_norm), which torch does not copy."""
+    """Return a deep copy. Unlike deepcopy, it also works for weights that a hook computes, as the older weight_norm does."""
     for module in network.modules():
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and not value.is_leaf:
-                vars(module)[name] = value.detach()  # computed anew by the next forward pass
+                vars(module)[name] = value.detach()  # the next forward pass computes it again
     copy = deepcopy(network)
     for module in copy.modules():
-        if parametrize.is_parametrized(module):  # its class has the tensor as a property, and `fold` takes it away
+        if parametrize.is_parametrized(module):  # `fold` removes a property of this class
             kind = type(module)
             members = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
             module.__class__ = type(kind.__name__, kind.__bases__, members)
@@ -201,10 +202,10 @@ def duplicate(network: nn.Module) -> nn.Module:
 
 
 def fold(network: nn.Module) -> list[str]:
-    """Make plain weights of those that are computed (weight_norm, spectral_norm, masks, parametrizations), in place.
+    """Replace computed weights (weight_norm, spectral_norm, masks, parametrizations) by plain ones in place.
 
     Returns:
-        The names of the layers that had such weights.
+        The names of the layers that had computed weights.
     """
     folded = []
     for name, module in network.named_modules():
@@ -227,7 +228,7 @@ def fold(network: nn.Module) -> list[str]:
 
 
 def tied(network: nn.Module) -> dict[str, str]:
-    """Names of parameters and buffers that are another one, each with the name that the tensor has first."""
+    """Return further names of parameters and buffers that have several, each with the tensor's first name."""
     first: dict[int, str] = {}
     found = {}
     for name, tensor in network.state_dict(keep_vars=True).items():
@@ -246,7 +247,7 @@ def _short(value: Any) -> str:
 
 
 def _told(error: Exception) -> str:
-    """An error's first line, and where in the network's own code it was raised."""
+    """Return an error's first line, with the file and line of the network's own code that raised it."""
     text = first_line(error)
     if not isinstance(error, (ValueError, UserError)):
         text = f"{type(error).__name__}: {text}"

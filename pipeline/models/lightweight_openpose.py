@@ -1,4 +1,4 @@
-"""Lightweight OpenPose (Osokin 2018, arXiv:1811.12004): a dilated MobileNet, and stages that refine heatmaps and PAFs."""
+"""Lightweight OpenPose (Osokin 2018, arXiv:1811.12004): a dilated MobileNet with stages that refine heatmaps and PAFs."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from posepress.skeletons import OPENPOSE_18
 from posepress.spec import InputSpec, NetworkSpec, OutputSpec
 
-_BACKBONE = (  # output channels, stride, dilation of each separable convolution: MobileNet v1 up to conv5_5
+_BACKBONE = (  # output channels, stride and dilation of each separable convolution of MobileNet v1 up to conv5_5
     (64, 1, 1), (128, 2, 1), (128, 1, 1), (256, 2, 1), (256, 1, 1), (512, 1, 1), (512, 1, 2), (512, 1, 1), (512, 1, 1),
     (512, 1, 1), (512, 1, 1),
 )  # fmt: skip
@@ -52,14 +52,14 @@ class _Heads(nn.Module):
 
 
 class LightweightOpenPose(nn.Module):
-    """19 heatmaps (background last) and 38 PAFs at stride 8.
+    """A network that returns 19 heatmaps (background last) and 38 PAFs at stride 8.
 
-    Batch normalisation and ReLU follow every convolution but the last of each head, also where the paper has ELU or no
-    normalisation: both fold into the convolution, and INT8 kernels need the ReLU.
+    Batch normalisation and ReLU follow every convolution except the last of each head. The paper has ELU or no normalisation
+    in some places. This network differs, because batch norm and ReLU can be fused and INT8 kernels need the ReLU.
 
     Args:
-        stages: 1 initial and stages - 1 refining ones; 2 to 7.
-        width: multiplies every channel count; the results are multiples of 8.
+        stages: number of stages, 2 to 7: one initial stage and the refining stages.
+        width: factor of all channel counts, which are rounded to multiples of 8.
 
     Raises:
         ValueError: stages or width are out of range.
@@ -115,12 +115,12 @@ class LightweightOpenPose(nn.Module):
 
     @property
     def ignored_layers(self) -> Sequence[nn.Conv2d]:
-        """The convolutions whose outputs are fields."""
+        """The convolutions that compute the fields."""
         groups = [self.initial_heads, *self.refining_heads]
         return [head[-1] for group in groups for head in (group.heatmaps, group.pafs)]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Fields of images [B, 3, H, W]; in training those of every stage, named "heatmaps.0", "pafs.0", ..."""
+        """Compute the fields of images [B, 3, H, W], and in training also those of earlier stages, as "heatmaps.0"."""
         features = self.features(self.backbone(images))
         heatmaps, pafs = self.initial_heads(self.initial(features))
         fields: dict[str, Tensor] = {}

@@ -1,7 +1,7 @@
-"""MobileNetV2 (arXiv:1801.04381) with OpenPose's two-branch stages made of separable convolutions, batch norms folded.
+"""MobileNetV2 (arXiv:1801.04381) with OpenPose's two-branch stages of separable convolutions. Batch norms are folded.
 
-The names of its parameters are those of the public checkpoints (tf-pose-estimation's mobilenet_v2), so that a state file
-loads as it is.
+`MobileNetV2Paf.public_names` maps the names of the public checkpoints (mobilenet_v2 of tf-pose-estimation) to this module's,
+so that their state files can be loaded directly.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,12 @@ _BLOCKS = (  # output channels before width, stride, expansion
     (16, 1, 1), (24, 2, 6), (24, 1, 6), (32, 2, 6), (32, 1, 6), (32, 1, 6), (64, 2, 6), (64, 1, 6), (64, 1, 6), (64, 1, 6),
     (96, 1, 6), (96, 1, 6), (96, 1, 6),
 )  # fmt: skip
-_SHALLOW = 5  # the block whose output is joined with the last one's, at stride 8
+_SHALLOW = 5  # index of a block at stride 8; its output is concatenated with the last block's
 _STAGES = 6
 
 
 class _SameConv2d(nn.Conv2d):
-    """A convolution padded as TensorFlow's SAME: with stride 2 and an even size, below and on the right."""
+    """A convolution with TensorFlow's padding SAME, which for stride 2 and an even size pads below and on the right only."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__(inputs, outputs, kernel, stride, kernel // 2 if stride == 1 else 0, groups=groups)
@@ -34,7 +34,7 @@ class _SameConv2d(nn.Conv2d):
 
 
 class _Inverted(nn.Module):
-    """MobileNetV2's inverted residual; its parts are named as the checkpoint's."""
+    """MobileNetV2's inverted residual. Its parts have the names of the public checkpoints."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class _Inverted(nn.Module):
 
 
 class _Separable(nn.Module):
-    """One separable convolution of a stage: nothing between its two parts, ReLU after."""
+    """A separable convolution of a stage. A ReLU follows it, but no layer is between its two parts."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, last: bool) -> None:
         super().__init__()
@@ -65,17 +65,17 @@ class _Separable(nn.Module):
 
 
 def _twice(x: Tensor) -> Tensor:
-    """Double the size so that sample k lies at k / 2, as TensorFlow's resize without aligned corners does."""
+    """Double the size like TensorFlow's resize without aligned corners, where output sample k is at input position k / 2."""
     height, width = x.shape[2] * 2 + 1, x.shape[3] * 2 + 1
     x = F.pad(x, (0, 1, 0, 1), mode="replicate")
     return F.interpolate(x, size=(height, width), mode="bilinear", align_corners=True)[:, :, :-1, :-1]
 
 
 class MobileNetV2Paf(nn.Module):
-    """19 heatmaps (background last) and 38 PAFs at stride 8; input BGR of 0..255.
+    """A network that returns 19 heatmaps (background last) and 38 PAFs at stride 8. Its input is BGR, 0 to 255.
 
     Args:
-        width: of the MobileNetV2 part; the public checkpoints have 1.0 and 1.4.
+        width: width factor of the MobileNetV2 part; the public checkpoints have 1.0 and 1.4.
     """
 
     spec = NetworkSpec(
@@ -115,11 +115,11 @@ class MobileNetV2Paf(nn.Module):
 
     @property
     def ignored_layers(self) -> Sequence[nn.Module]:
-        """The convolutions whose outputs are fields."""
+        """The convolutions that compute the fields."""
         return [stage[name][-1].pointwise for stage in self.stages for name in ("L1", "L2")]  # type: ignore[index]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Fields of images [B, 3, H, W]; in training those of every stage, named "heatmaps.0", "pafs.0", ..."""
+        """Compute the fields of images [B, 3, H, W], and in training also those of earlier stages, as "heatmaps.0"."""
         x = F.relu6(self.stem(images))
         shallow = x
         for index, block in enumerate(self.blocks):
@@ -138,7 +138,7 @@ class MobileNetV2Paf(nn.Module):
 
     @staticmethod
     def public_names(state: Mapping[str, Any]) -> dict[str, Any]:
-        """Rename the tensors of a public checkpoint to this module's parameters; other names stay as they are."""
+        """Rename the tensors of a public checkpoint to this module's parameters. Other names are not changed."""
         renamed = {}
         for key, value in state.items():
             head, _, rest = key.partition(".")

@@ -1,4 +1,4 @@
-"""An ONNX file as a torch module, run node by node: for half precision as it is, and for training with rounding in the loop."""
+"""An ONNX file as a torch module that runs node by node, for half precision and for quantization-aware training."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -27,13 +27,13 @@ _TYPES = {
 
 
 class OnnxNetwork(nn.Module):
-    """The network of an ONNX file; weights of convolutions and matrix products are its parameters.
+    """The network of an ONNX file. Its parameters are the weights of convolutions and matrix products.
 
     Args:
-        model: the file's content, with a network description in its metadata.
+        model: content of the file, with a network description in its metadata.
 
     Raises:
-        UserError: there is no description, or an operator is not known here.
+        UserError: the description is missing, or an operator is not supported.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -54,7 +54,7 @@ class OnnxNetwork(nn.Module):
         trained = {name for node in self.nodes if node.op_type in _TRAINED for name in node.input[1:]}
         for n, constant in enumerate(model.graph.initializer):
             value = torch.from_numpy(np.array(numpy_helper.to_array(constant)))
-            if value.dtype == torch.int64:  # shapes, which are worked out on the processor
+            if value.dtype == torch.int64:  # these are shapes, which are computed on the CPU
                 self.shapes[constant.name] = value
                 continue
             self.names[constant.name] = f"c{n}"
@@ -72,30 +72,30 @@ class OnnxNetwork(nn.Module):
 
     @classmethod
     def read(cls, file: Path) -> "OnnxNetwork":
-        """The network of a file."""
+        """Read the network of a file."""
         return cls(onnx.load(file))
 
     @property
     def ignored_layers(self) -> list[nn.Module]:
-        """None: it has no layers to prune."""
+        """An empty list, because this network is never pruned."""
         return []
 
     def constant(self, name: str) -> Tensor:
-        """A parameter or buffer by its name in the file."""
+        """Return a parameter or buffer by its name in the file."""
         made: Tensor = self.shapes[name] if name in self.shapes else getattr(self, self.names[name])
         return made
 
     def seen(self, name: str, value: Tensor) -> Tensor:  # noqa: ARG002
-        """A computed tensor, by its name in the file, before others read it; a subclass may return another."""
+        """Return the value that later nodes read for a computed tensor. A subclass may replace it."""
         return value
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Fields of images [B, 3, H, W]; each node computes in the type of its inputs."""
+        """Compute the fields of images [B, 3, H, W]. Each node computes in the type of its inputs."""
         known: dict[str, Tensor] = {self.input: self.seen(self.input, images)}
         for node, done in zip(self.nodes, self._done, strict=True):
             inputs = [known[i] if i in known else self.constant(i) if i else None for i in node.input]
             options = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-            if node.op_type == "Split":  # in as many parts as it has outputs, where nothing else says how many
+            if node.op_type == "Split":  # the number of outputs is the default
                 options.setdefault("num_outputs", len(node.output))
             made = _OPERATORS[node.op_type](inputs, options)
             outputs = made if isinstance(made, (tuple, list)) else (made,)
@@ -106,10 +106,10 @@ class OnnxNetwork(nn.Module):
 
 
 class RoundedToHalf(OnnxNetwork):
-    """The same, where what is half in the file is computed in float32 and rounded after every node.
+    """An `OnnxNetwork` that computes half-precision tensors in float32 and rounds them to half after every node.
 
-    Torch's half convolutions add up in float32 and round at the end as well: the same overflows, and the rest differs in the
-    last bit. On a processor without half-precision arithmetic they take several times as long.
+    Torch's half-precision convolutions also add in float32 and round at the end. So overflows are equal, and other values
+    differ in the last bit only. On a CPU without half-precision arithmetic, torch's own take several times as long.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -120,12 +120,12 @@ class RoundedToHalf(OnnxNetwork):
         self.float()
 
     def seen(self, name: str, value: Tensor) -> Tensor:
-        """A computed tensor, rounded if it is half in the file."""
+        """Return a computed tensor, rounded to half if it has half precision in the file."""
         return value.half().float() if name in self.halves else value
 
 
 def unknown_operators(model: onnx.ModelProto) -> list[str]:
-    """Types of the operators in a file that have no counterpart here, by name."""
+    """Return the types of operators in a file that this module does not support, in alphabetical order."""
     return sorted({node.op_type for node in model.graph.node if node.op_type not in _OPERATORS or node.domain not in _DOMAINS})
 
 
@@ -138,7 +138,7 @@ def _ints(value: Any) -> list[int]:
 
 
 def _padded(x: Tensor, pads: list[int], value: float = 0.0, mode: str = "constant") -> Tensor:
-    """Pads as ONNX gives them for the last axes: begins, then ends."""
+    """Pad the last axes of a tensor. ONNX lists all pads at the beginnings first, then those at the ends."""
     n = len(pads) // 2
     flat = [p for axis in reversed(range(n)) for p in (pads[axis], pads[n + axis])]
     if mode == "constant":
@@ -158,7 +158,7 @@ def _same(x: Tensor, kernel: list[int], strides: list[int], dilations: list[int]
 
 
 def _window(x: Tensor, kernel: list[int], a: Mapping[str, Any]) -> tuple[list[int], list[int], list[int]]:
-    """Strides, dilations and pads of a convolution or pooling."""
+    """Return strides, dilations and pads of a convolution or pooling."""
     n = len(kernel)
     strides, dilations = list(a.get("strides", [1] * n)), list(a.get("dilations", [1] * n))
     auto = a.get("auto_pad", b"NOTSET").decode()
@@ -226,7 +226,7 @@ def _resize(i: list[Any], a: Mapping[str, Any]) -> Tensor:
             raise UserError(f"Resize to the nearest with {how} and {rounding} is not known to the torch pass")
         return F.interpolate(x, size, mode=known[how, rounding])
     kind = {"linear": "bilinear", "cubic": "bicubic"}[mode]
-    if how == "asymmetric":  # sample k of the result lies at k times the step
+    if how == "asymmetric":  # output sample k is at input position k * step
         return _at_steps(x, size)
     return F.interpolate(x, size, mode=kind, align_corners=how == "align_corners")
 

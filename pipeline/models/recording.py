@@ -1,4 +1,4 @@
-"""What a network computes, operator by operator."""
+"""Recordings of the operators that a network runs."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ _ATEN = torch.ops.aten
 
 @dataclass(frozen=True)
 class Recording:
-    """One forward pass at one shape.
+    """A recording of one forward pass at one shape.
 
     Attributes:
-        digest: two networks of equal digests ran the same operators at this shape, with the same constants and with weights
-            of the same names. The weights' values are left out.
-        norms: names of the weights of a convolution and of the batch norm that alone reads what it gives.
+        digest: digest of the operators, the constants and the names of the weights, without the values of the weights. Two
+            networks with equal digests run the same operators at this shape.
+        norms: pairs of names: the weight of a convolution, and the weight of the batch norm that alone reads its output.
     """
 
     digest: str
@@ -31,16 +31,16 @@ class Recording:
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes a line for each operator. Tensors have the names of weights, or numbers in the order in which they are made."""
+    """Records a line for each operator. It names tensors after weights, or numbers them in the order of their creation."""
 
     def __init__(self, names: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.names = {id(tensor): name for name, tensor in names.items()}
-        self.alive: list[Tensor] = list(names.values())  # ids are only unique while the tensors live
+        self.alive: list[Tensor] = list(names.values())  # keeps tensors alive, since ids are unique only among live objects
         self.lines: list[str] = []
         self.reads: Counter[str] = Counter()
-        self.given: dict[str, tuple[str, str | None]] = {}  # weight and bias of a convolution, by what it gives
-        self.norms: list[tuple[str, str]] = []  # what a batch norm reads, and its weight
+        self.given: dict[str, tuple[str, str | None]] = {}  # weight and bias of a convolution, by its output
+        self.norms: list[tuple[str, str]] = []  # input and weight of each batch norm
 
     def read(self, tensor: Tensor) -> str:
         name = self.names.get(id(tensor))
@@ -52,7 +52,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _ATEN._local_scalar_dense.default:  # noqa: SLF001
-            raise ValueError("what is computed follows from values")
+            raise ValueError("the operators depend on values of tensors")
         given = tree_map_only(Tensor, self.read, (args, kwargs or {}))
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
@@ -72,30 +72,30 @@ def record(network: nn.Module, images: NDArray[np.float32]) -> Recording | None:
     """Record a network in evaluation mode.
 
     Args:
-        network: of images [B, 3, H, W].
-        images: of the shape to record at.
+        network: a network that takes images [B, 3, H, W].
+        images: images with the shape to record.
 
     Returns:
-        The recording; None where operators follow from values, or the network's code raises under the recorder.
+        The recording, or None if operators depend on values or the network's code raises under the recorder.
     """
     given, weights = torch.from_numpy(images.copy()), tensors(network)
     with torch.no_grad(), _Recorder(weights | {"images": given}) as recorder:
         try:
             outputs = network(given)
             ends = tree_map_only(Tensor, recorder.read, outputs)
-        except Exception:  # noqa: BLE001 - whatever a network's code raises under the recorder
+        except Exception:  # noqa: BLE001 - the network's code may raise anything
             return None
     pairs = [
         (recorder.given[made][0], scale)
         for made, scale in recorder.norms
         if made in recorder.given
         and {recorder.given[made][0], scale} <= weights.keys()
-        # What else reads the convolution's output, its weight or its bias would read other values once they are folded.
+        # Folding changes the convolution's output, weight and bias, so no other operator may read them.
         and all(recorder.reads[name] == 1 for name in (made, scale, *recorder.given[made]) if name is not None)
     ]
     return Recording(sha256("\n".join([*recorder.lines, str(ends)]).encode()).hexdigest(), pairs)
 
 
 def tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name; one that has several names comes under each."""
+    """Return parameters and buffers by name. A tensor with several names is listed under each."""
     return {**dict(network.named_parameters(remove_duplicate=False)), **dict(network.named_buffers(remove_duplicate=False))}

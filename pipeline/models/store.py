@@ -1,4 +1,4 @@
-"""Saving and loading networks: weights as safetensors, structure as JSON, no pickle."""
+"""Saving and loading of networks: weights as safetensors, structure as JSON, without pickle."""
 
 import difflib
 import json
@@ -25,7 +25,7 @@ from pipeline.results.content import parse_json
 from posepress.errors import UserError
 from posepress.spec import NetworkSpec
 
-_MOST_TIMES = 64  # parameters to bytes
+_MOST_TIMES = 64  # largest ratio of a network's parameters to the bytes of its weights' file
 WEIGHTS, ARCHITECTURE = "model.safetensors", "architecture.json"
 _GIVEN_AS = {
     ".onnx": "model=onnx model.onnx", ".plan": "model=plan model.plan", ".engine": "model=plan model.plan",
@@ -36,10 +36,10 @@ def save(network: nn.Module, out: Path, make: "partial[nn.Module]", history: lis
     """Write model.safetensors and architecture.json.
 
     Args:
-        network: what `make()` returns after `history` was replayed on it, with its weights.
+        network: the network to save; it has the structure of `make()` after a replay of `history`.
         out: an existing folder.
-        make: the network's class and its options.
-        history: channels removed, as `pipeline.pruning` records them.
+        make: the network's class with its options.
+        history: the removed channels, in the form that `pipeline.pruning` records.
     """
     target = f"{make.func.__module__}.{make.func.__qualname__}"
     spec: NetworkSpec = network.spec  # type: ignore[assignment]
@@ -51,20 +51,20 @@ def save(network: nn.Module, out: Path, make: "partial[nn.Module]", history: lis
         "params": sum(p.numel() for p in network.parameters()),
     }
     (out / ARCHITECTURE).write_text(json.dumps(architecture))
-    ties = tied(network)  # a file holds each tensor once
+    ties = tied(network)  # safetensors stores each tensor once
     state = {name: values.detach().cpu().contiguous() for name, values in network.state_dict().items() if name not in ties}
     places: dict[int, str] = {}
     for name, values in state.items():
         if places.setdefault(values.untyped_storage().data_ptr(), name) != name:
-            state[name] = values.clone()  # a view of another one
-    (out / WEIGHTS).write_bytes(to_bytes(state))  # whose failure names the file
+            state[name] = values.clone()  # safetensors refuses views of another tensor
+    (out / WEIGHTS).write_bytes(to_bytes(state))  # unlike save_file, it names the file in errors
 
 
 def load(folder: Path) -> tuple[nn.Module, "partial[nn.Module]", list[Any]]:
-    """Read what `save` wrote: the network, its class with options, and its pruning history.
+    """Read the files of `save` and return the network, its class with options, and its pruning history.
 
     Raises:
-        UserError: the files do not belong together, or the network's class is gone or of a module that is not trusted.
+        UserError: the files do not fit each other, or the network's class is missing or in a module that is not trusted.
     """
     file = folder / ARCHITECTURE
     architecture = _architecture(file)
@@ -81,14 +81,14 @@ def load(folder: Path) -> tuple[nn.Module, "partial[nn.Module]", list[Any]]:
         raise UserError(f"{file}: {error}") from error
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:
         what = f"{architecture['target']} with its options and pruning"
-        raise UserError(f"{file}: cannot make {what} ({type(error).__name__}: {error}); it is of another version") from error
+        raise UserError(f"{file}: cannot make {what} ({type(error).__name__}: {error}); make it again") from error
     load_state(network, state, folder / WEIGHTS)
     semi_structured.check(network)
     return network, make, history
 
 
 def _architecture(file: Path) -> dict[str, Any]:
-    """What architecture.json says, of the right types: "target", "options" and "pruning".
+    """Read architecture.json, check the types of its values, and return "target", "options" and "pruning".
 
     Raises:
         UserError: the file is missing or damaged.
@@ -104,7 +104,7 @@ def _architecture(file: Path) -> dict[str, Any]:
 
 
 def _removal(entry: list[Any]) -> bool:
-    """Whether an entry is one of a pruning history: a layer, which of its sides, and channels."""
+    """Whether a value is an entry of a pruning history: a layer, one of its sides, and channels."""
     if len(entry) != 3 or not isinstance(entry[0], str) or not isinstance(entry[2], list):
         return False
     numbers = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in entry[2])
@@ -112,25 +112,27 @@ def _removal(entry: list[Any]) -> bool:
 
 
 def _check_size(make: "partial[nn.Module]", weights: Path) -> None:
-    """Check, before any memory is taken, that a network is not far larger than its weights: pruning leaves more of it.
+    """Check, before memory is allocated, that a network is not far larger than its file of weights.
+
+    Pruning explains a moderate difference only.
 
     Raises:
-        UserError: it is.
+        UserError: the network is far larger.
     """
     try:
         with torch.device("meta"):
             many = sum(p.numel() for p in make().parameters())
-    except (RuntimeError, NotImplementedError):  # it looks at its weights while it is made
+    except (RuntimeError, NotImplementedError):  # the constructor reads values of weights
         return
     if many > _MOST_TIMES * weights.stat().st_size:
         raise UserError(f"a network of {many:.3g} parameters, far more than {weights.name} holds; its options are damaged")
 
 
 def build(make: "partial[nn.Module]", history: History) -> nn.Module:
-    """A network of random weights with the structure that a pruning history leaves.
+    """Make a network with random weights and the structure after a pruning history.
 
     Raises:
-        UserError: the history is of another network.
+        UserError: the history belongs to another network.
     """
     network = created(make)
     replay(network, [entry for entry in history if entry[1] != semi_structured.KIND])
@@ -139,10 +141,10 @@ def build(make: "partial[nn.Module]", history: History) -> nn.Module:
 
 
 def read_weights(file: Path) -> dict[str, Any]:
-    """The content of a .safetensors, .pt or .pth file, for `load_state`; nothing in it is executed.
+    """Read a .safetensors, .pt or .pth file for `load_state`. No code in it is executed.
 
     Returns:
-        Tensors by name; or what they are wrapped in ("state_dict", "ema", ...), beside other things.
+        Tensors by name, or a mapping that contains such tensors ("state_dict", "ema", ...) and other values.
 
     Raises:
         UserError: the file is missing, or holds no tensors by name.
@@ -151,7 +153,7 @@ def read_weights(file: Path) -> dict[str, Any]:
         raise UserError(f"weights={file}: not a state file; give {option}={file} instead of weights=")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an archive that is refused below
+            warnings.simplefilter("ignore")  # an archive that causes warnings is refused below
             raw: Any = load_file(file) if _is_safetensors(file) else torch.load(file, "cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"weights={file}: cannot read the file ({error.strerror or error})") from error
@@ -173,20 +175,20 @@ def _is_safetensors(file: Path) -> bool:
 
 
 def _no_state(file: Path, complaint: str) -> str:
-    """Why a file that cannot be read is no state file, and what to do."""
+    """Return the reason why a file is no state file, and the fix."""
     with file.open("rb") as stream:
         start = stream.read(64).lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
         return "a pointer of git-lfs, not the file; fetch it with git lfs pull"
     if start.startswith((b"<!doctype", b"<html")):
         return "a web page, not the file; download the file itself"
-    found = re.search(r"WeightsUnpickler error: ([^\n]+)", complaint)  # torch's own first lines advise to run the file
+    found = re.search(r"WeightsUnpickler error: ([^\n]+)", complaint)  # torch's first lines suggest to execute the file
     first = found[1] if found else complaint.splitlines()[0]
     first = "no pickle of tensors" if "weights_only" in first else first[:240]
     if (kind := re.search(r"GLOBAL ([\w.]+)", complaint)) is not None:
         return (
-            f"a pickle of more than tensors ({kind[1]}), which would run code when it is read; where it was made, save "
-            "network.state_dict() alone"
+            f"a pickle of more than tensors ({kind[1]}), which would run code when it is read; save "
+            "network.state_dict() alone, where the file was made"
         )
     if "TorchScript" in complaint:
         return "a TorchScript archive; save torch.jit.load(FILE).state_dict() with torch.save"
@@ -200,12 +202,12 @@ def _is_onnx(file: Path) -> bool:
 
     try:
         return len(onnx.load(file, load_external_data=False).graph.node) > 0
-    except Exception:  # noqa: BLE001 protobuf has several ways to say that it is none
+    except Exception:  # noqa: BLE001 - protobuf raises several classes of errors for other files
         return False
 
 
 def _wrapped(raw: Mapping[Any, Any], place: str = "", depth: int = 3) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Every mapping of a file that holds tensors by name, with the keys that lead to it."""
+    """Yield every mapping in a file that holds tensors by name, with the keys that lead to it."""
     tensors = {key: value for key, value in raw.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
     if tensors:
         yield place, tensors
@@ -216,17 +218,17 @@ def _wrapped(raw: Mapping[Any, Any], place: str = "", depth: int = 3) -> Iterato
 
 @dataclass(frozen=True)
 class _Reading:
-    """Tensors of a file under the names of a network.
+    """One way to assign the tensors of a file to the names of a network.
 
     Attributes:
-        place: keys of the file that lead to them.
-        prefix: what was taken from their names.
-        added: what was put before their names.
-        state: the tensors.
-        beside: how many others there are.
-        missing: names of the network that are not there.
+        place: keys of the file that lead to the tensors.
+        prefix: prefix that was removed from the tensors' names.
+        added: prefix that was added to the tensors' names.
+        state: the tensors, by name.
+        beside: number of other tensors in the mapping.
+        missing: names of the network that the file lacks.
         extra: names that the network does not have.
-        wrong: other shapes, and tied weights that differ, to be read.
+        wrong: descriptions of wrong shapes, and of tied weights that differ.
     """
 
     place: str
@@ -263,7 +265,7 @@ def _read_as(
     for name, first in ties.items():
         one, two = state.get(name), state.get(first)
         if one is not None and two is not None and not _same(one, two):
-            wrong.append(f"{name} differs from {first}, with which it is one weight")
+            wrong.append(f"{name} differs from {first}, although both are one weight of the network")
         elif one is None and two is not None:
             state[name] = two
         elif two is None and one is not None:
@@ -283,7 +285,7 @@ def _same(one: torch.Tensor, two: torch.Tensor) -> bool:
 
 
 def _unlike_weights(tensor: torch.Tensor) -> str:
-    """What keeps a tensor from being read as weights; empty where nothing does."""
+    """Return why a tensor cannot be read as weights, or an empty text if it can."""
     if tensor.is_meta:
         return "has no values (it is on the device 'meta')"
     if tensor.layout != torch.strided:
@@ -294,10 +296,10 @@ def _unlike_weights(tensor: torch.Tensor) -> str:
 
 
 def _check_values(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Check that tensors can take the place of a network's.
+    """Check that tensors can replace a network's own.
 
     Raises:
-        UserError: one holds no floating-point numbers where the network does, or a value that is not finite.
+        UserError: a tensor holds no floating-point numbers although the network's does, or a value is not finite.
     """
     for name, tensor in state.items():
         unlike = _unlike_weights(tensor)
@@ -310,7 +312,7 @@ def _check_values(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Ten
 
 
 def _readings(network: nn.Module, state: Mapping[str, Any]) -> Iterator[_Reading]:
-    """Every way to read a file: each mapping in it, as it is, under each beginning of its names, or as part of the network."""
+    """Yield all ways to read each mapping of a file: unchanged, without each prefix of its names, or with a prefix added."""
     first, *others = dict.fromkeys(name.partition(".")[0] for name in network.state_dict())
     for place, found in _wrapped(state):
         tensors = {name.replace("_orig_mod.", ""): values for name, values in found.items()}  # torch.compile's
@@ -323,19 +325,19 @@ def _readings(network: nn.Module, state: Mapping[str, Any]) -> Iterator[_Reading
 
 
 def load_state(network: nn.Module, state: Mapping[str, Any], file: Path) -> None:
-    """Load tensors into a network; every name must fit.
+    """Load tensors into a network. Every name must fit.
 
-    Tensors may be wrapped ("state_dict", "ema"), or their names may have a prefix ("module.", "model."), if only one reading
-    fits; it is said.
+    Tensors may be in an inner mapping ("state_dict", "ema"), and their names may have a prefix ("module.", "model."), if
+    only one reading fits. A message then states this reading.
 
     Args:
-        network: its weights are replaced.
-        state: what `read_weights` returned.
-        file: where it comes from, for messages.
+        network: the network that receives the weights.
+        state: result of `read_weights`.
+        file: file of the tensors, for messages.
 
     Raises:
-        UserError: names are missing, left over or of another shape, and are listed; several readings fit; or a tensor holds
-            something else than finite numbers.
+        UserError: names are missing, unknown or of another shape (the message lists them), several readings fit, or a tensor
+            holds values other than finite numbers.
     """
     plain = _read_as(network, "", {name: values for name, values in state.items() if isinstance(values, torch.Tensor)})
     readings = [plain] if plain.fits else list(_readings(network, state))
@@ -355,7 +357,7 @@ def load_state(network: nn.Module, state: Mapping[str, Any], file: Path) -> None
 
 
 def _no_reading(network: nn.Module, readings: Sequence[_Reading]) -> str:
-    """What does not fit, in the reading that fits best."""
+    """Describe the differences between the network and the reading that fits best."""
     best = min(readings, key=lambda reading: (len(reading.missing) + len(reading.wrong), len(reading.extra)))
     parts = [
         f"{len(names)} {what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"

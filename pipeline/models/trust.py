@@ -1,4 +1,4 @@
-"""Which classes a file may name: a checkpoint folder of others is data, and must not choose what code runs."""
+"""The network classes that a file may name. Checkpoints may come from other people, so they must not choose any code to run."""
 
 import importlib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 from posepress.errors import UserError
 
 _OWN = "pipeline.models"
-_VARIABLE = "POSEPRESS_TRUSTED_MODULES"  # the processes that a stage starts trust what their command trusts
+_VARIABLE = "POSEPRESS_TRUSTED_MODULES"  # passes the command's trusted modules on to its processes
 
 
 def _dotted(name: object) -> bool:
@@ -18,14 +18,14 @@ def _dotted(name: object) -> bool:
 
 
 def trust(modules: Sequence[str], network: str | None) -> None:
-    """Say what this command names, beside the modules below pipeline.models.
+    """Set the modules that this command trusts, beside those below pipeline.models.
 
     Args:
-        modules: whose network classes files may name, with the modules below them.
-        network: `_target_` of the network that the command itself makes, which files may name too.
+        modules: files may name network classes of these modules and of the modules below them.
+        network: `_target_` of the network that the command itself makes; files may name it, too.
 
     Raises:
-        UserError: a name is none of a module.
+        UserError: a name cannot be the name of a module.
     """
     if not isinstance(modules, list) or not all(_dotted(name) for name in modules):
         raise UserError(f"trusted_modules={modules}: not a list of names of modules; give them like trusted_modules=[my.nets]")
@@ -37,14 +37,14 @@ def _below(module: str, modules: Sequence[str]) -> bool:
 
 
 def network_class(target: object, file: Path) -> Callable[..., Any]:
-    """The class of a network that a file names.
+    """Return the network class that a file names.
 
     Args:
-        target: its dotted name, as the file has it.
-        file: of the name, for messages.
+        target: dotted name of the class in the file.
+        file: path of the file, for messages.
 
     Raises:
-        UserError: the command does not trust its module, it cannot be imported, or it is no network's class.
+        UserError: the command does not trust the module, the class cannot be imported, or it is no network class.
     """
     if not _dotted(target):
         raise UserError(f"{file}: the target {target!r} is no dotted name of a class; the file is damaged, make it again")
@@ -76,10 +76,10 @@ def _name_of(thing: Any) -> str:
 
 
 def _imported(target: str, where: str) -> Any:
-    """What a dotted name stands for; None where there is no such module or nothing of that name in it.
+    """Import the object with a dotted name. Return None if the module or the object does not exist.
 
     Raises:
-        UserError: the module is there and its own code fails.
+        UserError: the module exists but its own code fails.
     """
     module, _, name = target.rpartition(".")
     try:

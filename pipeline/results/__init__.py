@@ -1,1 +1,1 @@
-"""Results on disk: where each lies, what it was made from, and whether it is still good."""
+"""Results on disk: the place of each, the inputs it was made from, and whether it is still valid."""

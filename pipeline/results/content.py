@@ -1,4 +1,4 @@
-"""Content of files: JSON that may be damaged, and digests."""
+"""Reading of JSON that may be damaged, and digests of files and data."""
 
 import hashlib
 import json
@@ -7,14 +7,14 @@ from typing import Any
 
 from posepress.errors import UserError
 
-MOST_JSON = 64 << 20  # bytes
+MOST_JSON = 64 << 20  # largest JSON file, in bytes
 
 
 def parse_json(content: bytes) -> Any:
-    """What JSON says that may be damaged or made to harm.
+    """Parse JSON that may be damaged or malicious.
 
     Raises:
-        ValueError: it is no JSON, nested too deeply or larger than 64 MiB.
+        ValueError: the content is no JSON, is nested too deeply or is larger than 64 MiB.
     """
     if len(content) > MOST_JSON:
         raise ValueError(f"{len(content)} bytes of JSON, more than {MOST_JSON}")
@@ -25,10 +25,10 @@ def parse_json(content: bytes) -> Any:
 
 
 def sha256(file: Path) -> str:
-    """SHA-256 of a file's bytes, in hex.
+    """Return the SHA-256 of a file, in hexadecimal digits.
 
     Raises:
-        UserError: the file may not be read.
+        UserError: the permissions of the file forbid reading it.
     """
     digest = hashlib.sha256()
     try:
@@ -41,5 +41,5 @@ def sha256(file: Path) -> str:
 
 
 def digest_of(value: Any) -> str:
-    """SHA-256 of plain data, in hex."""
+    """Return the SHA-256 of plain data, in hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

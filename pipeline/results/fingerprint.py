@@ -1,8 +1,8 @@
-"""The fingerprint of a result: the digest of everything that its bytes follow from.
+"""The fingerprint of a result: a digest of everything on which the result depends.
 
-That is the stage's options, the content of its inputs, the versions of its toolchain, and the code that runs: the import
-closure of the stage's function, of every `_target_` in its options, and of the network that an input's architecture.json
-names. A module that nothing of them imports changes no fingerprint.
+It covers the stage's options, the content of its inputs, the versions of its toolchain, and the code that runs. This code is
+the import closure of the stage's function, of every `_target_` in its options, and of the network in an input's
+architecture.json. Modules outside this closure change no fingerprint.
 """
 
 import re
@@ -20,10 +20,10 @@ from pipeline.results.stage import Stage, arguments, option_of, targets, value_a
 from posepress.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("posepress", "evaluation", "calib_samplers", "pipeline")  # of the project
-ARCHITECTURE = "architecture.json"  # in a result that holds a network
-_ONNX_FILES = ("onnx", "file")  # options that name ONNX files, whose weights may lie in further files
-# A regular expression reads the imports of all modules in 15 ms, a syntax tree in 900.
+PACKAGES = ("posepress", "evaluation", "calib_samplers", "pipeline")  # the project's own packages
+ARCHITECTURE = "architecture.json"  # a result with a network holds this file
+_ONNX_FILES = ("onnx", "file")  # options that name ONNX files, which may keep their weights in further files
+# A regular expression reads the imports of all modules in 15 ms; a syntax tree takes 900 ms.
 _COMMENT = re.compile(r"#[^\n]*|\\\n")
 _IMPORT = re.compile(
     r"(?:^|[:;])[ \t]*(?:from[ \t]+([\w.]+)[ \t]+import[ \t]*(\([^)]*\)|[^\n;]+)|import[ \t]+([\w., \t]+))", re.MULTILINE
@@ -33,19 +33,19 @@ Manifests = Mapping[str, Sequence[tuple[Path, Mapping[str, Any]]]]
 
 
 def source_files(stage: Stage, networks: Iterable[str] = ()) -> list[Path]:
-    """The files of the code that a stage runs: the import closure of its function and components.
+    """Return the source files that a stage runs: the import closure of its function and components.
 
     Args:
-        stage: with resolved options.
-        networks: import paths of the network classes that its inputs hold.
+        stage: a stage with resolved options.
+        networks: import paths of the network classes in its inputs.
     """
     return closure(target.rpartition(".")[0] for target in [*targets(stage.options), *networks])
 
 
 def closure(modules: Iterable[str]) -> list[Path]:
-    """The files of modules and of all they import, inside functions too, from the project or from the user's own modules.
+    """Return the files of modules and of all modules of the project or the user that they import, also inside functions.
 
-    A module of a library counts by itself, for the toolchain holds the library's version. Nothing is imported.
+    Imports of library modules are not followed, because the toolchain contains the library's version. No module is imported.
     """
     waiting = [name for name in modules if name]
     places = {top: place for top in {name.partition(".")[0] for name in waiting} if (place := _place(top)) is not None}
@@ -64,17 +64,17 @@ def closure(modules: Iterable[str]) -> list[Path]:
 
 
 def _neighbours(names: Iterable[str], known: Mapping[str, Path]) -> dict[str, Path]:
-    """Where modules lie that a user's module imports beside its own package, libraries left out."""
+    """Return the places of modules that a user's module imports from outside its package, without libraries."""
     tops = {name.partition(".")[0] for name in names} - set(known) - sys.stdlib_module_names
     places = {top: place for top in tops if (place := _place(top)) is not None}
     return {top: place for top, place in places.items() if not _of_a_library(place)}
 
 
 def _place(top: str) -> Path | None:
-    """Where a package lies, or a module without its suffix."""
+    """Return the folder of a package, or the path of a module without its suffix. None if there is no such file."""
     try:
         spec = util.find_spec(top)
-    except (ValueError, ImportError):  # of the program that runs
+    except (ValueError, ImportError):  # modules such as __main__ have no spec
         return None
     if spec is None or not (spec.has_location or spec.submodule_search_locations):
         return None
@@ -92,7 +92,7 @@ def _of_a_library(file: Path) -> bool:
 
 
 def _files(module: str, places: Mapping[str, Path]) -> Iterator[Path]:
-    """The files that importing a module, or a name of one, runs: its packages' and its own."""
+    """Yield the files that an import of a module, or of a name in it, runs: its own file and those of its packages."""
     top, *parts = module.split(".")
     if top not in places:
         return
@@ -109,7 +109,7 @@ def _files(module: str, places: Mapping[str, Path]) -> Iterator[Path]:
 
 
 def _package(file: Path, places: Mapping[str, Path]) -> str:
-    """The package of a file, dotted, which relative imports start from; empty for a module of none."""
+    """Return the dotted name of a file's package, for relative imports. It is empty for a module without a package."""
     for top, place in places.items():
         if file.is_relative_to(place):
             return ".".join([top, *file.relative_to(place).parts[:-1]])
@@ -118,9 +118,9 @@ def _package(file: Path, places: Mapping[str, Path]) -> str:
 
 @cache
 def _imports(file: Path, package: str, _changed: int) -> list[str]:
-    """What a file imports: modules, and the names that it takes from them, which may be modules too.
+    """Return the modules that a file imports, and the names that it imports from them, since these may be modules, too.
 
-    The time of the last change is an argument so that a changed file is read again.
+    The time of the last change is an argument, so that the cache reads a changed file again.
     """
     modules = []
     for origin, names, plain in _IMPORT.findall(_COMMENT.sub("", file.read_text(encoding="utf-8", errors="replace"))):
@@ -133,7 +133,7 @@ def _imports(file: Path, package: str, _changed: int) -> list[str]:
 
 
 def networks_of(inputs: Manifests) -> list[str]:
-    """Import paths of the network classes that results name in their architecture.json."""
+    """Return the import paths of the network classes that results name in their architecture.json."""
     files = [folder / name for entries in inputs.values() for folder, about in entries for name in about["files"]]
     found = []
     for file in files:
@@ -144,12 +144,12 @@ def networks_of(inputs: Manifests) -> list[str]:
 
 
 def digest_of_code(files: Iterable[Path]) -> str:
-    """One digest of source files, by their place in the project or their name."""
+    """Return one digest of source files, with their paths in the project. A file outside the project counts by its name."""
     return digest_of([[str(f.relative_to(ROOT)) if _of_the_project(f) else f.name, sha256(f)] for f in files])
 
 
 def _external(file: Path) -> dict[str, str]:
-    """SHA-256 of each file that holds weights of an ONNX file, by its name there."""
+    """Return the SHA-256 of each file with external weights of an ONNX file, by its name in the ONNX file."""
     from pipeline.onnx_files.cut import external_files
 
     return {name: sha256(path) if path.is_file() else "missing" for name, path in external_files(file).items()}
@@ -166,14 +166,14 @@ def _versions(names: Sequence[str]) -> dict[str, str]:
 
 
 def _options(stage: Stage, data: str | None, cache: Path) -> dict[str, Any]:
-    """The arguments of a stage, with the content of files and folders in place of their paths."""
+    """Return the arguments of a stage, with digests of files and folders instead of their paths."""
     options = arguments(stage)
     for key in stage.files:
         if (value := value_at(options, key)) is not None:
             file = Path(str(value))
             if not file.is_file():
                 named = option_of(key)
-                raise UserError(f"{named}={file}: no such file; give the path of an existing one")
+                raise UserError(f"{named}={file}: no such file; give the path of an existing file")
             where, _, name = key.rpartition(".")
             inner = value_at(options, where) if where else options
             inner[name] = {"sha256": sha256(file)}
@@ -194,15 +194,15 @@ def _options(stage: Stage, data: str | None, cache: Path) -> dict[str, Any]:
 def fingerprint(
     stage: Stage, inputs: Manifests, data: str | None, device: Mapping[str, Any], root: Path, cache: Path
 ) -> tuple[str, dict[str, Any]]:
-    """The digest of all that a result follows from, and the parts it is made of.
+    """Return the digest of everything on which a result depends, and the parts from which the digest is made.
 
     Args:
-        stage: whose result it is.
-        inputs: role to the folders and manifests it reads.
-        data: the digest of its images and annotations.
-        device: this machine's description, part of it where the stage measures.
-        root: outputs/<name>.
-        cache: of digests of images.
+        stage: stage that makes the result.
+        inputs: folders and manifests that the stage reads, by role.
+        data: digest of its images and annotations; None if it reads none.
+        device: description of this machine; it counts only if the stage measures here.
+        root: the folder outputs/<name>.
+        cache: folder that keeps digests of images.
 
     Raises:
         UserError: a file of the user cannot be read.

@@ -1,4 +1,4 @@
-"""What a stage function gets beside its options."""
+"""The first argument of a stage's function."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,16 +7,16 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Job:
-    """What a stage function gets beside its options.
+    """The first argument of a stage's function, which it gets beside its options.
 
     Attributes:
-        out: an empty folder to write the result into.
-        inputs: role to the finished folder.
-        collected: role to every finished folder, of a stage that collects.
-        scratch: a folder that outlives the result, for checkpoints and caches of exactly this name and fingerprint.
-        cache: the folder of caches shared by all.
-        overrides: words of the command line.
-        config_dir: its folder of further choices.
+        out: an empty folder for the result.
+        inputs: finished input folder, by role.
+        collected: all finished input folders, by role, for a stage that collects.
+        scratch: folder for checkpoints and caches of this name and fingerprint; it is kept when the result is replaced.
+        cache: folder of caches that all results share.
+        overrides: options of the command line.
+        config_dir: the command's folder of further choices; None if it has none.
     """
 
     out: Path

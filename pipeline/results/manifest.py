@@ -1,6 +1,6 @@
-"""The manifest of a result: what its bytes follow from, without a time, host or local path.
+"""The manifest of a result: everything on which the result depends, without times, host names or local paths.
 
-A manifest is written last, so that a result without one is not finished.
+A manifest is written last, so a result without a manifest is not finished.
 """
 
 import json
@@ -13,20 +13,20 @@ from pipeline.results.content import MOST_JSON, digest_of, parse_json
 from posepress.errors import UserError
 
 MANIFEST = "manifest.json"
-SHOWN = "shown.txt"  # in a result: what a run that finds it fresh prints again
-_PLAIN = re.compile(r"[\w+=-][\w.+=-]*")  # of a name or an address: one folder, never hidden, never above
+SHOWN = "shown.txt"  # text in a result that a run prints again if the result is fresh
+_PLAIN = re.compile(r"[\w+=-][\w.+=-]*")  # a name or address must be one folder that is neither hidden nor a parent
 
 
 def plain(name: object) -> bool:
-    """Whether a text is the name of one folder: letters, digits and ._+=-, and no dot in front."""
+    """Whether a text is a plain folder name: letters, digits and ._+=-, without a dot at the beginning."""
     return isinstance(name, str) and _PLAIN.fullmatch(name) is not None
 
 
 def checked_manifest(found: Any) -> dict[str, Any]:
-    """A manifest as it was read, once it is known to hold what every manifest holds.
+    """Check that a value is a valid manifest and return it.
 
     Raises:
-        ValueError: a key is missing, a value has another type, a name leaves its folder, or a byte changed.
+        ValueError: a key is missing, a value has another type, a name leaves its folder, or the content was changed.
     """
     kinds = {"stage": str, "address": str, "config": dict, "inputs": dict, "fingerprint": str, "files": dict, "digest": str}
     kinds["summary"] = dict
@@ -53,17 +53,17 @@ def _seal(manifest: Mapping[str, Any]) -> str:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write a manifest with a digest of its own content, by which damage is noticed (a checksum is no signature)."""
+    """Write a manifest with a digest of its own content, which reveals damage. It is a checksum and no signature."""
     plainly = json.loads(json.dumps(dict(manifest)))
     content = {**plainly, "seal": _seal(plainly)}
     (folder / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True))
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished result; None if there is none, or it is damaged: then its stage runs again.
+    """Read the manifest of a finished result. Return None if it is missing or damaged, so that the stage runs again.
 
     Raises:
-        UserError: the file may not be read.
+        UserError: the permissions of the file forbid reading it.
     """
     file = folder / MANIFEST
     try:
@@ -77,12 +77,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def made_here(manifest: Mapping[str, Any] | None, folder: Path) -> bool:
-    """Whether there is a result in a folder, and this machine made it: what `import` brought is shown, and never built upon."""
+    """Whether a folder holds a result of this machine. Imported results are shown in reports, but no stage reads them."""
     return manifest is not None and "imported" not in manifest and not _imported_before(folder)
 
 
 def _imported_before(folder: Path) -> bool:
-    """Whether the last import of an older version, which marked no manifest, brought the result in a folder."""
+    """Whether a result came from the last import of an older version, which did not mark imported manifests."""
     file = folder.parent.parent / "import" / "package.json"
     try:
         if not file.is_file() or file.stat().st_size > MOST_JSON:
@@ -95,13 +95,18 @@ def _imported_before(folder: Path) -> bool:
 
 
 def absent(reader: str, folder: Path, command: str) -> UserError:
-    """The error of a stage whose input cannot be used."""
+    """Return the error of a stage that cannot use its input."""
     what = "was imported" if read_manifest(folder) else "is damaged" if (folder / MANIFEST).exists() else "is not there"
     return UserError(f"{reader}: needs {folder}, which {what}; make it with: {command}")
 
 
 def current(manifest: Mapping[str, Any], root: Path) -> bool:
-    """Whether a result was made from the inputs that lie under `root`, outputs/<name>, now, and those from theirs."""
+    """Whether a result and its inputs, direct and indirect, were made from the results that are now in `root`.
+
+    Args:
+        manifest: manifest of the result.
+        root: the folder outputs/<name>.
+    """
     waiting, seen = [manifest], set()
     while waiting:
         for entry in (entry for inputs in waiting.pop()["inputs"].values() for entry in inputs):

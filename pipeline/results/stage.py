@@ -1,4 +1,4 @@
-"""A stage of a chain as plain data, and its options."""
+"""Stages of a chain as plain data, and functions for their options."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from posepress.errors import UserError
 
-ABOUT = "about"  # the key of a component's file that holds what is no argument: its name, what it needs, where it runs
-# Keys of a stage's yaml that wire it and are no arguments.
+ABOUT = "about"  # key of a component's description: its name, its needs and where it runs; it is no argument
+# Keys of a stage's yaml that connect it to others and are no arguments.
 WIRING = ("address", "inputs", "toolchain", "splits", "files", "folders", "collect", "device", "aside")
 
 
@@ -17,17 +17,18 @@ class Stage:
     """One stage of a chain, as plain data.
 
     Attributes:
-        name: of the stage.
-        address: of its result under outputs/<name>/<stage>/.
+        name: name of the stage.
+        address: name of its result's folder in outputs/<name>/<stage>/.
         options: `_target_` and the arguments of its function.
-        inputs: role to the stage that makes it.
-        toolchain: distributions whose version changes the result's bytes.
-        splits: splits of `options["data"]` that it reads.
+        inputs: the stage that makes each input, by role.
+        toolchain: Python distributions that may change the result when their version changes.
+        splits: splits of `options["data"]` that the stage reads.
         files: options that name files of the user.
-        folders: options that name folders of images of the user.
-        collect: reads every finished result of its inputs, not one.
-        device: its result belongs to this machine.
-        aside: it belongs to no chain, and always runs when it is asked for; a stage that collects works without it.
+        folders: options that name image folders of the user.
+        collect: the stage reads all finished results of its inputs, not only one.
+        device: the result is valid on this machine only.
+        aside: on demand. The stage is not part of the chain, runs only when requested and is then never skipped as fresh.
+            Stages that collect its results treat them as optional.
     """
 
     name: str
@@ -44,26 +45,26 @@ class Stage:
 
     @classmethod
     def from_config(cls, name: str, config: Mapping[str, Any]) -> "Stage":
-        """From a resolved entry of the group `stages`.
+        """Make a stage from a resolved entry of the group `stages`.
 
         Raises:
-            UserError: its address is no label.
+            UserError: the address is not a valid folder name.
         """
         address = config.get("address")
         if not isinstance(address, str) or not re.fullmatch(r"[\w.+=-]*", address) or address.startswith("."):
-            raise UserError(f"stages.{name}.address={address}: a label holds more than letters, digits and ._+=-")
+            raise UserError(f"stages.{name}.address={address}: a label holds more than letters, digits and ._+=-; correct it")
         wiring = {key: config[key] for key in WIRING if key in config}
         wiring["inputs"] = {role: stage for role, stage in (wiring.get("inputs") or {}).items() if stage is not None}
         return cls(name=name, options={k: v for k, v in config.items() if k not in WIRING}, **wiring)
 
 
 def option_of(key: str) -> str:
-    """What an option of a stage is called on the command line."""
+    """Return the name on the command line of an option of a stage."""
     return {"plan": "model.plan", "onnx": "model.onnx"}.get(key, key.replace("quantizer.", "precision."))
 
 
 def value_at(options: Mapping[str, Any], path: str) -> Any:
-    """A nested option by its dotted path; None where it is not."""
+    """Return a nested option by its dotted path, or None if it does not exist."""
     value: Any = options
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -71,7 +72,7 @@ def value_at(options: Mapping[str, Any], path: str) -> Any:
 
 
 def targets(value: Any) -> Iterator[str]:
-    """Every `_target_` in nested options."""
+    """Yield every `_target_` in nested options."""
     if isinstance(value, Mapping):
         if isinstance(value.get("_target_"), str):
             yield value["_target_"]
@@ -84,7 +85,7 @@ def targets(value: Any) -> Iterator[str]:
 
 
 def arguments(stage: Stage) -> dict[str, Any]:
-    """The options that become arguments: components without what only describes them."""
+    """Return the options that become arguments. Components are included without their `about`."""
     return {key: _component(value) for key, value in stage.options.items()}
 
 

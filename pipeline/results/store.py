@@ -1,7 +1,7 @@
 """The folders of results: outputs/<name>/<stage>/<address>/.
 
-The address follows from the configuration alone. A folder is made beside its place and renamed when it is whole, so a
-killed run leaves nothing that looks finished.
+The address depends on the configuration alone. A folder is written under a temporary name and renamed when it is complete,
+so a killed run leaves no folder that looks finished.
 """
 
 import os
@@ -24,12 +24,15 @@ class Results:
     """The results of one name under outputs/."""
 
     def __init__(self, outputs: Path, name: str, run: str) -> None:
-        """Results of `name`; `run` identifies this launch, whose cells must not write one address differently.
+        """Open the results of a name. Existing results can be read even if the folder cannot be written.
 
-        Where the folder cannot be written, results that are there can still be read.
+        Args:
+            outputs: folder of all results.
+            name: name of the results.
+            run: identifies this launch, in which two cells must not write different results to one address.
 
         Raises:
-            UserError: the name is no plain folder name, or the folder cannot be written and holds no results of it.
+            UserError: the name is no plain folder name, or the folder cannot be written and holds no results of this name.
         """
         if not plain(name) or name in _TAKEN:
             raise UserError(
@@ -54,14 +57,14 @@ class Results:
 
     @property
     def writable(self) -> bool:
-        """Whether results can be made here, not only read."""
+        """Whether results can be written here, not only read."""
         return self._unwritable is None
 
     def require_writable(self) -> None:
-        """Check that results can be made here.
+        """Check that results can be written here.
 
         Raises:
-            UserError: they cannot.
+            UserError: the folder cannot be written.
         """
         if self._unwritable is not None:
             raise UserError(
@@ -69,22 +72,22 @@ class Results:
             )
 
     def scratch(self, stage: Stage, fingerprint: str) -> Path:
-        """The folder of checkpoints and caches of one result; no other name has a part in it."""
+        """Return the folder of checkpoints and caches of one result, which it does not share with other names."""
         return self.cache / "scratch" / self.name / stage.name / fingerprint[:16]
 
     def folder(self, stage: Stage) -> Path:
-        """Where a stage's result lies."""
+        """Return the folder of a stage's result."""
         return self.outputs / self.name / stage.name / stage.address
 
     def input_manifests(
         self, stage: Stage, stages: Mapping[str, Stage], command: Callable[[str], str]
     ) -> dict[str, list[tuple[Path, dict[str, Any]]]]:
-        """The finished inputs of a stage, checked against what their manifests say.
+        """Return the folders and manifests of a stage's finished inputs, after a check of their files.
 
         Args:
-            stage: the reader.
-            stages: the chain.
-            command: the command line that runs a stage.
+            stage: stage that reads the inputs.
+            stages: all stages, by name.
+            command: returns the command line that runs a stage.
 
         Raises:
             UserError: an input is missing, or its files changed since it was made.
@@ -133,7 +136,7 @@ class Results:
         """Compare the files of a result with its manifest.
 
         Raises:
-            UserError: a file is missing or changed.
+            UserError: a file is missing or has changed.
         """
         for name, digest in manifest["files"].items():
             file = folder / name
@@ -148,7 +151,7 @@ class Results:
         data: str | None,
         device: Mapping[str, Any],
     ) -> tuple[str, dict[str, Any]]:
-        """The digest of all that a result follows from, and the parts it is made of.
+        """Return the digest of everything on which a result depends, and the parts from which the digest is made.
 
         Raises:
             UserError: a file of the user cannot be read.
@@ -156,7 +159,7 @@ class Results:
         return fingerprint(stage, inputs, data, device, self.outputs / self.name, self.cache)
 
     def fresh(self, stage: Stage, fingerprint: str) -> bool:
-        """Whether the result is there, whole, made here, and made from the same things."""
+        """Whether the result exists, is complete, was made on this machine and has this fingerprint."""
         folder = self.folder(stage)
         manifest = read_manifest(folder)
         if manifest is None or manifest["fingerprint"] != fingerprint or not made_here(manifest, folder):
@@ -167,31 +170,31 @@ class Results:
         """Reserve an address for a fingerprint within this launch.
 
         Raises:
-            UserError: another cell of this launch made something else there.
+            UserError: another cell of this launch has reserved the address for another fingerprint.
         """
         if not self.writable:
-            return  # nothing is made
+            return  # no result can be written, so there is no conflict
         file = self.run / "claims" / self.name / f"{stage.name}@{stage.address}"
         file.parent.mkdir(parents=True, exist_ok=True)
         mine = file.with_name(f".{file.name}.{os.getpid()}")
         mine.write_text(fingerprint)
         try:
-            os.link(mine, file)  # exclusive, and never seen half-written
+            os.link(mine, file)  # atomic, so that no process reads an incomplete file
         except FileExistsError:
             if file.read_text() != fingerprint:
                 raise UserError(
                     f"{stage.name}: two cells of this sweep write {self.folder(stage)} with different settings; "
-                    "tell them apart with tag=, for instance tag=-s${seed}"
+                    "tell them apart with tag=, for example tag=-s${seed}"
                 ) from None
         finally:
             mine.unlink()
 
     @contextmanager
     def lock(self, stage: Stage) -> Iterator[None]:
-        """Keep other processes off an address.
+        """Lock an address against other processes.
 
         Raises:
-            UserError: one is at work there; it is named.
+            UserError: another process is working there; the message names it.
         """
         from filelock import FileLock, Timeout
 
@@ -215,7 +218,7 @@ class Results:
 
     @contextmanager
     def writing(self, stage: Stage) -> Iterator[Path]:
-        """A new folder that takes the place of the stage's result when the block ends well, and vanishes otherwise."""
+        """Make a new folder. It replaces the stage's result if the block succeeds, and is deleted otherwise."""
         final = self.folder(stage)
         final.parent.mkdir(parents=True, exist_ok=True)
         new, old = _beside(final, "new"), _beside(final, "old")
@@ -234,7 +237,7 @@ class Results:
 
     @staticmethod
     def finish(out: Path, fingerprint: str, parts: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
-        """Write the manifest of a result that is otherwise complete."""
+        """Write the manifest of a result when all its other files are complete."""
         files = {str(f.relative_to(out)): sha256(f) for f in sorted(out.rglob("*")) if f.is_file()}
         write_manifest(
             out, {**parts, "fingerprint": fingerprint, "files": files, "digest": digest_of(files), "summary": dict(summary)}

@@ -1,1 +1,1 @@
-"""From a network's outputs to what it found."""
+"""Decoders: they turn a network's outputs into predictions."""

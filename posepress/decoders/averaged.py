@@ -1,4 +1,4 @@
-"""Research settings: the fields of several views of an image, averaged on one grid before they are decoded."""
+"""Decoder for a research setting: the fields of several views of an image are averaged on one grid, then decoded."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ F32 = NDArray[np.float32]
 
 
 def _interpolation(at: NDArray[np.float64], cells: int) -> F32:
-    """The matrix [len(at), cells] that reads a line of cells at positions, by Keys' cubic convolution (a = -1/2)."""
+    """The matrix [len(at), cells] that interpolates a line of cells at positions by Keys' cubic convolution (a = -1/2)."""
     matrix = np.zeros((len(at), cells), np.float32)
     first = np.floor(at).astype(int)
     for tap in range(-1, 3):
@@ -25,7 +25,7 @@ def _interpolation(at: NDArray[np.float64], cells: int) -> F32:
 
 
 def _mirror(field: F32, spec: OutputSpec, network: NetworkSpec) -> F32:
-    """The channels of a mirrored view in the order of the other: left is right, and PAFs point the other way."""
+    """The field of a mirrored view with left and right exchanged; PAF vectors are mirrored, too."""
     if not isinstance(network.labels, Skeleton):
         return field
     if spec.name == "pafs":
@@ -41,10 +41,10 @@ def _mirror(field: F32, spec: OutputSpec, network: NetworkSpec) -> F32:
 
 @dataclass(frozen=True)
 class AveragedFields:
-    """A decoder of images seen in several views: at several scales, mirrored.
+    """A decoder for images with several views: at several scales, or mirrored.
 
     Attributes:
-        decoder: of the averaged fields.
+        decoder: decodes the averaged fields.
         spec: the network's description.
     """
 
@@ -52,7 +52,7 @@ class AveragedFields:
     spec: NetworkSpec
 
     def decode(self, fields: Mapping[str, Array], views: Sequence[View]) -> list[dict[str, F32]]:
-        """The fields of each view, in the host's memory; nothing can be decoded before the image's last view."""
+        """The fields of each view, in host memory; `merge` decodes them once all views of the image are there."""
         host = {
             name: field.float().cpu().numpy() if hasattr(field, "is_cuda") else np.asarray(field)
             for name, field in fields.items()
@@ -60,7 +60,7 @@ class AveragedFields:
         return [{name: field[n].astype(np.float32) for name, field in host.items()} for n in range(len(views))]
 
     def merge(self, parts: Sequence[Mapping[str, F32]], views: Sequence[View]) -> Any:
-        """The result of an image: its views' fields, each read where the largest view has its cells, averaged, decoded."""
+        """Average the fields of an image's views on the grid of the largest view, and decode them."""
         largest = max((view for view in views if not view.flipped), key=lambda view: view.size.height * view.size.width)
         mean = {}
         for field in self.spec.fields:
@@ -80,11 +80,11 @@ class AveragedFields:
         return self.decoder.merge(decoded, [largest])
 
     def draw(self, image: NDArray[np.uint8], found: Any) -> NDArray[np.uint8]:
-        """As the decoder's own."""
+        """Draw the prediction as `decoder` does."""
         drawn: NDArray[np.uint8] = self.decoder.draw(image, found)
         return drawn
 
     def variants(self, found: Any) -> Mapping[str, Any]:
-        """As the decoder's own."""
+        """The alternative versions of a prediction that `decoder` gives."""
         variants: Mapping[str, Any] = self.decoder.variants(found)
         return variants

@@ -1,4 +1,4 @@
-"""One person a view, from one heatmap a keypoint: the decoding of top-down networks, on the network's own grid."""
+"""Decoder of top-down networks: one person in each view, from one heatmap for each keypoint, on the network's grid."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ def _gaussian(sigma: float) -> F32:
 
 @compiled
 def _smoothed(heatmap: F32, kernel: F32, i: int, j: int) -> F32:
-    """Logarithms of the smoothed map around a cell, [5, 5]; outside the map is zero."""
+    """Logarithms of the smoothed map around a cell, [5, 5]; values outside the map count as zero."""
     H, W = heatmap.shape
     reach = kernel.shape[0] // 2
     side = 5 + 2 * reach
@@ -58,14 +58,14 @@ def _smoothed(heatmap: F32, kernel: F32, i: int, j: int) -> F32:
 
 @compiled
 def _offset(heatmap: F32, i: int, j: int, refinement: int, kernel: F32) -> tuple[float, float]:
-    """From the highest cell (i, j) to the keypoint, (dx, dy) in cells; 0 where the map ends.
+    """The offset (dx, dy), in cells, from the highest cell (i, j) to the keypoint; 0 at the border of the map.
 
     Args:
         heatmap: [H, W].
         i: row.
         j: column.
-        refinement: 0 none; 1 a quarter of a cell towards the greater neighbour; 2 the top of a Gaussian.
-        kernel: a Gaussian that smooths the map for the latter.
+        refinement: 0 gives no offset; 1 a quarter of a cell towards the greater neighbour; 2 the top of a Gaussian.
+        kernel: a Gaussian that smooths the map for refinement 2.
     """
     H, W = heatmap.shape
     dx = dy = 0.0
@@ -88,15 +88,15 @@ def _offset(heatmap: F32, i: int, j: int, refinement: int, kernel: F32) -> tuple
 
 @dataclass(frozen=True)
 class TopDownDecoder:
-    """Decoder of networks that see one person a view and return the field "heatmaps".
+    """Decoder of networks that see one person in each view and return the field "heatmaps".
 
     Attributes:
         spec: the network's description.
         refinement: "none" takes the highest cell; "shift" moves it by a quarter of a cell towards its greater neighbour on each
             axis (Newell et al., arXiv:1603.06937); "dark" takes the top of the Gaussian that fits the smoothed map there
             (Zhang et al., arXiv:1910.06278).
-        sigma: of the Gaussians that the network was trained on, in cells; "dark" smooths with it.
-        keypoint_threshold: keypoints of lower value do not count in the person's score.
+        sigma: standard deviation, in cells, of the Gaussians that the network was trained on; "dark" smooths with it.
+        keypoint_threshold: threshold below which a keypoint's value does not count in the person's score.
     """
 
     spec: NetworkSpec
@@ -105,10 +105,10 @@ class TopDownDecoder:
     keypoint_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.2
 
     def __post_init__(self) -> None:
-        """Check the options, and that the heatmaps hold the skeleton.
+        """Check the options, and that each keypoint has a heatmap.
 
         Raises:
-            ValueError: an unknown refinement, a number out of range, or fewer maps than keypoints.
+            ValueError: the refinement is unknown, a number is out of range, or there are fewer maps than keypoints.
         """
         if self.refinement not in _REFINEMENTS:
             raise ValueError(f"decoder.refinement={self.refinement}: unknown; use {', '.join(_REFINEMENTS)}")
@@ -116,18 +116,18 @@ class TopDownDecoder:
         number("decoder.keypoint_threshold", self.keypoint_threshold, -1e6, 1e6)
         maps, names = self.spec.field("heatmaps").channels, self.spec.skeleton.names
         if maps < len(names):
-            raise ValueError(f"{maps} heatmaps do not fit a skeleton of {len(names)} keypoints; mend model.spec")
+            raise ValueError(f"{maps} heatmaps do not fit a skeleton of {len(names)} keypoints; correct model.spec")
 
     def decode(self, fields: Mapping[str, Array], views: Sequence[View]) -> list[Poses]:
-        """Find the one person of each view.
+        """Predict the person in each view.
 
         Args:
             fields: "heatmaps" [B, K or more, h, w]; a numpy array or a torch tensor.
             views: B views.
 
         Returns:
-            Poses of at most one person in image pixels, one a view. A person's score is the mean value of the keypoints above
-            the threshold; who has none of these is nobody.
+            For each view, the poses of at most one person, in image pixels. A person's score is the mean value of the
+            keypoints above the threshold. A view without such keypoints has no person.
         """
         heatmaps: Any = fields["heatmaps"]
         if hasattr(heatmaps, "is_cuda"):
@@ -137,7 +137,7 @@ class TopDownDecoder:
     def _person(self, maps: F32, view: View) -> Poses:
         K = len(self.spec.skeleton.names)
         if maps.ndim != 3 or maps.shape[0] < K or not maps.size:
-            raise ValueError(f"heatmaps {list(maps.shape)} are not the maps [C, h, w] of {K} keypoints; mend model.spec")
+            raise ValueError(f"heatmaps {list(maps.shape)} are not the maps [C, h, w] of {K} keypoints; correct model.spec")
         maps = maps[:K]
         strange = not np.isfinite(maps.sum())
         if strange:
@@ -156,7 +156,7 @@ class TopDownDecoder:
             return Poses(np.zeros((0, K, 3), np.float32), np.zeros(0, np.float32), not_finite=strange)
         return Poses(keypoints[None], np.array([values[sure].mean()], np.float32), not_finite=strange)
 
-    def merge(self, parts: Sequence[Poses], views: Sequence[View]) -> Poses:  # noqa: ARG002 - boxes were chosen before
+    def merge(self, parts: Sequence[Poses], views: Sequence[View]) -> Poses:  # noqa: ARG002 - the boxes were chosen before
         """All people of an image."""
         K = len(self.spec.skeleton.names)
         return Poses(
@@ -169,6 +169,6 @@ class TopDownDecoder:
         """The people drawn over their image [H, W, 3]."""
         return draw(image, found, self.spec.skeleton)
 
-    def variants(self, found: Poses) -> dict[str, Poses]:  # noqa: ARG002 - there is one reading
-        """None."""
+    def variants(self, found: Poses) -> dict[str, Poses]:  # noqa: ARG002 - there are no variants
+        """No alternative versions of a prediction."""
         return {}

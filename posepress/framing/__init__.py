@@ -1,1 +1,1 @@
-"""Which part of an image becomes which network input."""
+"""Framings: they choose which part of an image becomes a network input."""

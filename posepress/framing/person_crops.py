@@ -1,4 +1,4 @@
-"""One view a person, cut around a given box."""
+"""One view for each person, cut around a given box."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,10 +15,11 @@ from posepress.spec import InputSpec, Resolution
 
 @dataclass(frozen=True)
 class PersonCrops:
-    """Framing of top-down networks: one view a person, cut around the given box.
+    """Framing of top-down networks: one view for each person, cut around the given box.
 
     Attributes:
-        padding: the crop is the box of the network's aspect around the person's, larger by this factor.
+        padding: factor by which the crop is larger than the person's box. The box is first widened to the network's aspect
+            ratio.
     """
 
     padding: Annotated[float, Interval(ge=0.1, le=10)] = 1.25
@@ -27,41 +28,41 @@ class PersonCrops:
         """Check the padding.
 
         Raises:
-            ValueError: it is no number from 0.1 to 10.
+            ValueError: the padding is not a number from 0.1 to 10.
         """
         number("framing.padding", self.padding, 0.1, 10)
 
     @staticmethod
     def label_of(options: Mapping[str, Any], _: Mapping[str, str]) -> str:
-        """The framing in a word of an address: crop1.25."""
+        """The framing's label in an address: crop1.25."""
         return f"crop{options['padding']}"
 
     @property
     def one_size(self) -> bool:
-        """Every crop has the resolution's size."""
+        """Always true: every crop has the resolution's size."""
         return True
 
     @property
     def averaged(self) -> bool:
-        """A person has one view."""
+        """Always false: each person has one view."""
         return False
 
     def views(
         self,
-        size: Resolution,  # noqa: ARG002 - of the image, for framings that see all of it
+        size: Resolution,  # noqa: ARG002 - only framings of the whole image need it
         resolution: Resolution,
-        spec: InputSpec,  # noqa: ARG002 - for framings that choose the size
+        spec: InputSpec,  # noqa: ARG002 - only framings that choose the size need it
         boxes: NDArray[np.float64] | None = None,
     ) -> list[View]:
         """A view for each box [N, 4] (x, y, width, height) in image pixels.
 
         Raises:
-            ValueError: the image has no boxes, as opposed to none in it, or one is not finite.
+            ValueError: `boxes` is None, or a box is not finite. An empty array is accepted: the image shows no people.
         """
         if boxes is None:
-            raise ValueError("a top-down network needs a box for each person, and these images have none")
+            raise ValueError("a top-down network needs a box for each person, and these images have none; add boxes")
         if not np.isfinite(boxes).all():
-            raise ValueError("a person's box is not finite; mend the annotation file")
+            raise ValueError("a person's box is not finite; correct the annotation file")
         views = []
         for x, y, width, height in boxes.tolist():
             across = max(width, height * resolution.width / resolution.height, 1.0) * self.padding

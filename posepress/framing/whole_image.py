@@ -19,14 +19,14 @@ _LABELS = {None: "stretch", "pad_image_input": "pad", "adjust_network_input": "a
 
 @dataclass(frozen=True)
 class WholeImage:
-    """Framing of bottom-up networks: one view an image, or several whose fields are averaged.
+    """Framing of bottom-up networks: one view of an image, or several views whose fields are averaged.
 
     Attributes:
         keep_aspect_ratio_mode: None stretches the image to the resolution; "pad_image_input" keeps the aspect and pads
-            on the right and below (letterbox); "adjust_network_input" keeps the resolution's height and lets the width
-            follow the image, padded on the right to what the network takes.
-        scales: of the resolution; more than [1] is a research setting, for no engine runs that way.
-        flip: see the mirrored image too; a research setting.
+            on the right and below (letterbox); "adjust_network_input" keeps the resolution's height and chooses
+            the width by the image, padded on the right to a width that the network accepts.
+        scales: sizes of the views, as factors of the resolution. Several scales are a research setting that no engine offers.
+        flip: whether the mirrored image is a further view; a research setting.
     """
 
     keep_aspect_ratio_mode: KeepAspectRatioMode | None = "pad_image_input"
@@ -53,9 +53,9 @@ class WholeImage:
 
     @staticmethod
     def label_of(options: Mapping[str, Any], _: Mapping[str, str]) -> str:
-        """The framing in a word of an address: pad, or pad-x0.5-1-1.5-flip where several views are averaged."""
+        """The framing's label in an address: pad, or pad-x0.5-1-1.5-flip if several views are averaged."""
         mode, scales = options.get("keep_aspect_ratio_mode"), options.get("scales", [1])
-        scales = scales if isinstance(scales, Sequence) else [scales]  # which is refused later
+        scales = scales if isinstance(scales, Sequence) else [scales]  # a wrong type is refused later
         several = "" if list(scales) == [1] else "-x" + "-".join(f"{scale:g}" for scale in scales)
         return f"{_LABELS.get(mode, mode)}{several}{'-flip' if options.get('flip') else ''}"
 
@@ -74,7 +74,7 @@ class WholeImage:
         size: Resolution,
         resolution: Resolution,
         spec: InputSpec,
-        boxes: NDArray[np.float64] | None = None,  # noqa: ARG002 - of people, for framings that crop
+        boxes: NDArray[np.float64] | None = None,  # noqa: ARG002 - only framings that crop need it
     ) -> list[View]:
         """The views of an image of `size` for a network run at `resolution`."""
         views = []

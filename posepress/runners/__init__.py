@@ -1,1 +1,1 @@
-"""Loaded engines, one file a library."""
+"""Runners of loaded engines, one file for each library."""

@@ -1,4 +1,4 @@
-"""Memory, streams and graphs of an NVIDIA GPU through cuda-python, with numpy alone on the host's side."""
+"""Memory, streams and graphs of an NVIDIA GPU through cuda-python; the host side needs numpy only."""
 
 import ctypes
 import math
@@ -18,13 +18,13 @@ from posepress.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class DeviceArray:
-    """An array in the memory of a GPU; the memory is used again when nobody holds the array any more.
+    """An array in GPU memory; the memory is reused when no reference to the array is left.
 
     Attributes:
-        address: of its first byte, aligned to 256.
-        shape: of it.
-        dtype: of its elements.
-        memory: what it is copied with.
+        address: address of the first byte, aligned to 256 bytes.
+        shape: shape of the array.
+        dtype: type of the elements.
+        memory: the `DeviceMemory` that copies the array.
     """
 
     address: int
@@ -34,12 +34,12 @@ class DeviceArray:
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
+        """The array's size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @cached_property
     def host(self) -> NDArray[Any]:
-        """Its content when it was first asked for, in the host's memory."""
+        """A copy in host memory, made at the first access."""
         made = self.memory.pinned(self.shape, self.dtype)
         self.memory.copy(made, self)
         return made
@@ -57,7 +57,7 @@ class DeviceArray:
 class DeviceMemory:
     """Allocations, copies, a stream and graphs on one GPU.
 
-    Allocations are kept for the next array of the same size: allocating stops the GPU.
+    Unused memory is kept for the next array of the same size, because an allocation stops the GPU.
 
     Args:
         device: number of the GPU.
@@ -71,7 +71,7 @@ class DeviceMemory:
         self._free: dict[int, list[int]] = defaultdict(list)
         self._pinned: dict[int, list[int]] = defaultdict(list)
         self._closed = False
-        self._lock = RLock()  # what is copied while a graph is recorded would become part of it
+        self._lock = RLock()  # a copy during the recording of a graph would become part of it
 
     @cached_property
     def _cuda(self) -> Any:
@@ -87,7 +87,7 @@ class DeviceMemory:
         """Call a function of the CUDA runtime.
 
         Raises:
-            UserError: it failed; what and why is named.
+            UserError: the call failed; the message names the function and the reason.
         """
         status, *values = getattr(self._cuda, name)(*arguments)
         if int(status) != 0:
@@ -98,7 +98,7 @@ class DeviceMemory:
 
     @cached_property
     def gpu(self) -> dict[str, str]:
-        """Its "name" and "sm", the compute capability."""
+        """The GPU's "name" and "sm", the compute capability."""
         found = self._check("cudaGetDeviceProperties", self.device)
         name = found.name.decode() if isinstance(found.name, bytes) else str(found.name)
         return {"name": name.rstrip("\0"), "sm": f"{found.major}.{found.minor}"}
@@ -109,14 +109,14 @@ class DeviceMemory:
 
     @cached_property
     def stream(self) -> int:
-        """A stream of its own: on the default one TensorRT waits for the whole GPU."""
+        """A separate stream: on the default stream, TensorRT waits for the whole GPU."""
         self.activate()
         made = int(self._check("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking))
         finalize(self, self._cuda.cudaStreamDestroy, made).atexit = False
         return made
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceArray:
-        """An array that nothing was written to."""
+        """An uninitialised array on the GPU."""
         kind = np.dtype(dtype)
         size = max(math.prod(shape) * kind.itemsize, 1)
         try:
@@ -128,7 +128,7 @@ class DeviceMemory:
         return made
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """An array in page-locked memory of the host, which copies go to and from at full speed; used again, too."""
+        """An array in page-locked host memory, which is copied at full speed; its memory is reused, too."""
         kind = np.dtype(dtype)
         size = max(math.prod(shape) * kind.itemsize, 1)
         try:
@@ -140,7 +140,7 @@ class DeviceMemory:
         return np.frombuffer(memoryview(held), np.uint8)[: math.prod(shape) * kind.itemsize].view(kind).reshape(shape)
 
     def _release(self, pool: dict[int, list[int]], size: int, address: int, free: str) -> None:
-        """Keep memory that nobody holds any more for the next array of its size, or give it back after `close`."""
+        """Keep unused memory for the next array of its size, or free it after `close`."""
         if self._closed:
             self.activate()
             self._check(free, address)
@@ -148,7 +148,7 @@ class DeviceMemory:
             pool[size].append(address)
 
     def close(self) -> None:
-        """Give back what nobody holds; what is still held is given back when it is not any more."""
+        """Free all unused memory. Memory in use is freed when the last reference to its array is gone."""
         self._closed = True
         self.activate()
         for pool, free in ((self._free, "cudaFree"), (self._pinned, "cudaFreeHost")):
@@ -162,13 +162,13 @@ class DeviceMemory:
         Args:
             to: a contiguous array of the same size.
             source: a contiguous array.
-            wait: until it is done; False is for what the next work on the stream needs.
+            wait: whether to wait for the end of the copy; False suffices if only later work on the stream needs it.
 
         Raises:
             ValueError: the arrays differ in size, or one is not contiguous.
         """
         if to.nbytes != source.nbytes:
-            raise ValueError(f"{source.nbytes} bytes do not go into {to.nbytes}")
+            raise ValueError(f"{source.nbytes} bytes cannot be copied into an array whose size in bytes is {to.nbytes}")
         for array in (to, source):
             if isinstance(array, np.ndarray) and not array.flags.c_contiguous:
                 raise ValueError("an array to copy is not contiguous")
@@ -180,11 +180,11 @@ class DeviceMemory:
                 self.wait()
 
     def wait(self) -> None:
-        """Wait for the stream."""
+        """Wait until the stream has finished its work."""
         self._check("cudaStreamSynchronize", self.stream)
 
     def graph(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record the work that a function puts on the stream; what is returned runs it again at the cost of one launch."""
+        """Record the work that a function puts on the stream; the returned function repeats it with one launch."""
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         with self._lock:
             self._check("cudaStreamBeginCapture", self.stream, mode)
@@ -205,5 +205,5 @@ class DeviceMemory:
 _REMEDIES = {
     "cudaSetDevice": "choose one that nvidia-smi lists",
     "cudaGetDeviceProperties": "choose one that nvidia-smi lists",
-    "cudaMalloc": "free its memory, or take a smaller batch or resolution",
+    "cudaMalloc": "free GPU memory, or choose a smaller batch or resolution",
 }

@@ -1,4 +1,4 @@
-"""A session of ONNX Runtime."""
+"""Runner of ONNX Runtime sessions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,25 +26,25 @@ class OnnxRuntimeRunner:
         self.session = None
 
     def upload(self, images: NDArray[Any]) -> Array:
-        """The network's input form, in the host's memory."""
+        """Convert images to the network's input form, in host memory."""
         return normalise(images, self.spec.input)
 
     def download(self, fields: Fields) -> Mapping[str, NDArray[Any]]:
-        """The fields themselves."""
+        """Return the fields, which are in host memory already."""
         return fields
 
     def __call__(self, images: Array) -> dict[str, NDArray[Any]]:
-        """Fields of uploaded images.
+        """Run the network on uploaded images.
 
         Raises:
-            UserError: the network does not take them, or a field is not as described.
+            UserError: the network does not accept the images, or a field differs from its description.
         """
         try:
             returned = self.session.run(self._names, {self.spec.input.name: images})
         except Exception as error:
             first = first_line(error)
             raise UserError(
-                f"the network does not run at {list(images.shape)} ({first}); choose a size and a batch it takes"
+                f"the network does not run at {list(images.shape)} ({first}); choose an input size and a batch that it accepts"
             ) from error
         for field, values in zip(self.spec.fields, returned, strict=True):
             if (field.axes and len(values) != len(images)) or not field.holds(values.shape):

@@ -1,4 +1,4 @@
-"""Loads TensorRT plans and runs them: numpy, tensorrt and cuda-python; torch only to normalise and decode on the GPU."""
+"""Runner of TensorRT plans. It needs numpy, tensorrt and cuda-python; torch is optional, to work on the GPU."""
 
 import hashlib
 import importlib.metadata
@@ -21,17 +21,17 @@ from posepress.runners.device_memory import DeviceArray, DeviceMemory
 from posepress.spec import Array, Fields, NetworkSpec, Resolution
 
 ENGINE, SIDE, WEIGHTS = "engine.plan", "engine.json", "weights.onnx"
-_PROFILED = 20  # runs whose layers are timed
+_PROFILED = 20  # number of runs whose layers are timed
 _PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
-_KEYS = ("tensors", "nodes", "weights", "plugins", "version_compatible", "spec")  # of what lies beside a plan
-_SHAPES = 32  # input shapes whose buffers are kept
-_GRAPHS = 4  # of them the first so many have a context and a graph of their own, which take memory
-_CONTEXTS = 2  # of a GPU: one computes while the other's results are copied
+_KEYS = ("tensors", "nodes", "weights", "plugins", "version_compatible", "spec")  # required keys of a plan's description
+_SHAPES = 32  # largest number of input shapes whose buffers are kept
+_GRAPHS = 4  # largest number of input shapes with a separate context and graph, which take memory
+_CONTEXTS = 2  # contexts on each GPU: one computes while the other's results are copied
 
 
 @cache
 def logger() -> Any:
-    """TensorRT's logger; it keeps the last errors, because failing calls only return None and say why here."""
+    """TensorRT's logger. It keeps errors, because a failing call returns None and reports the reason only here."""
     import tensorrt as trt
 
     class Logger(trt.ILogger):  # type: ignore[misc] # the base exists only where TensorRT does
@@ -47,14 +47,14 @@ def logger() -> Any:
 
 
 def failed(what: str, fix: str) -> UserError:
-    """The error of a call that returned nothing, with what TensorRT logged."""
+    """The error for a failed TensorRT call, with the reason that TensorRT logged."""
     reason = "; ".join(logger().errors[-3:]) or "TensorRT gave no reason"
     logger().errors.clear()
     return UserError(f"{what}: {reason}; {fix}")
 
 
 def installed() -> str | None:
-    """The version of TensorRT, without loading it; None where its package does not say."""
+    """The version of TensorRT, read without loading it; None if no package tells it."""
     for name in _PACKAGES:
         try:
             return importlib.metadata.version(name)
@@ -64,15 +64,15 @@ def installed() -> str | None:
 
 
 def check(engine: Path, version: str | None, gpu: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
-    """What lies beside a plan, and the plan, if it is whole and was built for this machine.
+    """Read a plan's description and the plan; both must be intact and made for this machine.
 
     Args:
-        engine: the plan.
-        version: of TensorRT; None is not compared.
+        engine: file of the plan.
+        version: version of TensorRT on this machine; None skips the comparison.
         gpu: "name" and "sm" of the GPU.
 
     Raises:
-        UserError: it was not; nothing of it is loaded.
+        UserError: the plan is damaged or was built for another machine; TensorRT has loaded nothing of it.
     """
     again = "build it here: stage=build force=true"
     side = engine.parent / SIDE
@@ -98,7 +98,7 @@ def check_version(engine: Path, content: Mapping[str, Any], version: str) -> Non
     """Make sure that a plan runs with a version of TensorRT.
 
     Raises:
-        UserError: it does not.
+        UserError: the plan does not run with it.
     """
     built = content["tensorrt"]
     if built != version and not (content["version_compatible"] and _newer(version, built)):
@@ -106,7 +106,7 @@ def check_version(engine: Path, content: Mapping[str, Any], version: str) -> Non
 
 
 def _newer(version: str, built: str) -> bool:
-    """Whether a version-compatible plan runs: with any later version of the same major one."""
+    """Whether a version-compatible plan runs: `version` has the same major number and is not older than `built`."""
     here, there = ([int(part) for part in text.split(".")[:3]] for text in (version, built))
     return here[0] == there[0] and here >= there
 
@@ -122,7 +122,7 @@ def _fits(level: str, built_for: Mapping[str, Any], gpu: Mapping[str, Any]) -> b
 
 @dataclass
 class _Context:
-    """An execution context, and the profile that it has."""
+    """An execution context and its optimization profile."""
 
     made: Any
     profile: int = 0
@@ -130,7 +130,7 @@ class _Context:
 
 @dataclass
 class _Bound:
-    """What an input shape uses: a context, buffers, and a graph if the context is its own."""
+    """Resources of an input shape: a context, buffers, and a graph if no other shape uses the context."""
 
     context: _Context
     given: DeviceArray
@@ -140,7 +140,7 @@ class _Bound:
 
 @dataclass
 class _Slot:
-    """What one call at a time uses: an engine, a stream, a context that shapes share, and shapes."""
+    """Resources of one call at a time: an engine, a stream, a shared context, and the resources of each shape."""
 
     engine: Any
     memory: DeviceMemory
@@ -149,15 +149,15 @@ class _Slot:
 
 
 class TensorRTRunner:
-    """A loaded plan; as many calls as it has workers run at once, each with a context and a stream of its own.
+    """A loaded plan. It runs `workers` calls at the same time, each with its own context and stream.
 
     Args:
-        engine: the plan, with its description beside it.
+        engine: file of the plan; its description lies in the same folder.
         devices: numbers of the GPUs that share the work.
         cuda_graph: replay the plan as one CUDA graph for each input shape.
 
     Raises:
-        UserError: the plan is of another version, GPU or build, or cannot be loaded.
+        UserError: the plan was built for another version or GPU, is damaged, or cannot be loaded.
     """
 
     def __init__(self, engine: Path, devices: Sequence[int] = (0,), cuda_graph: bool = True) -> None:
@@ -211,7 +211,7 @@ class TensorRTRunner:
 
     @contextmanager
     def _slot(self, device: int) -> Iterator[_Slot]:
-        """A free slot of a GPU, which this thread's calls then go to."""
+        """Wait for a free slot of a GPU, and send this thread's calls to that GPU."""
         slot = self.slots[device].get()
         try:
             slot.memory.activate()
@@ -220,7 +220,7 @@ class TensorRTRunner:
             self.slots[device].put(slot)
 
     def upload(self, images: NDArray[Any]) -> Array:
-        """The network's input form, in a GPU's memory, of each in turn; torch normalises there, where it is at hand."""
+        """Convert images to the network's input form in GPU memory; the GPUs take turns. torch, if usable, converts there."""
         if self._torch is not None:
             from posepress.pixels_torch import normalise as on_gpu
 
@@ -237,7 +237,7 @@ class TensorRTRunner:
         return array
 
     def __call__(self, images: Array) -> Fields:
-        """Fields of uploaded images, where the network ran.
+        """Run the network on uploaded images; the fields stay in GPU memory.
 
         Raises:
             UserError: the shape lies outside the plan's profiles.
@@ -260,7 +260,7 @@ class TensorRTRunner:
         return made
 
     def inspected(self) -> tuple[str, dict[str, float], Mapping[str, Mapping[str, Any]]]:
-        """What the inspector says, as JSON; microseconds by layer, at the first profile's best shape; the nodes of the file."""
+        """The inspector's JSON, the microseconds of each layer at the first profile's optimal shape, and the file's nodes."""
         import tensorrt as trt
 
         times: dict[str, list[float]] = {}
@@ -291,20 +291,20 @@ class TensorRTRunner:
         return text, {name: float(np.median(some)) for name, some in times.items()}, self.nodes
 
     def download(self, fields: Fields) -> Mapping[str, NDArray[Any]]:
-        """Copies in the host's memory; floats are float32."""
+        """Copy fields to host memory; floating-point fields become float32."""
         host = {name: np.asarray(one if isinstance(one, DeviceArray) else one.cpu()) for name, one in fields.items()}
         return {name: one.astype(np.float32) if one.dtype.kind == "f" else one for name, one in host.items()}
 
     def _empty(self, like: DeviceArray, memory: DeviceMemory) -> Any:
         if self._torch is None:
             return memory.empty(like.shape, like.dtype)
-        # On the stream that it is written on: torch may give memory that its own stream still works with to nobody else.
+        # Allocate on the stream that writes the array. Memory of torch's own stream may still be in use there.
         with self._torch.cuda.stream(self._torch.cuda.ExternalStream(memory.stream)):
             there = self._torch.device("cuda", memory.device)
             return self._torch.empty(like.shape, dtype=getattr(self._torch, like.dtype.name), device=there)
 
     def _bind(self, slot: _Slot, shape: tuple[int, ...]) -> _Bound:
-        """Give a shape buffers, and the first shapes a context and a graph, which must not see another shape.
+        """Allocate buffers for an input shape; the first shapes also get a separate context and a graph.
 
         Raises:
             UserError: the shape lies in no profile.
@@ -324,17 +324,17 @@ class TensorRTRunner:
         bound = _Bound(context, slot.memory.empty(shape, self.types[self.spec.input.name]), fields)
         self._address(slot, bound)
         if own:
-            self._enqueue(slot, context)  # TensorRT prepares a shape when it first runs, which a graph must not hold
+            self._enqueue(slot, context)  # TensorRT prepares a shape in its first run; a graph must not record that
             slot.memory.wait()
             bound.graph = slot.memory.graph(lambda: self._enqueue(slot, context))
         slot.bound[shape] = bound
         return bound
 
     def _choose(self, slot: _Slot, context: _Context, shape: tuple[int, ...]) -> None:
-        """Take a profile that a shape lies in, and set the shape.
+        """Select a profile that includes a shape, and set the shape.
 
         Raises:
-            UserError: it lies in none.
+            UserError: no profile includes the shape.
         """
         fitting = [n for n, (least, _, most) in enumerate(self.profiles) if _between(least, shape, most)]
         if not fitting:
@@ -344,11 +344,11 @@ class TensorRTRunner:
             )
         if context.profile not in fitting:
             if not context.made.set_optimization_profile_async(fitting[0], slot.memory.stream):
-                raise failed(f"the engine's profile {fitting[0]}", "build it again")
+                raise failed(f"TensorRT cannot select the engine's profile {fitting[0]}", "build the engine again")
             slot.memory.wait()
             context.profile = fitting[0]
         if not context.made.set_input_shape(self.tensors[self.spec.input.name], shape):
-            raise failed(f"an input of {shape}", "build the engine for that resolution and batch")
+            raise failed(f"the engine does not accept an input of {shape}", "build the engine for that resolution and batch")
 
     def _address(self, slot: _Slot, bound: _Bound) -> None:
         self._choose(slot, bound.context, bound.given.shape)
@@ -365,33 +365,33 @@ def _context(engine: Any) -> _Context:
     """A new context.
 
     Raises:
-        UserError: there is no room for it.
+        UserError: TensorRT cannot create it, usually for lack of memory.
     """
     made = engine.create_execution_context()
     if made is None:
-        raise failed("no execution context of the engine", "free memory of the GPU")
+        raise failed("TensorRT cannot create an execution context of the engine", "free GPU memory")
     return _Context(made)
 
 
 def _refit(trt: Any, engine: Any, weights: Path, digest: str) -> None:
-    """Put the weights of an ONNX file into a plan that was built without.
+    """Put the weights of an ONNX file into a plan that was built without weights.
 
     Raises:
-        UserError: they are not those it was built from.
+        UserError: the plan was built from other weights.
     """
     again = "build it here: stage=build force=true"
     if not weights.is_file() or hashlib.sha256(weights.read_bytes()).hexdigest() != digest:
-        raise UserError(f"{weights}: not the network that the plan was built from, whose weights it lacks; {again}")
+        raise UserError(f"{weights}: not the network that the plan was built from; the plan needs its weights; {again}")
     refitter = trt.Refitter(engine, logger())
     if not trt.OnnxParserRefitter(refitter, logger()).refit_from_file(str(weights)) or not refitter.refit_cuda_engine():
         raise failed(f"{weights}: its weights do not fit the plan", again)
 
 
 def prepare(trt: Any, files: Sequence[str]) -> None:
-    """Forget what was logged before, and load TensorRT's own plugins and further libraries, each once in a process.
+    """Clear the log, and load TensorRT's own plugins and further libraries, each once in a process.
 
     Raises:
-        UserError: one is missing, or TensorRT does not take it.
+        UserError: a library is missing, or TensorRT cannot load it.
     """
     logger().errors.clear()
     trt.init_libnvinfer_plugins(logger(), "")
@@ -414,7 +414,7 @@ def _between(least: Sequence[int], shape: Sequence[int], most: Sequence[int]) ->
 
 
 def _torch(devices: Sequence[int]) -> Any:
-    """Torch, where it is installed and sees the one GPU."""
+    """The module torch if it is installed, sees a GPU, and the engine uses one GPU only; else None."""
     try:
         import torch
     except ImportError:

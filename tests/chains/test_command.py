@@ -63,7 +63,7 @@ def test_an_interrupted_training_goes_on(smoke):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "interrupted; run the same command to go on" in errors
+    assert "interrupted; run the same command to continue" in errors
     assert "Traceback" not in errors
     assert snapshot(smoke).items() >= before.items(), "the earlier result is still there"
     words = [w for w in lasting(40) if w != "force=true"]

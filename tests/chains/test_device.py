@@ -21,7 +21,7 @@ def test_a_device_without_torch_builds_evaluates_and_brings_results_home(smoke):
     listed = subprocess.run([str(python), "-m", "pip", "list", "--format=json"], capture_output=True, text=True, check=True)
     names = {entry["name"].lower() for entry in json.loads(listed.stdout)}
     assert not names & {"torch", "mlflow", "dvc", "scipy", "posepress"}
-    assert "take it home" in on_device(folder, python, double=True).stdout
+    assert "copy it to the main machine" in on_device(folder, python, double=True).stdout
     home = command(*SMOKE[:1], "stage=import", f"results={folder / 'results.zip'}", cwd=smoke, check=0)
     assert "double.of.a.gpu" in home.stderr
     (imported,) = (smoke / "outputs/smoke/evaluate").glob("*_tensorrt-double.of.a.gpu-b1/metrics.json")

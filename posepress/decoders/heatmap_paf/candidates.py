@@ -1,4 +1,4 @@
-"""Peaks and limbs of an image, before people are made of them."""
+"""Peaks and limbs of an image before they are grouped into people."""
 
 from dataclasses import dataclass
 
@@ -12,16 +12,16 @@ I32 = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Candidates:
-    """Peaks and limbs of an image, before anybody is made of them.
+    """Peaks and limbs of an image before they are grouped into people.
 
     Attributes:
         peaks: float32 [K, P, 3]: x, y in cells and the map's value.
         counts: int32 [K], peaks in each map.
-        scores: float32 [n], of pairs of peaks.
-        pairs: int32 [n, 2], their peaks.
+        scores: float32 [n], scores of pairs of peaks.
+        pairs: int32 [n, 2], indices of the two peaks of each pair.
         starts: int32 [L + 1], where each limb's pairs begin.
-        dropped: peaks that the maps had beyond P.
-        not_finite: a heatmap held NaN or infinity.
+        dropped: number of peaks beyond the first P of a map.
+        not_finite: whether a heatmap held NaN or infinity.
     """
 
     peaks: F32

@@ -1,8 +1,8 @@
 """People from heatmaps and part affinity fields (PAFs), decoded on the network's own grid.
 
-The grouping is OpenPose's (Cao et al., arXiv:1812.08008): peaks of each keypoint's heatmap, limbs scored by the line
-integral of their PAF, an assignment limb by limb. Nothing is upsampled: peaks get a sub-pixel position from a parabola
-through the logarithm of three values, exact for a Gaussian, and PAFs are sampled bilinearly.
+The grouping follows OpenPose (Cao et al., arXiv:1812.08008): it finds the peaks of each keypoint's heatmap, scores limbs by
+the line integral of their PAF, and assigns them limb by limb. Nothing is upsampled. Peaks get a sub-pixel position from a
+parabola through the logarithms of three values, which is exact for a Gaussian. PAFs are sampled bilinearly.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,14 +24,14 @@ from posepress.geometry import View, cells_to_input
 from posepress.results import Poses
 from posepress.spec import Array, NetworkSpec, Skeleton
 
-_MOST = 10**6  # of thresholds
+_MOST = 10**6  # greatest value of a threshold
 
 _CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
 
 
 @cache
 def limb_order(skeleton: Skeleton) -> tuple[I32, int]:
-    """Order limbs for grouping: a spanning tree from the keypoint with most limbs outwards, then those closing cycles.
+    """Order limbs for grouping: a spanning tree from the keypoint with most limbs, then the limbs that close cycles.
 
     Returns:
         [L, 3]: keypoint, keypoint, index in `skeleton.limbs`; and how many limbs the tree has.
@@ -39,7 +39,7 @@ def limb_order(skeleton: Skeleton) -> tuple[I32, int]:
     degree = np.bincount(np.array(skeleton.limbs, np.int64).ravel(), minlength=len(skeleton.names))
     reached: set[int] = set()
     tree: list[int] = []
-    while len(reached) < np.count_nonzero(degree):  # a tree for each part of the skeleton
+    while len(reached) < np.count_nonzero(degree):  # one tree for each connected part of the skeleton
         reached.add(max((k for k in range(len(degree)) if k not in reached), key=lambda k: degree[k]))
         while True:
             grown = []
@@ -57,7 +57,7 @@ def limb_order(skeleton: Skeleton) -> tuple[I32, int]:
 
 @cache
 def _counted(skeleton: Skeleton) -> F32:
-    """1 for keypoints that count in a person's score, [K]; not the neck, which follows from the shoulders."""
+    """1 for keypoints that count in a person's score, [K]; 0 for the neck, because it follows from the shoulders."""
     counted = np.array([name != "neck" for name in skeleton.names], np.float32)
     return counted if counted.any() else np.ones_like(counted)
 
@@ -66,20 +66,20 @@ def _counted(skeleton: Skeleton) -> F32:
 class HeatmapPafDecoder:
     """Decoder of bottom-up networks with the fields "heatmaps" and "pafs".
 
-    Fields in the memory of a GPU are decoded there up to peaks and limb scores; grouping is always the processor's.
+    For fields in GPU memory, the GPU computes peaks and limb scores. The CPU always does the grouping.
 
     Attributes:
         spec: the network's description.
-        heatmap_threshold: least heatmap value of a keypoint.
-        paf_threshold: least PAF projection of a limb's sample.
-        min_keypoints: people with fewer found keypoints are dropped.
-        min_score: people whose mean of peak and limb scores is below are dropped.
-        max_peaks: most peaks kept in one heatmap, the highest first; the rest is counted.
+        heatmap_threshold: threshold of the heatmap value of a keypoint.
+        paf_threshold: threshold of the PAF, projected on the limb, at each sample.
+        min_keypoints: people with fewer keypoints are dropped; filled-in keypoints do not count.
+        min_score: threshold of the sum of peak and limb scores, divided by the keypoints; people below it are dropped.
+        max_peaks: largest number of peaks kept in one heatmap, the highest first; dropped peaks are counted.
         assignment: "greedy" takes a limb's best pairs first, as OpenPose does; "hungarian" maximises their sum.
-        complete_poses: a missing keypoint takes the best value of its map inside the person's box, instead of (0, 0).
-        box_margin: that box is the found keypoints', larger by this part of its longer side on each side.
-        score_weights: of a person's score, one for each of `grouping.FEATURES`, brought to 0..1 by a logistic
-            function; None is the sum of its peaks.
+        complete_poses: whether to place a missing keypoint at its map's highest value in the person's box, instead of (0, 0).
+        box_margin: margin of the person's box in complete_poses, added on each side, as a fraction of its longer side.
+        score_weights: weights of a person's score, one for each of `grouping.FEATURES`. A logistic function maps the sum to
+            0..1. None takes the sum of the person's peak values as score.
     """
 
     spec: NetworkSpec
@@ -94,11 +94,11 @@ class HeatmapPafDecoder:
     score_weights: Annotated[Sequence[float], Len(7, 7)] | None = None
 
     def __post_init__(self) -> None:
-        """Check the options, and that the fields hold what the skeleton needs; compiled code counts on it.
+        """Check the options, and that the fields fit the skeleton; compiled code relies on it.
 
         Raises:
-            ValueError: a number is out of range or not finite, an unknown assignment, a wrong number of weights, a field with
-                too few channels, or heatmaps and PAFs of different strides.
+            ValueError: a number is out of range or not finite, the assignment is unknown, or the number of weights is wrong. Or
+                a field has too few channels, or heatmaps and PAFs have different strides.
         """
         for option in ("heatmap_threshold", "paf_threshold", "min_score"):
             number(f"decoder.{option}", getattr(self, option), -_MOST, _MOST)
@@ -112,14 +112,14 @@ class HeatmapPafDecoder:
         if self.assignment not in ("greedy", "hungarian"):
             raise ValueError(f"decoder.assignment={self.assignment}: unknown; use greedy or hungarian")
         if self.score_weights is not None and len(self.score_weights) != len(FEATURES):
-            raise ValueError(f"decoder.score_weights: {len(self.score_weights)} numbers; it takes {len(FEATURES)}: {FEATURES}")
+            raise ValueError(f"decoder.score_weights: {len(self.score_weights)} numbers; give {len(FEATURES)}: {FEATURES}")
         heat, paf, skeleton = self.spec.field("heatmaps"), self.spec.field("pafs"), self.spec.skeleton
         if not skeleton.limbs:
             raise ValueError("labels.limbs is missing: PAFs hold two channels for each limb, so give the limbs in their order")
         if heat.channels < len(skeleton.names) or paf.channels != 2 * len(skeleton.limbs) or heat.stride != paf.stride:
             raise ValueError(
                 f"{heat.channels} heatmaps (stride {heat.stride}) and {paf.channels} PAF channels (stride {paf.stride}) do "
-                f"not fit a skeleton of {len(skeleton.names)} keypoints and {len(skeleton.limbs)} limbs; mend model.spec"
+                f"not fit a skeleton of {len(skeleton.names)} keypoints and {len(skeleton.limbs)} limbs; correct model.spec"
             )
 
     @property
@@ -130,7 +130,7 @@ class HeatmapPafDecoder:
         """Peaks and scored limbs of one image's fields [C, h, w].
 
         Raises:
-            ValueError: they have other channels than described.
+            ValueError: the fields have other channels than described.
         """
         self._check(heatmaps.shape, pafs.shape)
         limbs, _ = limb_order(self.spec.skeleton)
@@ -145,11 +145,11 @@ class HeatmapPafDecoder:
         if not len(heatmaps) == len(pafs) == 3 or heatmaps[0] < K or pafs[0] != 2 * L or 0 in (*heatmaps, *pafs):
             raise ValueError(
                 f"heatmaps {list(heatmaps)} and PAFs {list(pafs)} are not the maps [C, h, w] of {K} keypoints and {L} limbs; "
-                "mend model.spec"
+                "correct model.spec"
             )
 
     def people(self, found: Candidates, heatmaps: F32, view: View) -> Poses:
-        """The people that candidates of one image make."""
+        """Group the candidates of one image into people."""
         skeleton = self.spec.skeleton
         limbs, tree = limb_order(skeleton)
         keypoints, limb_scores = group(
@@ -169,7 +169,7 @@ class HeatmapPafDecoder:
             complete(heatmaps, keypoints, self.box_margin)
         to_image = self._to_image(view)
         points, scores, guessed, features = finish(keypoints, present, limb_scores, _counted(skeleton), self._weights, to_image)
-        if self.score_weights is not None:  # a fit is linear and may be negative; order is all that AP asks for
+        if self.score_weights is not None:  # a linear fit may be negative; AP depends on the order alone
             scores = (1 / (1 + np.exp(-scores))).astype(np.float32)
         return Poses(points, scores, guessed, features, found.dropped, found.not_finite)
 
@@ -184,14 +184,14 @@ class HeatmapPafDecoder:
         return np.column_stack((x - origin, y - origin, origin))
 
     def decode(self, fields: Mapping[str, Array], views: Sequence[View]) -> list[Poses]:
-        """Find the people of each view.
+        """Predict the people in each view.
 
         Args:
             fields: "heatmaps" [B, K + 1, h, w] (background last) and "pafs" [B, 2 L, h, w]; numpy arrays or torch tensors.
             views: B views.
 
         Returns:
-            Poses in image pixels, one a view, in the network's own skeleton.
+            Poses in image pixels, one object for each view, in the network's own skeleton.
         """
         return [self.people(found, heatmaps, view) for (found, heatmaps), view in zip(self._every(fields), views, strict=True)]
 
@@ -214,7 +214,7 @@ class HeatmapPafDecoder:
             yield self.candidates(maps, limb_maps), maps
 
     def merge(self, parts: Sequence[Poses], views: Sequence[View]) -> Poses:  # noqa: ARG002
-        """One result an image: a bottom-up network sees each image in one view."""
+        """The result of the only view: a bottom-up network sees each image in one view."""
         (poses,) = parts
         return poses
 
@@ -223,5 +223,5 @@ class HeatmapPafDecoder:
         return draw(image, found, self.spec.skeleton)
 
     def variants(self, found: Poses) -> dict[str, Poses]:
-        """Other readings of what was found, scored beside it: "as_found" has no guesses and the plain score."""
+        """Alternative versions of a prediction: "as_found" has the plain score and no filled-in keypoints."""
         return {"as_found": found.as_found()} if self.complete_poses or self.score_weights is not None else {}

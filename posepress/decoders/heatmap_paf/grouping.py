@@ -11,7 +11,10 @@ I32 = NDArray[np.int32]
 
 @compiled
 def _greedy(scores: F32, pairs: I32, nA: int, nB: int) -> I32:
-    """The pairs [n, 2] that stay if the best comes first and no peak serves twice, as indices in falling order of score."""
+    """Choose pairs [n, 2] greedily: the highest score comes first, and each peak is used at most once.
+
+    The result holds the pairs' indices in falling order of score.
+    """
     used_a, used_b = np.zeros(nA, np.bool_), np.zeros(nB, np.bool_)
     kept = np.empty(min(nA, nB), np.int32)
     n = 0
@@ -26,9 +29,11 @@ def _greedy(scores: F32, pairs: I32, nA: int, nB: int) -> I32:
 
 @compiled
 def _hungarian(scores: F32, pairs: I32, nA: int, nB: int) -> I32:
-    """The pairs [n, 2] with the greatest sum of scores in which no peak serves twice, in falling order of score.
+    """Choose the pairs [n, 2] with the greatest sum of scores; each peak is used at most once.
 
-    The shortest augmenting path method (Kuhn 1955, Munkres 1957; potentials as in Jonker and Volgenant 1987).
+    The result holds the pairs' indices in falling order of score.
+
+    It is the method of shortest augmenting paths (Kuhn 1955, Munkres 1957; potentials as in Jonker and Volgenant 1987).
     """
     rows, columns = min(nA, nB), max(nA, nB)
     turned = nA > nB
@@ -38,7 +43,7 @@ def _hungarian(scores: F32, pairs: I32, nA: int, nB: int) -> I32:
         r, s = (pairs[c, 1], pairs[c, 0]) if turned else (pairs[c, 0], pairs[c, 1])
         cost[r, s], index[r, s] = -scores[c], c
     u, v = np.zeros(rows + 1), np.zeros(columns + 1)
-    owner = np.zeros(columns + 1, np.int32)  # the row of each column, from 1; column 0 is the one being placed
+    owner = np.zeros(columns + 1, np.int32)  # the row of each column, counted from 1; column 0 holds the row being placed
     before = np.zeros(columns + 1, np.int32)
     for row in range(1, rows + 1):
         owner[0] = row
@@ -85,7 +90,7 @@ def _hungarian(scores: F32, pairs: I32, nA: int, nB: int) -> I32:
 
 @compiled
 def _join(members: I32, owner: I32, limb_scores: F32, alive: NDArray[np.bool_], p: int, q: int) -> bool:
-    """Make one person of p and q unless they share a keypoint."""
+    """Merge the people p and q, unless both have a keypoint of the same name; tell whether they were merged."""
     for k in range(members.shape[1]):
         if members[p, k] >= 0 and members[q, k] >= 0:
             return False
@@ -116,14 +121,14 @@ def group(
     Args:
         peaks: [K, P, 3] in cells.
         counts: peaks in each map, [K].
-        limbs: [L, 3]: keypoint, keypoint, anything; the limbs that close a cycle stand last.
-        tree: how many limbs stand before those; these begin people, the others confirm and merge them.
-        scores: of the candidate pairs, [n].
-        pairs: peaks' indices of the candidates, [n, 2].
+        limbs: [L, 3]: keypoint, keypoint, an unused number; limbs that close a cycle come last.
+        tree: number of limbs that close no cycle. Only these limbs begin people; the others confirm and merge them.
+        scores: scores of the candidate pairs, [n].
+        pairs: indices of the two peaks of each candidate pair, [n, 2].
         starts: where each limb's candidates begin, [L + 1].
-        optimal: pairs of the greatest sum for each limb, instead of the best first.
+        optimal: whether to choose the pairs of each limb with the greatest sum of scores, instead of greedily.
         min_keypoints: people with fewer keypoints are dropped.
-        min_score: people whose mean of peak values and limb scores, a keypoint, is below are dropped.
+        min_score: threshold of the sum of peak values and limb scores, divided by the keypoints; people below it are dropped.
 
     Returns:
         Keypoints [N, K, 3] in cells with their peak values, NaN where missing; and sums of limb scores [N].
@@ -201,21 +206,21 @@ FEATURES = ("peak_sum", "found", "peak_mean", "limb_mean", "guessed_sum", "size"
 def finish(
     keypoints: F32, found: NDArray[np.bool_], limb_scores: F32, counted: F32, weights: F32, to_image: NDArray[np.float64]
 ) -> tuple[F32, F32, NDArray[np.bool_], F32]:
-    """Poses in image pixels, with what their score can follow from.
+    """Poses in image pixels, with their scores and the features that scores are fitted to.
 
     Args:
         keypoints: [N, K, 3] in cells, NaN where missing.
-        found: [N, K]: not guessed.
+        found: [N, K], whether a keypoint has a peak; others were filled in.
         limb_scores: sums over the person's limbs, [N].
-        counted: 1 for keypoints that count, [K]: a neck follows from the shoulders and would count them twice.
-        weights: of the score, one a feature.
+        counted: 1 for keypoints that count in the score, else 0, [K]. A neck would count the shoulders twice.
+        weights: weights of the score, one for each feature.
         to_image: [2, 3], from cells to image pixels.
 
     Returns:
-        Keypoints [N, K, 3], (0, 0, 0) where missing; scores [N]; which keypoints are guesses [N, K]; and features [N, 7] in
-        the order of `FEATURES`: sum of the found peaks' values; part of the keypoints that was found; mean of their values;
-        limb score a found keypoint; sum of the guessed values; logarithm of the longer side of the found keypoints' box, in
-        cells; and one.
+        Keypoints [N, K, 3], (0, 0, 0) where missing; scores [N]; which keypoints were filled in [N, K]; and features [N, 7].
+        The features, in the order of `FEATURES`, are: the sum of the peaks' values; the share of keypoints with a peak; the
+        mean of the peaks' values; the limb scores' sum divided by the number of peaks; the sum of the filled-in values; the
+        logarithm of the longer side, in cells, of the peaks' box; and the number 1.
     """
     N, K = found.shape
     features = np.empty((N, 7), np.float32)

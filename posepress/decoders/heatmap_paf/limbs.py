@@ -8,8 +8,8 @@ from posepress.compiled import compiled
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
 
-SAMPLES = 10  # PAF samples a limb, as in OpenPose
-MOST_MISSES = 1  # so many of them may lie below the threshold: the 9-of-10 rule
+SAMPLES = 10  # number of PAF samples on a limb, as in OpenPose
+MOST_MISSES = 1  # largest number of samples below the threshold: the 9-of-10 rule
 
 
 @compiled
@@ -31,15 +31,15 @@ def _sample(px: F32, py: F32, x: np.float32, y: np.float32) -> tuple[np.float32,
 def score_limbs(pafs: F32, limbs: I32, peaks: F32, counts: I32, shift: float, threshold: float) -> tuple[F32, I32, I32]:
     """Score every pair of peaks that a limb can join: the mean PAF along their line.
 
-    The PAF at the peaks is sampled once for all pairs, because a wrong pair mostly fails there; the inner samples come every
-    third, so that the others fail soon. Neither changes a result.
+    The PAF at the peaks is sampled once for all pairs, because most wrong pairs fail there. The inner samples are taken in
+    steps of three, so that other wrong pairs fail early. Neither changes the result.
 
     Args:
         pafs: [2 L, H, W].
         limbs: [L, 3]: keypoint, keypoint, index of the limb's PAF.
         peaks: [K, P, 3] in cells.
         counts: peaks in each map, [K].
-        shift: from heatmap cells to PAF cells.
+        shift: offset from heatmap cells to PAF cells.
         threshold: least projection of a PAF sample.
 
     Returns:

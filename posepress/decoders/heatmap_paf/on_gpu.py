@@ -1,7 +1,7 @@
 """Peaks and limb scores of heatmaps and PAFs in torch, for fields in the memory of a GPU.
 
-The formulas are those of `peaks` and `limbs`; only the work of a map's top cells and of all pairs of
-peaks is done at once. Grouping stays with the processor.
+The formulas are those of `peaks` and `limbs`, but all peaks of a map and all pairs of peaks are computed at once. The
+grouping stays on the CPU.
 """
 
 from collections import Counter
@@ -21,9 +21,9 @@ from posepress.compiled import compiled
 from posepress.decoders.heatmap_paf.candidates import Candidates
 from posepress.decoders.heatmap_paf.limbs import MOST_MISSES, SAMPLES
 
-TOP = 32  # peaks kept in a map; the host decodes an image that has more
-OFTEN = 20  # batches of one shape after which fusing the functions, some seconds, is worth while
-_MOST_COMPILED = 4  # shapes for which they are fused
+TOP = 32  # largest number of peaks kept in a map; the CPU decodes an image with more
+OFTEN = 20  # batches of one shape after which the functions are fused, which takes some seconds
+_MOST_COMPILED = 4  # largest number of shapes for which the functions are fused
 _compiling = Lock()  # torch's compiler serves one thread at a time
 _seen: Counter[tuple[float, ...]] = Counter()
 
@@ -40,8 +40,8 @@ def find_peaks(heatmaps: Tensor, threshold: float, top: int) -> tuple[Tensor, Te
     """Local maxima of maps [B, K, H, W].
 
     Returns:
-        Peaks [B, K, top, 3] as x, y in cells and the value, the highest first, and 0 where there are no more; how many there
-        are in each map [B, K], which may be more than `top`; and whether an image's maps hold NaN or infinity [B].
+        Peaks [B, K, top, 3] as x, y in cells and the value, the highest first, padded with 0; the number of peaks in each map
+        [B, K], which may exceed `top`; and whether an image's maps hold NaN or infinity [B].
     """
     H, W = heatmaps.shape[2:]
     finite = torch.isfinite(heatmaps)
@@ -67,7 +67,7 @@ def find_peaks(heatmaps: Tensor, threshold: float, top: int) -> tuple[Tensor, Te
 
 
 def score_limbs(pafs: Tensor, peaks: Tensor, limbs: Tensor, shift: float, threshold: float) -> Tensor:
-    """Scores [B, L, top, top] of all pairs of peaks that each limb can join; 0 for those that are no limb.
+    """Scores [B, L, top, top] of all pairs of peaks that each limb can join; 0 for pairs that are no limb.
 
     Args:
         pafs: [B, 2 L, H, W].
@@ -114,7 +114,7 @@ def _fields_to_scores(
 
 @cache
 def _compiled(shift: float, heatmap_threshold: float, paf_threshold: float, top: int) -> Callable[..., Any]:
-    """The function of fields and limbs, fused by torch's compiler where a GPU runs it."""
+    """`_fields_to_scores` with these options, fused by torch's compiler."""
     function = partial(
         _fields_to_scores, shift=shift, heatmap_threshold=heatmap_threshold, paf_threshold=paf_threshold, top=top
     )
@@ -128,7 +128,7 @@ def _on(device: torch.device, limbs: tuple[tuple[int, ...], ...]) -> Tensor:
 
 @cache
 def _ahead(device: torch.device) -> torch.cuda.Stream:
-    """A stream whose short work is done before that of networks which wait for the same GPU."""
+    """A stream of high priority, so that its short work does not wait for networks on the same GPU."""
     return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
@@ -141,7 +141,7 @@ def to_scores(
     paf_threshold: float,
     top: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Peaks, their counts, whether maps hold NaN, and limb scores of a batch of fields, left on their device."""
+    """Peaks, their counts, whether maps hold NaN, and limb scores of a batch of fields; all stay on the fields' device."""
     there = _on(heatmaps.device, tuple(map(tuple, limbs.tolist())))
     options = (shift, heatmap_threshold, paf_threshold, top)
     with torch.inference_mode():
@@ -157,7 +157,7 @@ def to_scores(
 
 
 def to_host(*tensors: Tensor) -> list[NDArray[Any]]:
-    """Copies in the host's memory; from a GPU through pinned memory, all at once."""
+    """Copies in host memory; tensors on a GPU are copied together through pinned memory."""
     if not tensors[0].is_cuda:
         return [tensor.numpy() for tensor in tensors]
     copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
@@ -171,13 +171,13 @@ def to_host(*tensors: Tensor) -> list[NDArray[Any]]:
 def _pairs(
     scores: NDArray[np.float32], limbs: NDArray[np.int32], counts: NDArray[np.int64], kept: NDArray[np.int32]
 ) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.int32], int]:
-    """The pairs of an image that are limbs, as `limbs.score_limbs` returns them, and how many peaks had no room.
+    """The pairs of an image that are limbs, as `limbs.score_limbs` returns them, and the number of dropped peaks.
 
     Args:
         scores: [L, top, top].
         limbs: [L, 3].
         counts: peaks that each map has, [K].
-        kept: becomes how many of them there is room for, [K].
+        kept: output, the number of peaks kept in each map, [K].
     """
     L, top = scores.shape[0], scores.shape[1]
     dropped = 0
@@ -219,16 +219,16 @@ def candidates(
 ) -> Iterator[tuple[Candidates | None, NDArray[np.float32]]]:
     """Each image's candidates and heatmaps [K, H, W], the latter for completing poses on the host.
 
-    An image with more than `TOP` peaks in a map, a crowd, has no candidates: the host must look for them.
+    For an image with more than `TOP` peaks in a map (a crowd) the candidates are None; the CPU must compute them.
 
     Args:
         heatmaps: [B, K, H, W], without the background.
         pafs: [B, 2 L, H, W].
         limbs: [L, 3]: keypoint, keypoint, index of the limb's PAF.
         shift: from heatmap cells to PAF cells.
-        heatmap_threshold: least value of a peak.
+        heatmap_threshold: threshold of a peak's value.
         paf_threshold: least projection of a PAF sample.
-        max_peaks: most peaks kept in a map; the rest is counted.
+        max_peaks: largest number of peaks kept in a map; dropped peaks are counted.
     """
     with torch.cuda.stream(_ahead(heatmaps.device)) if heatmaps.is_cuda else nullcontext():
         made = to_scores(heatmaps, pafs, limbs, shift, heatmap_threshold, paf_threshold, min(max_peaks, TOP))

@@ -15,8 +15,8 @@ _BLOCK = 64  # cells tested at once
 def log_parabola(before: np.float32, centre: np.float32, after: np.float32) -> np.float32:
     """Offset in -0.5..0.5 of the top of the parabola through three logarithms, exact for a Gaussian; 0 if not concave."""
     least = np.float32(1e-3)
-    # Ratios to the centre, which is the greatest: two logarithms instead of three.
-    # Comparisons that NaN fails, so that such a neighbour counts as the least; max() may return it.
+    # With ratios to the centre, the greatest value, two logarithms suffice instead of three.
+    # NaN fails the comparison, so that a NaN neighbour counts as `least`; max() might return NaN.
     a = np.log((before if before > least else least) / centre)  # noqa: FURB136
     b = np.log((after if after > least else least) / centre)  # noqa: FURB136
     curvature = a + b
@@ -43,9 +43,9 @@ def _inner_tops(flat: F32, W: int, least: np.float32, mask: NDArray[np.uint8], t
     """Write the local maxima that have eight neighbours, and tell whether one of the map's cells was NaN or infinite.
 
     The map is compared with itself shifted by one cell, block by block and without branches, which compiles to vector
-    instructions. Cells of the first and last column are not judged here: their shifted neighbours are of other rows.
+    instructions. Cells of the first and last column are left out: their shifted neighbours belong to other rows.
     """
-    # Unsigned indices need no test for counting from the end, and only without it the loops become vector instructions.
+    # Unsigned indices need no test for negative values; that test would prevent vector instructions.
     w, block = np.uint64(W), np.uint64(_BLOCK)
     first = w + np.uint64(1)
     cells = np.uint64(flat.shape[0]) - np.uint64(2) * first
@@ -54,7 +54,7 @@ def _inner_tops(flat: F32, W: int, least: np.float32, mask: NDArray[np.uint8], t
     for at in range((cells + block - np.uint64(1)) // block):
         start = min(at * block, cells - block)  # the last block overlaps the one before it
         some = np.uint8(0)
-        for c in range(block):  # NaN fails every comparison, so it counts as some
+        for c in range(block):  # NaN fails the comparison, so that its block is not skipped
             some |= np.uint8(not flat[first + start + c] <= least)
         if some == 0:
             continue
@@ -95,7 +95,7 @@ def _is_top(heatmap: F32, i: int, j: int) -> bool:
 
 @compiled
 def _edge_tops(heatmap: F32, least: np.float32, inner: bool, tops: I32, n: int) -> tuple[int, bool]:
-    """Write the local maxima of the outermost cells, or of all if not `inner`, after the first n of `tops`."""
+    """Append the local maxima of the outermost cells to the first n of `tops`; of all cells if not `inner`."""
     H, W = heatmap.shape
     strange = False
     for i in range(H):
@@ -116,11 +116,11 @@ def _edge_tops(heatmap: F32, least: np.float32, inner: bool, tops: I32, n: int) 
 def find_peaks(heatmaps: F32, K: int, threshold: float, max_peaks: int) -> tuple[F32, I32, int, bool]:
     """Find the local maxima of the first K maps [K or more, H, W] above a threshold.
 
-    Of equal neighbours the first in reading order counts, so that a plateau is one peak. What is not finite is never a peak.
+    Of equal neighbours the first in reading order counts, so that a plateau is one peak. NaN and infinity are never peaks.
 
     Returns:
-        Peaks [K, max_peaks, 3] as x, y in cells and the map's value; how many there are in each map [K]; how many were left
-        out because a map had more than `max_peaks`, the lowest first; and whether a map held NaN or infinity.
+        Peaks [K, max_peaks, 3] as x, y in cells and the map's value; the number of peaks in each map [K]; the number of peaks
+        dropped, the lowest first, because a map had more than `max_peaks`; and whether a map held NaN or infinity.
     """
     H, W = heatmaps.shape[1], heatmaps.shape[2]
     peaks = np.empty((K, max_peaks, 3), np.float32)
@@ -157,13 +157,13 @@ def find_peaks(heatmaps: F32, K: int, threshold: float, max_peaks: int) -> tuple
 
 @compiled
 def complete(heatmaps: F32, keypoints: F32, margin: float) -> None:
-    """Give every missing keypoint of people [N, K, 3] in cells (x is NaN) the best value of its map inside the person's box.
+    """Place each missing keypoint (x is NaN) at the highest value of its map inside the person's box.
 
     Args:
         heatmaps: [K or more, H, W].
-        keypoints: changed in place; the third column becomes the map's value. A keypoint whose map has no positive value in
-            the box stays missing.
-        margin: the box of the found keypoints grows by so much of its longer side, on each side.
+        keypoints: [N, K, 3] in cells, changed in place; the third column becomes the map's value. A keypoint whose map has
+            no positive value in the box stays missing.
+        margin: margin of the present keypoints' box, added on each side, as a fraction of its longer side.
     """
     H, W = heatmaps.shape[1], heatmaps.shape[2]
     for p in range(keypoints.shape[0]):
