@@ -1,9 +1,9 @@
-"""INT8 calibration against ONNX Runtime's own: memory and time by the number of images, scales, and the speed of the result.
+"""Compare our INT8 calibration with ONNX Runtime's: memory and time by the number of images, scales, and resulting speed.
 
     python benchmarks/calibration.py [--images 32 512] [--size 256x320] [--onnx FILE]
 
-Each measurement runs in a process of its own, for its memory. Without a file the network is the lightweight OpenPose with
-random weights, on noise: neither memory nor time depends on what the images show.
+Each measurement runs in a separate process, so that its memory can be measured. Without a file, the network is the
+lightweight OpenPose with random weights, on noise: memory and time do not depend on the content of the images.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def network(file: Path) -> None:
 
     torch.manual_seed(0)
     made = LightweightOpenPose().eval()
-    for layer in made.modules():  # of the usual size of activations, from input to fields
+    for layer in made.modules():  # keeps activations at a usual magnitude from input to fields
         if isinstance(layer, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     export.export(made, np.zeros((1, 3, 64, 80), np.float32), 20, file)
@@ -71,7 +71,7 @@ def ours(file: Path, count: int, size: tuple[int, int], histograms: bool) -> str
     model = load(file)
     tensors = place(model).tensors
     given = list(images(min(count, 16), size))
-    calibration.observe(model, tensors, given[:1], histograms)  # compiles
+    calibration.observe(model, tensors, given[:1], histograms)  # compiles the code before the timing
     ratios, found = [], {}
     for _ in range(3 if count <= 64 else 1):
         before = plain(file, count, size)
@@ -136,8 +136,8 @@ def speed(file: Path, size: tuple[int, int]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, nargs="+", default=[32, 512], help="calibration images, ours")
-    parser.add_argument("--theirs", type=int, nargs="+", default=[8, 32], help="calibration images, ONNX Runtime's")
+    parser.add_argument("--images", type=int, nargs="+", default=[32, 512], help="numbers of calibration images, ours")
+    parser.add_argument("--theirs", type=int, nargs="+", default=[8, 32], help="numbers of calibration images for ONNX Runtime")
     parser.add_argument("--size", default="256x320")
     parser.add_argument("--onnx", type=Path, help="an exported network")
     parser.add_argument("--one", help=argparse.SUPPRESS)

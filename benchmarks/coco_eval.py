@@ -1,9 +1,9 @@
-"""COCO keypoint evaluation at full size, beside pycocotools and what claims to be faster: `python benchmarks/coco_eval.py`.
+"""COCO keypoint evaluation at full size, compared with pycocotools and faster peers: `python benchmarks/coco_eval.py`.
 
 5,000 images with 11,000 people and 100,000 detections are drawn and written as COCO's two files. Each evaluator reads them,
-evaluates and summarises in a process of its own; all ten figures must be pycocotools' to 1e-9. Then the bootstrap of 1,000
-resamples, and one evaluation of 72 images as a search repeats it. hotcoco and faster-coco-eval take part where they are
-installed: `pip install --no-deps --target DIR hotcoco faster-coco-eval` and PYTHONPATH=DIR.
+evaluates and summarises in a separate process. All ten figures must equal those of pycocotools to 1e-9. The benchmark then
+times the bootstrap of 1,000 resamples, and one evaluation of 72 images, which a search repeats. hotcoco and faster-coco-eval
+are included if installed: `pip install --no-deps --target DIR hotcoco faster-coco-eval` and PYTHONPATH=DIR.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from evaluation.metrics.coco_keypoints import CocoKeypoints
 from evaluation.metrics.oks import FIGURES
 from evaluation.statistics import bootstrap
 from pipeline.datasets.annotations import people
-from pipeline.datasets.coco import Coco
+from pipeline.datasets.coco_split import Coco
 from pipeline.datasets.results import load_results
 from posepress.results import Poses
 from posepress.skeletons import COCO_17
 
-IMAGES, DETECTIONS = 5000, 20  # an image
+IMAGES, DETECTIONS = 5000, 20  # number of images, and of detections in each image
 
 
 def draw(folder: Path) -> None:
@@ -113,7 +113,7 @@ def theirs(name: str, folder: Path) -> list[float]:
 
 
 def alone(name: str, folder: Path) -> None:
-    """One evaluator in this process; prints seconds, memory and figures as JSON. Compiled code is loaded before."""
+    """Run one evaluator in this process, and print seconds, memory and figures as JSON. Compiled code is loaded before."""
     if name == "posepress":
         blank = CocoKeypoints(COCO_17, COCO_17)
         blank.process("1", people([]), Poses(np.zeros((0, 17, 3), np.float32), np.zeros(0, np.float32)))

@@ -1,9 +1,9 @@
-"""Decoding fields into people, beside the peers': `python benchmarks/decoding.py [--peers FOLDER] [--real ENGINE ...]`.
+"""Decoding fields into people, compared with peers: `python benchmarks/decoding.py [--peers FOLDER] [--real ENGINE ...]`.
 
-Planted fields of 46x62 cells, one thread: milliseconds at least and in the median, and what becomes of the planted people
-(benchmarks/planted.py says how they are made and counted). With --real also the AP on real images, where each decoder sees
-the same fields: give a built engine.onnx, --images and --annotations. Peers' people are scored by the sum of their
-keypoints' scores, as ours are without a fit, and missing keypoints stay zeros for all but "completed".
+It uses planted fields of 46x62 cells and one thread. It prints the least and median time in ms, and the share of recovered
+people (see benchmarks/planted.py). With --real it also prints the AP on real images, with equal fields for each
+decoder: give a built engine.onnx, --images and --annotations. Peers' people are scored by the sum of their keypoints'
+scores, like ours without fitted scores. Missing keypoints stay zeros for all decoders except "completed".
 """
 
 import argparse
@@ -73,7 +73,7 @@ def planted(decoders: Decoders, seeds: int) -> Table:
 def real(decoders: Decoders, engine: Path, images: Path, annotations: Path, size: Resolution) -> Table:
     """AP of each decoder on the fields that an engine returns."""
     from pipeline.backends.onnxruntime import OnnxRuntime
-    from pipeline.datasets.coco import Coco
+    from pipeline.datasets.coco_split import Coco
     from posepress.predict import batches
 
     data, framing = Coco(images, annotations), WholeImage("adjust_network_input")

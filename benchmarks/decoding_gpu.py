@@ -1,7 +1,7 @@
 """Decoding on a GPU up to limb scores, and grouping on the host: `python benchmarks/decoding_gpu.py [--batch 32] [--people 5]`.
 
-Planted fields; the GPU's part is timed with CUDA events over calls one after the other, the rest on the host's
-clock. The people must be those that the processor decodes, to 1e-3 pixels.
+The fields are planted. The GPU's part is timed with CUDA events over successive calls, and the rest with the host's
+clock. The people must equal those that the CPU decodes, to 1e-3 pixels.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main() -> None:
         pafs = np.stack([image.pafs for image in images])
         maps_there, pafs_there = torch.from_numpy(heatmaps[:, :18]).cuda().contiguous(), torch.from_numpy(pafs).cuda()
         options = (limbs, 0.0, decoder.heatmap_threshold, decoder.paf_threshold, TOP)
-        for _ in range(OFTEN + 5):  # it is fused when a shape has come so often
+        for _ in range(OFTEN + 5):  # the decoder is fused after this number of calls with one shape
             to_scores(maps_there, pafs_there, *options)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         start.record()
@@ -69,7 +69,7 @@ def main() -> None:
         decoder.decode({"heatmaps": heatmaps, "pafs": pafs}, [view] * batch)
         cpu = (time.perf_counter() - begin) * 1e6 / batch
         for ours, theirs in zip(whole, on_cpu, strict=True):
-            assert len(ours.scores) == len(theirs.scores), "the GPU found other people than the processor"
+            assert len(ours.scores) == len(theirs.scores), "the GPU and the CPU decoded different numbers of people"
             first, second = (poses.keypoints[np.argsort(poses.keypoints[..., 0].sum(1))] for poses in (ours, theirs))
             worst = max(worst, float(np.abs(first - second).max(initial=0)))
         dropped = sum(c.dropped for c in candidates)

@@ -1,7 +1,7 @@
-"""Exporting a network for every shape, ours beside torch's exporter: `python benchmarks/export.py`.
+"""Exporting a network for every shape, compared with torch's exporter: `python benchmarks/export.py`.
 
-Ours as it comes, and with a kept graph of a network of the same structure. Peer: torch.onnx.export with the same dynamic axes,
-its own optimisation included. In turns, in one process, after one run of each; the minimum of five.
+Our export is timed without and with a kept graph of a network of equal structure. The peer is torch.onnx.export with equal
+dynamic axes, including its optimisation. All run in turns in one process, after one run of each; the minimum of five counts.
 """
 
 import argparse
@@ -24,7 +24,7 @@ AXES = {0: "batch", 2: "height", 3: "width"}
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Of one call."""
+    """The time of one call, in seconds."""
     started = time.perf_counter()
     call()
     return time.perf_counter() - started

@@ -1,8 +1,8 @@
-"""What the evaluation loop costs beside the network: `python benchmarks/overlap.py ENGINE IMAGES --resolution 368x432`.
+"""The overhead of the evaluation loop over the network: `python benchmarks/overlap.py ENGINE IMAGES --resolution 368x432`.
 
-Three passes over the same images, in turns: the loader alone (reading, JPEG decoding, framing), the network alone (inputs
-framed beforehand, as many at once as in the loop), and the whole loop with decoding. ENGINE is a built one, engine.onnx or
-engine.json; IMAGES a folder. The wall over the network's own time is what a slow loop would raise.
+Three passes over the same images are timed in turns: the loader alone (reading, JPEG decoding, framing), the network alone
+(inputs framed beforehand, with the loop's batch size), and the whole loop with decoding. ENGINE is a built engine.onnx or
+engine.json, and IMAGES a folder. A slow loop would raise the ratio of its wall time to the network's time.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.datasets.coco import Coco
+from pipeline.datasets.coco_split import Coco
 from posepress.contracts import Runner
 from posepress.decoders.heatmap_paf.decoder import HeatmapPafDecoder
 from posepress.framing.whole_image import WholeImage
@@ -33,7 +33,7 @@ def main() -> None:
     words.add_argument("--mode", default=None, help="keep_aspect_ratio_mode; the default stretches")
     words.add_argument("--batch", type=int, default=1)
     words.add_argument("--repeats", type=int, default=3)
-    words.add_argument("--limit", type=int, default=None, help="of the images")
+    words.add_argument("--limit", type=int, default=None, help="largest number of images")
     given = words.parse_args()
     runner: Runner
     if given.engine.suffix == ".onnx":

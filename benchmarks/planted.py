@@ -1,7 +1,8 @@
-"""People planted into fields as a network of OpenPose's kind returns them, and how many of them a decoder recovers.
+"""Plant people into fields like those of an OpenPose network, and count how many of them a decoder recovers.
 
-Fields of 46x62 cells (a 368x496 input at stride 8) with Gaussian heatmaps of 7 pixels and peaks of .45 to .98, limbs with soft
-edges and values of .6 to .95, averaged where they overlap, one keypoint in fourteen missing, and smooth noise of .03.
+The fields have 46x62 cells (a 368x496 input at stride 8). Heatmaps have Gaussians of 7 pixels with peaks from .45 to .98. Limbs
+have soft edges and values from .6 to .95, and are averaged where they overlap. One keypoint in fourteen is missing. The smooth
+noise has a deviation of .03.
 """
 
 from dataclasses import dataclass
@@ -13,10 +14,10 @@ from numpy.typing import NDArray
 from posepress.skeletons import OPENPOSE_18
 
 H, W, STRIDE = 46, 62, 8
-HEIGHTS = {1: (240, 320), 5: (150, 230), 20: (90, 130), 50: (60, 80)}  # pixels, by the number of people
-NEAR = 4.0  # pixels within which a keypoint is recovered
+HEIGHTS = {1: (240, 320), 5: (150, 230), 20: (90, 130), 50: (60, 80)}  # heights in pixels, by number of people
+NEAR = 4.0  # distance within which a keypoint counts as recovered, in pixels
 
-_POSE = {  # of the height, from the middle of the top of the head
+_POSE = {  # coordinates as fractions of the height, from the middle of the top of the head
     "nose": (0, 0.08), "neck": (0, 0.2), "right_shoulder": (-0.12, 0.2), "right_elbow": (-0.18, 0.36),
     "right_wrist": (-0.2, 0.5), "left_shoulder": (0.12, 0.2), "left_elbow": (0.18, 0.36), "left_wrist": (0.2, 0.5),
     "right_hip": (-0.08, 0.52), "right_knee": (-0.09, 0.75), "right_ankle": (-0.1, 0.97), "left_hip": (0.08, 0.52),
@@ -32,13 +33,13 @@ _CHAINS = [
 
 @dataclass(frozen=True)
 class Planted:
-    """One image.
+    """The fields and the planted people of one image.
 
     Attributes:
-        heatmaps: float32 [19, H, W], the background last.
+        heatmaps: float32 [19, H, W], with the background last.
         pafs: float32 [38, H, W].
-        points: float64 [N, 18, 2], in input pixels.
-        present: bool [N, 18].
+        points: keypoints in input pixels, float64 [N, 18, 2].
+        present: whether each keypoint was planted, bool [N, 18].
     """
 
     heatmaps: NDArray[np.float32]
@@ -59,7 +60,7 @@ def _person(draw: np.random.Generator, height: float, corner: NDArray[np.float64
 
 
 def _crowd(draw: np.random.Generator, count: int) -> NDArray[np.float64]:
-    """People whose middles keep a distance, which shrinks as places grow scarce."""
+    """People with a minimum distance between their centres. The distance shrinks if there is no more room."""
     people: list[NDArray[np.float64]] = []
     middles: list[NDArray[np.float64]] = []
     apart = 0.62 * STRIDE * np.sqrt(H * W / count)
@@ -82,7 +83,7 @@ def _smooth(draw: np.random.Generator, channels: int, deviation: float) -> NDArr
 
 
 def plant(count: int, seed: int, noise: float = 0.03) -> Planted:
-    """Fields of `count` people: 1, 5, 20 or 50."""
+    """Plant `count` people into fields: 1, 5, 20 or 50."""
     draw = np.random.default_rng(seed)
     points = _crowd(draw, count)
     inside = ((points > 3) & (points < (W * STRIDE - 4, H * STRIDE - 4))).all(axis=-1)
@@ -116,15 +117,15 @@ def plant(count: int, seed: int, noise: float = 0.03) -> Planted:
 
 @dataclass(frozen=True)
 class Recovery:
-    """What became of planted people.
+    """The recovery of planted people by a decoder.
 
     Attributes:
-        keypoints: how many were planted.
-        recovered: of them, those that some found person has within `NEAR` pixels.
-        whole: planted people of whom one found person has at least four keypoints in five.
-        wrong: found keypoints that are not near the planted person to whom most of theirs belong.
-        error: sum of the recovered ones' distances, pixels.
-        people: how many people were found.
+        keypoints: number of planted keypoints.
+        recovered: number of planted keypoints with a predicted keypoint within `NEAR` pixels.
+        whole: number of planted people for whom one prediction has at least four of five keypoints.
+        wrong: number of predicted keypoints that are not near the planted person that their prediction mostly matches.
+        error: sum of the distances of recovered keypoints, in pixels.
+        people: number of predicted people.
     """
 
     keypoints: int
@@ -136,7 +137,10 @@ class Recovery:
 
 
 def recovery(planted: Planted, found: NDArray[np.float32]) -> Recovery:
-    """Compare found people [N, 18, 3] (x, y in input pixels, 0 in the third where missing) with the planted ones."""
+    """Compare predicted people [N, 18, 3] with the planted ones.
+
+    The last axis has x and y in input pixels and a score, which is 0 if the keypoint is missing.
+    """
     nearest = np.full(planted.present.shape, np.inf)
     best = np.zeros(len(planted.points), int)
     wrong = 0

@@ -1,7 +1,7 @@
-"""Pruning: seconds it takes, and ONNX Runtime's latency over multiply-accumulates, beside Torch-Pruning as it comes.
+"""Pruning: its duration, and ONNX Runtime's latency against multiply-accumulates, compared with Torch-Pruning's defaults.
 
-Only shapes matter to these figures, so the weights are random. Every engine of a row is timed in turns with the dense one,
-in one run, on the same threads. Run it alone on the machine:
+The weights are random, because only shapes influence these figures. All engines of a row and the dense one are timed in turns,
+in one run, on the same threads. Run it while the machine is idle:
 
     python benchmarks/pruning.py [--resolution 256x456] [--threads 1] [--seconds 20]
     python benchmarks/pruning.py --gpu --resolution 368x656     # FP16 in torch, replays of CUDA graphs, batch 1 and 32
@@ -51,7 +51,7 @@ def lively(make: type[nn.Module]) -> nn.Module:
 
 
 def seconds_of(make: type[nn.Module], size: Resolution) -> list[str]:
-    """Seconds to prune and to replay, and whether the replayed network's outputs are bit for bit the same."""
+    """The seconds for pruning and replaying, and whether the outputs of the replayed network are bit-identical."""
     network = lively(make)
     dense = Costs(network, [], size)([])["macs"]
     began = time.perf_counter()
@@ -70,7 +70,7 @@ def seconds_of(make: type[nn.Module], size: Resolution) -> list[str]:
 
 
 def default_at(network: nn.Module, size: Resolution, macs: float) -> nn.Module:
-    """What Torch-Pruning's default leaves at so many MACs: the ratio is found by halving."""
+    """A network that Torch-Pruning's default pruned to `macs`. The ratio is found by bisection."""
     low, high, best = 0.0, 1.0, network
     for _ in range(10):
         ratio = (low + high) / 2
@@ -83,7 +83,7 @@ def default_at(network: nn.Module, size: Resolution, macs: float) -> nn.Module:
 
 
 def on_processor(networks: Sequence[nn.Module], size: Resolution, threads: int, seconds: float) -> list[float]:
-    """Median milliseconds of each network in ONNX Runtime, in turns."""
+    """The median latency of each network in ONNX Runtime, in ms, timed in turns."""
     backend = OnnxRuntime("CPUExecutionProvider")
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         calls = []
@@ -99,7 +99,7 @@ def on_processor(networks: Sequence[nn.Module], size: Resolution, threads: int, 
 
 
 def on_gpu(networks: Sequence[nn.Module], size: Resolution, batch: int) -> list[float]:
-    """Median milliseconds of each network's CUDA graph, in FP16 with its batch norms folded, in turns."""
+    """The median latency of each network's CUDA graph in ms, timed in turns, in FP16 with folded batch norms."""
     graphs = []
     with torch.inference_mode():
         for network in networks:
@@ -136,8 +136,8 @@ def main() -> None:
     parser.add_argument("--network", choices=NETWORKS, default="lightweight_openpose")
     parser.add_argument("--resolution", type=Resolution.parse, default=Resolution(256, 456))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of timing a row, at most")
-    parser.add_argument("--gpu", action="store_true", help="FP16 in torch on a GPU instead of ONNX Runtime on processors")
+    parser.add_argument("--seconds", type=float, default=20.0, help="longest time of timing a row, in seconds")
+    parser.add_argument("--gpu", action="store_true", help="FP16 in torch on a GPU instead of ONNX Runtime on CPUs")
     given = parser.parse_args()
     console = Console(width=140)
     table = Table("network", "prune to 0.5x, s", "replay, s", "bit-identical", title="seconds on this processor")

@@ -1,7 +1,7 @@
-r"""AP against MACs: pruned, retrained, and the same structures trained from scratch for as long, on all GPUs at once.
+r"""AP against MACs: pruned and retrained networks, and equal structures trained from scratch with equal compute.
 
-Every step is a command of the pipeline, so what is finished is not repeated and a killed training goes on: run the same line
-again. Without a GPU everything runs one after the other.
+All GPUs work in parallel. Every step is a command of the pipeline. If you run the same line again, finished steps are not
+repeated, and a killed training resumes. Without a GPU, the steps run one after another.
 
     python benchmarks/pruning_study.py --values 0.75x,0.5x:3,0.25x,0.1x experiment=synthetic_full
     python benchmarks/pruning_study.py --torch-pruning 0.29 experiment=synthetic_full name=few data.counts.train=1000 \
@@ -38,7 +38,7 @@ EVALUATED = "stage=[export,quantize,build,tune,evaluate]"
 
 @dataclass
 class Step:
-    """One command, run when those it needs are done."""
+    """One command, which runs after the commands that it needs."""
 
     name: str
     words: Sequence[str]
@@ -48,9 +48,9 @@ class Step:
 
 
 def steps(values: dict[str, int], ratios: Sequence[str], own: Sequence[str]) -> list[Step]:
-    """Everything that the table is made of: MACs and their controls, ratios of Torch-Pruning; `own` options are our pruner's.
+    """All steps of the table: MACs with their baselines, and ratios of Torch-Pruning. `own` are options of our pruner.
 
-    The first seeds come before the second ones, so that a study that was cut has whole rows.
+    The first seeds come before the second ones, so that an interrupted study has complete rows.
     """
     ours = [*PRUNER, *own]
     made = [
@@ -65,7 +65,7 @@ def steps(values: dict[str, int], ratios: Sequence[str], own: Sequence[str]) -> 
         made.append(Step(f"{name} pruned", ["stage=prune", *words], [before]))
         kinds: dict[str, Sequence[str]] = {"pruned": ["control=pruned"], "retrained": []}
         seeds = values[name] if before == "sensitivity" else 0
-        as_dense = "stages.retrain.training.lr=${stages.train.training.lr}"  # whatever rate the retraining is given
+        as_dense = "stages.retrain.training.lr=${stages.train.training.lr}"  # independent of the retraining's rate
         kinds |= {f"scratch {seed}": ["control=scratch", f"control_seed={seed}", as_dense] for seed in range(seeds)}
         for turn, (kind, control) in enumerate(kinds.items()):
             trained = f"{name} {kind}"
@@ -76,7 +76,7 @@ def steps(values: dict[str, int], ratios: Sequence[str], own: Sequence[str]) -> 
 
 
 class Study:
-    """Runs steps on several workers until all are done, nothing more can run, or time is over."""
+    """Runs steps on several workers until all are done, no step can run, or the time is over."""
 
     def __init__(self, plan: Sequence[Step], given: Sequence[str], logs: Path, seconds: float) -> None:
         self.plan, self.given, self.logs = plan, given, logs
@@ -84,7 +84,7 @@ class Study:
         self.running: set[subprocess.Popen[bytes]] = set()
 
     def _next(self, trains: bool | None) -> Step | None:
-        """The next step of a kind, once one can run; None when none ever will."""
+        """Wait for the next step of a kind that can run; None if no further step can ever run."""
         with self.changed:
             while True:
                 open_ones = [s for s in self.plan if s.state == "waits" and trains in (None, s.trains)]
@@ -132,7 +132,7 @@ class Study:
                 self.changed.notify_all()
 
     def run(self, gpus: int, at_once: int) -> list[str]:
-        """Run all; returns the names of the steps that are not done."""
+        """Run all steps, and return the names of those that are not done."""
         cores = os.cpu_count() or 1
         if gpus:
             kinds: list[tuple[bool | None, str]] = [(True, str(gpu)) for _ in range(at_once) for gpu in range(gpus)]
@@ -157,15 +157,15 @@ class Study:
 
 
 def main() -> None:
-    """Run what is not done yet, and print the report's table."""
+    """Run the steps that are not done yet, and print the report's table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--values", default="0.5x:3,0.25x", help="MACs of the pruned networks, each with :SEEDS of its control")
+    parser.add_argument("--values", default="0.5x:3,0.25x", help="MACs of the pruned networks, each with :SEEDS of a baseline")
     parser.add_argument(
         "--torch-pruning", action="append", default=[], help="a ratio of Torch-Pruning's default; may be repeated"
     )
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
-    parser.add_argument("--at-once", type=int, default=2, help="trainings on a GPU: while one starts the other computes")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which what runs is killed")
+    parser.add_argument("--at-once", type=int, default=2, help="trainings on a GPU at once: one computes, one starts")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="seconds after which running steps are killed")
     given, words = parser.parse_known_args()
     told = dict(word.split("=", 1) for word in words if "=" in word)
     outputs = Path(told.get("outputs", "outputs"))
@@ -181,7 +181,7 @@ def main() -> None:
             TorchPruningDefault(pruning_ratio=float(ratio))
     except (ValueError, UserError) as error:
         parser.error(f"--values {given.values}, --torch-pruning {','.join(given.torch_pruning)}: {error}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what runs ends with this
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # running steps end with this process
     plan = steps(values, given.torch_pruning, own)
     missing = Study(plan, words, logs, given.seconds).run(given.gpus, given.at_once)
     report = subprocess.run([sys.executable, "-m", "pipeline", "tracking=none", *words, "stage=report"], check=False)

@@ -1,10 +1,10 @@
-"""What each step of INT8 gives a network: AP, agreement and error of the fields; both flavours; channels of zeros.
+"""The effect of each step of INT8 on AP, agreement and error of the fields, for both runtime variants and channels of zeros.
 
     python benchmarks/quantization.py [--name NAME] resolution=368x432 WORDS...
 
-WORDS are those of a run of the pipeline with a trained network and its data (weights=, model=, data=, sampler.num_images=).
-Every row is a cell of the sweep outputs/<name>, which its report shows, too. TensorRT's file is computed by the double of
-the tests, which is ONNX Runtime without optimisations.
+WORDS are options of the pipeline that set a trained network and its data (weights=, model=, data=, sampler.num_images=).
+Every row is a cell of the sweep outputs/<name>, and its report also shows it. The tests' double of TensorRT computes the
+TensorRT file. This double is ONNX Runtime without optimisations.
 """
 
 import argparse
@@ -37,7 +37,7 @@ FAKES = Path(__file__).parent.parent / "tests" / "fakes"
 
 
 def pipeline(*words: str) -> dict[str, Path]:
-    """Run it; where each stage's result lies."""
+    """Run the pipeline, and return the folder of each stage's result."""
     path = os.pathsep.join([str(FAKES), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "pipeline", *words]
     done = subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True)
@@ -76,7 +76,7 @@ def zeros(file: Path, size: Resolution) -> Table:
 
 def interval(found: Mapping[str, Any], name: str, digits: int) -> str:
     if found[name] == -1:
-        return "–"  # nobody to find
+        return "–"  # the images show no people
     return f"{found[name]:.{digits}f} [{found[f'{name}_lo']:.{digits}f}, {found[f'{name}_hi']:.{digits}f}]"
 
 

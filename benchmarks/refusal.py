@@ -1,4 +1,4 @@
-"""How long it takes to refuse an engine that does not belong here, by what lies beside it; TensorRT is not loaded.
+"""The time of refusing an unsuitable engine, by the fault that the file beside it reveals. TensorRT is not loaded.
 
 python benchmarks/refusal.py [--megabytes 64]
 """

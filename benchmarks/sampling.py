@@ -1,4 +1,4 @@
-"""Sampling calibration images from an annotation file of the size of COCO train2017's: seconds and memory.
+"""Time and memory of sampling calibration images from an annotation file of the size of COCO train2017.
 
     python benchmarks/sampling.py [--images 118287] [--people 262465] [--num 2000]
 
@@ -17,7 +17,7 @@ import orjson
 
 from calib_samplers.stratified import Stratified
 from evaluation.latency import peak_rss_mb
-from pipeline.datasets.coco import Coco
+from pipeline.datasets.coco_split import Coco
 
 
 def generate(file: Path, images: int, people: int) -> None:

@@ -1,7 +1,7 @@
-"""How long the command takes to say something: `python benchmarks/startup.py`.
+"""The start-up time of the command: `python benchmarks/startup.py`.
 
-`--help`, and a finished chain that is asked for again (the smoke experiment, made first in a temporary folder); the minimum
-and the median of whole processes.
+It times `--help`, and a finished chain that runs again (the smoke experiment, made first in a temporary folder). It prints
+the minimum and the median over whole processes.
 """
 
 import argparse

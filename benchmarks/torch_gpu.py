@@ -1,9 +1,9 @@
-"""FP16 in torch on a GPU: eager, as backend=torch runs it, and compiled; graph replays beside the roofline's floor.
+"""FP16 in torch on a GPU: eager, in backend=torch, and compiled. Graph replays are compared with the roofline's lower bound.
 
     python benchmarks/torch_gpu.py [--compile] [--resolutions 368x656 ...] [--batches 1 8 32]
 
-The floor is the greater of arithmetic (2 operations a multiply-accumulate at `--tflops`) and of what must be read and written
-once (input, weights, fields, at `--bandwidth` TB/s). The weights are drawn at random: times do not depend on them.
+The lower bound is the longer of two times: arithmetic (2 operations for each multiply-accumulate, at `--tflops`), and one
+transfer of input, weights and fields (at `--bandwidth` TB/s). The weights are random, because times do not depend on them.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from posepress.pixels_torch import normalise
 from posepress.spec import Resolution
 
 REPEATS, WARM_UP = 300, 50
-DECODING = (0.0, 0.1, 0.05, 32)  # shift between fields, thresholds of peaks and limbs, peaks a map
+DECODING = (0.0, 0.1, 0.05, 32)  # shift between fields, thresholds of peaks and limbs, peaks in each map
 
 
 def events(work: Callable[[], Any]) -> list[float]:
@@ -54,9 +54,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resolutions", nargs="+", default=["224x320", "288x384", "320x448", "368x656"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--compile", action="store_true", help="also by torch.compile")
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile")
     parser.add_argument("--tflops", type=float, default=989.0, help="dense FP16 peak of the GPU")
-    parser.add_argument("--bandwidth", type=float, default=4.8, help="of its memory, TB/s")
+    parser.add_argument("--bandwidth", type=float, default=4.8, help="memory bandwidth of the GPU, in TB/s")
     options = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
@@ -65,7 +65,7 @@ def main() -> None:
         network = LightweightOpenPose().eval()
         for layer in network.modules():
             if isinstance(layer, torch.nn.Conv2d):
-                torch.nn.init.kaiming_normal_(layer.weight)  # the default's would let rounding grow from layer to layer
+                torch.nn.init.kaiming_normal_(layer.weight)  # default weights let rounding errors grow by layer
         store.save(network, Path(folder), partial(make), [])
         given = {"precision": "fp16", "cuda_graph": True, "compile": False}
         ours = TorchRunner(Path(folder), given, 0)
@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def in_steps(runner: TorchRunner, images: np.ndarray) -> list[float]:
-    """Milliseconds from frames in the host's memory to the candidates of people there, as evaluation does it."""
+    """Milliseconds from frames to candidates of people, both in the host's memory, in the steps of evaluation."""
     spec = runner.spec
     limbs, _ = limb_order(spec.skeleton)
     joints = len(spec.skeleton.names)
@@ -119,7 +119,7 @@ def in_steps(runner: TorchRunner, images: np.ndarray) -> list[float]:
 
 
 def in_one_graph(runner: TorchRunner, images: np.ndarray) -> list[float]:
-    """The same with upload, network, peaks, limb scores and the way back recorded as one graph."""
+    """Milliseconds from frames to candidates with upload, network, peaks, limb scores and download recorded as one graph."""
     spec = runner.spec
     limbs, _ = limb_order(spec.skeleton)
     joints = len(spec.skeleton.names)
@@ -141,7 +141,7 @@ def in_one_graph(runner: TorchRunner, images: np.ndarray) -> list[float]:
 
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
-        for _ in range(OFTEN + 5):  # after which peaks and scores are compiled
+        for _ in range(OFTEN + 5):  # peaks and scores are compiled after these calls
             made = step()
         back = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in made]
         stream.synchronize()

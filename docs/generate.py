@@ -1,6 +1,6 @@
-"""Writes docs/reference/options.md from the signatures and docstrings of components, stages and the command.
+"""Write docs/reference/options.md from the signatures and docstrings of components, stages and the command.
 
-`make docs` runs it; tests/test_docs.py compares the page with what it would write.
+`make docs` runs it. tests/test_docs.py checks that the page is up to date.
 """
 
 import importlib
@@ -25,7 +25,7 @@ _ENTRY = re.compile(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
 
 
 def sentences(target: str) -> dict[str, str]:
-    """What the docstring of a class or function says of each argument."""
+    """The description of each argument in the docstring of a class or function."""
     module, _, name = target.rpartition(".")
     text = inspect.getdoc(getattr(importlib.import_module(module), name)) or ""
     section = _SECTION.search(text)
@@ -34,7 +34,7 @@ def sentences(target: str) -> dict[str, str]:
 
 
 def components(node: Any, place: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Nested mappings with a `_target_`, with their place on the command line."""
+    """Nested mappings with a `_target_`, each with its option name on the command line."""
     if isinstance(node, Mapping):
         if isinstance(node.get("_target_"), str):
             yield place, node
@@ -44,35 +44,35 @@ def components(node: Any, place: str) -> Iterator[tuple[str, Mapping[str, Any]]]
 
 
 def shown(value: Any) -> str:
-    """A default as it is written on the command line; of a reference, the option that it follows."""
+    """A default in the form of the command line. For a reference, the text names the option that it refers to."""
     if isinstance(value, str) and (found := re.fullmatch(r"\$\{(?:oc\.select:)?([\w.]+)(?:,[^{}]*)?\}", value)):
         return f"that of `{found[1]}`"
-    return f"`{options._shown(value)}`"  # noqa: SLF001 - the same words as in messages
+    return f"`{options._shown(value)}`"  # noqa: SLF001 - error messages use this form, too
 
 
 def rows(place: str, node: Mapping[str, Any], skipped: tuple[str, ...] = ()) -> Iterator[str]:
-    """One row an option: its name, what it takes, its default, and a sentence."""
+    """One row for each option: its name, accepted values, default, and a description."""
     said = sentences(node["_target_"])
     for name, parameter in options._parameters(node["_target_"]).items():  # noqa: SLF001
         if name == "**" or name in skipped:
             continue
         value = node.get(name)
         if isinstance(value, Mapping) and "_target_" in value:
-            continue  # has a table of its own
+            continue  # this component has its own table
         default = shown(value) if name in node else "the default of the class" if not parameter.required else "none: give it"
         takes = options.described(parameter.hint).replace("|", "\\|")
         yield f"| `{place}.{name}` | {takes} | {default} | {said.get(name, '')} |"
 
 
 def table(lines: Iterator[str]) -> Iterator[str]:
-    """A Markdown table of rows, nothing where there are none."""
+    """A Markdown table of rows; nothing if there are no rows."""
     found = list(lines)
     if found:
         yield from ["", "| option | takes | default | what it is |", "|---|---|---|---|", *found]
 
 
 def command() -> Iterator[str]:
-    """The options of the whole command, with the remarks of conf/config.yaml."""
+    """The options of the whole command, with the comments of conf/config.yaml."""
     text = (ROOT / "conf" / "config.yaml").read_text()
     for name, hint in get_type_hints(options.Command, include_extras=True).items():
         found = re.search(rf"^{name}: ([^#\n]*?)\s*(?:#\s*(.*))?$", text, re.MULTILINE)

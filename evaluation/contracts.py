@@ -1,8 +1,9 @@
 """Protocol of metrics, and the description of their figures."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from numpy.typing import NDArray
@@ -91,8 +92,13 @@ class Metric(Protocol[Truth_contra, Found_contra]):
         """Counts of problems during the evaluation."""
         ...
 
-    def results(self) -> Iterator[Mapping[str, Any]]:
-        """All predictions, as plain data."""
+    def write(self, file: Path, named: Callable[[str], Mapping[str, Any]]) -> None:
+        """Write the predictions in the metric's own format.
+
+        Args:
+            file: the file, which does not exist yet.
+            named: what the data set calls an image, by its id: for COCO "image_id" and "category_id".
+        """
         ...
 
     def doubts(self) -> Sequence[str]:

@@ -3,14 +3,17 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from numpy.typing import NDArray
 
 from evaluation.contracts import Truth_contra
 from pipeline.onnx_files.files import ModelFiles, Shapes
-from posepress.contracts import Dataset, Runner
-from posepress.spec import Array, Fields, NetworkSpec, Resolution
+from posepress.contracts import Runner, Samples, Truth
+from posepress.spec import Array, Fields, NetworkSpec, Palette, Resolution, Skeleton
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Network(Protocol):
@@ -28,11 +31,79 @@ class Network(Protocol):
         ...
 
 
-class Splits(Protocol):
-    """A data set divided into splits: train, unlabelled, tune, agreement and validation."""
+@dataclass(frozen=True)
+class ImageRecord:
+    """What a data set says of an image, beside its labels.
 
-    def open(self, split: str) -> Dataset[Any]:
-        """Return the images of a split, after a check that no other split contains one of them."""
+    Attributes:
+        id: name that is unique in the data set.
+        file: name of the image file, relative to the split's folder.
+        size: height and width; None where the labels do not give them.
+        credit: address of the image's source; empty where the data set gives none.
+    """
+
+    id: str
+    file: str
+    size: Resolution | None = None
+    credit: str = ""
+
+
+class Split(Samples[Truth], Protocol[Truth]):
+    """The images of one split, with their labels."""
+
+    @property
+    def labels(self) -> Skeleton | Palette:
+        """The names of what is labelled."""
+        ...
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the images have labels."""
+        ...
+
+    @property
+    def subject(self) -> str:
+        """The name of what is labelled, as "person"."""
+        ...
+
+    def named(self, image: str) -> Mapping[str, Any]:
+        """What files of predictions call an image, by its id: for COCO "image_id" and "category_id"."""
+        ...
+
+    @property
+    def images(self) -> Sequence[ImageRecord]:
+        """The images, in order."""
+        ...
+
+    def contents(self, cache: Path) -> Mapping[str, str]:
+        """The SHA-256 of every image file, by its name.
+
+        Args:
+            cache: a folder that keeps digests.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        ...
+
+    def doubts(self, cache: Path) -> Sequence[str]:
+        """What in the labels and images may distort figures, in sentences that name the fix."""
+        ...
+
+    def table(self) -> Mapping[str, NDArray[Any]]:
+        """Columns with one row for each image, from which strata are made."""
+        ...
+
+
+class Splits(Protocol):
+    """A data set and what each of its images is for: train, unlabelled, tune, agreement, validation."""
+
+    def open(self, split: str) -> Split[Any]:
+        """The images of a split, after a check that no other split has one of them.
+
+        Raises:
+            UserError: there is no such split, it is empty, or two splits share an image.
+        """
         ...
 
     def __contains__(self, split: str) -> bool:
@@ -40,44 +111,77 @@ class Splits(Protocol):
         ...
 
     def digest(self, splits: Sequence[str]) -> str:
-        """Return a digest of the images and labels of the given splits."""
+        """A digest of the images and labels of some splits."""
         ...
 
 
 class Objective(Protocol[Truth_contra]):
-    """The training objective of a family of networks."""
+    """What a family of networks is trained for.
 
-    def people(self, truth: Truth_contra | None) -> int:
-        """Number of labelled people of an image that training uses."""
+    Attributes:
+        needs: axes of each output that is learnt, by name, as `posepress.spec.OutputSpec.axes`.
+    """
+
+    needs: ClassVar[Mapping[str, str]]
+
+    def capacity(self, truth: Truth_contra) -> int:
+        """Number of labelled instances in an image; the greatest of a data set sizes the arrays of the shard."""
         ...
 
-    def labels(
-        self, truth: Truth_contra | None, size: Resolution, stored: Resolution, whole: Resolution, most: int
-    ) -> dict[str, NDArray[Any]]:
-        """Convert the ground truth of an image to the arrays of a training shard. Their shapes are equal for all images.
+    def labels(self, truth: Truth_contra | None, stored: "Stored", capacity: int) -> dict[str, NDArray[Any]]:
+        """What a training shard keeps of an image's labels: arrays of one shape for all images.
+
+        An entry "anchors" [capacity, 4], boxes in pixels as stored (width 0 where there are fewer), lets views that enlarge
+        their image stay on an instance.
 
         Args:
-            truth: ground truth of the image; None for an image without labels.
-            size: size of the image in the coordinates of the ground truth.
-            stored: size of the image in the shard.
-            whole: size of the shard's array, which contains the stored image and its padding.
-            most: largest number of people in any image.
+            truth: None for an image without labels.
+            stored: how the image is kept.
+            capacity: the greatest `capacity` of the data set.
         """
         ...
 
-    def targets(self, labels: Mapping[str, Array], size: Resolution, spec: NetworkSpec) -> dict[str, Array]:
-        """Return the fields of a perfect network for a batch of views, and the masks of the values that the loss uses.
+    def targets(
+        self, labels: Mapping[str, "Tensor"], size: Resolution, spec: NetworkSpec, source: Skeleton | Palette
+    ) -> dict[str, "Tensor"]:
+        """The outputs of a perfect network for a batch of views, and masks of where they count.
 
         Args:
-            labels: arrays of `labels`, "matrix" [B, 2, 3] from stored image to view, "flipped" [B] and "labelled" [B].
+            labels: what `labels` kept [B, ...], and "matrix" [B, 2, 3] from stored image to view, "flipped" [B], "labelled" [B]
+                and "base" [B], the number of the view's base in its image.
             size: size of the views, in pixels.
-            spec: description of the network.
+            spec: the network's description.
+            source: labels of the data set; keypoints and classes are matched by name.
+
+        Raises:
+            UserError: the network has other outputs, or names that the data set does not have.
         """
         ...
 
-    def loss(self, fields: Fields, targets: Fields) -> Mapping[str, Array]:
-        """Return the losses by name; training minimizes their sum."""
+    def loss(self, fields: Mapping[str, "Tensor"], targets: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+        """Named losses, which are summed; `fields` may hold those of earlier stages, "heatmaps.0"."""
         ...
+
+    def imitation(self, fields: Mapping[str, "Tensor"], expected: Mapping[str, "Tensor"]) -> "Tensor":
+        """How far the outputs of a student are from its teacher's, for distillation."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a training shard keeps an image.
+
+    Attributes:
+        original: size of the image that its labels speak of.
+        size: size that it is kept at.
+        whole: size of the array that holds it, in the upper left corner.
+        labels: labels of the data set.
+    """
+
+    original: Resolution
+    size: Resolution
+    whole: Resolution
+    labels: Skeleton | Palette
 
 
 class Backend(Protocol):

@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from posepress.errors import UserError
-from posepress.predict import Found, Watch
+from posepress.predict import Watch
 from posepress.results import load_results, save_results
 
+Found = TypeVar("Found")
 _SAVE_EVERY = 30.0  # seconds between partial results
 
 

@@ -1,5 +1,6 @@
 """Cutting of a view from an image, and its conversion to the network's input form."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -50,20 +51,23 @@ def normalise(images: NDArray[np.uint8], spec: InputSpec, out: NDArray[Any] | No
     """Convert RGB pixels to the layout, type and channels of the network's input.
 
     Args:
-        images: RGB [B, H, W, 3].
+        images: RGB [..., H, W, 3].
         spec: the network's input; grey values follow OpenCV: 0.299 R + 0.587 G + 0.114 B.
         out: a contiguous array for the result, of the input's shape and type; None allocates one.
 
     Raises:
         ValueError: the images do not have three channels, or `out` has another shape or type.
     """
-    if images.ndim != 4 or images.shape[3] != 3:
-        raise ValueError(f"images {list(images.shape)} are not RGB [B, H, W, 3]")
-    batch, height, width, _ = images.shape
-    shape, kind = spec.shape(batch, Resolution(height, width)), np.dtype(spec.dtype)
+    if images.ndim < 3 or images.shape[-1] != 3:
+        raise ValueError(f"images {list(images.shape)} are not RGB, [..., H, W, 3]")
+    *before, height, width, _ = images.shape
+    batch, size, kind = math.prod(before), Resolution(height, width), np.dtype(spec.dtype)
+    shape = (*before, *spec.shape(batch, size)[1:])
     if out is not None and (out.shape != shape or out.dtype != kind):
         raise ValueError(f"an array {list(out.shape)} of {out.dtype} does not take an input {list(shape)} of {kind}")
-    pixels = grey(images) if spec.channels == 1 else np.ascontiguousarray(images)
+    pixels = np.ascontiguousarray(images).reshape(batch, height, width, 3)
+    if spec.channels == 1:
+        pixels = grey(pixels)
     order, factor, offset = spec.form()
     if kind == np.uint8:
         planes: NDArray[Any] = pixels[..., order].transpose(0, 3, 1, 2)
@@ -72,11 +76,11 @@ def normalise(images: NDArray[np.uint8], spec: InputSpec, out: NDArray[Any] | No
         planes = out if plain and out is not None else np.empty((batch, spec.channels, height, width), np.float32)
         flat = pixels.reshape(batch, height * width, spec.channels)
         _planes(flat, order, factor, offset, planes.reshape(batch, spec.channels, height * width))
-    ordered = planes if spec.layout == "NCHW" else planes.transpose(0, 2, 3, 1)
+    ordered = planes if spec.layout == "NCHW" or planes is out else planes.transpose(0, 2, 3, 1)
     if out is None:
-        return np.ascontiguousarray(ordered, kind)
+        return np.ascontiguousarray(ordered, kind).reshape(shape)
     if ordered is not out:
-        out[...] = ordered
+        out[...] = ordered.reshape(shape)
     return out
 
 

@@ -8,19 +8,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from posepress.contracts import Dataset, Decoder, Framing, Runner
+from posepress.contracts import Decoder, Framing, Result, Runner, Samples
 from posepress.errors import UserError
 from posepress.geometry import View
 from posepress.pixels import frame
 from posepress.results import Sample
 from posepress.spec import InputSpec, Resolution
-
-Found = TypeVar("Found")
 
 _READ_AHEAD = 16  # largest number of images being read or waiting, to bound the memory
 
@@ -75,7 +73,7 @@ class Watch:
 
 
 def batches(
-    data: Dataset[Any],
+    data: Samples[Any],
     framing: Framing,
     spec: InputSpec,
     resolution: Resolution,
@@ -146,15 +144,15 @@ def batches(
 
 
 def predict(
-    data: Dataset[Any],
+    data: Samples[Any],
     runner: Runner,
     framing: Framing,
-    decoder: Decoder[Found],
+    decoder: Decoder[Result],
     resolution: Resolution,
     batch: int = 1,
     indices: Sequence[int] | None = None,
     watch: Watch | None = None,
-) -> Iterator[tuple[Sample[Any], Found]]:
+) -> Iterator[tuple[Sample[Any], Result]]:
     """Predict the result of each image, in order.
 
     Reading, the network and decoding run in parallel, with only a few batches waiting between them. The network runs
@@ -173,7 +171,7 @@ def predict(
     watch = watch or Watch()
     decoding = min(max((os.cpu_count() or 1) // 4, 1), _MOST_DECODERS)
     watch.workers |= {"network": runner.workers, "decoding": decoding}
-    parts: list[Found] = []
+    parts: list[Result] = []
     views: list[View] = []
 
     def run(ready: Batch) -> Any:
@@ -182,7 +180,7 @@ def predict(
         with watch.step("network"):
             return runner(runner.upload(ready.images))
 
-    def decode(fields: Future[Any], ready: Batch) -> list[Found]:
+    def decode(fields: Future[Any], ready: Batch) -> list[Result]:
         returned = fields.result()
         with watch.step("decoding"):
             try:
@@ -190,7 +188,7 @@ def predict(
             except ValueError as error:  # the fields differ from their description
                 raise UserError(str(error)) from error
 
-    def finished(done: Batch, found: list[Found]) -> Iterator[tuple[Sample[Any], Found]]:
+    def finished(done: Batch, found: list[Result]) -> Iterator[tuple[Sample[Any], Result]]:
         if not done.views:
             yield done.samples[0], decoder.merge([], [])
             return
@@ -204,7 +202,7 @@ def predict(
 
     networks, decoders = ThreadPoolExecutor(runner.workers), ThreadPoolExecutor(decoding)
     try:
-        pending: deque[tuple[Batch, Future[list[Found]]]] = deque()
+        pending: deque[tuple[Batch, Future[list[Result]]]] = deque()
         for ready in batches(data, framing, runner.spec.input, resolution, batch, indices, watch):
             pending.append((ready, decoders.submit(decode, networks.submit(run, ready), ready)))
             if len(pending) > runner.workers + decoding:

@@ -5,7 +5,7 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -26,24 +26,23 @@ class Poses:
         keypoints: float32 [N, K, 3]: x and y in image pixels, and the keypoint's own score; (0, 0, 0) for a missing keypoint.
             Keypoints and scores read from a file are float64, so that rounding does not change the order of scores.
         scores: float32 [N]; a higher score means higher confidence.
-        guessed: bool [N, K], whether a missing keypoint was filled in; None if the decoder fills in none.
-        features: float32 [N, F], the inputs of a fitted score; the first is the plain score.
-        dropped_peaks: number of peaks that were dropped because a heatmap had too many.
-        not_finite: whether the network returned NaN or infinity.
+        notes: arrays with a row for each person that the decoder adds: "guessed" bool [N, K], whether a missing keypoint was
+            filled in; "features" float32 [N, F], the inputs of a fitted score, of which the first is the plain score.
+        counts: counts of problems in the image, for example "dropped_peaks" and "images_not_finite"; metrics sum them.
     """
 
     keypoints: NDArray[np.float32]
     scores: NDArray[np.float32]
-    guessed: NDArray[np.bool_] | None = None
-    features: NDArray[np.float32] | None = None
-    dropped_peaks: int = 0
-    not_finite: bool = False
+    notes: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     def as_found(self) -> "Poses":
         """The same poses without filled-in keypoints, and with their plain scores."""
-        keypoints = self.keypoints if self.guessed is None else np.where(self.guessed[..., None], 0, self.keypoints)
-        scores = self.scores if self.features is None else self.features[:, 0]
-        return replace(self, keypoints=keypoints, scores=scores, guessed=None)
+        guessed, features = self.notes.get("guessed"), self.notes.get("features")
+        keypoints = self.keypoints if guessed is None else np.where(guessed[..., None], 0, self.keypoints)
+        scores = self.scores if features is None else features[:, 0]
+        notes = {name: values for name, values in self.notes.items() if name != "guessed"}
+        return replace(self, keypoints=keypoints, scores=scores, notes=notes)
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,19 @@ class SemanticMask:
 
 
 @dataclass(frozen=True)
+class Boxes:
+    """Boxes of the instances in an image.
+
+    Attributes:
+        xywh: float64 [N, 4]: x and y of the upper left corner, width, height, in image pixels.
+        scores: float64 [N], a detector's scores; None for annotated boxes.
+    """
+
+    xywh: NDArray[np.float64]
+    scores: NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True)
 class Sample(Generic[T]):
     """One image with its labels.
 
@@ -66,17 +78,23 @@ class Sample(Generic[T]):
         size: the image's size.
         read: function that reads the RGB pixels, uint8 [H, W, 3].
         truth: the labels; None for an unlabelled image.
-        boxes: float64 [N, 4], people's boxes for top-down networks.
+        boxes: boxes of the instances, for networks that see one instance at a time; None where they are not known.
     """
 
     id: str
     size: Resolution
     read: Callable[[], NDArray[np.uint8]]
     truth: T | None
-    boxes: NDArray[np.float64] | None = None
+    boxes: Boxes | None = None
 
 
 _KINDS: Mapping[str, type] = {kind.__name__: kind for kind in (Poses, SemanticMask)}
+_IN_0_1 = {  # fields of poses in files of version 0.1, and where their values are now
+    "guessed": "notes.guessed",
+    "features": "notes.features",
+    "dropped_peaks": "counts.dropped_peaks",
+    "not_finite": "counts.images_not_finite",
+}
 DAMAGED = (  # exceptions that numpy and zipfile raise for a damaged file
     OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, MemoryError, ArithmeticError,
     zipfile.BadZipFile, zlib.error, struct.error, SyntaxError, tokenize.TokenError,
@@ -84,12 +102,21 @@ DAMAGED = (  # exceptions that numpy and zipfile raise for a damaged file
 
 
 def save_results(file: Path, results: Sequence[tuple[str, Any]]) -> None:
-    """Write results, (image id, result), to an .npz file; its keys are "number.name" of image and field."""
+    """Write results, (image id, result), to an .npz file.
+
+    A result is a dataclass of arrays, numbers and mappings of these. The keys are "number.field" of image and field, or
+    "number.field.name" for an entry of a mapping.
+    """
     arrays: dict[str, Any] = {"ids": np.array([i for i, _ in results], dtype=str)}
     kinds = {type(found).__name__ for _, found in results}
     arrays["kind"] = np.array(sorted(kinds), dtype=str)
     for n, (_, found) in enumerate(results):
-        arrays |= {f"{n}.{f.name}": getattr(found, f.name) for f in fields(found) if getattr(found, f.name) is not None}
+        for one in fields(found):
+            value = getattr(found, one.name)
+            if isinstance(value, Mapping):
+                arrays |= {f"{n}.{one.name}.{name}": entry for name, entry in value.items()}
+            elif value is not None:
+                arrays[f"{n}.{one.name}"] = value
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}")
     with unfinished.open("wb") as stream:
@@ -97,8 +124,12 @@ def save_results(file: Path, results: Sequence[tuple[str, Any]]) -> None:
     unfinished.replace(file)
 
 
-def load_results(file: Path) -> dict[str, Any]:
+def load_results(file: Path, kind: type | None = None) -> dict[str, Any]:
     """The results that `save_results` wrote, by image id.
+
+    Args:
+        file: the .npz file.
+        kind: the results' class; None finds the classes of this module by their names.
 
     Raises:
         UserError: the file is damaged.
@@ -108,13 +139,17 @@ def load_results(file: Path) -> dict[str, Any]:
             ids, kinds = [str(name) for name in stored["ids"].tolist()], stored["kind"].tolist()
             values: list[dict[str, Any]] = [{} for _ in ids]
             for key in stored.files:
-                number, _, name = key.partition(".")
-                if name:
+                number, _, path = key.partition(".")
+                if path:
                     value = stored[key]
-                    values[int(number)][name] = value if value.ndim else value.item()
-        kind: Any = _KINDS.get(kinds[0]) if ids else None
-        if ids and kind is None:
-            raise ValueError(f"it holds {kinds[0]}, which is no kind of result")
-        return {i: kind(**found) for i, found in zip(ids, values, strict=True)}
+                    name, _, entry = _IN_0_1.get(path, path).partition(".")
+                    into = values[int(number)].setdefault(name, {}) if entry else values[int(number)]
+                    into[entry or name] = value if value.ndim else value.item()
+        if not ids:
+            return {}
+        made: Any = kind or _KINDS.get(kinds[0])
+        if made is None or made.__name__ != kinds[0]:
+            raise ValueError(f"it holds {kinds[0]}, which is not the expected kind of result")
+        return {i: made(**found) for i, found in zip(ids, values, strict=True)}
     except DAMAGED as error:
         raise UserError(f"{file}: damaged ({error}); delete it, or make it again with force=true") from error

@@ -437,6 +437,19 @@ class NetworkSpec:
                 return spec
         raise ValueError(f"the network has no output '{name}'; it has {', '.join(f.name for f in self.fields)}")
 
+    def offers(self, needs: Mapping[str, str]) -> None:
+        """Make sure that the network has the outputs that a decoder or an objective needs.
+
+        Args:
+            needs: axes of each output by name, as `OutputSpec.axes`.
+
+        Raises:
+            ValueError: an output is missing, or has other axes.
+        """
+        for name, axes in needs.items():
+            if self.field(name).axes != axes:
+                raise ValueError(f"the network's output '{name}' has the axes {self.field(name).axes}, and {axes} is needed")
+
     @property
     def skeleton(self) -> Skeleton:
         """The labels of a pose network.

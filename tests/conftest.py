@@ -294,13 +294,15 @@ def perfect_fields(truth, view, spec):
     import numpy as np
     import torch
 
-    from pipeline.training.heatmap_paf import HeatmapPafObjective
+    from pipeline.contracts import Stored
+    from pipeline.objectives.heatmap_paf import HeatmapPafObjective
+    from posepress.skeletons import COCO_17
     from posepress.spec import Resolution
 
     objective, size = HeatmapPafObjective(), Resolution(1000, 1000)
-    kept = objective.labels(truth, size, size, size, objective.people(truth))
+    kept = objective.labels(truth, Stored(size, size, size, COCO_17), objective.capacity(truth))
     kept |= {"matrix": view.matrix.astype(np.float32), "flipped": np.array(view.flipped), "labelled": np.array(True)}
-    made = objective.targets({name: torch.from_numpy(value[None]) for name, value in kept.items()}, view.size, spec)
+    made = objective.targets({name: torch.from_numpy(value[None]) for name, value in kept.items()}, view.size, spec, COCO_17)
     return {name: made[name].numpy() for name in ("heatmaps", "pafs")}
 
 

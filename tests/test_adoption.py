@@ -24,6 +24,7 @@ from posepress.errors import UserError
 from posepress.framing.person_crops import PersonCrops
 from posepress.framing.whole_image import WholeImage
 from posepress.pixels import normalise
+from posepress.results import Boxes
 from posepress.skeletons import OPENPOSE_18
 from posepress.spec import SPEC_KEY, InputSpec, NetworkSpec, OutputSpec, Resolution, Skeleton
 
@@ -167,7 +168,7 @@ def test_an_ambiguous_file_asks_which_output_is_which(file):
     assert adopted(file, model).sources == {"heatmaps": "397", "pafs": "400"}
     model.graph.node.append(helper.make_node("Relu", ["397"], ["401"]))
     model.graph.output.append(helper.make_tensor_value_info("401", TensorProto.FLOAT, ["n", 3, None, None]))
-    with pytest.raises(UserError, match=r"'397' \[n, 3, 8, 12\].*say which is which, like 'model.outputs=\{heatmaps: 397"):
+    with pytest.raises(UserError, match=r"'397' \[n, 3, 8, 12\].*assign them, for example 'model.outputs=\{heatmaps: 397"):
         adopted(file, model)
     assert adopted(file, model, outputs={"heatmaps": "401"}).sources == {"heatmaps": "401", "pafs": "400"}
 
@@ -236,7 +237,7 @@ MASK = head(
         (
             ANCHORS,
             RAW,
-            r"its one output 'output0' \[n, 3, 96\] does not hold the fields .*3 heatmaps \+ 4 pafs are 7 channels",
+            r"its one output 'output0' \[n, 3, 96\] does not hold the fields .*3 heatmaps \+ 4 pafs have 7 channels",
         ),
         (LAST, ONE, r"'last' is \[1, 8, 12, 3\] for an image of 32x48: 8 channels, and model.spec says 3; .* channels last"),
         (MASK, changed(("fields",), [{**RAW["fields"][0], "channels": 1}]), r"'mask' is int64; expected is float32"),
@@ -353,7 +354,7 @@ def test_an_old_opset_that_cannot_be_raised_stays_and_says_so(file, monkeypatch)
     made = adopted(file, network(opset=11))
     assert made.model.opset_import[0].version == 11
     assert made.notes == [
-        "stays at opset 11 (no adapter for Upsample): INT8 begins at opset 13, so export it with that for INT8"
+        "stays at opset 11 (no adapter for Upsample): INT8 needs opset 13 or newer; for INT8, export it with that"
     ]
 
 
@@ -449,15 +450,15 @@ def asked(file, raw=RAW, precision="fp32", resolution=SIZE, batch=1, one_size=Tr
 def test_a_file_of_one_shape_is_asked_for_that_alone(file):
     onnx.save(network((1, 3, 32, 48)), file)
     asked(file)
-    with pytest.raises(UserError, match="batch=4: .* takes a batch of 1 alone; set batch=1"):
+    with pytest.raises(UserError, match="batch=4: .* takes only a batch of 1; set batch=1"):
         asked(file, batch=4)
-    with pytest.raises(UserError, match="resolution=64x48: .* takes 32x48 alone; set training_resolution=32x48"):
+    with pytest.raises(UserError, match="resolution=64x48: .* takes only 32x48; set training_resolution=32x48"):
         asked(file, resolution=Resolution(64, 48))
     with pytest.raises(UserError, match="ask for inputs of several sizes, .* takes one"):
         asked(file, one_size=False)
     onnx.save(network(), file)
     asked(file, batch=4, resolution=Resolution(64, 48), one_size=False)
-    with pytest.raises(UserError, match="takes a batch of 1 alone"):
+    with pytest.raises(UserError, match="takes only a batch of 1;"):
         asked(file, {**RAW, "dynamic": ["height", "width"]}, batch=4)
 
 
@@ -485,7 +486,7 @@ def test_weights_of_16_bits_are_said(file):
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight).astype(np.float16), "w"))
     onnx.save(model, file)
     (said,) = check_request(file, described(RAW), "fp32", {}, {}, True)
-    assert "has weights of 16 bits ('w'), so that what is called precision=fp32 is theirs" in said
+    assert "has weights of 16 bits ('w'), so that precision=fp32 means these 16-bit weights" in said
 
 
 def test_int8_needs_scales_for_each_channel():
@@ -666,7 +667,7 @@ def test_an_unusual_mean_is_said(tmp_path, monkeypatch, capsys):
         (("input", "order"), None, "input.order=null: choose RGB, BGR"),
         (("input", "layout"), "NCWH", "input.layout=NCWH: choose NCHW, NHWC"),
         (("input", "dtype"), "int8", "input.dtype=int8: choose float32, float16, uint8"),
-        (("input", "dtype"), "uint8", "input.dtype=uint8: the network takes pixels as they are; give range=255"),
+        (("input", "dtype"), "uint8", "input.dtype=uint8: the network takes pixels without normalisation; give range=255"),
         (("input", "channels"), 4, "input.channels=4: choose 3"),
         (("input", "size"), "big", "input.size=big: give HEIGHTxWIDTH"),
         (("fields", 0, "axes"), "HWC", r"fields\[0\].axes=HWC: choose CHW, CX"),
@@ -859,7 +860,7 @@ def test_framings_check_their_numbers():
     with pytest.raises(ValueError, match=r"scales\[0\]=nan"):
         WholeImage(scales=(float("nan"),))
     with pytest.raises(ValueError, match="a person's box is not finite"):
-        PersonCrops().views(SIZE, SIZE, SPEC.input, np.array([[0, 0, np.nan, 1]]))
+        PersonCrops().views(SIZE, SIZE, SPEC.input, Boxes(np.array([[0, 0, np.nan, 1]])))
 
 
 def test_an_engine_that_is_not_as_described_is_named(file):

@@ -13,14 +13,14 @@ from test_annotation_values import DOG, HAND, PERSON, content, person, written
 
 from evaluation.metrics.coco_keypoints import CocoKeypoints
 from pipeline.datasets import synthetic
-from pipeline.datasets.coco import Coco, CocoSplits
+from pipeline.datasets.coco import CocoSplits
+from pipeline.datasets.coco_split import Coco
 from pipeline.datasets.packaged import Packaged, pack
 from pipeline.datasets.results import load_results
 from pipeline.deploy.results_zip import check_figures
 from pipeline.report.collect import columns
 from pipeline.results.job import Job
 from pipeline.stages import evaluate, tune
-from pipeline.training.shard import _refuse_others
 from posepress.errors import UserError
 from posepress.framing.whole_image import WholeImage
 from posepress.results import Poses
@@ -58,7 +58,7 @@ class Knowing:
     spec: NetworkSpec = SPEC
 
     def decode(self, fields, views):
-        return [Poses(POINTS.copy(), np.ones(1, np.float32), features=np.ones((1, 2), np.float32)) for _ in views]
+        return [Poses(POINTS.copy(), np.ones(1, np.float32), notes={"features": np.ones((1, 2), np.float32)}) for _ in views]
 
     def merge(self, parts, views):
         return parts[0]
@@ -66,7 +66,7 @@ class Knowing:
     def draw(self, image, found):
         return image
 
-    def variants(self, found):
+    def readings(self, found):
         return {}
 
 
@@ -195,22 +195,8 @@ def test_thresholds_from_few_tune_images_are_doubted(splits, tmp_path, capsys, m
         )  # fmt: skip
         return capsys.readouterr().err
 
-    assert "thresholds chosen on 3 tune images: they may fit nothing else; name more in data.splits" in tuned(3)
+    assert "thresholds chosen on 3 tune images may not fit other images; name more in data.splits" in tuned(3)
     assert "thresholds chosen" not in tuned(5)
-
-
-def test_training_says_that_it_knows_cocos_keypoints_alone(tmp_path):
-    hand = {"id": 8, "image_id": 1, "category_id": 2, "bbox": [0, 0, 9, 9], "keypoints": [1, 2, 2, 3, 4, 2, 5, 6, 2]}
-    file = written(tmp_path, content(hand, person(), categories=[HAND, PERSON]))
-    with pytest.raises(
-        UserError, match=r"a\.json: training knows COCO's 17 keypoints alone, .* 3 others \(wrist, thumb, index\)"
-    ):
-        _refuse_others([Coco(tmp_path), Coco(tmp_path, file, category="hand")])
-    _refuse_others([Coco(tmp_path), Coco(tmp_path, file)])
-    names = [f"other_{n}" for n in range(17)]
-    renamed = written(tmp_path, content(person(), categories=[{**PERSON, "keypoints": names, "sigmas": [0.1] * 17}]))
-    with pytest.raises(UserError, match="this category has 17 others"):
-        _refuse_others([Coco(tmp_path, renamed)])
 
 
 def test_a_package_carries_the_category_and_how_images_are_turned(splits, tmp_path):

@@ -10,7 +10,8 @@ from PIL import Image
 
 from evaluation.metrics.coco_keypoints import CocoKeypoints
 from pipeline.datasets.annotations import load_annotations, people
-from pipeline.datasets.coco import Coco, CocoSplits
+from pipeline.datasets.coco import CocoSplits
+from pipeline.datasets.coco_split import Coco
 from pipeline.datasets.images import IMAGE_TYPES, read_header, read_image, shown_size
 from posepress.errors import UserError
 from posepress.results import Poses

@@ -18,7 +18,7 @@ from posepress.decoders.heatmap_paf.decoder import HeatmapPafDecoder
 from posepress.framing.person_crops import PersonCrops
 from posepress.framing.whole_image import WholeImage
 from posepress.geometry import input_to_cells, mirrored
-from posepress.results import Poses
+from posepress.results import Boxes, Poses
 from posepress.skeletons import COCO_17, OPENPOSE_18
 from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Resolution
 
@@ -193,20 +193,20 @@ def test_a_fit_finds_what_makes_a_person_well_placed():
         quality = draw.random()
         found = poses_of(person + draw.normal(0, 1 + 30 * (1 - quality), person.shape))
         features = np.array([[draw.random(), quality, 1.0]], np.float32)  # the plain score says nothing here
-        results.append((truth_of(person), Poses(found.keypoints, features[:, 0], features=features)))
+        results.append((truth_of(person), Poses(found.keypoints, features[:, 0], {"features": features})))
     weights = scores.fit(metric, results)
     assert len(weights) == 3
     assert weights[1] > 5 * abs(weights[0])
     plain, fitted = CocoKeypoints(COCO_17, COCO_17), CocoKeypoints(COCO_17, COCO_17)
     for n, (truth, found) in enumerate(results):
         plain.process(str(n), truth, found)
-        fitted.process(str(n), truth, Poses(found.keypoints, found.features @ np.float32(weights)))
+        fitted.process(str(n), truth, Poses(found.keypoints, found.notes["features"] @ np.float32(weights)))
     assert fitted.evaluate()["ap"] > plain.evaluate()["ap"] + 0.02
 
 
 def test_too_few_people_fit_nothing():
     person = standing(0)
-    found = Poses(poses_of(person).keypoints, np.ones(1, np.float32), features=np.ones((1, 3), np.float32))
+    found = Poses(poses_of(person).keypoints, np.ones(1, np.float32), notes={"features": np.ones((1, 3), np.float32)})
     assert scores.fit(CocoKeypoints(COCO_17, COCO_17), [(truth_of(person), found)] * 5) is None
     assert scores.fit(CocoKeypoints(COCO_17, COCO_17), []) is None
 
@@ -290,7 +290,7 @@ def test_points_survive_the_way_to_the_cells_and_back(size, h, w, flipped, seed)
     views = [
         WholeImage(mode).views(size, resolution, SPEC.input)[0] for mode in (None, "pad_image_input", "adjust_network_input")
     ]
-    for view in [*views, *PersonCrops().views(size, resolution, SPEC.input, boxes)]:
+    for view in [*views, *PersonCrops().views(size, resolution, SPEC.input, Boxes(boxes))]:
         seen = mirrored(view, size) if flipped else view
         cells = input_to_cells(seen.to_input(points), spec)
         back = seen.to_image((cells + spec.shift + 0.5) * 8 - 0.5)

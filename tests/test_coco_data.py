@@ -6,7 +6,8 @@ import pytest
 
 from pipeline.datasets import annotations
 from pipeline.datasets.annotations import load_annotations
-from pipeline.datasets.coco import SPLITS, Coco, CocoSplits
+from pipeline.datasets.coco import SPLITS, CocoSplits
+from pipeline.datasets.coco_split import Coco
 from pipeline.datasets.images import inspect_files, read_header, read_image
 from pipeline.launch.preflight import check_images
 from pipeline.results.stage import Stage

@@ -11,7 +11,7 @@ from evaluation.metrics.coco_keypoints import CocoKeypoints
 from evaluation.metrics.oks import FIGURES
 from evaluation.statistics import Draws, bootstrap, paired
 from pipeline.datasets.annotations import people
-from pipeline.datasets.coco import Coco
+from pipeline.datasets.coco_split import Coco
 from pipeline.datasets.results import load_results
 from posepress.results import Poses
 from posepress.skeletons import COCO_17, OPENPOSE_18
@@ -251,12 +251,13 @@ def test_files_with_other_categories_give_the_figures_of_pycocotools(tmp_path, s
 
 
 @pytest.mark.parametrize("ids", [["-3", "-12", "5"], ["007", "7", "70"], ["²", "1", "3"], ["a", "B", "10"]])
-def test_any_id_is_ordered_and_written_as_it_is(ids):
+def test_any_id_is_ordered_and_written_as_it_is(ids, tmp_path):
     truth, found = world(1, images=3)
     metric = CocoKeypoints(COCO_17, COCO_17)
     for name, image in zip(ids, truth, strict=True):
         metric.process(name, people(truth[image]), found[image])
     metric.evaluate()
-    assert {str(record["image_id"]) for record in metric.results()} <= set(ids)
+    metric.write(tmp_path / "r.json", lambda image: {"image_id": image, "category_id": 1})
+    assert {record["image_id"] for record in json.loads((tmp_path / "r.json").read_text())} <= set(ids)
     if "-3" in ids:
         assert metric.images == ["-12", "-3", "5"]

@@ -178,16 +178,19 @@ def test_memory_does_not_grow_with_the_images(chain, finished):
 
 def test_found_people_survive_a_file(chain, tmp_path):
     some = Poses(
-        np.ones((2, 18, 3), np.float32), np.ones(2, np.float32), np.zeros((2, 18), bool), np.ones((2, 7), np.float32), 3, True
+        np.ones((2, 18, 3), np.float32),
+        np.ones(2, np.float32),
+        {"guessed": np.zeros((2, 18), bool), "features": np.ones((2, 7), np.float32)},
+        {"dropped_peaks": 3, "images_not_finite": 1},
     )
     none = Poses(np.zeros((0, 18, 3), np.float32), np.zeros(0, np.float32))
     save_results(tmp_path / "r.npz", [("7", some), ("1", none)])
     back = load_results(tmp_path / "r.npz")
     assert list(back) == ["7", "1"]
-    assert back["7"].dropped_peaks == 3
-    assert back["7"].not_finite is True
-    assert np.array_equal(back["7"].guessed, some.guessed)
-    assert back["1"].guessed is None
+    assert back["7"].counts == {"dropped_peaks": 3, "images_not_finite": 1}
+    assert back["7"].notes.keys() == some.notes.keys()
+    assert np.array_equal(back["7"].notes["guessed"], some.notes["guessed"])
+    assert back["1"].notes == {}
     assert back["1"].keypoints.shape == (0, 18, 3)
 
 
@@ -223,8 +226,8 @@ def test_what_scores_best_on_the_tune_images_is_chosen(chain, exported, wanted, 
         def __init__(self, spec, threshold):
             self.threshold = threshold
 
-        def variants(self, found):
-            return {}
+        def plain(self, found):
+            return found
 
     def results(part, runner, framing, decoder, *_):
         for n in range(len(part)):
@@ -403,9 +406,9 @@ def test_what_was_not_measured_is_no_figure(tmp_path):
     assert shown[1] == ["ar_large", "–", "–", "–"]
     sides = [Side({"ap": 0.3, "primary": "ap", **more}, {}, {}) for more in ({"agreement_ap": 0.9}, {})]
     (_, told) = rows_of(*sides, ["a", "b"])
-    assert told["apart"] == "measured of a alone"
+    assert told["apart"] == "measured only for a"
     ((_, _, shown),) = report.differences(["a", "b"], [{"name": "", "figures": [told]}])
-    assert shown[0] == ["agreement_ap", "0.9000", "–", "not compared: measured of a alone"]
+    assert shown[0] == ["agreement_ap", "0.9000", "–", "not compared: measured only for a"]
 
 
 def test_the_rank_correlation_is_spearmans():

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from pipeline.datasets import annotations
 from pipeline.datasets.annotations import load_annotations
-from pipeline.datasets.coco import Coco, CocoSplits
+from pipeline.datasets.coco import CocoSplits
+from pipeline.datasets.coco_split import Coco
 from pipeline.datasets.images import read_header, read_image
 from pipeline.datasets.results import load_results
 from posepress.errors import UserError

@@ -144,8 +144,8 @@ def test_missing_keypoints_are_completed_inside_the_persons_box():
     (plain,) = HeatmapPafDecoder(SPEC, heatmap_threshold=0.1, complete_poses=False).decode(fields, [VIEW])
     (whole,) = HeatmapPafDecoder(SPEC, heatmap_threshold=0.1, box_margin=0.2).decode(fields, [VIEW])
     assert plain.keypoints[0, nose].tolist() == [0, 0, 0]
-    assert plain.guessed is None or not plain.guessed.any()
-    assert whole.guessed[0, nose]
+    assert not plain.notes["guessed"].any()
+    assert whole.notes["guessed"][0, nose]
     assert np.hypot(*(whole.keypoints[0, nose, :2] - image.points[0, nose])) < 8
     low, high = plain.keypoints[0, plain.keypoints[0, :, 2] > 0, :2].min(0), plain.keypoints[0].max(0)[:2]
     margin = 0.2 * (high - low).max() + 16
@@ -195,7 +195,7 @@ def test_torch_and_numba_agree_on_what_is_no_network(kind):
     (ours,) = decoder.decode({"heatmaps": heatmaps, "pafs": pafs}, [view])
     (theirs,) = by_torch(decoder, heatmaps, pafs, view)
     same(ours, theirs)
-    assert ours.not_finite == theirs.not_finite == (kind == "nan")
+    assert ours.counts["images_not_finite"] == theirs.counts["images_not_finite"] == (kind == "nan")
     assert np.isfinite(ours.keypoints).all()
 
 
@@ -214,7 +214,7 @@ def test_two_hundred_people_and_noise_are_bounded():
         assert candidates.counts.max() <= decoder.max_peaks
         assert len(candidates.scores) <= 19 * decoder.max_peaks**2
         assert np.isfinite(found.keypoints).all()
-        assert found.dropped_peaks == candidates.dropped
+        assert found.counts["dropped_peaks"] == candidates.dropped
 
 
 @settings(max_examples=30, deadline=None)

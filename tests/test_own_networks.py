@@ -25,6 +25,7 @@ from pipeline.launch import command_line
 from pipeline.launch.options import check_added, check_component
 from pipeline.models import contract, store
 from pipeline.models.lightweight_openpose import LightweightOpenPose
+from pipeline.objectives.heatmap_paf import HeatmapPafObjective
 from pipeline.onnx_files import export
 from pipeline.pruning import graph
 from pipeline.pruning.cycle import Cycle
@@ -40,12 +41,11 @@ from pipeline.results.job import Job
 from pipeline.stages import prune, sensitivity
 from pipeline.stages import train as stage
 from pipeline.training.augment import NONE
-from pipeline.training.heatmap_paf import HeatmapPafObjective
 from pipeline.training.loop import Training, train
 from pipeline.training.sparsity import Penalty
 from posepress.errors import UserError
 from posepress.framing.whole_image import WholeImage
-from posepress.skeletons import OPENPOSE_18
+from posepress.skeletons import COCO_17, OPENPOSE_18
 from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Resolution, Skeleton
 
 C, SIZE = 8, Resolution(32, 48)
@@ -458,13 +458,17 @@ def training(**options):
 def trained(folder, images, make=None, weights=None, resolution="32x48", objective=None, **options):
     make = partial(Own) if make is None else make
     learns = HeatmapPafObjective() if objective is None else objective
-    return stage.run(job(folder), None, make, weights, images, learns, resolution, 0, NONE, training(**options), None)
+    return stage.run(
+        job(folder), None, make, weights, images, learns, resolution, 0, WholeImage(), NONE, training(**options), None
+    )
 
 
 def pruning(folder, images, pruner):
     given = job(folder, "prune", network=folder / "train")
     framing, learns = WholeImage(None), HeatmapPafObjective()
-    return prune.run(given, pruner, images, None, framing, {}, 4, learns, "32x48", "32x48", 0, NONE, training(steps=0), None)
+    return prune.run(
+        given, pruner, images, None, framing, {}, 4, learns, "32x48", "32x48", 0, WholeImage(), NONE, training(steps=0), None
+    )
 
 
 @pytest.mark.parametrize("kind", ["pixel_shuffle", "chunk", "multiplier", "tied", "weight_norm", "old_weight_norm", "frozen"])
@@ -521,7 +525,7 @@ def test_computed_weights_become_plain_ones_where_they_are_pruned(kind, criterio
     assert made["sum"][gone.name]["0.1"] != made["sum"][gone.name]["0.9"]
     capsys.readouterr()
     found = pruning(tmp_path, images, Pruner(**SMALL, criterion=criterion))
-    assert capsys.readouterr().err.count("pruning makes plain weights of those that are computed") == 1
+    assert capsys.readouterr().err.count("pruning replaces computed weights") == 1
     assert found["pruned_against_masked"] < 1e-5
     assert found["macs_ratio"] < 0.5
     loaded, *_ = store.load(tmp_path / "prune")
@@ -548,7 +552,16 @@ def test_sensitivity_says_why_there_is_nothing_to_measure(images, tmp_path, monk
     monkeypatch.setattr(sensitivity, "survey", lambda _: graph.Survey([], [graph.LeftOut(["stem"], "no reason")]))
     with pytest.raises(UserError, match=r"left out are stem \(no reason\)"):
         sensitivity.run(
-            job(tmp_path, "s", network=tmp_path / "train"), images, HeatmapPafObjective(), "32x48", NONE, "l1", None, "union", 4
+            job(tmp_path, "s", network=tmp_path / "train"),
+            images,
+            HeatmapPafObjective(),
+            "32x48",
+            WholeImage(),
+            NONE,
+            "l1",
+            None,
+            "union",
+            4,
         )
 
 
@@ -621,7 +634,7 @@ MISTAKES = {
     ),
     "one more": (
         returns(lambda out: {**out, "aux": out["pafs"]}),
-        r"found 'heatmaps', 'pafs', 'aux' \(another .* as 'heatmaps\.0'",
+        r"found 'heatmaps', 'pafs', 'aux' \(in training only, .* as 'heatmaps\.0'",
     ),
     "stride": (
         specified((OutputSpec("heatmaps", 8, 19), PAF)),
@@ -637,11 +650,11 @@ MISTAKES = {
     "no tensor": (returns(lambda out: {**out, "pafs": [out["pafs"]]}), "pafs: expected .* found a list of 1"),
     "other limbs": (
         specified(labels=Skeleton(OPENPOSE_18.names, OPENPOSE_18.limbs[:5], OPENPOSE_18.sigmas)),
-        r"cannot be trained here: spec says 38 channels of 'pafs'; its labels make 10: two a limb \(5\)",
+        r"cannot be trained here: spec says 38 channels of 'pafs'; but its labels need 10: two channels a limb \(5\)",
     ),
     "other keypoints": (
         specified(labels=Skeleton(("top", *OPENPOSE_18.names[1:]), OPENPOSE_18.limbs, OPENPOSE_18.sigmas)),
-        "cannot be trained here: spec's labels name the keypoint 'top'; training knows neck and COCO's",
+        "cannot be trained here: spec's labels name the keypoint 'top'; the data labels nose, left_eye",
     ),
 }  # fmt: skip
 
@@ -649,7 +662,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_told_before_data_are_read(mistake, tmp_path):
     make, message = MISTAKES[mistake]
-    data = types.SimpleNamespace()  # which cannot be opened
+    data = types.SimpleNamespace(open=lambda _: types.SimpleNamespace(labelled=True, labels=COCO_17))  # without images
     with pytest.raises(UserError, match=message) as told:
         trained(tmp_path, data, partial(make))
     assert "\n" not in str(told.value)
@@ -801,7 +814,7 @@ def test_tied_weights_that_differ_are_refused(tmp_path):
     network = lively("tied")
     state = dict(network.state_dict())
     state["block.inner.two.weight"] = state["block.inner.two.weight"] + 1
-    with pytest.raises(UserError, match=r"block\.inner\.two\.weight differs from block\.inner\.one\.weight, with which"):
+    with pytest.raises(UserError, match=r"block\.inner\.two\.weight differs from block\.inner\.one\.weight, although"):
         loaded(state, tmp_path, "tied")
     del state["block.inner.one.weight"]  # either name will do
     assert torch.equal(loaded(state, tmp_path, "tied").block.inner.one.weight, state["block.inner.two.weight"])

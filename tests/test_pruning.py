@@ -359,7 +359,7 @@ def test_a_latency_is_reached_closely_or_from_below(monkeypatch, capsys):
     assert latency_of(monkeypatch, "5.0ms", fine) == pytest.approx(5.0, rel=0.05)
     coarse = [(0.9, 10.0), (0.45, 5.6), (0.0, 4.0)]
     assert latency_of(monkeypatch, "0.5x", coarse) == 4.0, "what is nearer is too slow"
-    assert "no network was found closer to 0.500x from below than 0.400x" in capsys.readouterr().err
+    assert "the nearest latency below 0.500x is 0.400x" in capsys.readouterr().err
     assert latency_of(monkeypatch, "0.9x", [(0.6, 10.0), (0.0, 5.0)]) == 5.0, "though what is as slow as dense is nearer"
     with pytest.raises(UserError, match=r"pruner.value=0.3x: cannot be reached; the nearest is pruner.value=0\.4x"):
         latency_of(monkeypatch, "0.3x", coarse)
@@ -557,7 +557,7 @@ def test_two_of_four_weights_are_zero_and_stay_so(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pruning_ratio": 1.0}, r"pruner.pruning_ratio=1.0: no ratio; choose 0 to below 1 \(1 would empty the layer\)"),
+        ({"pruning_ratio": 1.0}, r"pruner.pruning_ratio=1.0: not a ratio; choose 0 to below 1 \(1 would empty the layer\)"),
         ({"pruning_ratio": -0.1}, "pruning_ratio=-0.1: no ratio"),
         ({"pruning_ratio_dict": {"a": 1}}, "pruning_ratio_dict.a=1: no ratio.*empty the layer"),
         ({"max_pruning_ratio": 1.0}, "max_pruning_ratio=1.0: no ratio"),

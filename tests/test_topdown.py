@@ -5,6 +5,7 @@ import torch
 from posepress.decoders.heatmap_argmax import TopDownDecoder
 from posepress.framing.person_crops import PersonCrops
 from posepress.geometry import input_to_cells
+from posepress.results import Boxes
 from posepress.skeletons import COCO_17
 from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Resolution
 
@@ -16,7 +17,7 @@ def seen(people, sigma=2.0, noise=0.0, seed=0):
     """Maps of planted people [N, 17, 2] in image pixels, each seen through the crop of its box."""
     draw = np.random.default_rng(seed)
     low, high = people.min(axis=1), people.max(axis=1)
-    views = PersonCrops().views(Resolution(600, 800), SIZE, SPEC.input, np.concatenate([low, high - low], axis=1))
+    views = PersonCrops().views(Resolution(600, 800), SIZE, SPEC.input, Boxes(np.concatenate([low, high - low], axis=1)))
     y, x = np.mgrid[:64, :48]
     maps = []
     for points, view in zip(people, views, strict=True):
@@ -63,7 +64,7 @@ def test_no_map_breaks_it(refinement, value):
     decoder = TopDownDecoder(SPEC, refinement=refinement)
     (found,) = decoder.decode({"heatmaps": np.full((1, 17, 64, 48), value, np.float32)}, views)
     assert len(found.scores) == (value == 1)
-    assert found.not_finite == (not np.isfinite(value))
+    assert found.counts["images_not_finite"] == (not np.isfinite(value))
     assert np.isfinite(found.keypoints).all()
 
 
@@ -72,7 +73,7 @@ def test_one_bad_map_spoils_no_other():
     maps, views = seen(people)
     maps[0, 3, 10, 10], maps[0, 4] = np.nan, -np.inf
     (found,) = TopDownDecoder(SPEC).decode({"heatmaps": maps}, views)
-    assert found.not_finite
+    assert found.counts["images_not_finite"]
     assert found.keypoints[0, 4].tolist() == [0, 0, 0]
     assert (found.keypoints[0, :, 2] > 0).sum() == 16
     assert np.abs(found.keypoints[0, 3, :2] - people[0, 3]).max() < 5
@@ -80,7 +81,7 @@ def test_one_bad_map_spoils_no_other():
 
 def test_an_image_without_people_is_empty():
     decoder = TopDownDecoder(SPEC)
-    assert PersonCrops().views(Resolution(10, 10), SIZE, SPEC.input, np.zeros((0, 4))) == []
+    assert PersonCrops().views(Resolution(10, 10), SIZE, SPEC.input, Boxes(np.zeros((0, 4)))) == []
     assert decoder.merge([], []).keypoints.shape == (0, 17, 3)
 
 

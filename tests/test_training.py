@@ -14,8 +14,10 @@ import torch
 from torch.nn import functional as F
 
 from evaluation.truth import People
+from pipeline.contracts import Stored
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.models.mobilenetv2_paf import MobileNetV2Paf
+from pipeline.objectives.heatmap_paf import HeatmapPafObjective
 from pipeline.pruning.criteria import importance
 from pipeline.pruning.graph import folded, groups, normalised
 from pipeline.pruning.semi_structured import is_sparse
@@ -23,8 +25,8 @@ from pipeline.pruning.sparse24 import Sparse24
 from pipeline.training import loop
 from pipeline.training.augment import NONE, Augmentation, cut
 from pipeline.training.distillation import Distillation
-from pipeline.training.heatmap_paf import HeatmapPafObjective
 from pipeline.training.loop import Training, _items, learning_rate, loss_on, train
+from pipeline.training.shard import Material
 from pipeline.training.sparsity import Penalty
 from pipeline.training.views import Views, _order, copied, uniform
 from posepress.errors import UserError
@@ -54,13 +56,14 @@ IDENTITY = np.array([[1.0, 0, 0], [0, 1, 0]])
 def batch(truth, matrix=IDENTITY, flipped=False, size=SIZE):
     """What the objective gets of one image seen in one view."""
     objective = HeatmapPafObjective()
-    kept = objective.labels(truth, size, size, size, max(objective.people(truth), 1))
+    capacity = 1 if truth is None else max(objective.capacity(truth), 1)
+    kept = objective.labels(truth, Stored(size, size, size, COCO_17), capacity)
     kept |= {"matrix": np.asarray(matrix, np.float32), "flipped": np.array(flipped), "labelled": np.array(truth is not None)}
     return {name: torch.from_numpy(np.asarray(value)[None]) for name, value in kept.items()}
 
 
 def fields_of(truth, **view):
-    return HeatmapPafObjective().targets(batch(truth, **view), SIZE, SPEC)
+    return HeatmapPafObjective().targets(batch(truth, **view), SIZE, SPEC, COCO_17)
 
 
 def test_heatmaps_peak_at_the_keypoints_and_pafs_point_along_the_limbs():
@@ -153,8 +156,9 @@ def test_losses_of_all_stages_are_added():
 def drawn(count, augment=None, size=Resolution(120, 160), boxes=None, seed=0):  # noqa: B008
     """Random views of an image of one person."""
     boxes = np.tile(person().boxes[None] if boxes is None else boxes, (count, 1, 1))
-    sizes = np.tile([[size.height, size.width]], (count, 1))
-    return (Augmentation() if augment is None else augment).views(uniform(seed, range(count)), sizes, boxes, SIZE)
+    (base,) = WholeImage().bases(size, SIZE)
+    bases = np.tile(base.matrix[None], (count, 1, 1))
+    return (Augmentation() if augment is None else augment).views(uniform(seed, range(count)), bases, boxes, SIZE)
 
 
 def test_views_stay_the_same_for_a_seed_and_vary_otherwise():
@@ -241,7 +245,7 @@ def test_a_shard_on_the_device_gives_the_views_of_one_on_disk(images, tmp_path):
     there = copied(views.shard, device)
     assert sum(values.nbytes for values in there.values()) == views.shard.bytes
     rows = views.host(items, rows_only=True)
-    assert set(rows) == {"row", "matrix", "flipped", "tone"}
+    assert set(rows) == {"row", "matrix", "flipped", "tone", "base"}
     again, expected = views.on(device, rows, there)
     assert torch.equal(image, again)
     assert all(torch.equal(targets[name], expected[name]) for name in targets)
@@ -319,7 +323,8 @@ def _network(width=0.125):
 
 
 def _views(images, cache, splits=("train",), **changes):
-    views = Views.of(images, list(splits), HeatmapPafObjective(), _network(), SIZE, Augmentation(), 0, cache)
+    material = Material(images, HeatmapPafObjective(), WholeImage(), SIZE, Augmentation(), cache)
+    views = Views.of(material, list(splits), _network(), 0)
     return replace(views, **changes)
 
 
@@ -369,7 +374,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(images, tmp_path, 
         _train(images, tmp_path / "cut.ckpt", network=dropping())
     monkeypatch.undo()
     resumed, found = _train(images, tmp_path / "cut.ckpt", network=dropping())
-    assert "goes on at step 4 of 12" in capsys.readouterr().err
+    assert "training resumes at step 4 of 12" in capsys.readouterr().err
     assert found["loss"] == expected["loss"]
     assert found["curve"] == expected["curve"]
     assert same(whole_run, resumed), "bit for bit"
@@ -659,15 +664,16 @@ def test_training_on_a_written_shard_needs_neither_opencv_nor_numba(images, tmp_
 import sys
 from pathlib import Path
 sys.modules["cv2"] = sys.modules["numba"] = None
+from posepress.skeletons import COCO_17
 from posepress.spec import Resolution
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.training.augment import Augmentation
-from pipeline.training.heatmap_paf import HeatmapPafObjective
+from pipeline.objectives.heatmap_paf import HeatmapPafObjective
 from pipeline.training.loop import Training, train
 from pipeline.training.shard import Shard
 from pipeline.training.views import Views
 network, shard = LightweightOpenPose(stages=2, width=0.125), Shard.open(Path(sys.argv[1]))
-views = Views(shard, HeatmapPafObjective(), network.spec, Resolution(64, 80), Augmentation(), 0)
+views = Views(shard, HeatmapPafObjective(), network.spec, Resolution(64, 80), Augmentation(), 0, COCO_17)
 print(train(network, views, Training(steps=2, batch_size=4, warmup=0), Path(sys.argv[2]))["steps"])
 """
     words = [sys.executable, "-c", script, str(views.shard.folder), str(tmp_path / "a.ckpt")]
@@ -850,7 +856,7 @@ def test_a_shard_is_read_again_by_other_code(images, tmp_path, monkeypatch):
 
 def test_a_shard_is_written_once_and_travels_as_its_folder(images, tmp_path, monkeypatch):
     first = _views(images, tmp_path).shard
-    monkeypatch.setattr("pipeline.training.shard._write", None)
+    monkeypatch.setattr(Material, "_write", None)
     again = _views(images, tmp_path).shard
     assert np.array_equal(first.images, again.images)
     packed = pickle.dumps(again)
@@ -882,9 +888,9 @@ def test_impossible_trainings_are_refused(option):
         ({"scale": ["a", 1]}, r"augment.scale=\['a', 1\]: give the least"),
         ({"scale": 1.0}, "augment.scale=1.0: give the least"),
         ({"scale": None}, "augment.scale=None: give the least"),
-        ({"flip": "abc"}, "augment.flip=abc: a share"),
+        ({"flip": "abc"}, "augment.flip=abc: not a share"),
         ({"rotate": None}, "augment.rotate=None: choose 0 or more"),
-        ({"flip": 50}, "augment.flip=50: a share of the views; choose 0 to 1"),
+        ({"flip": 50}, "augment.flip=50: not a share of the views; choose 0 to 1"),
         ({"rotate": -1}, "augment.rotate=-1: choose 0 or more"),
         ({"shift": float("nan")}, "augment.shift=nan"),
     ],

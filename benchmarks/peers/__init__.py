@@ -1,6 +1,6 @@
-"""Peers' decoders of heatmaps and PAFs, from clones of their repositories; nothing of theirs is kept here.
+"""Peers' decoders of heatmaps and PAFs, from clones of their repositories. None of their code is stored here.
 
-A folder holds the clones under their own names, at these commits: `lightweight-human-pose-estimation.pytorch` (d23c284),
+A folder holds the clones under their original names, at these commits: `lightweight-human-pose-estimation.pytorch` (d23c284),
 `tf-pose-estimation` (9aaf347), `pytorch_Realtime_Multi-Person_Pose_Estimation` (02174bc), `trt_pose` (336b8cd). Their C++ is
 compiled with `g++ -O3 -march=native` when it is first needed. Each decoder takes heatmaps [19, H, W] and PAFs [38, H, W] in
 the order of OPENPOSE_18 and returns [N, 18, 3]: x, y in input pixels, and a score that is 0 where the keypoint is missing.
@@ -42,13 +42,13 @@ def _library(out: Path, source: str, include: Path, *others: Path) -> ctypes.CDL
 
 
 def _to_pixels(found: F32, ratio: float) -> F32:
-    """Cells of maps upsampled `ratio` times to input pixels, with cell centres kept."""
+    """Convert cells of maps, upsampled `ratio` times, to input pixels. The centres of cells are preserved."""
     found[..., :2] = np.where(found[..., 2:] != 0, (found[..., :2] + 0.5) * (STRIDE / ratio) - 0.5, 0)
     return found
 
 
 def _lightweight(folder: Path, ratio: int) -> Decode:
-    """Ratio 8 is val.py's way: to the size of the image, here the input's; ratio 4 demo.py's."""
+    """The peer's decoder. Ratio 8 is that of val.py, which upsamples to the size of the image; ratio 4 is that of demo.py."""
     made = importlib.util.spec_from_file_location("lightweight_keypoints", folder / _LIGHT / "modules/keypoints.py")
     assert made is not None
     assert made.loader is not None
@@ -87,7 +87,7 @@ def _pafprocess(library: ctypes.CDLL) -> Callable[..., None]:
 
 
 def _tf_pose(folder: Path) -> Decode:
-    """estimator.py with its TensorFlow part (upsampling, smoothing, maxima) in OpenCV."""
+    """The decoder of estimator.py. OpenCV replaces its TensorFlow part (upsampling, smoothing, maxima)."""
     from scipy.stats import norm
 
     library = _library(folder / "tf_pose.so", "pafprocess_c.cpp", folder / _TF / "tf_pose/pafprocess")
@@ -113,7 +113,7 @@ def _tf_pose(folder: Path) -> Decode:
 
 
 def _tensorboy(folder: Path) -> Decode:
-    """Its own Python, with its C++ called through ctypes instead of SWIG."""
+    """The peer's Python decoder. It calls the peer's C++ through ctypes instead of SWIG."""
     library = _library(folder / "tensorboy.so", "pafprocess_c.cpp", folder / _TB / "lib/pafprocess")
     stand_in: Any = types.ModuleType("lib.pafprocess.pafprocess")
     stand_in.process_paf = _pafprocess(library)
@@ -140,7 +140,7 @@ def _tensorboy(folder: Path) -> Decode:
 
 
 def _trt_pose(folder: Path, window: int) -> Decode:
-    """parse_objects.py with its defaults; `window` 5 is the default, 3 what its example notebooks give their results with."""
+    """The decoder of parse_objects.py with its defaults. The default of `window` is 5; the example notebooks use 3."""
     parse = folder / _TRT / "trt_pose/parse"
     names = ("find_peaks", "refine_peaks", "paf_score_graph", "munkres", "connect_parts")
     sources = [parse / f"{name}.cpp" for name in names]
@@ -155,7 +155,7 @@ def _trt_pose(folder: Path, window: int) -> Decode:
         out: F32 = np.empty((100, 18, 3), np.float32)
         fixed = (topology.ctypes.data, 18, len(topology), H, W, 0.1, 0.1, window, 7, 100)
         out = out[: library.trt_parse(heat.ctypes.data, limbs.ctypes.data, *fixed, out.ctypes.data)]
-        out = out[(out[..., 2] > 0).sum(axis=1) >= 3]  # it alone returns single keypoints as people
+        out = out[(out[..., 2] > 0).sum(axis=1) >= 3]  # only this peer returns single keypoints as people
         pixels = out[..., :2] * np.array([W * STRIDE, H * STRIDE], np.float32) - 0.5
         out[..., :2] = np.where(out[..., 2:] != 0, pixels, 0)
         return out
@@ -167,7 +167,7 @@ def load(folder: Path) -> dict[str, Decode]:
     """The decoders whose clones are in the folder.
 
     Raises:
-        SystemExit: there is none.
+        SystemExit: the folder has no known clone.
     """
     made: dict[str, Decode] = {}
     if (folder / _TRT).is_dir():
@@ -179,5 +179,5 @@ def load(folder: Path) -> dict[str, Decode]:
     if (folder / _LIGHT).is_dir():
         made |= {"lightweight, demo": _lightweight(folder, 4), "lightweight, val": _lightweight(folder, 8)}
     if not made:
-        raise SystemExit(f"{folder}: no clone of a peer; benchmarks/peers/__init__.py says which are looked for")
+        raise SystemExit(f"{folder}: no clone of a peer; add one of those that benchmarks/peers/__init__.py lists")
     return made

@@ -1,7 +1,8 @@
 """Agreement: how well an engine's predictions match those of the FP32 network, on images without labels."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -76,9 +77,9 @@ class PoseAgreement:
         """The number of reference people that are not ignored, and counts of problems."""
         return {"people": int((~self._inner.people().never).sum()), **self._inner.counts()}
 
-    def results(self) -> Iterator[dict[str, Any]]:
-        """The engine's predictions in COCO's result format."""
-        return self._inner.results()
+    def write(self, file: Path, named: Callable[[str], Mapping[str, Any]]) -> None:
+        """Write the engine's predictions in COCO's result format."""
+        self._inner.write(file, named)
 
     def doubts(self) -> list[str]:
         """The reason why agreement was not measured; empty if it was."""

@@ -1,7 +1,9 @@
 """COCO's keypoint AP."""
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -32,8 +34,7 @@ class CocoKeypoints:
         "ap", "COCO keypoint AP (OKS 0.50:0.95)", "AP", NOT_MEASURED, ("ap50", "ap75", "ap_medium", "ap_large")
     )
     _rows: dict[str, tuple[People, NDArray[Any], F64]] = field(default_factory=dict)
-    _dropped: int = 0
-    _not_finite: int = 0
+    _counts: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Match the keypoints of the two skeletons by name.
@@ -57,7 +58,7 @@ class CocoKeypoints:
     def reset(self) -> None:
         """Forget every image."""
         self._rows.clear()
-        self._dropped = self._not_finite = 0
+        self._counts.clear()
 
     def keypoints(self, found: Poses) -> NDArray[Any]:
         """Predictions in the ground truth's skeleton, [N, K, 3]; missing keypoints are zeros."""
@@ -80,8 +81,8 @@ class CocoKeypoints:
             raise ValueError(f"image {id}: a predicted person has a score or a point that is not finite")
         order = np.argsort(-found.scores, kind="mergesort")[: self.most_found]
         self._rows[id] = (truth, keypoints[order], found.scores[order].astype(np.float64))
-        self._dropped += found.dropped_peaks
-        self._not_finite += found.not_finite
+        for name, count in found.counts.items():
+            self._counts[name] = self._counts.get(name, 0) + int(count)
 
     @property
     def images(self) -> list[str]:
@@ -118,17 +119,17 @@ class CocoKeypoints:
         """The matched images."""
         return self.people().matches()
 
-    def results(self) -> Iterator[dict[str, Any]]:
-        """The predictions in COCO's result format (https://cocodataset.org/#format-results)."""
-        for id in self.images:  # noqa: A001
-            _, keypoints, scores = self._rows[id]
-            for points, score in zip(keypoints.astype(np.float64).round(3), scores.tolist(), strict=True):
-                yield {
-                    "image_id": int(id) if _NUMBER.fullmatch(id) else id,
-                    "category_id": 1,
-                    "keypoints": points.ravel().tolist(),
-                    "score": score,
-                }
+    def write(self, file: Path, named: Callable[[str], Mapping[str, Any]]) -> None:
+        """Write the predictions in COCO's result format (https://cocodataset.org/#format-results)."""
+        with file.open("w") as stream:
+            between = "["
+            for image in self.images:
+                _, keypoints, scores = self._rows[image]
+                for points, score in zip(keypoints.astype(np.float64).round(3), scores.tolist(), strict=True):
+                    row = {**named(image), "keypoints": points.ravel().tolist(), "score": score}
+                    stream.write(between + json.dumps(row))
+                    between = ",\n"
+            stream.write("[]" if between == "[" else "]")
 
     def evaluate(self, images: NDArray[np.intp] | None = None) -> dict[str, float]:
         """COCO's ten figures over all images, or over the images at the given indices; a repeated index counts again."""
@@ -137,8 +138,8 @@ class CocoKeypoints:
         return matches.figures(counts)
 
     def counts(self) -> dict[str, int]:
-        """Counts of problems: dropped peaks, and images for which the network returned NaN or infinity."""
-        return {"dropped_peaks": self._dropped, "images_not_finite": self._not_finite}
+        """Counts of problems: dropped peaks, images for which the network returned NaN or infinity, and the decoder's own."""
+        return {"dropped_peaks": 0, "images_not_finite": 0, **self._counts}
 
     def doubts(self) -> list[str]:
         """Possible causes of unexpected figures, each with what to check."""

@@ -24,7 +24,7 @@ def placed(metric: CocoKeypoints, truth: People, found: Poses) -> NDArray[np.flo
 
 
 def fit(metric: CocoKeypoints, results: Sequence[tuple[People, Poses]]) -> list[float] | None:
-    """Weights of `Poses.features` that predict a person's OKS, by ridge regression.
+    """Weights of `Poses.notes["features"]` that predict a person's OKS, by ridge regression.
 
     Args:
         metric: matches the keypoints of the skeletons.
@@ -33,7 +33,7 @@ def fit(metric: CocoKeypoints, results: Sequence[tuple[People, Poses]]) -> list[
     Returns:
         One weight for each feature; None if there are too few predictions for a fit. The weighted sum may be negative.
     """
-    known = [found.features for _, found in results if found.features is not None]
+    known = [found.notes["features"] for _, found in results if "features" in found.notes]
     features = np.concatenate(known or [np.zeros((0, 1), np.float32)])
     target = np.concatenate([placed(metric, truth, found) for truth, found in results] or [np.zeros(0)])
     counted = np.isfinite(target)

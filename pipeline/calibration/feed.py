@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.contracts import CalibrationFeed, Splits
-from pipeline.datasets.coco import Coco
+from pipeline.contracts import CalibrationFeed, Split, Splits
+from pipeline.datasets.coco_split import Coco
 from pipeline.progress import track
 from posepress.contracts import Framing
 from posepress.errors import UserError
@@ -56,14 +56,14 @@ def calibration_feed(
 
 def _sources(
     images: list[Mapping[str, str]], data: Splits, image_dir: str | None, cache: Path
-) -> Iterator[tuple[Any, list[int]]]:
+) -> Iterator[tuple[Split[Any], list[int]]]:
     """Yield each data set with the indices of its chosen images."""
     for split in dict.fromkeys(image["split"] for image in images):
-        part: Any = data.open(split) if split != "image_dir" else Coco.folder(str(image_dir))
+        part: Split[Any] = data.open(split) if split != "image_dir" else Coco.folder(str(image_dir))
         contents = part.contents(cache)
         listed = [image for image in images if image["split"] == split]
         changed = [i["file_name"] for i in listed if contents.get(i["file_name"]) != i["sha256"]]
         if changed:
             raise UserError(f"calibration image {changed[0]} changed since it was chosen; run stage=sample again")
-        place = {record["file_name"]: n for n, record in enumerate(part.records)}
+        place = {record.file: n for n, record in enumerate(part.images)}
         yield part, [place[image["file_name"]] for image in listed]

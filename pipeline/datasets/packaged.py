@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.contracts import Splits
 from pipeline.datasets import records
-from pipeline.datasets.coco import Coco
+from pipeline.datasets.coco_split import Coco
 from pipeline.results.content import parse_json, sha256
 from posepress.errors import UserError
 
@@ -33,7 +33,7 @@ def pack(data: Splits, out: Path) -> dict[str, int]:
         images = out / split / "images"
         for record in part.records:
             (images / record["file_name"]).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(part.images / record["file_name"], images / record["file_name"])
+            shutil.copyfile(part.root / record["file_name"], images / record["file_name"])
             digests[f"{split}/images/{record['file_name']}"] = sha256(images / record["file_name"])
         if part.annotations is not None:
             (out / split / "annotations.json").write_text(json.dumps(_content(part)))

@@ -19,7 +19,8 @@ import numpy as np
 from annotated_types import Interval
 from numpy.typing import NDArray
 
-from pipeline.datasets.coco import SPLITS, Coco, CocoSplits
+from pipeline.datasets.coco import SPLITS, CocoSplits
+from pipeline.datasets.coco_split import Coco
 from pipeline.probing import processes
 from posepress.errors import UserError
 from posepress.skeletons import COCO_17

@@ -39,6 +39,7 @@ _TARGETS: Mapping[str, str] = {
     "evaluation.heatmap_paf.HeatmapPafDecoder": "posepress.decoders.heatmap_paf.decoder.HeatmapPafDecoder",
     "evaluation.topdown.TopDownDecoder": "posepress.decoders.heatmap_argmax.TopDownDecoder",
     "evaluation.coco.CocoKeypoints": "evaluation.metrics.coco_keypoints.CocoKeypoints",
+    "pipeline.training.heatmap_paf.HeatmapPafObjective": "pipeline.objectives.heatmap_paf.HeatmapPafObjective",
     "evaluation.agreement.PoseAgreement": "evaluation.metrics.agreement.PoseAgreement",
 }
 

@@ -114,8 +114,18 @@ def wire(config: DictConfig, names: Iterable[str]) -> None:
                         node[key] = options._get_node(key)._value()  # noqa: SLF001 - copies the reference, not its value
         function = class_of(str(node.get("_target_")))
         for key in _parameters(function) if callable(function) else ():
-            if key in SHARED and not has(node, key) and key in config:
+            if key == "bases" and not has(node, key):
+                OmegaConf.set_struct(node, value=False)
+                node[key] = _bases(config)
+            elif key in SHARED and not has(node, key) and key in config:
                 _refer(node, key, key)
+
+
+def _bases(config: Config) -> dict[str, Any]:
+    """The framing for training: its other options change no base view, so that training does not depend on them."""
+    options = options_of(config, "framing")
+    used = getattr(class_of(str(options.get("_target_"))), "bases_use", tuple(options))
+    return {key: value for key, value in options.items() if key == "_target_" or key in used}
 
 
 def _parameters(function: Callable[..., Any]) -> Iterable[str]:

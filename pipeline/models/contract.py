@@ -2,7 +2,7 @@
 
 import inspect
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,9 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from pipeline.contracts import Objective
+from pipeline.contracts import Objective, Stored
 from posepress.errors import UserError, first_line, nearest
-from posepress.spec import NetworkSpec, OutputSpec, Resolution
+from posepress.spec import NetworkSpec, OutputSpec, Palette, Resolution, Skeleton
 
 _SEE = "see README, Networks"
 _IMAGES = 2  # batch size of a forward pass; batch norm in training needs more than one image
@@ -79,13 +79,19 @@ def _check_description(network: nn.Module, kind: type) -> None:
             raise UserError(f"model: {title(kind)}.ignored_layers holds {_short(head)}, which is no layer of the network")
 
 
-def check(network: nn.Module, resolution: Resolution, objective: Objective[Any] | None = None) -> None:
+def check(
+    network: nn.Module,
+    resolution: Resolution,
+    objective: Objective[Any] | None = None,
+    source: Callable[[], Skeleton | Palette] | None = None,
+) -> None:
     """Compare a network's outputs with its `spec`, in evaluation and in training mode, before any data are read.
 
     Args:
         network: the network, which is not changed.
         resolution: size of the images, in pixels.
         objective: training objective; its loss is computed for images without labels. None skips this check.
+        source: reads the labels of the data that it is trained on; needed with `objective`, and called last.
 
     Raises:
         UserError: the forward pass fails, the objective does not fit, or a field is missing or has another shape than
@@ -112,16 +118,26 @@ def check(network: nn.Module, resolution: Resolution, objective: Objective[Any] 
     if wrong:
         raise UserError(f"model: {name}.forward does not fit its spec: {'; '.join(dict.fromkeys(wrong))}")
     if objective is not None:
-        _rehearse(name, spec, objective, resolution, fields)
+        assert source is not None
+        _rehearse(name, spec, objective, resolution, fields, source())
 
 
-def _rehearse(name: str, spec: NetworkSpec, objective: Objective[Any], size: Resolution, fields: Mapping[str, Tensor]) -> None:
-    kept = {key: np.stack([value] * _IMAGES) for key, value in objective.labels(None, size, size, size, 1).items()}
+def _rehearse(
+    name: str,
+    spec: NetworkSpec,
+    objective: Objective[Any],
+    size: Resolution,
+    fields: Mapping[str, Tensor],
+    source: Skeleton | Palette,
+) -> None:
+    stored = Stored(size, size, size, source)
+    kept = {key: np.stack([value] * _IMAGES) for key, value in objective.labels(None, stored, 1).items()}
     labels = {key: torch.from_numpy(value) for key, value in kept.items()}
     labels |= {"matrix": torch.eye(2, 3).repeat(_IMAGES, 1, 1)}
     labels |= {key: torch.zeros(_IMAGES, dtype=torch.bool) for key in ("flipped", "labelled")}
+    labels |= {"base": torch.zeros(_IMAGES, dtype=torch.int64)}
     try:
-        objective.loss(fields, objective.targets(labels, size, spec))
+        objective.loss(fields, objective.targets(labels, size, spec, source))
     except UserError as error:
         raise UserError(f"model: {name} cannot be trained here: {error}") from error
     except Exception as error:

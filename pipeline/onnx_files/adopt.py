@@ -1,4 +1,4 @@
-"""A given ONNX file: compared with its description by a forward pass, and brought into the form of our own exports."""
+"""Adopt a given ONNX file: compare it with its description by a forward pass, and bring it into the form of our exports."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -29,13 +29,13 @@ from posepress.errors import UserError, first_line
 from posepress.pixels import normalise
 from posepress.spec import InputSpec, NetworkSpec, Resolution
 
-_TYPES = {"float": "float32"}  # a type of ONNX under the name that numpy gives it
+_TYPES = {"float": "float32"}  # numpy's names of ONNX types that have another name
 
-_LEAST_OPSET = 13  # scales for each channel begin there
+_LEAST_OPSET = 13  # the first opset with one quantization scale for each channel
 
 _OPSETS = (20, _LEAST_OPSET)  # older files are raised to one of them
 
-_SAME = 1e-3  # two passes that should agree differ by less, as a part of the greatest value
+_SAME = 1e-3  # largest accepted difference of two equal passes, relative to the greatest value
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Adopted:
     """A given file in the form of our own exports.
 
     Attributes:
-        model: its outputs are the fields, by name and in order.
-        spec: the description, with what was read off the file.
-        sources: the output of the given file that each field is; empty where one output holds all fields.
-        size: the input size that it was tried at.
-        notes: what was read off the file and is not in `model.spec`, in sentences.
+        model: the network. Its outputs are the fields, by name and in order.
+        spec: the description, completed with properties that were read from the file.
+        sources: for each field, the name of its output in the given file. Empty if one output holds all fields.
+        size: the input size of the trial run.
+        notes: sentences on properties that were read from the file and are not in `model.spec`.
     """
 
     model: onnx.ModelProto
@@ -58,16 +58,17 @@ class Adopted:
 
 
 def adopt(file: Path, raw: object, outputs: Mapping[str, Any] | None, resolution: Resolution) -> Adopted:
-    """Read a given ONNX file, run it once, and compare what it takes and returns with its description.
+    """Read a given ONNX file, run it once, and compare its input and outputs with its description.
 
     Args:
         file: an ONNX file; its weights may lie in further files beside it.
         raw: `model.spec`.
-        outputs: `model.outputs`, the file's output of a field whose name is another.
-        resolution: of the image it is tried with; a file of one size is tried at its own.
+        outputs: `model.outputs`: the file's output for each field that has another name there.
+        resolution: size of the trial image. A file with a fixed input size is tried at that size.
 
     Raises:
-        UserError: the file cannot be read or run, or is not as described; the message says what was expected and what is there.
+        UserError: the file cannot be read or run, or does not fit its description. The message says what was expected and
+            what the file has.
     """
     where = f"model.onnx={file}"
     model = read(file)
@@ -93,10 +94,10 @@ def adopt(file: Path, raw: object, outputs: Mapping[str, Any] | None, resolution
 def _input(
     model: onnx.ModelProto, where: str, spec: NetworkSpec, raw: object, resolution: Resolution, notes: list[str]
 ) -> tuple[NetworkSpec, Resolution]:
-    """The description with the input's name and free axes as the file has them, and the size to try it at.
+    """The description with the file's input name and free axes, and the size for the trial run.
 
     Raises:
-        UserError: the file does not take float32 images [n, 3, h, w], or is not as described.
+        UserError: the file's input does not fit its description.
     """
     graph = model.graph
     constants = {i.name for i in graph.initializer}
@@ -123,7 +124,7 @@ def _input(
     try:
         spec = replace(spec, input=replace(spec.input, name=tensor.name), dynamic=spec.dynamic & free)
     except ValueError as error:
-        raise UserError(f"{where}: its input and model.spec do not fit: {error}") from error
+        raise UserError(f"{where}: its input and model.spec do not fit: {error}; correct model.spec") from error
     asked = spec.input.size or resolution
     size = Resolution(axes["height"] or asked.height, axes["width"] or asked.width)
     if spec.input.size not in (None, size):
@@ -141,7 +142,7 @@ def _input(
     kept = [i for i in graph.input if i.name not in constants]
     del graph.input[:]
     graph.input.extend(kept)
-    model.ir_version = max(model.ir_version, 4)  # before that, constants had to be inputs
+    model.ir_version = max(model.ir_version, 4)  # before version 4, constants had to be inputs
     return spec, size
 
 
@@ -149,7 +150,7 @@ def _check_form(tensor: onnx.ValueInfoProto, shape: Sequence[str | int], spec: I
     """Compare the type, the layout and the channels of a file's input with the description.
 
     Raises:
-        UserError: they differ; the message says which option to set.
+        UserError: a property differs. The message names the option to set.
     """
     kinds = {number: name.lower() for name, number in TensorProto.DataType.items()}
     kind = _TYPES.get(raw := kinds.get(tensor.type.tensor_type.elem_type, "of an unknown type"), raw)
@@ -177,7 +178,7 @@ def _check_form(tensor: onnx.ValueInfoProto, shape: Sequence[str | int], spec: I
 
 
 def _pin(tensor: onnx.ValueInfoProto, spec: NetworkSpec, size: Resolution) -> None:
-    """Write into a file's input which axes are free, as the description has it."""
+    """Mark the free axes of a file's input according to the description."""
     dims, axes = tensor.type.tensor_type.shape.dim, spec.input.axes
     while len(dims) < 4:
         dims.add()
@@ -198,7 +199,7 @@ def _images(spec: NetworkSpec, size: Resolution) -> NDArray[Any]:
 
 
 def _run(model: onnx.ModelProto, images: NDArray[Any]) -> Outputs:
-    """All outputs of a network, as ONNX Runtime computes them without changing the graph."""
+    """All outputs of a network, computed by ONNX Runtime without graph optimizations."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -209,7 +210,7 @@ def _run(model: onnx.ModelProto, images: NDArray[Any]) -> Outputs:
 
 
 def _complaint(error: Exception, model: onnx.ModelProto, images: NDArray[Any]) -> str:
-    """What ONNX Runtime says of a network that does not run, with the node's name."""
+    """ONNX Runtime's message on a network that does not run, with the name of the node that failed."""
     unknown = re.search(r"(\S+?):(\w+)\(-?\d+\) is not a registered function/op", str(error))
     if unknown or (unknown := re.search(r"()No Op registered for (\w+)", str(error))):
         domain = f"{unknown[1]}:" if unknown[1] else ""
@@ -222,7 +223,7 @@ def _complaint(error: Exception, model: onnx.ModelProto, images: NDArray[Any]) -
             node.name = node.name or node.output[0]
         try:
             _run(copy, images)
-        except Exception as again:  # noqa: BLE001 - the same error with a name
+        except Exception as again:  # noqa: BLE001 - this run fails with the same error, but the message names the node
             failed = re.search(r"while running (\w+) node\. Name:'(.*?)' Status Message: ", str(again)) or failed
     return (
         f"its node '{failed[2]}' ({failed[1]}): {first_line(error)}"
@@ -234,10 +235,10 @@ def _complaint(error: Exception, model: onnx.ModelProto, images: NDArray[Any]) -
 def _run_as_it_is(
     model: onnx.ModelProto, where: str, spec: NetworkSpec, image: NDArray[Any], notes: list[str]
 ) -> tuple[onnx.ModelProto, Outputs]:
-    """The outputs of one image, and the model, raised to an opset that can hold INT8 if it is older.
+    """The outputs for one image, and the model. An older model is raised to an opset that supports INT8.
 
     Raises:
-        UserError: it does not run.
+        UserError: the model does not run.
     """
     try:
         returned = _run(model, image)
@@ -251,7 +252,7 @@ def _run_as_it_is(
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=_LEAST_OPSET)
     if opset >= _LEAST_OPSET:
         return model, returned
-    reason = "it would return other values"
+    reason = "the raised model would return other values"
     for target in _OPSETS:
         try:
             source = inliner.inline_local_functions(model) if model.functions else model
@@ -259,13 +260,13 @@ def _run_as_it_is(
             raised.ir_version = max(raised.ir_version, helper.find_min_ir_version_for(list(raised.opset_import)))
             onnx.checker.check_model(raised)
             same = _run(raised, image)
-        except Exception as error:  # noqa: BLE001 - a converter knows some operators only
+        except Exception as error:  # noqa: BLE001 - the converter does not support every operator
             reason = first_line(error)
             continue
         if all(name in same and _close(same[name], values) for name, values in returned.items()):
             notes.append(f"raised from opset {opset} to {target}")
             return raised, same
-    notes.append(f"stays at opset {opset} ({reason}): INT8 begins at opset {_LEAST_OPSET}, so export it with that for INT8")
+    notes.append(f"stays at opset {opset} ({reason}): INT8 needs opset {_LEAST_OPSET} or newer; for INT8, export it with that")
     return model, returned
 
 
@@ -275,7 +276,7 @@ def _takes_channels_last(model: onnx.ModelProto, image: NDArray[Any]) -> bool:
     copy.graph.input[0].type.tensor_type.ClearField("shape")
     try:
         _run(copy, image.transpose(0, 2, 3, 1))
-    except Exception:  # noqa: BLE001 - whatever it is, it is another fault
+    except Exception:  # noqa: BLE001 - any error means that the order of the axes is not the cause
         return False
     return True
 
@@ -295,7 +296,7 @@ def _check_freedom(
     """Run two images at once, and another size, if the description calls batch, height and width free.
 
     Raises:
-        UserError: the network is for one of them alone.
+        UserError: the network takes only one image at once, or only one size.
     """
     kept = sorted(spec.dynamic)
     if "batch" in spec.dynamic:
@@ -307,7 +308,7 @@ def _check_freedom(
                 not _close(several[name][:1], values) for name, values in returned.items() if values.ndim and len(values) == 1
             )
             said = "two images at once give other values than one" if differs else ""
-        except Exception as error:  # noqa: BLE001 - whatever it is, the network does not take two images
+        except Exception as error:  # noqa: BLE001 - any error means that the network does not take two images
             said = _complaint(error, model, images)
         if said:
             node = _of_one_image(model)
@@ -331,7 +332,7 @@ def _check_freedom(
 
 
 def _of_one_image(model: onnx.ModelProto) -> str:
-    """The first node that makes a tensor of one image, whatever the batch; empty if none is found."""
+    """The first node that returns a tensor for one image, regardless of the batch size; empty if there is none."""
     constants = {i.name: i for i in model.graph.initializer}
     constants |= {n.output[0]: n.attribute[0].t for n in model.graph.node if n.op_type == "Constant" and n.attribute}
     for node in model.graph.node:

@@ -13,13 +13,13 @@ _BETWEEN = ("QuantizeLinear", "DequantizeLinear", "Cast", "Shape", "Constant")
 
 
 def external_files(file: Path) -> dict[str, Path]:
-    """The files beside an ONNX file that hold its weights, by the name it gives them; empty where the file is no ONNX file.
+    """The files beside an ONNX file that hold its weights, by their name in it; empty if the file is no ONNX file.
 
-    A name that leaves the folder is left out: reading the network refuses it.
+    A name that points outside the folder is skipped, since reading the network refuses it.
     """
     try:
         model = onnx.load(file, load_external_data=False)
-    except Exception:  # noqa: BLE001 - whatever it is, it names no weights
+    except Exception:  # noqa: BLE001 - a file that cannot be parsed names no weights
         return {}
     folder, found = file.resolve().parent, {}
     waiting = [model.graph]
@@ -37,11 +37,11 @@ def external_files(file: Path) -> dict[str, Path]:
 
 
 def tensors_of(model: onnx.ModelProto, end: str) -> list[str]:
-    """Tensors that convolutions, sums and the like return on the way to one, in the order of the file.
+    """Outputs of convolutions, sums and similar operators on which the tensor `end` depends, in the order of the file.
 
     Args:
-        model: with inferred shapes.
-        end: the last of them.
+        model: the network, with inferred shapes.
+        end: name of the last tensor.
     """
     makers = {name: node for node in model.graph.node for name in node.output}
     needed, waiting = {end}, [end]
@@ -56,13 +56,13 @@ def tensors_of(model: onnx.ModelProto, end: str) -> list[str]:
 
 
 def cut(model: onnx.ModelProto, tensor: str, spec: NetworkSpec, folder: Path) -> ModelFiles:
-    """The network as far as a tensor, which becomes its only field, float32.
+    """Cut the network behind a tensor, which becomes its only field, as float32.
 
     Args:
-        model: with inferred shapes.
+        model: the network, with inferred shapes.
         tensor: one of `tensors_of`.
-        spec: of the whole network.
-        folder: where the file goes.
+        spec: description of the whole network.
+        folder: folder that the file is written to.
     """
     part = onnx.utils.Extractor(model).extract_model([spec.input.name], [tensor])
     value = part.graph.output[0].type.tensor_type

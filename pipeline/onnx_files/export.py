@@ -1,4 +1,4 @@
-"""Torch to ONNX: exported, simplified, described and compared with what it came from."""
+"""Export a torch network to ONNX, simplify and describe the file, and compare it with its source."""
 
 import logging
 import os
@@ -29,10 +29,10 @@ from pipeline.progress import say
 from posepress.errors import UserError, first_line
 from posepress.spec import SPEC_KEY, NetworkSpec
 
-_SAME = 1e-3  # of a field's range, between torch and a file that was exported by a shorter way
-_SMALL = 320  # pixels of an input's longer side
+_SAME = 1e-3  # largest accepted difference between torch and a file that was exported by a shorter way, relative to the range
+_SMALL = 320  # longer side of the input below which the second shape is the larger one, in pixels
 _AXES = {0: "batch", 2: "height", 3: "width"}
-# Runs a module as a program without torch, which the simplifiers import and do not use: that took most of their time.
+# This program runs a module without torch. The simplifiers import torch without using it, which took most of their time.
 _TOOL = "import runpy, sys; sys.modules['torch'] = None; del sys.argv[0]; runpy.run_module(sys.argv[0], run_name='__main__')"
 
 Reference = Callable[[NDArray[Any]], Mapping[str, NDArray[Any]]]
@@ -61,21 +61,22 @@ def export(
 ) -> None:
     """Write a network as ONNX with torch's dynamo exporter.
 
-    Shorter ways are tried first: a kept graph, batch norms folded before, one shape for a network whose operators are the same
-    at all. What comes of them is compared with torch at two shapes, on random images. The exporter's own way is the last.
+    Faster ways are tried first: a kept graph, batch norms folded before the export, and the export of a single shape if the
+    operators are equal at every shape. Their results are compared with torch at two shapes, on random images. The plain
+    export is the last resort.
 
     Args:
-        network: in evaluation mode, with a `spec`.
-        example: images [B, 3, H, W], of which the shape counts.
-        opset: of the file.
-        out: the file.
-        any_shape: leave free what the description calls dynamic; False exports for the example's shape alone.
-        graphs: a folder that keeps graphs without weights, for networks of the same structure. None keeps none.
+        network: a network in evaluation mode, with a `spec`.
+        example: images [B, 3, H, W]; only their shape matters.
+        opset: opset version of the file.
+        out: path of the file.
+        any_shape: whether the axes that the description calls dynamic stay free. False exports for the example's shape only.
+        graphs: folder that keeps graphs without weights, for networks of the same structure. None keeps no graphs.
     """
     spec: NetworkSpec = network.spec  # type: ignore[assignment]
     names = [field.name for field in spec.fields]
     free = {axis: name for axis, name in _AXES.items() if any_shape and name in spec.dynamic}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision's operators, which nobody asked for
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about torchvision's operators, which are not used
     ordered = _Ordered(network, names).eval()
     images = [np.random.default_rng(0).standard_normal(shape, np.float32) for shape in _shapes(example, free, spec)]
     recorded = _recorded(ordered, images)
@@ -89,7 +90,7 @@ def export(
                 if file.exists():
                     if _written(partial(_filled, file, filled), network, images[:1], out, why) is not None:
                         return
-                    print(f"{file}: this kept graph is damaged or does not fit ({why[-1]}); it is made anew", file=sys.stderr)
+                    print(f"{file}: this kept graph is damaged or does not fit ({why[-1]}); exporting again", file=sys.stderr)
         if free and len({one.digest for one in recorded}) == 1:
             graph = _written(lambda: _freed(_graph(folded, images[1], opset, {}), free), network, images, out, why)
         else:
@@ -104,7 +105,7 @@ def export(
 
 
 def _shapes(example: NDArray[np.float32], free: Mapping[int, str], spec: NetworkSpec) -> list[list[int]]:
-    """The example's shape, and one of twice its size or half, where coarse maps have other sizes too."""
+    """The example's shape, and a shape of twice or half its size, at which coarse maps have other sizes, too."""
     shape, step = list(example.shape), spec.input.multiple
     if not free:
         return [shape]
@@ -115,7 +116,7 @@ def _shapes(example: NDArray[np.float32], free: Mapping[int, str], spec: Network
 
 
 def _recorded(ordered: _Ordered, images: Sequence[NDArray[np.float32]]) -> list[Recording]:
-    """A recording at each shape; none where the network cannot be recorded at one of them."""
+    """A recording at each shape. The list is empty if the network cannot be recorded at one of them."""
     recorded = []
     for one in images:
         if (recording := record(ordered, one)) is None:
@@ -125,12 +126,12 @@ def _recorded(ordered: _Ordered, images: Sequence[NDArray[np.float32]]) -> list[
 
 
 def _kept(name: Path, kind: str) -> Path:
-    """A kept graph; its weights are those of the network itself, or with its batch norms folded."""
+    """The path of a kept graph. Its `kind` says whether batch norms were folded before the export."""
     return name.with_suffix(f".{kind}.onnx")
 
 
 def _graph(ordered: _Ordered, example: NDArray[np.float32], opset: int, free: Mapping[int, str]) -> onnx.ModelProto:
-    """What torch's exporter makes of a network, not optimised."""
+    """The graph that torch's exporter makes of a network, not optimised."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -149,7 +150,7 @@ def _graph(ordered: _Ordered, example: NDArray[np.float32], opset: int, free: Ma
 
 
 def _freed(model: onnx.ModelProto, free: Mapping[int, str]) -> onnx.ModelProto:
-    """A graph that was exported for one shape, with axes that may have any size."""
+    """Give free axes to a graph that was exported for one shape."""
     del model.graph.value_info[:]
     for axis, name in free.items():
         for given in model.graph.input:
@@ -166,34 +167,34 @@ def _written(
     out: Path,
     why: list[str],
 ) -> onnx.ModelProto | None:
-    """A graph, optimised and written; None where it computes something else than the network, or cannot be made.
+    """Optimise and write a graph; None if it cannot be made, or computes something else than the network.
 
     Args:
-        make: the graph.
-        network: what it must compute.
-        images: what both are compared on.
-        out: the file.
-        why: the reason is added where there is none.
+        make: function that returns the graph.
+        network: the network that the graph must equal.
+        images: images for the comparison.
+        out: path of the file.
+        why: list of reasons. On failure, a reason is appended.
     """
     try:
         graph = make()
         _optimized(graph).save(out, external_data=False)
         compare(out, network.spec, torch_reference(network), images, _SAME)  # type: ignore[arg-type]
-    except Exception as error:  # noqa: BLE001 - of torch, protobuf, ONNX Runtime and ours; another graph is made, whatever it was
+    except Exception as error:  # noqa: BLE001 - torch, protobuf and ONNX Runtime raise many types; the next way is tried
         why.append(first_line(error))
         return None
     return graph
 
 
 def _without_batch_norms(ordered: _Ordered, norms: Sequence[tuple[str, str]]) -> _Ordered:
-    """A copy whose batch norms are folded into the convolutions before them: less than half as many operators to export.
+    """A copy with batch norms folded into the convolutions before them. This more than halves the operators to export.
 
     Args:
         ordered: the network.
         norms: see `Recording`.
 
     Returns:
-        The copy, in which layers stay that are more than convolutions and batch norms; the network itself if none is folded.
+        The copy, or the network itself if nothing can be folded. Subclasses with behaviour of their own are not folded.
     """
     copy, any_folded = _Ordered(duplicate(ordered.network), ordered.names).eval(), False
     owners = defaultdict(list)
@@ -211,13 +212,13 @@ def _without_batch_norms(ordered: _Ordered, norms: Sequence[tuple[str, str]]) ->
 
 
 def _foldable(layer: nn.Module, norm: nn.Module) -> bool:
-    """Whether two layers compute what their classes say, and nothing more."""
+    """Whether two layers are a plain convolution and a plain batch norm, without hooks or changes of behaviour."""
     plain = type(norm).forward is nn.BatchNorm2d.forward and not norm._forward_hooks and not norm._forward_pre_hooks  # noqa: SLF001
     return isinstance(layer, nn.Conv2d) and plain and not layer.training and not norm.training
 
 
 def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a layer in the place of another, wherever that is registered."""
+    """Replace a layer by another, everywhere it is registered."""
     for place, module in list(network.named_modules(remove_duplicate=False)):
         if module is old:
             parent, _, name = place.rpartition(".")
@@ -225,14 +226,14 @@ def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def _optimized(model: onnx.ModelProto) -> Any:
-    """An optimised graph; its weights are needed, because what batch norms are left are folded into them."""
+    """Optimise a graph. It must have its weights, because the remaining batch norms are folded into them."""
     program = torch.onnx.ONNXProgram(onnx_ir.from_proto(model), None)
     program.optimize()
     return program
 
 
 def _keep(model: onnx.ModelProto, network: nn.Module, file: Path) -> None:
-    """Write a graph without the network's weights, whole or not at all."""
+    """Write a graph without the network's weights, atomically."""
     weights = tensors(network)
     for initializer in model.graph.initializer:
         if initializer.name in weights:
@@ -257,7 +258,7 @@ def _filled(file: Path, network: nn.Module) -> onnx.ModelProto:
 
 
 def _key(network: nn.Module, more: Sequence[Any]) -> str:
-    """A digest of all that a network's graph follows from, but for its weights' values."""
+    """A digest of everything that a network's graph depends on. The values of the weights do not count."""
     about: list[Any] = [torch.__version__, onnxscript.__version__, onnx_ir.__version__, *more]
     about += [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors(network).items()]
     return sha256(repr(about).encode()).hexdigest()
@@ -268,10 +269,10 @@ def simplify(file: Path, seconds: float) -> str:
 
     Args:
         file: the ONNX file.
-        seconds: how long each simplifier may take.
+        seconds: time limit of each simplifier, in seconds.
 
     Returns:
-        Which simplifier did it: "onnxsim", or "onnxslim" where onnxsim failed.
+        The name of the simplifier that succeeded: "onnxsim", or "onnxslim" if onnxsim failed.
 
     Raises:
         UserError: both failed.
@@ -333,20 +334,20 @@ def onnx_reference(file: Path, spec: NetworkSpec, sources: Mapping[str, str]) ->
 def compare(
     file: Path, spec: NetworkSpec, reference: Reference, inputs: Sequence[NDArray[np.float32]], tolerance: float
 ) -> dict[str, Any]:
-    """Compare an ONNX file with what it was made from, at several shapes.
+    """Compare an ONNX file with its source, at several shapes.
 
     Args:
         file: the ONNX file.
         spec: its description.
-        reference: what it must equal.
+        reference: function that returns the results to reproduce.
         inputs: images [B, 3, H, W] of several shapes.
-        tolerance: greatest difference, as a part of a field's greatest magnitude.
+        tolerance: largest accepted difference, relative to a field's greatest magnitude.
 
     Returns:
         The largest relative difference and the shapes compared.
 
     Raises:
-        UserError: a field differs by more, or has another shape.
+        UserError: a field differs by more than the tolerance, or has another shape.
     """
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     names = [field.name for field in spec.fields]
@@ -358,8 +359,8 @@ def compare(
             first = first_line(error)
             shape = "x".join(map(str, images.shape))
             raise UserError(
-                f"{file.name}: does not run at {shape} ({first}); the network's code depends on its input's size: make it "
-                "of layers that take every size, or name the free axes in the spec's dynamic"
+                f"{file.name}: does not run at {shape} ({first}); the network's code depends on its input's size: use layers "
+                "that take every size, or name only the axes that are really free in the spec's dynamic"
             ) from error
         expected = reference(images)
         for name, ours in zip(names, found, strict=True):
@@ -373,7 +374,7 @@ def compare(
             if not difference <= tolerance:
                 raise UserError(
                     f"{file.name}: '{name}' differs from its source by {difference:.2g} of its range at {images.shape}; "
-                    f"allowed is stages.export.tolerance={tolerance}"
+                    f"check the network, or raise stages.export.tolerance={tolerance}"
                 )
     return {"max_difference": worst, "shapes": [list(images.shape) for images in inputs]}
 

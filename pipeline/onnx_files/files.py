@@ -12,7 +12,7 @@ from posepress.spec import FIELDS, SPEC_KEY, InputSpec, NetworkSpec, Resolution,
 
 FLAVOURS = ("tensorrt", "onnxruntime")
 
-CALIBRATION, CALIBRATION_INPUTS = "calibrator.json", "calibration_inputs.npy"  # beside a network that TensorRT calibrates
+CALIBRATION, CALIBRATION_INPUTS = "calibrator.json", "calibration_inputs.npy"  # files beside a network that TensorRT calibrates
 
 
 SKELETONS: Mapping[str, Skeleton] = {"openpose_18": OPENPOSE_18, "coco_17": COCO_17}
@@ -23,9 +23,9 @@ class Shapes:
     """The input shapes an engine serves.
 
     Attributes:
-        resolution: least, tuned-for and greatest input size.
-        batch: likewise.
-        more: further shapes that the same engine is tuned for.
+        resolution: smallest, tuned-for and largest input size.
+        batch: smallest, tuned-for and largest number of images at once.
+        more: further shapes that this engine is tuned for.
     """
 
     resolution: tuple[Resolution, Resolution, Resolution]
@@ -34,19 +34,19 @@ class Shapes:
 
     @classmethod
     def of(cls, framing: "Framing", size: Resolution, spec: InputSpec, batch: int, more: tuple["Shapes", ...] = ()) -> "Shapes":
-        """What a framing asks of an engine of a resolution: up to `batch` images, of free width where their widths differ."""
+        """The shapes that a framing needs: up to `batch` images at once, with a free width if their widths differ."""
         narrow, wide = size, size
-        if not framing.one_size:  # images between a third as wide as high and three times as wide
+        if not framing.one_size:  # the supported ratios of width to height are 1:3 to 3:1
             narrow = Resolution(size.height, spec.fit(size.height / 3))
             wide = Resolution(size.height, max(spec.fit(size.height * 3), size.width))
         return cls((narrow, size, wide), (1, batch, batch), more)
 
     @classmethod
     def parse(cls, given: Any) -> "Shapes":
-        """A profile as the configuration writes it, {min: 1x224x320, opt: 4x288x384, max: 8x368x656}.
+        """Read a profile in the configuration's form, {min: 1x224x320, opt: 4x288x384, max: 8x368x656}.
 
         Raises:
-            UserError: it is none.
+            UserError: the value has another form.
         """
         form = "give it as {min: 1x224x320, opt: 4x288x384, max: 8x368x656}, batch x height x width"
         try:
@@ -66,9 +66,9 @@ class ModelFiles:
     """A network ready to be built.
 
     Attributes:
-        onnx: the typed ONNX file of each flavour, "tensorrt" and "onnxruntime".
-        checkpoint: the folder of the torch network; None where there is none.
-        calibration: the folder of what TensorRT calibrates the network with; None where the file says its precision.
+        onnx: the typed ONNX file of each runtime variant, "tensorrt" and "onnxruntime".
+        checkpoint: the folder of the torch network; None if there is no torch network.
+        calibration: the folder with TensorRT's calibration data; None if the ONNX file itself states its precision.
     """
 
     onnx: Mapping[str, Path]
@@ -83,10 +83,10 @@ class ModelFiles:
 
 
 def read_spec(file: Path) -> NetworkSpec:
-    """The description in an ONNX file's metadata.
+    """Read the description from an ONNX file's metadata.
 
     Raises:
-        UserError: there is none.
+        UserError: the file has no description.
     """
     import onnx
 
@@ -103,7 +103,7 @@ def described(raw: object) -> NetworkSpec:
     """The description given in the configuration, `model.spec`.
 
     Raises:
-        UserError: it is not one; the message names the option, its value and what it takes.
+        UserError: the description is not valid. The message names the option, its value and the accepted values.
     """
     labels = raw.get("labels") if isinstance(raw, Mapping) else None
     if isinstance(raw, Mapping) and isinstance(labels, str):
@@ -123,10 +123,10 @@ def described(raw: object) -> NetworkSpec:
 
 
 def named(spec: NetworkSpec) -> tuple[NetworkSpec, dict[str, str]]:
-    """A pose network's description whose fields have the decoders' names, and the names that were given, by the new ones.
+    """A pose network's description with the decoders' names of fields, and the given names by the new ones.
 
-    One or two maps of other names are, in order, heatmaps and PAFs; PAFs are known by their two channels a limb. Lines, sets
-    and class maps keep their names.
+    One or two maps with other names count as heatmaps and PAFs, in this order. A map with two channels for each limb counts as
+    PAFs. Lines, sets and class maps keep their names.
     """
     roles = [role for role in FIELDS[: len(spec.fields)] if role not in {field.name for field in spec.fields}]
     strange = [field for field in spec.fields if field.name not in FIELDS]

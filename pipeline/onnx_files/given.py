@@ -1,4 +1,4 @@
-"""What a given ONNX file is: whether it is whole, quantized already, and takes what is asked of it."""
+"""Check a given ONNX file: whether it is complete, already quantized, and accepts the requested inputs."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ _LIMITS = ("Clip", "Max", "Min")
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
-_INTEGER = re.compile(  # of ONNX and of ONNX Runtime
+_INTEGER = re.compile(  # integer operators of ONNX and of ONNX Runtime
     r"(Dynamic)?QuantizeLinear|DequantizeLinear|QLinear\w+|\w+Integer|QGemm|MatMulIntegerToFloat|MatMul(NBits|Bnb4)|"
     r"DynamicQuantize\w+|Q(Attention|Concat|MoE|Embed\w+|Ordered\w+)|GatherBlockQuantized"
 )
@@ -49,21 +49,21 @@ def unlike_metadata(file: Path, spec: NetworkSpec) -> list[str]:
 def check_request(
     file: Path, spec: NetworkSpec, precision: str, sizes: Mapping[str, Resolution], batches: Mapping[str, int], one_size: bool
 ) -> list[str]:
-    """Make sure that a given file takes what a configuration asks of its engine; nothing is run.
+    """Check that a given file accepts the input sizes and batches of a configuration. Nothing is run.
 
     Args:
         file: an ONNX file.
         spec: `model.spec`.
-        precision: the name of the engine's.
-        sizes: of the engine's input, by option.
-        batches: images at once, by option.
-        one_size: every input has the resolution's size.
+        precision: name of the engine's precision.
+        sizes: the sizes of the engine's input, by the option that sets them.
+        batches: the batch sizes, by the option that sets them.
+        one_size: whether every input has the resolution's size.
 
     Returns:
-        What figures must be read with, in sentences.
+        Sentences with the reservations under which the figures must be read.
 
     Raises:
-        UserError: it is no ONNX file, is quantized, or takes other sizes or batches.
+        UserError: the file is no ONNX file, is quantized, or accepts only other sizes or batches.
     """
     where = f"model.onnx={file}"
     try:
@@ -73,45 +73,45 @@ def check_request(
     integers = quantized(model)
     if integers and precision != "external":
         raise UserError(
-            f"{where}: already quantized ({len(integers)} nodes, the first is '{integers[0]}'), so precision={precision} would "
-            f"call it float; give the float network as model.onnx, and this file as precision=external precision.file={file}"
+            f"{where}: already quantized ({len(integers)} nodes, the first is '{integers[0]}'), so that precision={precision} "
+            f"would be wrong; give the float network as model.onnx, and this file as precision=external precision.file={file}"
         )
     axes = free_axes(model, spec.input)
     alone = axes["batch"] or (0 if "batch" in spec.dynamic else 1)
     for option, batch in batches.items():
         if alone and batch != alone:
             raise UserError(
-                f"{option}={batch}: {where} takes a batch of {alone} alone; set batch={alone}, or export a free batch"
+                f"{option}={batch}: {where} takes only a batch of {alone}; set batch={alone}, or export a free batch"
             )
     for option, size in sizes.items():
         fixed = spec.input.size or Resolution(axes["height"] or size.height, axes["width"] or size.width)
         if size != fixed:
             raise UserError(
-                f"{option}={size}: {where} takes {fixed} alone; set training_resolution={fixed} and no other resolution, or "
+                f"{option}={size}: {where} takes only {fixed}; set training_resolution={fixed} and no other resolution, or "
                 "export it with free sizes"
             )
     if not one_size and (axes["width"] or axes["height"] or not {"height", "width"} <= spec.dynamic):
         raise UserError(
-            f"keep_aspect_ratio_mode or scales ask for inputs of several sizes, and {where} takes one; choose "
+            f"keep_aspect_ratio_mode or scales ask for inputs of several sizes, but {where} takes one size; choose "
             "keep_aspect_ratio_mode=pad_image_input 'scales=[1.0]'"
         )
-    said = [f"{where} is quantized itself, so that figures beside FP32 compare it with itself"] if integers else []
+    said = [f"{where} is quantized itself, so FP32 figures in comparisons are those of a quantized file"] if integers else []
     if precision != "external" and (rounding := simulated(model)):
         said.append(
-            f"{where} looks like simulated quantization ({len(rounding)} nodes, the first is '{rounding[0]}'), so that what is "
-            f"called precision={precision} includes it; give the network as it was before, where that is not wanted"
+            f"{where} looks like simulated quantization ({len(rounding)} nodes, the first is '{rounding[0]}'), so that "
+            f"precision={precision} includes it; if that is not wanted, give the network without the simulation"
         )
     half = half_weights(model)
     if half and precision != "external":
-        said.append(f"{where} has weights of 16 bits ('{half[0]}'), so that what is called precision=fp32 is theirs")
+        said.append(f"{where} has weights of 16 bits ('{half[0]}'), so that precision=fp32 means these 16-bit weights")
     return said
 
 
 def read(file: Path) -> onnx.ModelProto:
-    """An ONNX file with its weights, checked.
+    """Read and check an ONNX file with its weights.
 
     Raises:
-        UserError: it is none, is damaged, or lacks its file of weights.
+        UserError: the file is no ONNX file, is damaged, or its file of weights is missing.
     """
     where = f"model.onnx={file}"
     try:
@@ -121,7 +121,7 @@ def read(file: Path) -> onnx.ModelProto:
             f"{where}: not a valid ONNX file ({first_line(error)}); export it again, with its weights beside it"
         ) from error
     if not model.graph.node:
-        raise UserError(f"{where}: not a valid ONNX file (there is no node in it); export it again")
+        raise UserError(f"{where}: not a valid ONNX file (it has no node); export it again")
     if model.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF:
         raise UserError(f"{where}: over 2 GiB with its weights, which no ONNX file can hold; give a smaller network")
     newest = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
@@ -140,10 +140,11 @@ def quantized(model: onnx.ModelProto) -> list[str]:
 
 
 def simulated(model: onnx.ModelProto) -> list[str]:
-    """The names of the nodes that look like simulated quantization: rounding beside a limit, integer weights made float.
+    """The names of the nodes that look like simulated quantization.
 
-    Rounding is looked for at most five nodes before a limit, and a limit at most five before rounding, through additions and
-    casts. So a zero point and the straight-through form `x + (round(x) - x)` are found.
+    Such nodes are a rounding near a clipping operator, and integer weights that are cast to float. Rounding and clipping may
+    be up to five nodes apart, with only additions and casts between them. This covers a zero point and the straight-through
+    form `x + (round(x) - x)`.
     """
     narrow = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)
     weights = {tensor.name for tensor in model.graph.initializer if tensor.data_type in narrow and len(tensor.dims) > 1}
@@ -163,7 +164,7 @@ def simulated(model: onnx.ModelProto) -> list[str]:
 
 
 def _before(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """The nodes that make the inputs of a node, and those before them as far as only additions and casts lie between."""
+    """The nodes that compute the inputs of a node, and earlier ones from which only additions and casts lead to it."""
     reached: list[onnx.NodeProto] = []
     step = [node]
     for _ in range(5):
@@ -178,7 +179,7 @@ def _called(node: onnx.NodeProto) -> str:
 
 
 def _scopes(model: onnx.ModelProto) -> Iterator[Sequence[onnx.NodeProto]]:
-    """The nodes of a file, of each of its inner graphs and of each of its functions."""
+    """The nodes of a file's main graph, then those of each subgraph and of each function."""
     waiting = [model.graph.node, *(function.node for function in model.functions)]
     while waiting:
         nodes = waiting.pop(0)
@@ -194,7 +195,7 @@ def half_weights(model: onnx.ModelProto) -> list[str]:
 
 
 def free_axes(model: onnx.ModelProto, spec: InputSpec) -> dict[str, int]:
-    """The sizes of the axes "batch", "height" and "width" of the first input; 0 where one is free."""
+    """The sizes of the axes "batch", "height" and "width" of the first input; 0 means that an axis is free."""
     constants = {i.name for i in model.graph.initializer}
     tensor = next((i for i in model.graph.input if i.name not in constants), None)
     dims = [] if tensor is None else tensor.type.tensor_type.shape.dim

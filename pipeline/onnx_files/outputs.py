@@ -1,4 +1,4 @@
-"""Which output of a given ONNX file each field of its description is."""
+"""Assign the outputs of a given ONNX file to the fields of its description."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,18 +22,18 @@ def shape_of(tensor: onnx.ValueInfoProto) -> list[str | int]:
 
 
 def shape_words(shape: Sequence[str | int]) -> str:
-    """A shape in a message."""
+    """A shape as a text for messages."""
     return f"[{', '.join(map(str, shape))}]"
 
 
 def chosen_outputs(spec: NetworkSpec, outputs: Mapping[str, Any] | None, returned: Outputs, where: str) -> dict[str, str]:
-    """`model.outputs`, checked.
+    """Check `model.outputs` and return it.
 
     Raises:
-        UserError: it names a field or an output that is not there, or one output twice.
+        UserError: the option names an unknown field or output, or one output twice.
     """
     known = [field.name for field in spec.fields]
-    if outputs is not None and not isinstance(outputs, Mapping):  # from the command line
+    if outputs is not None and not isinstance(outputs, Mapping):  # the command line can give a plain string
         raise UserError(f"model.outputs={outputs}: give it as {{{known[0]}: NAME}}")
     chosen = {str(field): str(output) for field, output in (outputs or {}).items()}
     for field, output in chosen.items():
@@ -42,7 +42,7 @@ def chosen_outputs(spec: NetworkSpec, outputs: Mapping[str, Any] | None, returne
         if output not in returned:
             raise UserError(f"model.outputs.{field}={output}: {where} has no such output; it has {_listed(returned)}")
     if len(set(chosen.values())) < len(chosen):
-        raise UserError(f"model.outputs={chosen}: one output is given to two fields; give each its own")
+        raise UserError(f"model.outputs={chosen}: one output is given to two fields; give each field its own output")
     return chosen
 
 
@@ -51,10 +51,12 @@ def _listed(returned: Outputs) -> str:
 
 
 def sources_of(spec: NetworkSpec, chosen: Mapping[str, str], returned: Outputs, where: str, notes: list[str]) -> dict[str, str]:
-    """The file's output that each field is: as chosen, by name, or the only one of its shape; empty if one holds all fields.
+    """For each field, its output in the file: the chosen one, the one of that name, or the only one of that shape.
+
+    The result is empty if one output holds all fields.
 
     Raises:
-        UserError: for a field no output, or more than one, fits.
+        UserError: no output, or more than one, fits a field.
     """
     sources = {field.name: chosen.get(field.name, field.tensor or field.name) for field in spec.fields}
     sources = {field: output for field, output in sources.items() if output in returned}
@@ -70,8 +72,8 @@ def sources_of(spec: NetworkSpec, chosen: Mapping[str, str], returned: Outputs, 
             return {}
         asked = " + ".join(f"{field.channels} {field.name}" for field in spec.fields)
         raise UserError(
-            f"{where}: its one output {_listed(returned)} does not hold the fields of model.spec ({asked} are {every} "
-            "channels, [n, C, h, w]); describe them in model.spec.fields"
+            f"{where}: its one output {_listed(returned)} does not hold the fields of model.spec ({asked} have {every} "
+            "channels, [n, C, h, w]); correct model.spec.fields"
         )
     fitting = {field.name: [name for name in others if field.holds(returned[name].shape)] for field in left}
     if len(left) == len(others) == 1:
@@ -81,13 +83,13 @@ def sources_of(spec: NetworkSpec, chosen: Mapping[str, str], returned: Outputs, 
         lost = next((field for field in left if not fitting[field.name]), None)
         if lost is not None:
             raise UserError(
-                f"{where}: no output is {lost.name}, {lost.form}; its outputs are {_listed(returned)}: mend "
-                f"model.spec.fields, or say which it is with 'model.outputs={{{lost.name}: NAME}}'"
+                f"{where}: no output is {lost.name}, {lost.form}; its outputs are {_listed(returned)}: correct "
+                f"model.spec.fields, or name the output with 'model.outputs={{{lost.name}: NAME}}'"
             )
         example = ", ".join(f"{field.name}: {name}" for field, name in zip(left, [*others, "NAME", "NAME"], strict=False))
         raise UserError(
             f"{where}: no output is called {' or '.join(field.name for field in left)}; its outputs are {_listed(returned)}: "
-            f"say which is which, like 'model.outputs={{{example}}}'"
+            f"assign them, for example 'model.outputs={{{example}}}'"
         )
     for field, output in zip(left, found, strict=True):
         sources[field.name] = output
@@ -96,7 +98,7 @@ def sources_of(spec: NetworkSpec, chosen: Mapping[str, str], returned: Outputs, 
 
 
 def fields_of(spec: NetworkSpec, sources: Mapping[str, str], returned: Outputs) -> Outputs:
-    """What a file returned, by field."""
+    """The outputs of a file, by field."""
     if sources:
         return {field.name: returned[sources[field.name]] for field in spec.fields}
     (values,) = returned.values()
@@ -105,7 +107,7 @@ def fields_of(spec: NetworkSpec, sources: Mapping[str, str], returned: Outputs) 
 
 
 def declared(model: onnx.ModelProto, output: str, values: NDArray[Any]) -> str:
-    """An output and its shape in words: as the file declares it, or as it came out."""
+    """A text with the name and shape of an output. The shape is the declared one, or else that of the computed values."""
     shape = next((shape_of(o) for o in model.graph.output if o.name == output), [])
     return f"'{output}' is {shape_words(shape if len(shape) == values.ndim and '?' not in shape else ['n', *values.shape[1:]])}"
 
@@ -114,7 +116,7 @@ def check_field(field: OutputSpec, values: NDArray[Any], declared: str, size: Re
     """Compare a field of one image with its description.
 
     Raises:
-        UserError: it is of another rank, type, number of channels or size.
+        UserError: the field has another rank, type, number of channels or size.
     """
     if values.ndim != len(field.axes) + 1:
         parts = "; a field is made of maps: give the network without its post-processing" if field.is_map else ""
@@ -145,7 +147,7 @@ def _check_line(field: OutputSpec, cells: int, size: Resolution, what: str) -> N
     """Compare the length of a line with the description's stride.
 
     Raises:
-        UserError: it differs.
+        UserError: the length differs.
     """
     pixels = size.width if field.axes == "CX" else size.height
     if cells != round(pixels / field.stride):
@@ -159,7 +161,7 @@ def _check_cells(field: OutputSpec, sides: Sequence[int], size: Resolution, what
     """Compare the size of maps with the description's stride.
 
     Raises:
-        UserError: it differs by a cell or more.
+        UserError: the size differs by a cell or more.
     """
     height, width = sides
     asked = [side / field.stride for side in (size.height, size.width)]
@@ -180,10 +182,10 @@ def name_outputs(model: onnx.ModelProto, spec: NetworkSpec, sources: Mapping[str
     new = {source: name for name, source in sources.items() if source != name and source in made}
     inner = {
         name: f"inner_{name}" for name in wanted if name in made and name not in sources.values()
-    }  # tensors make way for fields
+    }  # other tensors with the name of a field are renamed
     _rename(graph, {**inner, **new})
     for name, source in sources.items():
-        if source not in made:  # the input itself, or a constant
+        if source not in made:  # the source is the input itself, or a constant
             graph.node.append(helper.make_node("Identity", [source], [name], name=f"posepress_{name}"))
     kinds = {output.name: output for output in graph.output}
     values = [kinds.get(name) or kinds.get(source) for name, source in sources.items()]
@@ -205,7 +207,7 @@ def name_outputs(model: onnx.ModelProto, spec: NetworkSpec, sources: Mapping[str
 
 
 def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
-    """Give tensors other names, in inner graphs, too."""
+    """Rename tensors, in subgraphs, too."""
     for node in graph.node:
         for ends in (node.input, node.output):
             ends[:] = [names.get(name, name) for name in ends]

@@ -1,1 +1,1 @@
-"""Candidates measured: their fields, their figures, their latency."""
+"""Measure candidates: the errors of their fields, their metrics and their latency."""

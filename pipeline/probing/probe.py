@@ -1,4 +1,4 @@
-"""What a typed network is worth while it is being made: error of its fields, figures, agreement and latency, on tune images."""
+"""Evaluate candidate networks on the tune images: errors of their fields, metrics, agreement and latency."""
 
 import shutil
 import tempfile
@@ -36,17 +36,17 @@ def field_errors(found: Iterable[Mapping[str, Any]], expected: Iterable[Mapping[
 
 
 def of_all_fields(errors: Mapping[str, float]) -> float:
-    """One number for the errors of all fields, each counting alike."""
+    """The errors of all fields as one number, in which every field has equal weight."""
     return float(np.sqrt(np.mean([value**2 for value in errors.values()])))
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A typed network in memory; it is equal to itself alone, so that its engine is built once.
+    """A typed network in memory. It compares by identity, so that its engine is built once.
 
     Attributes:
-        models: by flavour.
-        checkpoint: writes the torch network into a folder, for the backend that runs it as it is; None where there is none.
+        models: the ONNX models, by runtime variant.
+        checkpoint: function that writes the torch network into a folder, for the torch backend; None if there is none.
     """
 
     models: Mapping[str, onnx.ModelProto]
@@ -54,15 +54,15 @@ class Candidate:
 
     @classmethod
     def of_file(cls, file: Path, checkpoint: Callable[[Path], None] | None = None) -> "Candidate":
-        """One file for both flavours."""
+        """A candidate that uses one file for both runtime variants."""
         return cls(dict.fromkeys(FLAVOURS, onnx.load(file)), checkpoint)
 
     def save(self, file: Path) -> None:
-        """Write a network that is the same in both flavours."""
+        """Write a network with two equal runtime variants."""
         onnx.save(self.models[FLAVOURS[0]], file)
 
     def write(self, folder: Path) -> ModelFiles:
-        """Write both flavours, and the torch network, into a folder."""
+        """Write both runtime variants, and the torch network, into a folder."""
         torch_folder = folder / "checkpoint" if self.checkpoint is not None else None
         if torch_folder is not None and self.checkpoint is not None:
             torch_folder.mkdir()
@@ -77,17 +77,17 @@ class Probe:
     """Measures candidates against the FP32 network, on one backend.
 
     Args:
-        data: its tune images are used.
-        count: how many of them at most.
-        framing: of the engines.
-        size: of the network's input.
-        backend: builds and runs the candidates.
-        decoder: of their fields, with its tuned options; None measures fields alone.
-        metric: made with the labels of the data and of the network; None where there is no decoder.
-        agreement: made with the network's labels; None measures none.
+        data: the data set; its tune images are used.
+        count: largest number of tune images.
+        framing: framing of the engines.
+        size: size of the network's input.
+        backend: backend that builds and runs the candidates.
+        decoder: decoder of the fields, with its tuned options. None: only the errors of the fields are measured.
+        metric: function that makes the metric from the labels of the data and of the network; None without a decoder.
+        agreement: function that makes the agreement metric from the network's labels. None: agreement is not measured.
         reference: the FP32 ONNX file.
-        threads: of the processor, when a candidate is timed.
-        scratch: a folder for engines, which go with their candidates; None is the system's.
+        threads: number of CPU threads while a candidate is timed.
+        scratch: folder for engines, which are deleted with their candidates. None: the system's temporary folder.
     """
 
     def __init__(
@@ -105,10 +105,10 @@ class Probe:
         scratch: Path | None = None,
     ) -> None:
         self.scratch = None if scratch is None else scratch / "engines"
-        if self.scratch is not None:  # what a killed run left
+        if self.scratch is not None:  # a killed run may have left files here
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.scratch.mkdir(parents=True)
-        self.images: Any = data.open("tune")
+        self.images = data.open("tune")
         self.indices = sorted({round(k) for k in np.linspace(0, len(self.images) - 1, min(count, len(self.images)))})
         self.framing, self.size, self.backend, self.decoder = framing, size, backend, decoder
         self.metric, self.agreement, self.reference, self.threads = metric, agreement, reference, threads
@@ -129,7 +129,7 @@ class Probe:
         return Candidate.of_file(self.reference)
 
     def engine(self, candidate: Candidate, threads: int = 0) -> Runner:
-        """A candidate, built if it was not before, and loaded; its engine is gone with the candidate."""
+        """The loaded engine of a candidate. It is built at the first call and deleted together with the candidate."""
         if candidate not in self._built:
             folder = Path(tempfile.mkdtemp(dir=self.scratch))
             finalize(candidate, shutil.rmtree, folder, ignore_errors=True)
@@ -149,12 +149,12 @@ class Probe:
             return [{name: np.array(field) for name, field in fields.items()} for fields in self._fields(runner)]
 
     def errors(self, candidate: Candidate) -> dict[str, float]:
-        """The relative root mean square error of each field to FP32's."""
+        """The relative root mean square error of each field, compared with FP32."""
         with self.engine(candidate) as runner:
             return field_errors(self._fields(runner), self._expected)
 
     def errors_in_tensorrt(self, candidate: Candidate) -> dict[str, float]:
-        """Likewise, of TensorRT's file as it is written, which this processor computes where the backend is another."""
+        """The relative error of each field for the TensorRT variant. With another backend, the CPU computes that file."""
         names = [field.name for field in self.spec.fields]
         from posepress.pixels import normalise
 
@@ -163,31 +163,30 @@ class Probe:
 
     @cached_property
     def people(self) -> dict[str, Any]:
-        """What FP32 finds in each image."""
+        """The FP32 network's predictions in each image."""
         with self.engine(self.fp32) as runner:
             return {sample.id: found for sample, found in self._predictions(runner)}
 
     def _predictions(self, runner: Runner) -> Iterator[tuple[Any, Any]]:
         assert self.decoder is not None
-        from posepress.decoders.averaged import AveragedFields
         from posepress.predict import predict
 
-        read: Any = AveragedFields(self.decoder, self.spec) if self.framing.averaged else self.decoder
+        read = self.framing.reader(self.decoder, self.spec)
         return predict(self.images, runner, self.framing, read, self.size, 1, self.indices)
 
     @staticmethod
     def summary(probe: "Probe | None", candidate: Candidate) -> dict[str, float]:
-        """The errors as a manifest names them; nothing where nothing is measured."""
+        """The errors under the manifest's names; empty without a candidate evaluator."""
         return {} if probe is None else {f"error_{name}": value for name, value in probe.errors(candidate).items()}
 
     @property
     def primary(self) -> str:
-        """The key of the metric's figure; empty where none is measured."""
-        made: Any = getattr(self.metric, "func", self.metric)  # of a partial one, its class
+        """The key of the primary metric; empty if no metric is measured."""
+        made: Any = getattr(self.metric, "func", self.metric)  # a partial function holds the class in `func`
         return "" if made is None else str(made.info.primary)
 
     def figures(self, candidate: Candidate) -> dict[str, float]:
-        """The metric's figure, its drop from FP32's with a paired 95 % interval, and the agreement with what FP32 finds."""
+        """The metric, its drop from FP32 with a paired 95 % interval, and the agreement with FP32's predictions."""
         assert self.decoder is not None
         assert self.metric is not None
         metric = self.metric(labels=self.images.labels, found_labels=self.spec.labels)
@@ -206,11 +205,11 @@ class Probe:
 
     def _plain(self, found: Any) -> Any:
         assert self.decoder is not None
-        return self.decoder.variants(found).get("as_found", found)
+        return self.decoder.plain(found)
 
     @cached_property
     def baseline(self) -> Draws:
-        """FP32's primary figure, resampled."""
+        """Bootstrap samples of the FP32 network's primary metric."""
         assert self.metric is not None
         metric = self.metric(labels=self.images.labels, found_labels=self.spec.labels)
         for index in self.indices:
@@ -219,7 +218,7 @@ class Probe:
         return bootstrap(metric.matches())
 
     def latencies(self, candidates: Sequence[Candidate], seconds: float) -> list[float]:
-        """Median milliseconds of the network alone for each candidate, taken in turns."""
+        """The median latency of each candidate's network alone, in ms. The candidates are timed in turns."""
         with ExitStack() as stack:
             runners = [stack.enter_context(self.engine(candidate, self.threads)) for candidate in candidates]
             calls = [[partial(_call, runner, runner.upload(self.frames[0]))] for runner in runners]

@@ -1,4 +1,4 @@
-"""Child processes: pools of workers, and a lock so that one process of this machine measures time at once."""
+"""Child processes: pools of workers, and a lock that lets only one process of this machine measure time."""
 
 import fcntl
 import os
@@ -11,15 +11,15 @@ from threading import Thread
 
 
 def pool(workers: int) -> ProcessPoolExecutor:
-    """A pool of fresh processes (nothing is inherited), which end with this one, however it ends."""
+    """A pool of fresh processes that inherit nothing. They end with this process, even if it is killed."""
     return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Wait until no other process of this machine is in such a block: two that are timed would slow each other down.
+    """Wait until no other process of this machine is in such a block, since timed processes slow each other down.
 
-    The lock is on the folder of temporary files, which is there anyway, so that no file is left behind.
+    The lock is on the folder of temporary files. That folder always exists, so no lock file is left behind.
     """
     folder = os.open(tempfile.gettempdir(), os.O_RDONLY)
     try:
@@ -30,7 +30,7 @@ def alone() -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    # Killed, a parent cannot close its pool, and the workers would wait for work for ever.
+    # A killed parent cannot close its pool. Its workers would then wait for work forever.
     def watch() -> None:
         if (parent := parent_process()) is not None:
             parent.join()

@@ -1,4 +1,4 @@
-"""Memory, time and energy of an engine with all that stands around it, in a process of its own."""
+"""Measure memory, time and energy of an engine with its pre- and post-processing, in a separate process."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,6 +17,7 @@ from pipeline.progress import Progress
 from posepress.contracts import Decoder, Framing, Runner
 from posepress.errors import UserError
 from posepress.pixels import frame
+from posepress.results import Boxes
 from posepress.spec import Resolution
 
 STEPS = ("framing", "upload", "network", "download", "decoding")
@@ -29,18 +30,18 @@ class Work:
     """What an engine is timed at.
 
     Attributes:
-        backend: runs the engine.
-        images: uint8 [H, W, 3], RGB, and people's boxes [N, 4] where known; seen in turns, but for those without views.
-        framing: how an image becomes an input; its first view is used.
-        decoder: made with the network's description and `options`.
-        options: of the decoder.
-        resolution: of the input.
-        batch: so many copies of a view at once.
-        threads: of the processor.
+        backend: backend that runs the engine.
+        images: RGB images, uint8 [H, W, 3], with the boxes of their instances if known. Images without a view are skipped.
+        framing: framing that makes an image an input; its first view is used.
+        decoder: function that makes the decoder from the network's description and `options`.
+        options: options of the decoder.
+        resolution: size of the input.
+        batch: number of copies of a view in one call.
+        threads: number of CPU threads.
     """
 
     backend: Backend
-    images: Sequence[tuple[NDArray[np.uint8], NDArray[np.float64] | None]]
+    images: Sequence[tuple[NDArray[np.uint8], Boxes | None]]
     framing: Framing
     decoder: Callable[..., Decoder[Any]]
     options: Mapping[str, Any]
@@ -57,7 +58,10 @@ class Work:
             for view in self.framing.views(Resolution(*image.shape[:2]), self.resolution, spec, boxes)[:1]
         ]
         if not seen:
-            raise UserError("none of the first validation images has a person to cut out: the network cannot be timed on them")
+            raise UserError(
+                "none of the first validation images has a person to cut out: the network cannot be timed on them; "
+                "correct data.splits"
+            )
         order, at = cycle(range(len(seen))), 0
 
         def framed(_: Any) -> Any:
@@ -70,20 +74,23 @@ class Work:
 
         def downloaded(fields: Any) -> Any:
             host = runner.download(fields)
-            return fields if self.backend.on_gpu else host  # decoding begins where the fields are, as it does in evaluation
+            return fields if self.backend.on_gpu else host  # decoding begins on the device of the fields, as in evaluation
 
         return [framed, runner.upload, runner, downloaded, decoded]
 
 
 def apart(what: str, function: Any, *values: Any) -> dict[str, Any]:
-    """Call in a fresh process, whose memory and threads nothing else has touched; `what` it does is shown meanwhile."""
+    """Call a function in a fresh process, with unused memory and threads. The text `what` is shown meanwhile."""
     with processes.pool(1) as pool, Progress(what, unit="s"):
         result: dict[str, Any] = pool.submit(function, *values).result()
         return result
 
 
 def measure(work: Work, engine: Path, reference: Path | None, seconds: float) -> dict[str, Any]:
-    """Memory and times of an engine, in a process in which nothing ran yet: memory first, for its peak is the process's."""
+    """Memory and times of an engine, measured in a fresh process.
+
+    Memory comes first, because its peak is that of the whole process.
+    """
     import cv2
 
     cv2.setNumThreads(1)
@@ -91,10 +98,10 @@ def measure(work: Work, engine: Path, reference: Path | None, seconds: float) ->
 
 
 def time_of(work: Work, engine: Path, reference: Path | None, seconds: float) -> dict[str, Any]:
-    """Percentiles of every step in ms, with intervals, and how much faster the engine's network is than the reference's.
+    """Percentiles of every step in ms, with intervals, and the engine's speed-up over the reference engine.
 
-    A percentile above which no call can be expected is left out; "gpu" is the GPU's state at the end. Both
-    run all steps, in turns, so that neither has warmer caches. Without a reference there is no comparison.
+    A percentile is left out if fewer than one call is expected above it. "gpu" is the GPU's state at the end. Both engines
+    run all steps, in turns, so that neither has warmer caches. Without a reference engine there is no comparison.
     """
     with ExitStack() as stack:
         ours, *others = (stack.enter_context(work.backend.load(e, work.threads)) for e in (engine, reference) if e is not None)
@@ -105,7 +112,7 @@ def time_of(work: Work, engine: Path, reference: Path | None, seconds: float) ->
         with power.EnergyMeter(work.backend.on_gpu) as meter:
             for _ in range(calls if meter.measures else 0):
                 ours(inputs)
-        state = power.gpu_state() if work.backend.on_gpu else {}  # before it cools down
+        state = power.gpu_state() if work.backend.on_gpu else {}  # read it before the GPU cools down
     figures: dict[str, Any] = {}
     if other:
         faster = latency.speedup(mine, other[0], _NETWORK)
@@ -113,7 +120,7 @@ def time_of(work: Work, engine: Path, reference: Path | None, seconds: float) ->
         figures["fp32_p50_ms"] = other[0].percentile(50, _NETWORK).value
     for step, name in enumerate(STEPS):
         prefix = "latency" if step == _NETWORK else name
-        known = [q for q in (50, 95, 99) if mine.calls * (100 - q) >= 100]  # some call lies above it
+        known = [q for q in (50, 95, 99) if mine.calls * (100 - q) >= 100]  # at least one call is expected above the percentile
         for q, found in zip(known, mine.percentiles(known, step), strict=True):
             figures |= {f"{prefix}_p{q}_ms": found.value, f"{prefix}_p{q}_ms_lo": found.low, f"{prefix}_p{q}_ms_hi": found.high}
     if meter.joules is not None:
@@ -128,7 +135,7 @@ def time_of(work: Work, engine: Path, reference: Path | None, seconds: float) ->
 
 
 def memory_of(work: Work, engine: Path) -> dict[str, Any]:
-    """Memory in MiB: the process's peak, what the engine added to it, and what it took of a GPU where NVML answers."""
+    """Memory in MiB: the process's peak, the part that the engine added, and GPU memory if NVML is available."""
     before, on_gpu = latency.peak_rss_mb(), power.gpu_state().get("gpu_memory_mb")
     with work.backend.load(engine, work.threads) as runner:
         steps = work.steps(runner)

@@ -1,1 +1,1 @@
-"""Pruning: the channel groups of a network, what they are worth, how many of them are kept, and removing the rest."""
+"""Pruning: find the channel groups of a network, rank their channels, choose how many to keep, and remove the rest."""

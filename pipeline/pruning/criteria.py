@@ -1,4 +1,4 @@
-"""What the channels of a group are worth: importance criteria, on weights with their batch norms folded in."""
+"""Importance criteria: rank the channels of a group, on weights with their batch norms folded in."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from pipeline.models.contract import duplicate, fold
 from pipeline.pruning.graph import LAYERS, Group, Part, folded, normalised, output_axis
 from posepress.errors import UserError
 
-_GATE_IMAGES, _GATE_BATCH = 64, 8  # train images that the criterion "taylor" looks at
+_GATE_IMAGES, _GATE_BATCH = 64, 8  # number of train images for the criterion "taylor", and its batch size
 
 
 def spread(part: Part, values: Tensor, size: int) -> Tensor:
@@ -38,7 +38,7 @@ def group_norms(group: Group, pairs: Mapping[nn.Module, nn.BatchNorm2d], p: int)
 
 
 def _equalised(norms: Sequence[Tensor], how: str) -> Tensor:
-    """One value a channel from those of the layers that compute it; union keeps what one of them wants to keep."""
+    """Combine the norms of several layers into one value for each channel. Union keeps a channel that any layer ranks high."""
     stacked = torch.stack(list(norms))
     if how == "union":
         return stacked.amax(0)
@@ -59,20 +59,21 @@ def _scaled(norms: Tensor, normalizer: str | None) -> Tensor:
 def importance(
     network: nn.Module, groups: Sequence[Group], criterion: str, normalizer: str | None, equalization: str, gates: Any = None
 ) -> list[Tensor | None]:
-    """What each channel is worth, float64 [size] a group; None for a group the criterion says nothing of.
+    """The importance of each channel, float64 [size] for each group; None for a group that the criterion cannot rank.
 
     Args:
-        network: whose groups they are.
-        groups: to judge.
+        network: the network.
+        groups: groups of this network.
         criterion: "l1" and "l2" are norms of the filters that compute a channel, "bn_scale" the batch norm's scale
             (arXiv:1708.06519), "taylor" the squared first-order change of the loss without the channel (arXiv:1906.10771),
             "group_l1" the L1 norm over all weights that make and read it (arXiv:2301.12900).
-        normalizer: "max" or "L2" divides the norms of each layer by that of their vector; None leaves them.
-        equalization: how layers whose channels are tied agree: "union" is their greatest value, "intersection" the least.
-        gates: what `taylor_gates` returned, for "taylor".
+        normalizer: "max" or "L2" divides the norms of each layer by their maximum or L2 norm; None leaves them unchanged.
+        equalization: how to combine the values of layers with tied channels: "union" takes the greatest value,
+            "intersection" the least.
+        gates: the result of `taylor_gates`, for the criterion "taylor".
 
     Raises:
-        UserError: no group has what the criterion judges by.
+        UserError: no group has the parameters that the criterion needs.
     """
     pairs = normalised(network)
     norms_of = {norm: layer for layer, norm in pairs.items()}
@@ -95,14 +96,15 @@ def importance(
 
 
 def taylor_gates(network: nn.Module, views: Any) -> dict[nn.Module, Tensor]:
-    """The squared first-order change of the loss if an output of a layer were cut off, summed over batches.
+    """The squared first-order change of the loss if an output of a layer were removed, summed over batches.
 
-    Behind a batch norm in evaluation mode that is (scale * its gradient + shift * its gradient)^2, else the same of the
-    layer's own weights and bias: both are the gradient of a gate on the channel (arXiv:1906.10771, section 3.1).
+    Behind a batch norm in evaluation mode the change is (scale * its gradient + shift * its gradient)^2. Without a batch norm,
+    the layer's own weights and bias take their place. Both are the gradient of a gate on the channel (arXiv:1906.10771,
+    section 3.1).
 
     Args:
-        network: is in evaluation mode after.
-        views: `pipeline.training.views.Views` of train images, of which the first few are taken.
+        network: the network. It is left in evaluation mode.
+        views: `pipeline.training.views.Views` of train images. Only the first ones are used.
     """
     device = torch.device("cuda") if torch.cuda.is_available() else next(network.parameters()).device
     copy = duplicate(network.eval()).to(device)

@@ -1,4 +1,4 @@
-"""The prune and retrain cycle: in steps down to a ratio or a target, each step measured."""
+"""The prune and retrain cycle: prune in steps down to a ratio or a target, and measure each step."""
 
 import json
 import tempfile
@@ -24,11 +24,11 @@ from posepress.spec import NetworkSpec, Resolution
 
 DIVISORS = (1, 4, 8, 16, 32)
 _OPSET = 20
-_TRIES = 6  # engines built to find a latency
-_CLOSE = 0.015  # of the target, from where on a latency is found
-_NEAR = 0.05  # of the target, up to where the nearest latency is taken on either side; else the greatest below it
-_SECONDS = 6.0  # of timing a comparison, at most
-_MOST_APART = 1e-3  # of the greatest value, between a pruned network and the masked one
+_TRIES = 6  # largest number of engines built to find a latency
+_CLOSE = 0.015  # relative distance to the target at which the search for a latency stops
+_NEAR = 0.05  # relative distance within which the nearest latency is accepted; beyond it, the greatest below the target is
+_SECONDS = 6.0  # longest time of one comparison, in seconds
+_MOST_APART = 1e-3  # largest accepted difference of a pruned network from the masked one, relative to the greatest value
 
 
 def exported(
@@ -39,9 +39,10 @@ def exported(
     scratch: Path | None = None,
     graphs: Path | None = None,
 ) -> Candidate:
-    """A network as an engine can be built of it, of one image, of this size alone or any; the runtime folds its batch norms.
+    """Export a network for building an engine for one image, of this size only or of any. The runtime folds batch norms.
 
-    Files on the way lie in the folder `scratch`; None is the system's. The folder `graphs` is that of `export.export`.
+    Intermediate files are written to the folder `scratch`; None is the system's temporary folder. For the folder `graphs`, see
+    `export.export`.
     """
     spec: NetworkSpec = network.spec  # type: ignore[assignment]
     image = torch.zeros(1, 3, size.height, size.width).numpy()
@@ -56,23 +57,23 @@ def exported(
 
 @dataclass
 class Cycle:
-    """Prunes one network, and keeps a table of what that gave.
+    """Prunes one network, and keeps a table of the results.
 
     Attributes:
-        network: pruned in place.
-        pruner: says how.
-        size: of MACs and latency.
-        probe: measures engines against the dense network; None measures parameters and MACs alone.
-        gates: makes what the criterion "taylor" judges by, for the network as it is.
-        retrain: trains the network shortly, in place, as the step of that number; None does not.
+        network: the network, which is pruned in place.
+        pruner: the options of pruning.
+        size: input size at which MACs and latency are measured.
+        probe: candidate evaluator that compares engines with the dense network. None: only parameters and MACs are measured.
+        gates: function that computes the gates of the criterion "taylor" for the current network.
+        retrain: function that trains the network briefly, in place, given the number of the step; None: no training.
         curves: loss by ratio of each group, for `by_sensitivity`.
-        rows: one a step: "step", "params", "macs", "latency_ms", the figures of the tune images.
-        history: of all steps.
-        divisors: what each divisor of channel counts gave: "round_to", "latency_ms", "params", "macs".
-        keep: writes a network that lost the channels of a history into a folder, so that torch runs it as it is.
-        memory: a file in which a cycle in several steps keeps what it has measured and removed; one that was killed goes on.
-        near_dead: channels whose norm is a hundredth of their group's greatest, or less.
-        graphs: a folder that keeps the graphs of exported networks, without weights.
+        rows: one row for each step: "step", "params", "macs", "latency_ms" and the metrics on the tune images.
+        history: the channels that all steps removed.
+        divisors: the measurement of each divisor of channel counts: "round_to", "latency_ms", "params", "macs".
+        keep: function that writes a network pruned by a history into a folder, so that torch can run it.
+        memory: file with the measurements and removals of a cycle in several steps. A killed cycle resumes from it.
+        near_dead: number of channels with a norm of at most 1 % of the greatest in their group.
+        graphs: folder that keeps the graphs of exported networks, without weights.
     """
 
     network: nn.Module
@@ -90,13 +91,13 @@ class Cycle:
     graphs: Path | None = None
 
     def __post_init__(self) -> None:
-        """Take the dense network's sizes."""
+        """Measure the size of the dense network."""
         surveyed = survey(self.network)
         found, self.left_out = list(surveyed.groups), surveyed.reasons()
         if self.left_out:
             say(f"left out of pruning: {surveyed.words()}")
         if computed := fold(duplicate(self.network)):
-            say(f"pruning makes plain weights of those that are computed (weight_norm and the like): {', '.join(computed)}")
+            say(f"pruning replaces computed weights (weight_norm and the like) by plain ones: {', '.join(computed)}")
         self.whole = {group.name: group.size for group in found}
         if not found:
             raise UserError(nothing_to_prune(surveyed))
@@ -105,8 +106,8 @@ class Cycle:
             g.name: [round(float(x), 5) for x in values] for g, values in zip(found, norms, strict=True) if values is not None
         }
         self.near_dead = sum(int((values < 0.01 * values.max()).sum()) for values in norms if values is not None)
-        if self.near_dead:  # which flatters any pruner
-            say(f"{self.near_dead} of {sum(self.whole.values())} channels are near dead: a hundredth of their group's best")
+        if self.near_dead:  # removing near-dead channels costs nothing, which makes any pruner look good
+            say(f"{self.near_dead} of {sum(self.whole.values())} channels are near dead: norm up to 1 % of their group's best")
         self.dense = Costs(self.network, found, self.size)([group.size for group in found])
         self.reference = self._candidate(self.network) if self.probe is not None else None
         self.round_to: int | None = None
@@ -122,7 +123,7 @@ class Cycle:
         """Prune, step by step.
 
         Raises:
-            UserError: as the pruner does, or the target cannot be reached.
+            UserError: the pruner fails, or the target cannot be reached.
         """
         pruner, steps = self.pruner, self.pruner.iterative_steps
         self._measure("dense")
@@ -151,10 +152,10 @@ class Cycle:
                 self._measure(f"{step}, trained")
 
     def _removed(self, dropped: Mapping[str, Sequence[int]]) -> list[Any]:
-        """Remove channels, and compare the network with itself while nothing read them.
+        """Remove channels, and compare the network with the masked one, in which no layer reads these channels.
 
         Raises:
-            UserError: it is another network now.
+            UserError: the outputs differ.
         """
         masked = duplicate(self.network).cpu().eval()
         fold(masked)
@@ -172,7 +173,7 @@ class Cycle:
     def _compared(
         self, network: nn.Module, masked: nn.Module, dropped: Mapping[str, Sequence[int]]
     ) -> tuple[list[Any], float, str | None]:
-        """Remove channels in place; the history, the difference from the masked network, and what is wrong with that."""
+        """Remove channels in place. Returns the history, the difference from the masked network, and the fault, if any."""
         try:
             history = remove(network, dropped)
             found = apart(network, masked, self.size)
@@ -182,7 +183,7 @@ class Cycle:
         return history, found, wrong
 
     def _faults(self, masked: nn.Module, dropped: Mapping[str, Sequence[int]]) -> list[str]:
-        """The groups that are wrong by themselves: nothing reads their channels any more, and yet it shows that they go."""
+        """The faulty groups: removing their channels changes the outputs, although no layer should read them any more."""
         if self._compared(duplicate(masked), masked, dropped)[2] is None:
             return []
         names = list(dropped)
@@ -192,7 +193,7 @@ class Cycle:
         return [name for half in halves for name in self._faults(masked, {n: dropped[n] for n in half})]
 
     def _goal(self) -> dict[str, Any]:
-        """What the last step is to reach, and what finding that out measured."""
+        """The goal of the last step, and the measurements that were made to find it."""
         goal = None
         if self.pruner.target is not None:
             target = Target.parse(self.pruner.target, self.pruner.value)
@@ -203,7 +204,7 @@ class Cycle:
         return self._plan(reach, part).dropped
 
     def _once(self, what: str, find: Callable[[], Any]) -> Any:
-        """What was found before this cycle was killed, or is found now."""
+        """Return a stored result of a cycle that was killed, or else compute and store it."""
         if what not in self.known:
             self.known[what] = find()
             if self.memory is not None and self.pruner.iterative_steps > 1:
@@ -214,7 +215,7 @@ class Cycle:
         return self.known[what]
 
     def summary(self) -> dict[str, Any]:
-        """What a manifest says of the pruning."""
+        """The manifest's entry on the pruning."""
         divisor = self.round_to or self.pruner.divisor
         return {
             "near_dead_channels": self.near_dead,
@@ -225,7 +226,7 @@ class Cycle:
         }
 
     def save(self, out: Path) -> None:
-        """Write steps.json, the table, and groups.json: what every channel was worth in the last step, and what was kept."""
+        """Write steps.json, the table, and groups.json: every channel's importance in the last step, and the kept channels."""
         made = [
             {
                 "name": group.name,
@@ -298,18 +299,18 @@ class Cycle:
         )
 
     def _choose_divisor(self, reach: Mapping[str, float]) -> None:
-        """Find the divisor of channel counts whose engine is fastest at the same parameters or MACs."""
+        """Find the divisor of channel counts that gives the fastest engine for equal parameters or MACs."""
         assert self.probe is not None
         found = []
         for divisor in DIVISORS:
             try:
                 made = self._pruned(self._plan(reach, round_to=divisor))
             except UnreachableError:
-                say(f"round_to={divisor}: cannot get so small, and is not measured")
+                say(f"round_to={divisor}: the target is too small for this divisor, so it is not measured")
                 continue
             found.append((divisor, *made))
         if not found:
-            self.round_to = 1  # which the message then says
+            self.round_to = 1  # the error message then names the smallest divisor
             self._plan(reach)
         times = self.probe.latencies([candidate for *_, candidate in found], _SECONDS)
         for (divisor, network, _), ms in zip(found, times, strict=True):
@@ -331,16 +332,16 @@ class Cycle:
                 "stages.prune.backend=null was given; or choose pruner.target=macs"
             )
         if not self.probe.backend.timeable:
-            raise UserError("pruner.target=latency: this backend's times mean nothing; choose another, or pruner.target=macs")
+            raise UserError("pruner.target=latency: this backend's times are invalid; choose another, or pruner.target=macs")
         dense = self.rows[0]["latency_ms"]
         goal = target.of(dense)
         if goal >= dense:
             raise UserError(f"pruner.value={self.pruner.value}: the dense network takes {dense:.3g} ms already; choose less")
-        ratio = goal / dense  # to begin with, milliseconds are taken to follow MACs
+        ratio = goal / dense  # first guess: latency is proportional to MACs
         try:
             if self.pruner.multiple is None:
                 self._choose_divisor({"macs": ratio * self.dense["macs"]})
-        except UnreachableError as error:  # so few MACs; what the fewest take is measured below
+        except UnreachableError as error:  # these MACs cannot be reached; the least possible is measured below
             ratio = error.least / self.dense["macs"] * 1.0005
             self._choose_divisor({"macs": ratio * self.dense["macs"]})
         tried: dict[float, float] = {}
@@ -362,7 +363,7 @@ class Cycle:
             say(f"{macs:.3f}x MACs: {relative:.3f}x latency ({ms:.3g} ms)")
             wanted = target.value if target.relative else goal / before
             if abs(relative / wanted - 1) < _CLOSE or (relative > wanted and ratio <= low * 1.001):
-                break  # found, or the least there is
+                break  # close enough, or the least possible
             low, high = (ratio, high) if relative < wanted else (low, ratio)
             ratio = min(max(ratio * wanted / relative, low + 0.05 * (high - low)), high - 0.05 * (high - low))
         wanted = target.value if target.relative else goal / dense
@@ -372,13 +373,13 @@ class Cycle:
             if not below:
                 raise self._unreachable(target, tried[best] * dense, dense)
             best = max(below, key=lambda r: tried[r])
-            say(f"no network was found closer to {wanted:.3f}x from below than {tried[best]:.3f}x: channel counts are steps")
+            say(f"the nearest latency below {wanted:.3f}x is {tried[best]:.3f}x: channel counts change only in steps")
         elif tried[best] > wanted:
             say(f"the nearest found is {tried[best] / wanted - 1:.1%} above the target")
         return "macs", best * self.dense["macs"]
 
     def _measure(self, name: str, anew: bool = False) -> None:
-        """Add a row to the table; `anew` where the channels were chosen anew too."""
+        """Add a row to the table. `anew` means that this step also chose its channels again."""
         row = self._row(name) if anew else self._once(name, partial(self._row, name))
         self.rows.append(row)
         ratio = row["macs"] / self.dense["macs"]

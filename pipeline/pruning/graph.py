@@ -1,4 +1,4 @@
-"""The channel groups of a network: which channels go together, what they cost, and removing them; by torch-pruning."""
+"""The channel groups of a network, found by torch-pruning: which channels are tied, their cost, and their removal."""
 
 import math
 import re
@@ -19,10 +19,11 @@ from posepress.spec import NetworkSpec, Resolution
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 History = Sequence[
     Sequence[Any]
-]  # [name of a layer, whether its outputs, channels] of every removal, as architecture.json has it
+]  # every removal as [name of a layer, whether its outputs are removed, channels], the form of architecture.json
 
-_TOLERANCE = 1e-4  # of the greatest value, between a pruned and a masked network in single precision; channels that are
-# followed wrongly make a hundredth or more
+# largest accepted difference of a pruned from a masked network in single precision, relative to the greatest value; wrongly
+# followed channels cause 0.01 or more
+_TOLERANCE = 1e-4
 _PLAIN = {
     "Add", "Sub", "Mul", "Div", "Concat", "Output", "Relu", "LeakyRelu", "Hardtanh", "Hardswish", "Hardsigmoid", "Sigmoid",
     "Silu", "Tanh", "Gelu", "Elu", "Mish", "MaxPool2DWithIndices", "AvgPool2D", "UpsampleNearest2D", "UpsampleBilinear2D",
@@ -31,7 +32,7 @@ _PLAIN = {
 
 
 def example(network: nn.Module, resolution: Resolution | None = None) -> Tensor:
-    """An input [1, 3, H, W] the network takes: the least sensible one, or one of a resolution."""
+    """An input [1, 3, H, W] that the network accepts: of the given resolution, or else of a small default size."""
     spec: NetworkSpec = network.spec  # type: ignore[assignment]
     device = next(network.parameters()).device
     side = spec.input.fit(8 * spec.input.multiple)
@@ -41,7 +42,7 @@ def example(network: nn.Module, resolution: Resolution | None = None) -> Tensor:
 
 @contextmanager
 def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; after it every module is in the mode it was in."""
+    """Switch to evaluation mode for a block, and restore every module's mode after it."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
@@ -53,7 +54,7 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _watched(network: nn.Module, kinds: tuple[type, ...], hook: Any, image: Tensor) -> Iterator[None]:
-    """Run the network once with a forward hook on its layers of some kinds."""
+    """Run the network once, with a forward hook on every layer of the given kinds."""
     hooks = [m.register_forward_hook(hook) for m in network.modules() if isinstance(m, kinds)]
     try:
         with _evaluating(network), torch.no_grad():
@@ -68,7 +69,7 @@ def normalised(network: nn.Module) -> dict[nn.Module, nn.BatchNorm2d]:
     """Each convolution whose output goes straight into a batch norm, and that batch norm."""
     made: dict[int, nn.Module] = {}
     pairs: dict[nn.Module, nn.BatchNorm2d] = {}
-    kept: list[Tensor] = []  # ids are only unique while the tensors live
+    kept: list[Tensor] = []  # keeps the tensors alive, since ids are unique only among live objects
 
     def remember(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if isinstance(module, nn.BatchNorm2d):
@@ -83,12 +84,12 @@ def normalised(network: nn.Module) -> dict[nn.Module, nn.BatchNorm2d]:
 
 
 def output_axis(layer: nn.Module) -> int:
-    """The axis of a layer's weight that its outputs lie on."""
+    """The axis of a layer's weight that belongs to its outputs."""
     return int(isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1)
 
 
 def folded(layer: nn.Module, norm: nn.BatchNorm2d | None) -> Tensor:
-    """The weight of a layer times the scale of the batch norm behind it, which is what an engine computes with."""
+    """The weight of a layer times the scale of the batch norm behind it. Engines compute with this product."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     if norm is None:
         return weight
@@ -102,11 +103,11 @@ class Part:
     """The channels of one layer that belong to a group.
 
     Attributes:
-        name: of the layer.
-        layer: a convolution, a linear layer or a batch norm.
-        outputs: they are its outputs, else its inputs.
-        channels: of the layer [n].
-        roots: the group's channel that each of them goes with [n].
+        name: name of the layer.
+        layer: the layer: a convolution, a linear layer or a batch norm.
+        outputs: whether the channels are outputs of the layer; otherwise they are its inputs.
+        channels: indices of the layer's channels [n].
+        roots: the index in the group of each of these channels [n].
     """
 
     name: str
@@ -121,11 +122,11 @@ class Group:
     """Channels that can only be removed together.
 
     Attributes:
-        name: of the layer that pruning begins at.
-        size: how many channels.
-        parts: of all layers that have them.
-        through: other modules and parameters that they go through, by name; without such, operators that are no plain ones.
-        others: parameters that a channel has in these modules.
+        name: name of the layer at which pruning begins.
+        size: number of channels.
+        parts: the parts of all layers that have these channels.
+        through: names of other modules and parameters that the channels pass; without any, names of unusual operators.
+        others: number of parameters in these modules for each channel.
     """
 
     name: str
@@ -141,11 +142,11 @@ class Group:
 
     @property
     def consumers(self) -> list[Part]:
-        """The layers that read them."""
+        """The layers that read the channels."""
         return [part for part in self.parts if not part.outputs]
 
     def signature(self) -> tuple[Any, ...]:
-        """What isomorphic groups have in common (arXiv:2407.04616): kinds and kernels of their layers."""
+        """The kinds and kernels of the layers. Isomorphic groups (arXiv:2407.04616) have equal signatures."""
         return tuple(
             sorted(
                 (type(p.layer).__name__, p.outputs, str(getattr(p.layer, "kernel_size", "")), getattr(p.layer, "groups", 1) > 1)
@@ -156,11 +157,11 @@ class Group:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Channels that are not pruned, though no head gives them.
+    """Channels that are not pruned, although they are not outputs of a head.
 
     Attributes:
-        layers: names of the layers that compute them.
-        reason: why, to be read.
+        layers: names of the layers that compute the channels.
+        reason: a readable reason.
     """
 
     layers: Sequence[str]
@@ -169,25 +170,25 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Survey:
-    """What of a network may be pruned, and what may not.
+    """The channels of a network that may be pruned, and those that may not.
 
     Attributes:
-        groups: in the order of the network's layers.
-        left_out: the others, without those of the heads.
+        groups: the prunable groups, in the order of the network's layers.
+        left_out: the other channels, without those of the heads.
     """
 
     groups: Sequence[Group]
     left_out: Sequence[LeftOut]
 
     def reasons(self) -> dict[str, list[str]]:
-        """The layers that are left out of pruning, by the reason."""
+        """The layers that are not pruned, by reason."""
         layers: dict[str, list[str]] = {}
         for own in self.left_out:
             layers.setdefault(own.reason, []).extend(own.layers)
         return layers
 
     def words(self) -> str:
-        """The layers that are left out of pruning, as a part of a sentence; nothing where there are none."""
+        """A text that names the layers that are not pruned; empty if there are none."""
         return "; ".join(f"{_few(names)} ({reason})" for reason, names in self.reasons().items())
 
 
@@ -197,7 +198,7 @@ def _few(names: Sequence[str]) -> str:
 
 @contextmanager
 def _learning(network: nn.Module) -> Iterator[None]:
-    """Let every weight have gradients for a while, for torch-pruning follows them; what was frozen is frozen after it."""
+    """Give every weight gradients for a block, because torch-pruning follows them. Frozen weights are frozen again after it."""
     frozen = [name for name, weight in network.named_parameters() if not weight.requires_grad and weight.is_floating_point()]
     for name, weight in network.named_parameters():
         if name in frozen:
@@ -205,7 +206,7 @@ def _learning(network: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        weights = dict(network.named_parameters())  # pruning makes new ones
+        weights = dict(network.named_parameters())  # read again, because pruning creates new parameters
         for name in frozen:
             weights[name].requires_grad_(False)
 
@@ -216,7 +217,7 @@ def _graph(network: nn.Module) -> tp.DependencyGraph:
 
 
 def heads(network: nn.Module) -> list[nn.Module]:
-    """The layers whose outputs must stay: `ignored_layers` and what is in them."""
+    """The layers that keep all outputs: `ignored_layers` and all layers inside them."""
     return [layer for head in network.ignored_layers for layer in head.modules()]  # type: ignore[union-attr]
 
 
@@ -224,10 +225,10 @@ _VERDICTS: WeakKeyDictionary[nn.Module, tuple[Any, Sequence[LeftOut]]] = WeakKey
 
 
 def survey(network: nn.Module) -> Survey:
-    """The groups that may be pruned, and what is left out.
+    """The groups that may be pruned, and the channels that are left out.
 
-    Torch-pruning follows channels through the operators that it knows, and takes all others for element-wise ones. So its
-    groups are tried: the pruned network must give what the dense one gives whose consumers do not read those channels.
+    Torch-pruning follows channels through known operators, and treats all others as element-wise. So its groups are tried:
+    the pruned network must equal the dense network in which no layer reads those channels.
 
     Raises:
         UserError: the network's own forward pass fails.
@@ -238,7 +239,7 @@ def survey(network: nn.Module) -> Survey:
         found, left_out = _candidates(network)
         structure = [(name, type(module)) for name, module in network.named_modules()]
         known = _VERDICTS.get(network)
-        if known is None or known[0] != structure:  # of a structure, with any weights and any number of channels
+        if known is None or known[0] != structure:  # a verdict holds for any weights and any number of channels
             known = _VERDICTS[network] = structure, _Trial(network).broken(found)
     except Exception as error:  # noqa: BLE001 torch-pruning and a network's own code raise anything
         layers = [name for name, module in network.named_modules() if isinstance(module, LAYERS)]
@@ -254,7 +255,7 @@ def groups(network: nn.Module) -> list[Group]:
 
 
 def _candidates(network: nn.Module) -> tuple[list[Group], list[LeftOut]]:
-    """The groups as torch-pruning follows them, and those that can be seen to be none."""
+    """The groups that torch-pruning finds, and those that cannot be pruned because of the kind of a layer."""
     copy = duplicate(network)
     fold(copy)
     real, names = dict(network.named_modules()), {module: name for name, module in copy.named_modules()}
@@ -282,12 +283,12 @@ def _candidates(network: nn.Module) -> tuple[list[Group], list[LeftOut]]:
 
 
 def _members(graph: tp.DependencyGraph, ignored: Sequence[nn.Module]) -> Iterator[Any]:
-    """What goes with the outputs of each layer, but where a head's outputs are among it; a layer is in one of them."""
+    """The groups of tied channels, each from the outputs of a layer. Groups with outputs of a head are skipped."""
     yield from graph.get_all_groups(ignored_layers=list(ignored), root_module_types=list(LAYERS))
 
 
 def _others(graph: tp.DependencyGraph, members: Any, size: int) -> tuple[tuple[str, ...], float]:
-    """What of a group is neither a layer nor a plain operator, and how many parameters a channel has in that."""
+    """The members of a group that are neither layers nor plain operators, and their number of parameters for each channel."""
     operators, own, params = set(), set(), {}
     for item in members:
         node = item.dep.target
@@ -307,7 +308,7 @@ def _others(graph: tp.DependencyGraph, members: Any, size: int) -> tuple[tuple[s
 
 
 def _at_sight(parts: Sequence[Part], shared: Mapping[str, str]) -> str | None:
-    """Why channels are not pruned, where the layers themselves say it."""
+    """The reason for which the kinds of the layers exclude channels from pruning; None if there is none."""
     for part in parts:
         layer: Any = part.layer
         if getattr(layer, "groups", 1) not in (1, getattr(layer, "in_channels", 1)):
@@ -320,13 +321,12 @@ def _at_sight(parts: Sequence[Part], shared: Mapping[str, str]) -> str | None:
 
 
 class _Trial:
-    """Prunes a copy of a network with random weights, to see which groups torch-pruning followed rightly.
+    """Prunes a copy of a network with random weights, to check which groups torch-pruning followed correctly.
 
-    The weights are random so that the verdict does not depend on training: a network may begin with zeros, or end with dead
-    channels, behind which nothing would be seen.
+    Random weights make the verdict independent of training: initial zeros or dead channels would hide a fault.
 
     Args:
-        network: stays as it is.
+        network: the network, which is not changed.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -337,7 +337,7 @@ class _Trial:
         given = {name: value.clone() for name, value in self.network.state_dict().items()}
         self._enliven()
         if not all(bool(values.isfinite().all()) for values in self._outputs(self.network).values()):
-            self.network.load_state_dict(given)  # which computes something
+            self.network.load_state_dict(given)  # unlike the random weights, these give finite and varied outputs
 
     @torch.no_grad()
     def _enliven(self) -> None:
@@ -348,7 +348,7 @@ class _Trial:
             elif name.endswith(("running_mean", "bias")):
                 values.uniform_(-0.2, 0.2, generator=self.random)
             elif name in weights and values.is_floating_point():
-                if values.numel() == max(values.shape, default=1):  # scales
+                if values.numel() == max(values.shape, default=1):  # the values are the scales of a normalisation
                     values.uniform_(0.5, 1.5, generator=self.random)
                 else:
                     values.normal_(0, (2 * len(values) / values.numel()) ** 0.5, generator=self.random)
@@ -360,7 +360,7 @@ class _Trial:
         return outputs
 
     def broken(self, found: Sequence[Group]) -> list[LeftOut]:
-        """The groups that were not followed rightly: all are tried at once, and halves only where that fails."""
+        """The groups that were not followed correctly. All groups are tried at once; if that fails, each half is."""
         if self._fault(found) is None:
             return []
         kinds: dict[tuple[str, ...], list[Group]] = {}
@@ -368,7 +368,7 @@ class _Trial:
             kinds.setdefault(group.through, []).append(group)
         wrong = {group.name: why for alike in kinds.values() for group, why in self._faults(alike)}
         right = [group for group in found if group.name not in wrong]
-        if self._fault(right) is not None:  # each alone is right, but not all together
+        if self._fault(right) is not None:  # each group alone is right, but not all of them together
             kept: list[Group] = []
             for group in right:
                 if (why := self._fault([*kept, group])) is None:
@@ -391,10 +391,10 @@ class _Trial:
             yield from self._faults(alike[len(alike) // 2 :])
 
     def _fault(self, chosen: Sequence[Group]) -> str | None:
-        """What is wrong with a network that lacks half the channels of some groups; None where nothing is."""
+        """The fault of a network without half the channels of some groups; None if it has no fault."""
         dropped = {}
         for group in chosen:
-            kept = group.size // 2 | 1  # odd: whatever reshapes them shows
+            kept = group.size // 2 | 1  # an odd number reveals operators that reshape the channels
             dropped[group.name] = torch.randperm(group.size, generator=self.random)[kept:].tolist()
         dropped = {name: channels for name, channels in dropped.items() if channels}
         whole, pruned = duplicate(self.network), duplicate(self.network)
@@ -408,25 +408,25 @@ class _Trial:
             if {name: values.shape for name, values in found.items()} != shapes:
                 return "they reach an output; is a head missing in ignored_layers?"
             apart = max(_apart(found[name], values) for name, values in expected.items())
-        except Exception as error:  # noqa: BLE001 likewise
+        except Exception as error:  # noqa: BLE001 torch-pruning and a network's own code raise anything
             return f"without some channels the network fails, {_told(error)}"
         return None if apart <= _TOLERANCE else f"pruned differs from masked by {apart:.2g} of the greatest value"
 
 
 def _apart(one: Tensor, other: Tensor) -> float:
-    """The greatest difference, as a part of the greatest value; infinite where that is no number."""
+    """The greatest difference, relative to the greatest value; infinite if the result is not a number."""
     part = float((one - other).abs().max() / other.abs().max().clamp(min=1e-30))
     return part if math.isfinite(part) else math.inf
 
 
 @torch.no_grad()
 def apart(network: nn.Module, masked: nn.Module, resolution: Resolution) -> float:
-    """The greatest difference of two networks on an image, as a part of each field's greatest value.
+    """The greatest difference of two networks on an image, relative to each field's greatest value.
 
     Args:
-        network: pruned.
-        masked: on the processor, in evaluation mode; where its own values are not finite, nothing can be compared.
-        resolution: of the image.
+        network: the pruned network.
+        masked: the masked network, on the CPU and in evaluation mode. Nothing can be compared if its values are not finite.
+        resolution: size of the image.
     """
     copy = duplicate(network).cpu().eval()
     image = torch.rand(example(copy, resolution).shape, generator=torch.Generator().manual_seed(0))
@@ -442,13 +442,13 @@ def _told(error: Exception) -> str:
 
 
 def remove(network: nn.Module, dropped: Mapping[str, Sequence[int]]) -> list[Any]:
-    """Remove channels of groups, in place; returns the history for `replay`.
+    """Remove channels of groups, in place, and return the history for `replay`.
 
-    Weights that are computed (weight_norm) become plain ones.
+    Computed weights (weight_norm) become plain ones.
 
     Args:
-        network: with `spec` and `ignored_layers`.
-        dropped: channels by the name of the group they are of.
+        network: a network with `spec` and `ignored_layers`.
+        dropped: the channels to remove, by the name of their group.
     """
     if not dropped:
         return []
@@ -467,7 +467,7 @@ def replay(network: nn.Module, history: History) -> None:
     """Remove the channels that a recorded pruning removed, in place.
 
     Raises:
-        UserError: the history is of another network.
+        UserError: the history belongs to another network.
     """
     if not history:
         return
@@ -478,20 +478,20 @@ def replay(network: nn.Module, history: History) -> None:
         if not isinstance(layer, LAYERS):
             raise UserError(
                 f"architecture.json prunes the layer {name}, which {type(network).__name__} does not have; "
-                "it is of another network or version"
+                "it belongs to another network or version: prune again"
             )
         outputs = layer.weight.shape[output_axis(layer)]
         if ids and not 0 <= max(ids) < outputs:
             raise UserError(
                 f"architecture.json removes channel {max(ids)} of {name}, which has {outputs} in "
-                f"{type(network).__name__}; it is of another network or version"
+                f"{type(network).__name__}; it belongs to another network or version: prune again"
             )
     with _learning(network):
         _graph(network).load_pruning_history([(name, bool(out), list(ids)) for name, out, ids in history])
 
 
 def mask(network: nn.Module, group: Group, dropped: Iterable[int]) -> None:
-    """Zero what reads some channels of a group, in place: the outputs are those of the pruned network."""
+    """Zero the weights that read some channels of a group, in place. The outputs then equal those of the pruned network."""
     gone = torch.tensor(sorted(dropped))
     own = dict(network.named_modules())
     for part in group.consumers:
@@ -505,9 +505,9 @@ class Costs:
     """Parameters and multiply-accumulates of a network as a function of how many channels of each group are kept.
 
     Args:
-        network: with `spec` and `ignored_layers`.
-        of: its groups.
-        resolution: of the input.
+        network: a network with `spec` and `ignored_layers`.
+        of: the groups of this network.
+        resolution: size of the input.
     """
 
     def __init__(self, network: nn.Module, of: Sequence[Group], resolution: Resolution) -> None:
@@ -544,11 +544,11 @@ class Costs:
         self.positions = torch.tensor([positions[layer] for layer in layers], dtype=torch.float64)
         self.rest = 0.0
         plain = duplicate(network)
-        fold(plain)  # as pruning does
+        fold(plain)  # pruning also replaces computed weights by plain ones
         self.rest = sum(p.numel() for p in plain.parameters()) - self(self.sizes.tolist())["params"]
 
     def __call__(self, kept: Sequence[float]) -> dict[str, float]:
-        """Return "params" and "macs" (of one image) with so many channels kept of each group."""
+        """Return "params" and "macs" (for one image) if `kept` channels of each group stay."""
         counts = torch.tensor(kept, dtype=torch.float64)
         outputs, inputs = self.fixed_out + self.of_out @ counts, self.fixed_in + self.of_in @ counts
         weights = outputs * inputs * self.kernel

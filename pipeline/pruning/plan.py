@@ -1,4 +1,4 @@
-"""Which channels go: counts by ratio, threshold, sensitivity or target, and the channels that are worth least."""
+"""Choose the channels to remove: counts by ratio, threshold, sensitivity or target, then the least important channels."""
 
 import fnmatch
 import math
@@ -15,14 +15,14 @@ from pipeline.pruning.pruner import Pruner
 from posepress.errors import UserError, nearest
 from posepress.spec import Resolution
 
-Curves = Mapping[str, Mapping[str, float]]  # loss by ratio ("0.25"), of each group, as the stage "sensitivity" measured it
+Curves = Mapping[str, Mapping[str, float]]  # for each group, the loss by ratio ("0.25"), measured by the stage "sensitivity"
 
 
 class UnreachableError(Exception):
     """A size cannot be reached.
 
     Attributes:
-        least: the least that can.
+        least: the smallest size that can be reached.
     """
 
     def __init__(self, least: float) -> None:
@@ -32,14 +32,14 @@ class UnreachableError(Exception):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be removed, and why.
+    """The channels to remove, and the values that led to this choice.
 
     Attributes:
-        dropped: channels by the name of their group.
-        kept: how many channels of each group stay.
-        ranked: importance of each group's channels; None where the criterion says nothing.
+        dropped: the channels to remove, by the name of their group.
+        kept: number of channels of each group that stay.
+        ranked: importance of each group's channels; None if the criterion cannot rank the group.
         groups: all groups.
-        level: the ratio or threshold that decided.
+        level: the ratio or threshold that was applied.
     """
 
     dropped: Mapping[str, Sequence[int]]
@@ -82,29 +82,29 @@ def choose(
     whole: Mapping[str, int] | None = None,
     part: float = 1.0,
 ) -> Plan:
-    """Which channels to remove.
+    """Choose the channels to remove.
 
     Args:
-        pruner: what decides.
-        network: whose channels they are.
-        resolution: of the MACs.
-        gates: for the criterion "taylor".
-        curves: for `sensitivity`.
-        reach: {"macs": number} or {"params": number} to get below, instead of the ratio.
-        round_to: instead of the option of that name.
-        whole: how many channels each group had before anything was removed, where steps are taken; ratios are of these, and
-            a step may remove nothing.
-        part: of the ratio, for a step on the way to it.
+        pruner: the options of pruning.
+        network: the network to prune.
+        resolution: input size for the MACs.
+        gates: gates for the criterion "taylor".
+        curves: sensitivity curves for the option `sensitivity`.
+        reach: upper limit, {"macs": number} or {"params": number}, used instead of the ratio.
+        round_to: divisor that replaces the option `round_to`.
+        whole: number of channels of each group before the first of several steps. Ratios refer to these numbers, and a step
+            may remove nothing.
+        part: fraction of the ratio that this step must reach.
 
     Raises:
         UserError: nothing can be removed, or everything would be.
-        UnreachableError: what is to be reached cannot be.
+        UnreachableError: the limit cannot be reached.
     """
     surveyed = survey(network)
     found = surveyed.groups
     if not found:
         raise UserError(nothing_to_prune(surveyed))
-    others = [name for own in surveyed.left_out for name in own.layers]  # which stay whole as it is
+    others = [name for own in surveyed.left_out for name in own.layers]  # these layers are not pruned in any case
     patterns = [p for p in pruner.excluded_layers if not fnmatch.filter(others, p) or _match(found, p)]
     excluded = {n for own in _matched(found, patterns, "excluded_layers").values() for n in own}
     ratios = pruner.pruning_ratio_dict or {}
@@ -174,7 +174,7 @@ def _wanted(
     curves: Curves | None,
     excluded: Collection[int],
 ) -> Callable[[float], list[float]]:
-    """The number of channels that each group keeps at a level, before it is rounded; `sizes` is before any step."""
+    """The number of channels that each group keeps at a level, before rounding; `sizes` are the counts before any step."""
     if pruner.pruning_threshold is not None:
         return lambda level: [
             s * (1 - own_ratio[n]) if n in own_ratio else float((r >= level).sum()) if r is not None else s
@@ -194,7 +194,7 @@ def _wanted(
         def of_all(level: float) -> list[float]:
             cut = {}
             for key, values in sorted_pools.items():
-                gone = len(values) - (1 - level) * before[key]  # steps before this one removed some
+                gone = len(values) - (1 - level) * before[key]  # earlier steps removed some channels
                 cut[key] = values[min(max(int(gone), 0), len(values) - 1)]
             return [
                 s * (1 - own_ratio[n]) if n in own_ratio else s if r is None else float((r >= cut.get(k, 0)).sum())
@@ -228,7 +228,7 @@ def _check_threshold(ranked: Sequence[Tensor | None], level: float, open_groups:
 
 
 def nothing(pruner: Pruner, ranked: Sequence[Tensor | None]) -> str:
-    """What to say where nothing is removed."""
+    """The error message for a plan that removes nothing."""
     if pruner.pruning_threshold is not None:
         values = torch.cat([r for r in ranked if r is not None])
         return (
@@ -244,13 +244,13 @@ def nothing(pruner: Pruner, ranked: Sequence[Tensor | None]) -> str:
 
 
 def nothing_to_prune(surveyed: Survey) -> str:
-    """What to say of a network without a group that may be pruned."""
+    """The error message for a network without a prunable group."""
     why = f": left out are {surveyed.words()}" if surveyed.left_out else ""
     return f"pruner: this network has no channels that can be removed{why}; choose pruner=none"
 
 
 def _bisect(measure: Callable[[float], float], value: float, low: float, high: float) -> float:
-    """The least level whose measure is at most a value; the measure falls with the level."""
+    """The lowest level with a measure of at most `value`. The measure must decrease with the level."""
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (low, middle) if measure(middle) <= value else (middle, high)
@@ -265,10 +265,10 @@ def _restored(
     cost: Callable[[Sequence[int]], float],
     value: float,
 ) -> list[int]:
-    """Give channels back, a divisor's worth at a time, as long as the cost stays below a value.
+    """Give channels back, `divisor` at a time, as long as the cost stays below a value.
 
-    Many groups are of one size and are rounded at the same level, so that a level alone lands far off. Those that rounding
-    favoured least come first.
+    Many groups have equal sizes and are rounded at the same level, so that a level alone misses the value by far. Groups
+    that gained least by rounding come first.
     """
     step = [min(divisor, size - count) for count, size in zip(counts, sizes, strict=True)]
     for n in sorted(range(len(counts)), key=lambda n: counts[n] - wanted[n]):
@@ -280,7 +280,7 @@ def _restored(
 
 
 def _tolerated(curve: Mapping[str, float], level: float) -> float:
-    """The greatest ratio whose loss is at most a level, between the measured ones on a line; 0 where nothing is measured."""
+    """The greatest ratio with a loss of at most a level, by linear interpolation; 0 if nothing was measured."""
     points = sorted((float(ratio), loss) for ratio, loss in curve.items())
     before, reached = (0.0, 0.0), 0.0
     for ratio, loss in points:

@@ -1,4 +1,4 @@
-"""What decides which channels go: a ratio, a threshold, sensitivity or a target. `pipeline.pruning.plan` follows it."""
+"""The options of pruning: a ratio, a threshold, sensitivity or a target. `pipeline.pruning.plan` applies them."""
 
 import hashlib
 import json
@@ -22,12 +22,12 @@ _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 
 @dataclass(frozen=True)
 class Target:
-    """What a network is pruned down to.
+    """The size or latency that pruning must reach.
 
     Attributes:
         kind: "params", "macs" or "latency".
-        value: a part of the dense network's, or a number of parameters, MACs or milliseconds.
-        relative: whether it is a part.
+        value: a fraction of the dense network's value, or a number of parameters, MACs or milliseconds.
+        relative: whether `value` is a fraction.
     """
 
     kind: str
@@ -39,7 +39,7 @@ class Target:
         """Read "0.5x", "2.0ms", "1.2M" or "3G".
 
         Raises:
-            UserError: it is none of these, or does not fit the kind.
+            UserError: the text has another form, or does not fit the kind.
         """
         if kind not in TARGETS:
             raise UserError(f"pruner.target={kind}: choose {', '.join(TARGETS)}")
@@ -51,17 +51,17 @@ class Target:
         possible = 0 < amount < 1 if unit == "x" else amount >= 1 if unit == "" else amount > 0
         if match is None or not fits or not possible:
             raise UserError(
-                f"pruner.value={text}: not a target for {kind}; give a part of the dense network's below 1, as 0.5x, "
-                f"or a value, as {example}"
+                f"pruner.value={text}: not a target for {kind}; give a part of the dense network below 1, like 0.5x, "
+                f"or a value, like {example}"
             )
         return cls(kind, amount * _UNITS.get(match[2], 1.0), match[2] == "x")
 
     def of(self, dense: float) -> float:
-        """The value to reach, where the dense network has `dense`."""
+        """The value to reach, if that of the dense network is `dense`."""
         return self.value * dense if self.relative else self.value
 
     def words(self, value: float, dense: float) -> str:
-        """A value as the user wrote the target, rounded up, so that it can be reached."""
+        """A value in the form of the user's target. It is rounded up, so that it can be reached."""
         if self.relative:
             return f"{_up(value / dense, 3)}x"
         return f"{_up(value, 3)}ms" if self.kind == "latency" else _up(value, 4)
@@ -74,29 +74,30 @@ def _up(value: float, digits: int) -> str:
 
 @dataclass(frozen=True)
 class Pruner:
-    """Removes the channels that are worth least.
+    """Removes the least important channels.
 
     Attributes:
-        criterion: what a channel is worth: l1, l2, bn_scale, taylor, group_l1; see `pipeline.pruning.criteria`.
-        normalizer: max or L2 divides each layer's norms, as TAO's; None leaves them.
-        equalization_criterion: how tied layers agree: union, intersection, arithmetic_mean, geometric_mean, as TAO's.
-        pruning_ratio: part of the channels to remove, 0 to below 1; one of this, `pruning_threshold` and `target` is given.
-        pruning_threshold: remove channels whose normalised importance lies below, as TAO's `-pth`; with `normalizer` none is
-            above 1, so that a greater threshold would remove everything and is refused.
-        target: params, macs or latency to reach, instead of a ratio.
-        value: of the target: "0.5x" of the dense network's, "1.2M" parameters, "3G" MACs, "2.0ms".
-        iterative_steps: reach it in so many steps, with a short training after each but the last.
-        pruning_ratio_dict: ratios of the groups that hold a layer of some name pattern, instead of the common one.
-        max_pruning_ratio: never remove more of a group.
+        criterion: importance of a channel: l1, l2, bn_scale, taylor or group_l1; see `pipeline.pruning.criteria`.
+        normalizer: max or L2 divides the norms of each layer by their maximum or L2 norm, as in TAO. None: no division.
+        equalization_criterion: how to combine the norms of tied layers: union, intersection, arithmetic_mean or
+            geometric_mean, as in TAO.
+        pruning_ratio: fraction of the channels to remove, 0 to below 1. Give one of this, `pruning_threshold` and `target`.
+        pruning_threshold: remove channels with a normalised importance below this value, like TAO's `-pth`. With
+            `normalizer` no importance exceeds 1, so a greater threshold would remove everything and is refused.
+        target: what to reach instead of a ratio: params, macs or latency.
+        value: value of the target: "0.5x" of the dense network, "1.2M" parameters, "3G" MACs or "2.0ms".
+        iterative_steps: number of pruning steps. A short training follows each step except the last.
+        pruning_ratio_dict: ratios by name pattern of layers. Groups with a matching layer use them instead of `pruning_ratio`.
+        max_pruning_ratio: largest fraction of a group's channels that may be removed.
         global_pruning: rank the channels of all groups together, each group's importance divided by its mean.
         isomorphic: rank together only groups of the same structure (arXiv:2407.04616).
-        round_to: channels kept are a multiple of this; None: the divisor that is fastest where
-            latency is measured, else `unmeasured`.
+        round_to: the number of kept channels is a multiple of this. None: the fastest divisor if latency is measured,
+            otherwise `unmeasured`.
         pruning_granularity: TAO's name of `round_to`.
-        unmeasured: the divisor where nothing is measured; None is 8, in a configuration 16, or 32 for INT8 on TensorRT.
-        min_num_filters: never leave fewer.
-        excluded_layers: name patterns of layers whose groups stay whole.
-        sensitivity: the stage of this name sets the ratios so that each group alone raises the loss by the same amount.
+        unmeasured: divisor used if latency is not measured. None: 8; in a configuration, 16, or 32 for INT8 on TensorRT.
+        min_num_filters: smallest number of channels that a group keeps.
+        excluded_layers: name patterns of layers. Their groups are not pruned.
+        sensitivity: let the stage `sensitivity` set the ratios, so that each group alone raises the loss by an equal amount.
     """
 
     criterion: Criterion = "group_l1"
@@ -122,7 +123,7 @@ class Pruner:
         """Check the options.
 
         Raises:
-            UserError: one is out of range, or they do not go together.
+            UserError: an option is out of range, or two options contradict each other.
         """
         for option, known in (
             ("criterion", get_args(Criterion)),
@@ -156,12 +157,12 @@ class Pruner:
         ratios |= {f"pruning_ratio_dict.{name}": ratio for name, ratio in (self.pruning_ratio_dict or {}).items()}
         for option, ratio in ratios.items():
             if not 0 <= ratio < 1:
-                raise UserError(f"pruner.{option}={ratio}: no ratio; choose 0 to below 1 (1 would empty the layer)")
+                raise UserError(f"pruner.{option}={ratio}: not a ratio; choose 0 to below 1 (1 would empty the layer)")
         threshold = self.pruning_threshold
         if threshold is not None and not threshold >= 0:
-            raise UserError(f"pruner.pruning_threshold={threshold}: no threshold; choose 0 or more")
+            raise UserError(f"pruner.pruning_threshold={threshold}: not a threshold; choose 0 or more")
         if self.value is not None and self.target is None:
-            raise UserError(f"pruner.value={self.value}: of what? add pruner.target=params, macs or latency")
+            raise UserError(f"pruner.value={self.value}: the kind is missing; add pruner.target=params, macs or latency")
         if threshold is not None and (self.global_pruning or self.sensitivity or self.iterative_steps > 1):
             raise UserError(
                 "pruner.pruning_threshold decides alone: not with global_pruning, sensitivity or iterative_steps; give a "
@@ -171,20 +172,20 @@ class Pruner:
             raise UserError("pruner.isomorphic=true ranks groups together; it needs pruner.global_pruning=true")
         if self.criterion == "group_l1" and self.equalization_criterion != "union":
             raise UserError(
-                f"pruner.equalization_criterion={self.equalization_criterion}: group_l1 judges tied layers as one, and "
-                "they have nothing to agree on; choose another pruner.criterion"
+                f"pruner.equalization_criterion={self.equalization_criterion}: group_l1 judges tied layers as one, so that "
+                "this option has no effect; choose another pruner.criterion"
             )
         if self.global_pruning and self.sensitivity:
             raise UserError("pruner.global_pruning=true and pruner.sensitivity both set the ratios; choose one")
 
     @property
     def multiple(self) -> int | None:
-        """What channels kept are a multiple of, if it was given."""
+        """The given divisor of channel counts; None if it was not given."""
         return self.round_to or self.pruning_granularity
 
     @property
     def divisor(self) -> int:
-        """Channels kept are a multiple of this where no measurement chose another."""
+        """The divisor of channel counts that is used unless a measurement chose another."""
         return self.multiple or self.unmeasured or 8
 
     @staticmethod
@@ -199,10 +200,10 @@ class Pruner:
 
     @staticmethod
     def settled(options: Mapping[str, Any], setting: Mapping[str, str]) -> dict[str, Any]:
-        """The ratio where no way is given, and the divisor that is best where nothing is measured.
+        """The default ratio if no way is given, and the default divisor if nothing is measured.
 
-        The divisor is that of NVIDIA's documentation of tensor cores. It is one value for all where nobody asks for it, lest
-        prunings that are the same have two addresses.
+        The divisor comes from NVIDIA's documentation of tensor cores. It has a fixed value if it is not used, so that equal
+        prunings have one address.
         """
         values: dict[str, Any] = {}
         if all(options.get(way) is None for way in ("pruning_ratio", "pruning_threshold", "target")):
@@ -216,7 +217,7 @@ class Pruner:
 
     @classmethod
     def label_of(cls, options: Mapping[str, Any], setting: Mapping[str, str]) -> str:
-        """How a network is pruned, in a label; what is measured depends on where."""
+        """The label suffix of a pruning. A pruning that measures latency includes the backend and device."""
         usual = {field.name: field.default for field in fields(cls)}
         given = {**usual, **options}
         ways = {"": given["pruning_ratio"], "th": given["pruning_threshold"], f"{given['target']}-": given["value"]}

@@ -1,4 +1,4 @@
-"""2:4 sparsity: of every four neighbouring input channels two weights are zero, as NVIDIA's sparse tensor cores want it."""
+"""2:4 sparsity: of every four neighbouring input channels two weights are zero, as NVIDIA's sparse tensor cores need it."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from pipeline.models.contract import fold
 from pipeline.pruning.graph import History
 from posepress.errors import UserError
 
-KIND = "2:4"  # stands in a pruning history where a channel pruning says which side of the layer it is of
+KIND = "2:4"  # marks sparsity in a pruning history; a channel pruning has the side of the layer in this place
 
 
 def smaller(weight: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def smaller(weight: Tensor) -> Tensor:
 
 
 def apply(network: nn.Module, history: History) -> None:
-    """Zero the smaller weights of the layers that a pruning history says are 2:4 sparse, and remember which these are."""
+    """Zero the smaller weights of the layers that a pruning history marks as 2:4 sparse, and store the layers' names."""
     names = [str(name) for name, kind, _ in history if kind == KIND]
     if not names:
         return
@@ -32,17 +32,19 @@ def apply(network: nn.Module, history: History) -> None:
     layers: dict[str, Any] = dict(network.named_modules())
     for name in names:
         if not isinstance(layers.get(name), nn.Conv2d):
-            raise UserError(f"the layer {name} is 2:4 sparse there, and {type(network).__name__} does not have it")
+            raise UserError(
+                f"architecture.json makes the layer {name} 2:4 sparse, but {type(network).__name__} lacks it; prune again"
+            )
         with torch.no_grad():
             layers[name].weight.masked_fill_(smaller(layers[name].weight), 0)
     network.sparse24 = names  # type: ignore[assignment]
 
 
 def check(network: nn.Module) -> None:
-    """Check that every layer that should be is 2:4 sparse.
+    """Check that every layer that is marked as 2:4 sparse has such weights.
 
     Raises:
-        UserError: one is not.
+        UserError: a marked layer is not sparse.
     """
     layers = dict(network.named_modules())
     for name in getattr(network, "sparse24", []):
@@ -52,14 +54,14 @@ def check(network: nn.Module) -> None:
 
 
 def zeros(network: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """The weights that training must leave zero where they are zero now, and where that is."""
+    """The weights with zeros that training must preserve, each with a mask of these zeros."""
     own: dict[str, Any] = dict(network.named_parameters())
     weights = [own[name] if name in own else own[f"{name}.weight"] for name in getattr(network, "sparse24", [])]
     return [(weight.data, weight.data == 0) for weight in weights]
 
 
 def is_sparse(weight: np.ndarray[Any, Any]) -> bool:
-    """Whether of every four neighbouring input channels [O, I, kh, kw] at most two weights are not zero."""
+    """Whether at most two weights of every four neighbouring input channels [O, I, kh, kw] are not zero."""
     if weight.shape[1] % 4:
         return False
     fours = weight.reshape(weight.shape[0], weight.shape[1] // 4, 4, -1)

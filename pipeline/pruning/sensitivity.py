@@ -1,4 +1,4 @@
-"""What pruning each group alone does to the fields and the loss."""
+"""Measure the effect of pruning each group alone on the fields and the loss."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -18,16 +18,16 @@ def curves(
     ranked: Sequence[Tensor | None],
     measure: Callable[[nn.Module], Mapping[str, float]],
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """What a network is worth with a part of each group's least worthy channels masked, the others whole.
+    """Measure a network while a fraction of one group's least important channels is masked, for each group.
 
     Args:
-        network: as it is after; weights that are computed (weight_norm) become plain ones.
-        found: its groups.
-        ranked: importance of their channels; groups without one are left out.
-        measure: figures of a network, on tune images.
+        network: the network. Its weights are restored, but computed weights (weight_norm) become plain ones.
+        found: the groups of this network.
+        ranked: importance of their channels. Groups without it are skipped.
+        measure: function that returns the metrics of a network on the tune images.
 
     Returns:
-        What `measure` says, by its name of the figure, the name of the group and the ratio ("0.25").
+        The results of `measure`, by metric, name of the group and ratio ("0.25").
     """
     fold(network)
     made: dict[str, dict[str, dict[str, float]]] = {}

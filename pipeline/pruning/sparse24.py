@@ -13,23 +13,23 @@ from posepress.errors import UserError, nearest
 class Sparse24:
     """Zeroes the two smaller of every four weights along the input channels (arXiv:2104.08378).
 
-    Layers with a multiple of four input channels take part, depthwise convolutions and heads do not. Parameters and MACs stay;
-    TensorRT's `backend.sparse_weights=true` makes use of the zeros.
+    Layers need a multiple of four input channels. Depthwise convolutions and heads are not changed. Parameters and MACs stay
+    equal; TensorRT uses the zeros with `backend.sparse_weights=true`.
 
     Attributes:
-        excluded_layers: name patterns of layers that stay as they are.
+        excluded_layers: name patterns of layers that are not changed.
     """
 
     excluded_layers: Sequence[str] = ()
 
     @staticmethod
     def label_of(options: Mapping[str, Any], _: Mapping[str, str]) -> str:
-        """What differs from sparsity of all layers, in a label."""
+        """The label suffix, which names the difference from sparsity of all layers."""
         excluded = options.get("excluded_layers")
         return f"ex.{digest_in_label(excluded)}" if excluded else ""
 
     def prune(self, network: Any) -> list[Any]:
-        """Zero the weights in place; returns the history for `replay`.
+        """Zero the weights in place, and return the history for `replay`.
 
         Raises:
             UserError: a pattern matches no layer, or no layer can be made sparse.

@@ -1,4 +1,4 @@
-"""What Torch-Pruning does when it is given nothing but a ratio: the peer that our pruner is measured against."""
+"""Torch-Pruning with its defaults and only a ratio: the peer that our pruner is compared with."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -14,10 +14,10 @@ from posepress.errors import UserError, first_line
 
 @dataclass(frozen=True)
 class TorchPruningDefault:
-    """`BasePruner` with `GroupMagnitudeImportance`, as they come: L2 over the group, nothing folded or rounded.
+    """`BasePruner` with `GroupMagnitudeImportance` and their defaults: L2 over the group, without folding or rounding.
 
     Attributes:
-        pruning_ratio: part of each group's channels to remove.
+        pruning_ratio: fraction of each group's channels to remove.
     """
 
     pruning_ratio: Annotated[float, Interval(gt=0, lt=1)] = 0.5
@@ -26,16 +26,16 @@ class TorchPruningDefault:
         """Check the ratio.
 
         Raises:
-            UserError: it is none.
+            UserError: the ratio is out of range.
         """
         if not 0 < self.pruning_ratio < 1:
-            raise UserError(f"pruner.pruning_ratio={self.pruning_ratio}: no ratio; choose above 0 to below 1")
+            raise UserError(f"pruner.pruning_ratio={self.pruning_ratio}: not a ratio; choose above 0 to below 1")
 
     def prune(self, network: nn.Module) -> list[Any]:
-        """Prune in place; returns the history for `pipeline.pruning.graph.replay`.
+        """Prune in place, and return the history for `pipeline.pruning.graph.replay`.
 
         Raises:
-            UserError: Torch-Pruning fails, or the network does after it.
+            UserError: Torch-Pruning fails, or the pruned network does not run.
         """
         fold(network)
         image = example(network)
@@ -52,7 +52,7 @@ class TorchPruningDefault:
         except Exception as error:
             what = first_line(error)
             raise UserError(
-                f"pruner=torch_pruning: Torch-Pruning as it comes cannot prune this network ({what}); choose pruner=l1, which "
+                f"pruner=torch_pruning: Torch-Pruning's defaults cannot prune this network ({what}); choose pruner=l1, which "
                 "leaves out what it cannot follow"
             ) from error
         return [[name, bool(out), [int(i) for i in ids]] for name, out, ids in pruner.DG.pruning_history()]

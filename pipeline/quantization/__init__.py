@@ -1,1 +1,1 @@
-"""From a float ONNX file to one whose precision is written into it."""
+"""Quantization: make a float ONNX file into one that states its own precision."""

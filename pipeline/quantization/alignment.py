@@ -1,8 +1,8 @@
-"""Channels of zeros, so that depthwise convolutions over a concatenation run in whole vectors.
+"""Add channels of zeros, so that depthwise convolutions over a concatenation use whole vectors.
 
-ONNX Runtime's INT8 depthwise kernel is 2.4 times slower where the channels are no multiple of 16 (benchmarks/README.md), as
-between the stages of a pose network, whose maps are few and odd. A convolution that makes maps makes some more, of zeros;
-who reads the concatenation has weights of zero for them. The network computes the same.
+ONNX Runtime's INT8 depthwise kernel is 2.4 times slower if the number of channels is no multiple of 16 (benchmarks/README.md).
+The few maps between the stages of a pose network often have such a number. The convolution that computes the maps then adds
+channels of zeros, and the layers that read the concatenation get zero weights for them. The results do not change.
 """
 
 import numpy as np
@@ -16,13 +16,13 @@ MULTIPLE = 16
 
 
 def align(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
-    """Fill the channels of concatenations up to a multiple of 16 where depthwise convolutions read them.
+    """Fill the channels of concatenations up to a multiple of 16 if depthwise convolutions read them.
 
     Args:
         model: a float network with inferred shapes.
 
     Returns:
-        A network that computes the same, and how many channels were added.
+        A network with equal results, and the number of channels that were added.
     """
     graph = Graph(model)
     uses: dict[str, int] = {}
@@ -65,12 +65,12 @@ def align(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
 
 
 def _own(graph: Graph, node: onnx.NodeProto, uses: dict[str, int]) -> bool:
-    """Whether a node is a convolution with weights that nobody else uses."""
+    """Whether a node is a convolution with weights that no other node uses."""
     return graph.weights(node) is not None and node.op_type == "Conv" and all(uses[name] == 1 for name in node.input[1:])
 
 
 def _donor(graph: Graph, node: onnx.NodeProto, uses: dict[str, int]) -> int | None:
-    """The last input of a concatenation that a convolution makes for it alone."""
+    """The index of the last input of a concatenation that comes from a convolution and has no other reader."""
     for place in reversed(range(len(node.input))):
         name = node.input[place]
         maker = graph.producer.get(name)
@@ -83,7 +83,7 @@ def _donor(graph: Graph, node: onnx.NodeProto, uses: dict[str, int]) -> int | No
 def _readers(
     graph: Graph, node: onnx.NodeProto, channels: int, uses: dict[str, int]
 ) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]] | None:
-    """Depthwise convolutions that read a concatenation, and dense ones that read it or them; None where others do."""
+    """Depthwise convolutions that read a concatenation, and dense ones behind it or them; None if other nodes read it."""
     deep: list[onnx.NodeProto] = []
     dense: list[onnx.NodeProto] = []
     waiting = [node.output[0]]
@@ -108,7 +108,7 @@ def _readers(
 def _insert(
     graph: Graph, changed: dict[str, NDArray[np.float32]], node: onnx.NodeProto, at: int, count: int, axis: int
 ) -> None:
-    """Insert zeros into a convolution's weights along an axis, and into its bias where that is of the outputs."""
+    """Insert zeros into a convolution's weights along an axis, and into its bias if the axis is that of the outputs."""
     for name in node.input[1 : 2 + (axis == 0)]:
         values = changed.get(name, np.asarray(graph.value(name), np.float32))
         changed[name] = np.insert(values, [at] * count, 0, axis=axis)

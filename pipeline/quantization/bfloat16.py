@@ -1,4 +1,4 @@
-"""bfloat16 by casts: float32's range with 8 bits of mantissa, so nothing overflows and nothing is calibrated."""
+"""bfloat16 by casts. It has float32's range and 8 bits of precision, so it cannot overflow and needs no calibration."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,8 @@ from pipeline.contracts import CalibrationFeed
 from pipeline.probing.probe import Candidate, Probe
 from pipeline.quantization.graph import Graph, load, with_opset
 
-_SIZES = {"Resize": (1, 2, 3)}  # inputs that say how large something becomes; they stay float32
-# Operators that TensorRT's parser or builder refuses in bfloat16, and those that make float32 numbers of anything.
+_SIZES = {"Resize": (1, 2, 3)}  # inputs that hold sizes and scales stay float32
+# These operators are refused by TensorRT's parser or builder in bfloat16, or return float32 numbers for other types.
 _IN_FLOAT = frozenset(
     ("Celu", "ConvTranspose", "HardSwish", "LpNormalization", "LpPool", "Mish", "Cast", "Constant", "ConstantOfShape", "Range")
 )
@@ -22,14 +22,14 @@ _IN_FLOAT = frozenset(
 
 @dataclass(frozen=True)
 class Bf16:
-    """bfloat16 weights and activations for TensorRT; inputs and outputs stay float32, and so do operators without bfloat16.
+    """bfloat16 weights and activations for TensorRT. Inputs, outputs and operators without bfloat16 stay float32.
 
-    ONNX Runtime's processor kernels have no bfloat16: its flavour computes in float32 and rounds weights and every
-    activation, which shows the accuracy and not the speed.
+    ONNX Runtime has no bfloat16 kernels for CPUs. Its runtime variant computes in float32 and rounds the weights and every
+    activation. This shows the accuracy, but not the speed.
     """
 
     def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:  # noqa: ARG002
-        """Write both flavours."""
+        """Write both runtime variants."""
         model = with_opset(load(onnx_file), 13, "BF16")
         candidate = Candidate({"tensorrt": convert(model), "onnxruntime": simulated(model)})
         candidate.write(out)
@@ -38,12 +38,12 @@ class Bf16:
 
 
 def _kept(graph: Graph) -> list[onnx.NodeProto]:
-    """Nodes that compute float32 numbers in float32."""
+    """Nodes that stay in float32."""
     return [node for node in graph.nodes if node.op_type in _IN_FLOAT and graph.floats.intersection(node.output)]
 
 
 def _weights(graph: Graph) -> set[str]:
-    """Constants that become bfloat16: numbers of the network that an operator in bfloat16 reads."""
+    """Names of the float constants that operators in bfloat16 read; they become bfloat16."""
     kept = {node.name for node in _kept(graph)}
     read = {
         name
@@ -61,7 +61,7 @@ def _cast(source: str, target: str, to: int) -> onnx.NodeProto:
 
 
 def convert(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A network that computes in bfloat16, with casts at its input, its outputs and around what stays in float32.
+    """A network that computes in bfloat16, with casts at its input, its outputs and around the nodes that stay in float32.
 
     Args:
         model: a float network with inferred shapes.
@@ -79,7 +79,7 @@ def convert(model: onnx.ModelProto) -> onnx.ModelProto:
     nodes = [
         helper.make_node("Cast", [name], [inside[name]], name=f"{name}_to_bf16", to=TensorProto.BFLOAT16) for name in floats
     ]
-    exact: dict[str, str] = {}  # the float32 numbers behind a bfloat16 tensor
+    exact: dict[str, str] = {}  # for each bfloat16 tensor that was cast, the float32 tensor
     for node in graph.node:
         before, after = [], []
         for n, name in enumerate(node.input):
@@ -109,7 +109,7 @@ def convert(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def simulated(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same in float32: weights and every activation are rounded to bfloat16.
+    """A float32 network that simulates bfloat16: its weights and every activation are rounded to bfloat16.
 
     Args:
         model: a float network with inferred shapes.

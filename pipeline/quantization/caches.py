@@ -1,4 +1,4 @@
-"""Calibration kept in files: tensor data, scales, and TensorRT 10's calibration cache."""
+"""Files with calibration results: tensor data, scales, and TensorRT 10's calibration cache."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from pipeline.results.content import parse_json
 from posepress.errors import UserError
 from posepress.results import DAMAGED
 
-# What calibration follows from, as an error names it.
+# The inputs of calibration, with their names in error messages.
 PARTS = {
     "network": "the network",
     "images": "the list of calibration images",
@@ -29,12 +29,12 @@ PARTS = {
 
 
 def network_digest(model: onnx.ModelProto) -> str:
-    """SHA-256 of a network's graph and weights; names of tools and descriptions beside it do not count."""
+    """SHA-256 of a network's graph and weights. The file's other entries, like the producer and descriptions, do not count."""
     return hashlib.sha256(model.graph.SerializeToString(deterministic=True)).hexdigest()
 
 
 def program_digest() -> str:
-    """SHA-256 of the code that quantizes, and of the version of the runtime."""
+    """SHA-256 of the quantizing code and the version of the runtime."""
     import onnxruntime
 
     code = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
@@ -42,10 +42,10 @@ def program_digest() -> str:
 
 
 def check(file: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Make sure that a cache was made of the same things.
+    """Check that a cache was made from equal inputs.
 
     Raises:
-        UserError: it was not; what changed is named.
+        UserError: an input changed; the message names it.
     """
     changed = [what for key, what in PARTS.items() if key in wanted and stored.get(key) != wanted[key]]
     if changed:
@@ -59,17 +59,17 @@ def tensor_data(
     make: Callable[[], dict[str, Histogram]],
     option: str = "precision.cal_data_file",
 ) -> dict[str, Histogram]:
-    """Histograms from a file, or made and then written to it.
+    """Read histograms from a file, or else make them and write the file.
 
     Args:
-        file: an .npz file; None keeps nothing.
-        key: what they follow from.
-        tensors: whose histograms they are.
-        make: them.
-        option: that names the file.
+        file: an .npz file. None: the histograms are not kept.
+        key: digests of everything that the histograms depend on.
+        tensors: names of the tensors.
+        make: function that makes the histograms.
+        option: name of the option that sets the file, for messages.
 
     Raises:
-        UserError: the file is no such cache, or was made of other things.
+        UserError: the file is no such cache, or was made from other inputs.
     """
     if file is not None and file.exists():
         _check_regular(file)
@@ -93,20 +93,20 @@ def tensor_data(
 
 
 def _check_regular(file: Path) -> None:
-    """Refuse pipes and devices, which have no end.
+    """Refuse pipes and devices, because reading them may never end.
 
     Raises:
-        UserError: the file is there and is no regular file.
+        UserError: the path exists and is no regular file.
     """
     if file.exists() and not file.is_file():
-        raise UserError(f"{file}: no regular file; name another")
+        raise UserError(f"{file}: no regular file; name another file")
 
 
 def writable(file: Path, option: str) -> None:
-    """Make a file's folder, before work is done whose result would have no place.
+    """Make a file's folder early, so that an unusable path is found before the work is done.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: the folder cannot be made.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -115,12 +115,12 @@ def writable(file: Path, option: str) -> None:
 
 
 def read_scales(file: Path, key: Mapping[str, Any], tensors: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Rows of a scales.json, of some tensors and made of the same things.
+    """Read the rows of given tensors from a scales.json, and check that it was made from equal inputs.
 
-    A row is {"threshold": {flavour: number}, "least": number, "most": number, ...}.
+    A row is {"threshold": {runtime variant: number}, "least": number, "most": number, ...}.
 
     Raises:
-        UserError: the file is no such cache, or was made of other things.
+        UserError: the file is no such cache, or was made from other inputs.
     """
     _check_regular(file)
     try:
@@ -146,20 +146,20 @@ def read_scales(file: Path, key: Mapping[str, Any], tensors: Sequence[str]) -> d
 
 
 def thresholds(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """By flavour, the thresholds of the rows of a scales.json."""
+    """The thresholds in the rows of a scales.json, by runtime variant."""
     return {flavour: {name: float(row["threshold"][flavour]) for name, row in rows.items()} for flavour in FLAVOURS}
 
 
 def write_scales(
     file: Path, key: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]], excluded: Sequence[str], most_weight: int
 ) -> None:
-    """Write scales.json; the same calibration gives the same bytes.
+    """Write scales.json. Equal calibrations give equal bytes.
 
     Args:
-        file: to write.
-        key: what the scales follow from.
-        rows: by tensor.
-        excluded: nodes that stay in float.
+        file: path of the file.
+        key: digests of everything that the scales depend on.
+        rows: the rows, by tensor.
+        excluded: names of nodes that stay in float.
         most_weight: the greatest integer of a weight.
     """
     content = {"key": dict(key), "excluded": list(excluded), "most_weight": most_weight, "tensors": dict(rows)}
@@ -170,7 +170,7 @@ def write_scales(
 
 
 def write_tensorrt(file: Path, scales: Mapping[str, float]) -> None:
-    """Write scales as TensorRT 10's calibrators do: a header, then "tensor: bits of the float32 scale" in hexadecimal."""
+    """Write scales in the form of TensorRT 10's calibrators: a header, then lines "tensor: float32 bits in hexadecimal"."""
     lines = ["TRT-100300-EntropyCalibration2"]
     lines += [f"{name}: {struct.pack('>f', scale).hex()}" for name, scale in sorted(scales.items())]
     file.write_text("\n".join(lines) + "\n")
@@ -180,7 +180,7 @@ def read_tensorrt(file: Path) -> dict[str, float]:
     """Scales of a TensorRT calibration cache, by tensor.
 
     Raises:
-        UserError: the file is none, or a scale in it is not positive.
+        UserError: the file is no calibration cache, or a scale in it is not positive.
     """
     try:
         header, *lines = file.read_text().splitlines() or [""]
@@ -189,7 +189,7 @@ def read_tensorrt(file: Path) -> dict[str, float]:
             f"{file}: cannot read the calibration cache ({error}); give the file that a calibrator wrote"
         ) from error
     if not header.startswith("TRT-"):
-        raise UserError(f"{file}: not a TensorRT calibration cache, for it begins with '{header[:20]}' instead of 'TRT-'")
+        raise UserError(f"{file}: not a TensorRT calibration cache: it begins with '{header[:20]}', not 'TRT-'; give another")
     scales = {}
     for number, line in enumerate(lines, 2):
         name, _, bits = line.rpartition(":")

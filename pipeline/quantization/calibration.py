@@ -19,10 +19,10 @@ Method = Literal["minmax", "moving_average", "percentile", "entropy", "mse"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 _BINS = 2048
-_LEVELS = 128  # magnitudes that symmetric 8-bit integers have
+_LEVELS = 128  # number of magnitudes of symmetric 8-bit integers
 _GREATEST, _LEAST, _SUM = "posepress_greatest", "posepress_least", "posepress_sum"
 _NO_IMAGES = "calibration: no images; run the stage 'sample' with more of them"
-_BROKEN = "calibration: NaN or infinity in the activation '{}'; the network is broken before quantization"
+_BROKEN = "calibration: NaN or infinity in the activation '{}'; the float network itself is broken: train or export it again"
 _LARGEST = np.int32(0x7F7FFFFF)  # the bits of the greatest finite float32
 
 
@@ -30,15 +30,15 @@ _LARGEST = np.int32(0x7F7FFFFF)  # the bits of the greatest finite float32
 def _tally(
     planes: NDArray[np.int32], counts: NDArray[np.int64], limit: float, peaks: NDArray[np.int32]
 ) -> tuple[float, int, int]:
-    """Add magnitudes to a histogram, a plane at a time, while it is in the cache.
+    """Add magnitudes to a histogram, one plane at a time, so that a plane stays in the CPU cache.
 
-    Floats are compared by their bits: as integers they have the same order, and integer loops vectorise.
+    Floats are compared by their bits. As integers they have an equal order, and integer loops vectorise.
 
     Args:
         planes: bits of float32 values, [C, n].
-        counts: [bins], of magnitudes over 0..limit.
-        limit: 0 for an empty histogram.
-        peaks: [C], bits of the greatest magnitude of each channel so far; they grow.
+        counts: number of magnitudes in each bin over 0..limit, [bins].
+        limit: upper end of the histogram; 0 if it is empty.
+        peaks: bits of the greatest magnitude of each channel so far, [C]. They are updated.
 
     Returns:
         The new limit, and the least and the greatest value, as ordered integers.
@@ -63,7 +63,7 @@ def _tally(
             continue
         greatest = np.array([peak], np.int32).view(np.float32)[0]
         if limit == 0.0 and greatest > 0:
-            limit = max(float(greatest), 1e-30)  # whose inverse is finite
+            limit = max(float(greatest), 1e-30)  # the inverse must be finite
         while greatest > limit > 0:
             for part in range(4):
                 for k in range(bins // 2):
@@ -76,7 +76,7 @@ def _tally(
         scale = np.float32(bins / limit) if limit > 0 else np.float32(0)
         values = row.view(np.float32)
         last = np.int32(bins - 1)
-        for i in range(values.shape[0]):  # four histograms: the next value need not wait for this one's bin
+        for i in range(values.shape[0]):  # four histograms in turns, so that a value need not wait for the previous bin
             bin_ = np.int32(abs(values[i]) * scale)
             parts[i & 3, min(last, bin_)] += 1
     for part in range(4):
@@ -93,15 +93,15 @@ def _number(ordered: int) -> float:
 
 @dataclass
 class Histogram:
-    """What is known of a tensor: a histogram of magnitudes over 0..limit whose limit doubles by merging bins, and extremes.
+    """The extremes of a tensor, and a histogram of its magnitudes over 0..limit. Merging bins doubles the limit.
 
     Attributes:
-        limit: of the histogram; 0 before anything was counted.
+        limit: upper end of the histogram; 0 before anything was counted.
         least: the least value.
         most: the greatest value.
-        mean_peak: the mean over images of each one's greatest magnitude.
-        images: how many.
-        counts: [2048]; empty where only extremes are kept.
+        mean_peak: mean over the images of each image's greatest magnitude.
+        images: number of images.
+        counts: number of values in each bin, [2048]; empty if only extremes are kept.
         peaks: greatest magnitude of each channel, [C].
     """
 
@@ -135,7 +135,7 @@ class Histogram:
             self.mean_peak += (float(peaks.max()) - self.mean_peak) / self.images
 
     def stretch(self, values: NDArray[np.float32]) -> None:
-        """Take in the extremes of an array [B, C, ...]; nothing is counted."""
+        """Update the extremes from an array [B, C, ...], without the histogram."""
         flat = values.reshape(*values.shape[:2], -1) if values.ndim > 1 else values.reshape(1, 1, -1)
         peaks = np.abs(flat).max(-1)
         self.peaks = np.maximum(self.peaks, peaks.max(0)) if len(self.peaks) else peaks.max(0)
@@ -150,13 +150,14 @@ class Histogram:
         return max(-self.least, self.most, 0.0)
 
     def threshold(self, method: Method, percentile: float = 99.99) -> float:
-        """The magnitude that the greatest integer stands for.
+        """The threshold: the magnitude that the greatest integer represents.
 
         Args:
-            method: "minmax" the greatest magnitude seen; "moving_average" the mean of each image's; "percentile" the one
-                that so many per cent lie below; "entropy" the one whose 128 levels keep most information, after TensorRT's
-                calibrator (Migacz, GTC 2017); "mse" the one with the least squared error of rounding and clipping.
-            percentile: for that method.
+            method: "minmax" is the greatest magnitude; "moving_average" is the mean of each image's greatest magnitude;
+                "percentile" is the magnitude with this percentage of values below it; "entropy" is the one with which
+                128 levels keep most information, after TensorRT's calibrator (Migacz, GTC 2017); "mse" is the one with the
+                least squared error of rounding and clipping.
+            percentile: percentage of the method "percentile".
         """
         peak = self.peak
         if method == "minmax" or peak == 0:
@@ -177,9 +178,9 @@ class Histogram:
 
 @compiled
 def _least_divergence(counts: NDArray[np.int64]) -> int:
-    """How many bins to keep so that 128 levels of them have the least Kullback-Leibler divergence from all.
+    """The number of bins to keep, so that 128 levels of them have the least Kullback-Leibler divergence from all bins.
 
-    The first bin is taken as full as the second: after a ReLU it holds every value that was cut off, whose spike would
+    The first bin's count is replaced by the second's. After a ReLU the first bin holds all negative values, and its peak would
     outweigh the rest.
     """
     bins = counts.shape[0]
@@ -216,7 +217,7 @@ def _least_divergence(counts: NDArray[np.int64]) -> int:
 def observe(
     model: onnx.ModelProto, tensors: Sequence[str], feed: Iterable[NDArray[np.float32]], histograms: bool = True
 ) -> dict[str, Histogram]:
-    """Run a network over images and keep what is needed to choose ranges of some of its tensors.
+    """Run a network over images, and keep the statistics that the choice of its tensors' ranges needs.
 
     The next image is computed while the tensors of the last one are counted.
 
@@ -224,7 +225,7 @@ def observe(
         model: a float network with one input.
         tensors: names of activations.
         feed: batches [B, 3, H, W].
-        histograms: False keeps extremes alone, of tensors and channels.
+        histograms: whether to make histograms. False keeps only the extremes of tensors and channels.
 
     Returns:
         A histogram for each tensor.
@@ -247,7 +248,7 @@ def observe(
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
         for made in computed_over(model, tensors, feed):
             seen += 1
-            while waiting:  # a tensor's histogram takes one image at a time
+            while waiting:  # only one image at a time may update a tensor's histogram
                 for counted in waiting.popleft():
                     counted.result()
             largest = sorted(made.items(), key=lambda item: -item[1].size)
@@ -261,9 +262,9 @@ def observe(
 
 
 def _extremes(model: onnx.ModelProto, tensors: Sequence[str], feed: Iterable[NDArray[np.float32]]) -> dict[str, Histogram]:
-    """The extremes of tensors and of their channels; the network finds them itself, so that nothing large leaves it.
+    """The extremes of tensors and of their channels. Extra nodes compute them, so that the network returns only small outputs.
 
-    The least value of a tensor that cannot be negative is taken to be 0.
+    The least value of a tensor that cannot be negative is set to 0.
     """
     probe, sizes, signed = _reducing(model, tensors)
     ends = np.cumsum([0, *sizes.values()])
@@ -281,7 +282,7 @@ def _extremes(model: onnx.ModelProto, tensors: Sequence[str], feed: Iterable[NDA
 
     wanted = [output.name for output in probe.graph.output[len(model.graph.output) :]]
     for made in computed_over(probe, [*wanted, *whole], remembered()):
-        # The greatest and the least pass over NaN, the sum does not.
+        # The maximum and the minimum ignore NaN, but the sum does not.
         if not all(np.isfinite(values).all() for values in made.values()):
             for inside in computed_over(model, tensors, last):
                 broken = next((name for name in tensors if not np.isfinite(inside[name]).all()), None)
@@ -305,12 +306,13 @@ def _extremes(model: onnx.ModelProto, tensors: Sequence[str], feed: Iterable[NDA
 
 
 def _reducing(model: onnx.ModelProto, tensors: Sequence[str]) -> tuple[onnx.ModelProto, dict[str, int], list[str]]:
-    """A network that also returns the greatest value and the sum of every channel, and the least where it may be negative.
+    """A network that also returns each channel's greatest value and sum, and the least value of those that may be negative.
 
-    Pooling looks at maps in whatever layout the runtime has them in; a reduction would have all of them put in order first.
+    Pooling works on maps in the runtime's internal layout. A reduction would first convert all maps to the standard layout.
 
     Returns:
-        The network; how many channels tensors have, but for those without maps or of unknown sizes; those that may be negative.
+        The network, the number of channels by tensor, and the tensors that may be negative. Tensors without maps or of unknown
+        sizes are not counted.
     """
     graph = Graph(model)
     values = (*model.graph.value_info, *model.graph.output, *model.graph.input)
@@ -348,7 +350,7 @@ def save(found: Mapping[str, Histogram]) -> dict[str, NDArray[np.generic]]:
 
 
 def restore(arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, Histogram]:
-    """What `save` made arrays of."""
+    """The histograms from the arrays that `save` returned."""
     found = {}
     for n, name in enumerate(arrays["names"].tolist()):
         limit, least, most, mean_peak, images = (float(v) for v in arrays[f"{n}.extremes"])

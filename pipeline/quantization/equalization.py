@@ -1,8 +1,8 @@
-"""Ranges made equal before quantization, by factors that cancel: exact in float, free at run time.
+"""Make ranges equal before quantization, by factors that cancel: exact in float, free at run time.
 
-A convolution's output channel can be multiplied by any positive factor if whoever reads it divides by the same: its
-weights and bias take the one, the readers' weights the other (Nagel et al., arXiv:1906.04721). ReLU, pooling, resizing and
-concatenation pass a factor on. Channels of small values then use the whole range of the scale that they share.
+A convolution's output channel can be multiplied by any positive factor if all its readers divide by this factor. The
+convolution's weights and bias are multiplied, and the readers' weights are divided (Nagel et al., arXiv:1906.04721). ReLU,
+pooling, resizing and concatenation pass a factor on. Channels with small values then use the full range of a shared scale.
 """
 
 import os
@@ -20,7 +20,7 @@ from pipeline.quantization.weights import quantized
 from pipeline.quantization.writers import Scales
 from posepress.compiled import compiled
 
-# Operators that return a multiple if they are given it.
+# Operators that multiply their output by a positive factor if their input is multiplied by it.
 _HOMOGENEOUS = (
     "Relu",
     "LeakyRelu",
@@ -33,16 +33,16 @@ _HOMOGENEOUS = (
     "Pad",
     "Slice",
 )
-_GREATEST = 1e4  # factor
+_GREATEST = 1e4  # greatest factor of a channel
 
 
 @dataclass
 class _Channels:
-    """Which channels of which tensors must have one factor: a number for each, numbers that are tied have one root."""
+    """The channels that must share a factor. Each channel has a number, and the numbers of tied channels share a root."""
 
     graph: Graph
     parent: list[int] = field(default_factory=list)
-    fixed: list[str] = field(default_factory=list)  # why a factor must be 1; empty where it need not
+    fixed: list[str] = field(default_factory=list)  # reasons for which a factor must be 1; empty if it may differ
     of: dict[str, NDArray[np.intp]] = field(default_factory=dict)
 
     def root(self, number: int) -> int:
@@ -69,7 +69,7 @@ class _Channels:
             self.fixed[a] = self.fixed[a] or self.fixed[b]
 
     def hold(self, tensor: str, why: str) -> None:
-        """Keep a tensor as it is."""
+        """Fix the factors of a tensor at 1, for the reason `why`."""
         for number in self.of.get(tensor, ()):
             root = self.root(number)
             self.fixed[root] = self.fixed[root] or why
@@ -109,7 +109,7 @@ def _channels(graph: Graph) -> _Channels:
 
 
 def _passes(graph: Graph, node: onnx.NodeProto) -> bool:
-    """Whether a node returns a multiple of each channel if it is given one."""
+    """Whether a node multiplies an output channel by a positive factor if the input channel is multiplied by it."""
     if node.op_type not in _HOMOGENEOUS:
         return False
     if node.op_type == "PRelu":
@@ -132,13 +132,13 @@ def equalize(
 
     Args:
         model: a float network with inferred shapes.
-        placement: what will be quantized.
+        placement: the tensors that will be quantized.
         peaks: greatest magnitude of each channel [C] of every placed tensor.
-        concatenations: whether to rescale what is concatenated.
-        layers: whether to rescale what goes from one convolution to others alone.
+        concatenations: whether to rescale the inputs of concatenations.
+        layers: whether to rescale tensors that only convolutions read.
 
     Returns:
-        A model that computes the same, and how many "channels" and "tensors" were rescaled.
+        A model with equal results, and the numbers of rescaled "channels" and "tensors".
     """
     graph = Graph(model)
     channels = _channels(graph)
@@ -176,11 +176,13 @@ def equalize(
 
 
 def left_out(model: onnx.ModelProto, placement: Placement) -> dict[str, str]:
-    """Why outputs of quantized convolutions cannot be rescaled: how many channels and what holds them, by name of the layer.
+    """The reasons for which outputs of quantized convolutions cannot be rescaled, by name of the layer.
+
+    A reason names the number of channels and the node that fixes them.
 
     Args:
-        model: as `equalize` takes it.
-        placement: what will be quantized.
+        model: a float network with inferred shapes.
+        placement: the tensors that will be quantized.
     """
     channels = _channels(Graph(model))
     found: dict[str, str] = {}
@@ -203,7 +205,7 @@ def _rescaled(
 
 
 def corrected(model: onnx.ModelProto, shifts: Mapping[str, NDArray[np.float64]]) -> onnx.ModelProto:
-    """A model whose convolutions' biases are smaller by the mean errors of their outputs [O]; convolutions are named."""
+    """Subtract the bias corrections [O], given by name of the convolution, from the biases of a model's convolutions."""
     made = onnx.ModelProto()
     made.CopyFrom(model)
     constants = {i.name: i for i in made.graph.initializer}
@@ -211,7 +213,7 @@ def corrected(model: onnx.ModelProto, shifts: Mapping[str, NDArray[np.float64]])
         if node.name not in shifts or (len(node.input) > 2 and node.input[2] not in constants):
             continue
         bias = numpy_helper.to_array(constants[node.input[2]]) if len(node.input) > 2 and node.input[2] else 0.0
-        name = f"{node.output[0]}_bias"  # its own: two layers may share one
+        name = f"{node.output[0]}_bias"  # each layer gets its own bias, since two layers may share one
         made.graph.initializer.append(numpy_helper.from_array((bias - shifts[node.name]).astype(np.float32), name))
         del node.input[2:]
         node.input.append(name)
@@ -221,18 +223,18 @@ def corrected(model: onnx.ModelProto, shifts: Mapping[str, NDArray[np.float64]])
 def mean_shifts(
     model: onnx.ModelProto, placement: Placement, scales: Mapping[str, Scales], feed: Iterable[NDArray[np.float32]]
 ) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """The mean error that rounding a convolution's input and weights gives each of its outputs.
+    """The bias corrections: the mean error of each output that rounding a convolution's input and weights causes.
 
     Args:
         model: the float network.
-        placement: what is quantized.
-        scales: by flavour, it will be written with.
-        feed: images, batches [B, 3, H, W].
+        placement: the tensors that are quantized.
+        scales: the scales of each runtime variant.
+        feed: batches of images [B, 3, H, W].
 
     Returns:
-        By flavour, whose integers end elsewhere, [O] for each quantized convolution: the sum over inputs of mean rounded
-        input x rounded weights - mean input x weights (Nagel et al., arXiv:1906.04721, section 4.2, with measured means;
-        borders are taken to be like the rest).
+        For each runtime variant and quantized convolution, the corrections [O]: the sum over inputs of mean rounded input x
+        rounded weights - mean input x weights (Nagel et al., arXiv:1906.04721, section 4.2, with measured means). Borders
+        are treated like the rest. The variants differ because their integers have different limits.
     """
     graph = Graph(model)
     nodes = [node for node in placement.quantized(model) if node.op_type == "Conv"]
@@ -255,7 +257,7 @@ def mean_shifts(
     for node in nodes:
         weights = graph.weights(node)
         assert weights is not None
-        how = scales["tensorrt"]  # weights have one scale in both
+        how = scales["tensorrt"]  # both runtime variants have these scales of weights
         integers, steps = quantized(weights, 0, how.weight_scale, how.most_weight, how.least)
         area = tuple(range(2, weights.ndim))
         rounded = integers.sum(axis=area) * steps[:, None].astype(np.float64)
@@ -271,9 +273,9 @@ def mean_shifts(
 
 @compiled
 def _rounded_means(planes: NDArray[np.float32], other: float, scale: float, low: int, high: int) -> NDArray[np.float64]:
-    """Mean values of the channels of planes [B, C, n], [3, C].
+    """Mean values [3, C] of the channels of planes [B, C, n].
 
-    As they are, in steps `other` of -128..127, in steps `scale` of low..high.
+    The three rows are: not rounded, rounded to steps `other` in -128..127, and rounded to steps `scale` in low..high.
     """
     B, C, n = planes.shape
     means = np.zeros((3, C))

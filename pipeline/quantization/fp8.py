@@ -1,4 +1,4 @@
-"""FP8 (E4M3, arXiv:2209.05433) for GPUs from SM 8.9 on: Q/DQ with one scale a tensor, the rest in half precision."""
+"""FP8 (E4M3, arXiv:2209.05433) for GPUs from SM 8.9 on: Q/DQ with one scale for each tensor, the rest in half precision."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ from pipeline.quantization.graph import Graph, attribute, load, matching, place,
 from pipeline.quantization.weights import LEAST_SCALE
 from posepress.errors import UserError
 
-_VECTOR = 16  # channels that FP8 tensor cores take at once
+_VECTOR = 16  # number of channels that FP8 tensor cores process at once
 
 
 @dataclass(frozen=True)
 class Fp8:
-    """FP8 convolutions; activations are scaled by the extremes of the calibration images, weights by their own.
+    """FP8 convolutions. Activations are scaled by their extremes on the calibration images, weights by their own extremes.
 
-    Depthwise and grouped convolutions, transposed ones, and those whose channels do not fill vectors of 16 stay in float.
-    ONNX Runtime has no FP8 kernels: its flavour computes in float32 what FP8 would hold, which shows the accuracy alone.
+    Depthwise, grouped and transposed convolutions stay in float, like those without a multiple of 16 channels.
+    ONNX Runtime has no FP8 kernels. Its runtime variant simulates FP8 in float32, which shows the accuracy but not the speed.
 
     Attributes:
-        high_precision_dtype: "fp16" or "fp32", of what is not FP8 in TensorRT's flavour.
-        nodes_to_exclude: patterns of names of nodes that stay in float.
+        high_precision_dtype: "fp16" or "fp32": type of the layers that are not FP8 in TensorRT's runtime variant.
+        nodes_to_exclude: name patterns of nodes that stay in float.
     """
 
     high_precision_dtype: Literal["fp16", "fp32"] = "fp16"
@@ -36,20 +36,20 @@ class Fp8:
 
     @staticmethod
     def label_of(options: Mapping[str, Any], setting: Mapping[str, str]) -> str:
-        """The type of the rest, and the calibration images, in a label."""
+        """The label suffix: the type of the other layers, and the calibration images."""
         return f"{options['high_precision_dtype']}-{setting['sampler']}"
 
     def __post_init__(self) -> None:
         """Check the options.
 
         Raises:
-            ValueError: an unknown type.
+            ValueError: the type is unknown.
         """
         if self.high_precision_dtype not in ("fp16", "fp32"):
             raise ValueError(f"precision.high_precision_dtype={self.high_precision_dtype}: choose fp16, fp32")
 
     def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:
-        """Write both flavours.
+        """Write both runtime variants.
 
         Raises:
             UserError: a pattern matches no node, or no convolution fits FP8's kernels.
@@ -96,10 +96,10 @@ def _unfit(model: onnx.ModelProto) -> set[str]:
 
 
 def simulated(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same arithmetic without Q/DQ nodes, which ONNX Runtime would fuse into integer kernels that refuse FP8.
+    """Replace Q/DQ nodes by equal arithmetic, because ONNX Runtime would fuse them into integer kernels that refuse FP8.
 
     Args:
-        model: with FP8 Q/DQ.
+        model: a network with FP8 Q/DQ.
     """
     made = onnx.ModelProto()
     made.CopyFrom(model)

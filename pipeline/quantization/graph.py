@@ -1,4 +1,4 @@
-"""What an ONNX graph says about quantization: who makes and reads a tensor, what is quantized, what shares a scale."""
+"""Analyse an ONNX graph for quantization: producers and readers of tensors, quantized tensors, shared scales."""
 
 import math
 from collections import Counter
@@ -18,15 +18,15 @@ from posepress.errors import UserError, first_line, nearest
 Flavour = Literal["tensorrt", "onnxruntime"]
 
 WEIGHTED = ("Conv", "ConvTranspose")
-# Operators that return values they were given, or means of them: what goes in and what comes out share a scale.
+# Operators that return their input's values, or means of them. Their inputs and outputs share a scale.
 CARRIERS = ("MaxPool",)
 _JOINING = ("Add", "Concat")
-_LEAST_OPSET = 13  # with scales for each channel
+_LEAST_OPSET = 13  # the first opset with one scale for each channel
 _FEW_CHANNELS = 4  # ONNX Runtime's integer convolution over an image is slower than its float one (benchmarks/README.md)
 
 
 class Graph:
-    """Who makes and who reads each tensor of a model."""
+    """The producer and the readers of each tensor of a model."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
@@ -36,7 +36,7 @@ class Graph:
         infos = (*model.graph.value_info, *model.graph.output, *model.graph.input)
         self.floats = {i.name for i in infos if i.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
         self.channels = {i.name: d[1].dim_value for i in infos if len(d := i.type.tensor_type.shape.dim) == 4}
-        for node in self.nodes:  # shapes that the graph computes are not inferred; weights know their channels
+        for node in self.nodes:  # shape inference fails on computed shapes, but the weights give the number of channels
             if node.op_type in WEIGHTED and node.input[1] in self.constants:
                 sides = (*node.input[:1], *node.output[:1])
                 known = zip(sides, channels_of(node, self.constants[node.input[1]].dims), strict=True)
@@ -58,7 +58,7 @@ class Graph:
         return np.asarray(self.value(node.input[1]), np.float32)
 
     def activated(self, tensor: str) -> str:
-        """The tensor after the activations that fuse with the operator that makes `tensor`."""
+        """The tensor behind the activations that fuse with the operator that computes `tensor`."""
         while tensor not in self.outputs:
             readers = self.consumers.get(tensor, [])
             if len(readers) != 1 or readers[0].op_type not in ("Relu", "Clip"):
@@ -67,7 +67,7 @@ class Graph:
         return tensor
 
     def bounds(self, tensor: str) -> tuple[float, float] | None:
-        """The bounds of the activation that makes a tensor, if it is a ReLU or a Clip with constant bounds."""
+        """The bounds of a tensor if its producer is a ReLU or a Clip with constant bounds; else None."""
         node = self.producer.get(tensor)
         if node is not None and node.op_type == "Relu":
             return 0.0, math.inf
@@ -79,7 +79,7 @@ class Graph:
         return low, high
 
     def activations(self, node: onnx.NodeProto) -> list[str]:
-        """A node's inputs that are computed."""
+        """The inputs of a node that are not constant."""
         names = node.input[:1] if node.op_type in WEIGHTED else node.input
         return [name for name in names if name and name not in self.constants]
 
@@ -90,15 +90,15 @@ def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
 
 
 def channels_of(node: onnx.NodeProto, dims: Sequence[int]) -> tuple[int, int]:
-    """Channels that a convolution with weights of these dimensions takes and returns."""
+    """The numbers of input and output channels of a convolution with weights of these dimensions."""
     groups = int(attribute(node, "group", 1))
     return (dims[1] * groups, dims[0]) if node.op_type == "Conv" else (dims[0], dims[1] * groups)
 
 
 def unshared(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy in which every convolution has weights and a bias of its own, so that each can be rescaled alone.
+    """A copy in which every convolution has its own weights and bias, so that each can be rescaled separately.
 
-    Simplifiers merge equal constants, biases of zeros among them.
+    This is needed because simplifiers merge equal constants, including biases of zeros.
     """
     made = onnx.ModelProto()
     made.CopyFrom(model)
@@ -118,12 +118,12 @@ def unshared(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def with_opset(model: onnx.ModelProto, least: int, what: str) -> onnx.ModelProto:
-    """A network whose opset knows what a precision writes: itself, or raised from 13 or later.
+    """A network with an opset that supports a precision: the given one, or a copy that was raised from opset 13 or later.
 
     Args:
         model: a float network.
-        least: the opset.
-        what: needs it, for the message.
+        least: the lowest sufficient opset.
+        what: name of the precision that needs it, for the message.
 
     Raises:
         UserError: the opset is below 13, or cannot be raised.
@@ -140,7 +140,7 @@ def with_opset(model: onnx.ModelProto, least: int, what: str) -> onnx.ModelProto
     except Exception as error:
         why = first_line(error)
         raise UserError(
-            f"the network is of opset {given}, and {what} needs opset {least}, to which it cannot be raised here ({why}); "
+            f"the network is of opset {given}, and {what} needs opset {least}, but it cannot be raised to that ({why}); "
             f"export it with opset {least} or later, or choose precision=fp32"
         ) from error
 
@@ -149,11 +149,11 @@ def load(file: Path) -> onnx.ModelProto:
     """Read an ONNX file with the shapes of its tensors inferred.
 
     Raises:
-        UserError: a batch norm is left behind a convolution that could take it.
+        UserError: a batch norm is not folded into the convolution before it, although it could be.
     """
     model = onnx.shape_inference.infer_shapes(onnx.load(file))
     names: set[str] = set()
-    for n, node in enumerate(model.graph.node):  # all that follows knows nodes by their names
+    for n, node in enumerate(model.graph.node):  # the code below identifies nodes by name
         if not node.name or node.name in names:
             node.name = f"{node.op_type}_{n}"
         names.add(node.name)
@@ -169,14 +169,14 @@ def load(file: Path) -> onnx.ModelProto:
     ]
     if left:
         raise UserError(
-            f"{file}: the batch norm '{left[0]}' is not folded into a convolution, and would keep its neighbours from INT8; "
+            f"{file}: the batch norm '{left[0]}' is not folded into a convolution, so its neighbours could not be INT8; "
             "export or simplify the network again (onnxsim folds them)"
         )
     return model
 
 
 def _hold_constants(model: onnx.ModelProto) -> None:
-    """Make initializers of Constant nodes: weights are looked for there."""
+    """Turn Constant nodes into initializers, because weights are read from there."""
     kept = []
     for node in model.graph.node:
         if node.op_type == "Constant" and node.attribute[0].name == "value":
@@ -194,7 +194,7 @@ def matching(model: onnx.ModelProto, patterns: Iterable[str], option: str) -> se
     """Names of the nodes that shell patterns match.
 
     Raises:
-        UserError: a pattern matches none.
+        UserError: a pattern matches no node.
     """
     names = [node.name for node in model.graph.node]
     found: set[str] = set()
@@ -209,15 +209,15 @@ def matching(model: onnx.ModelProto, patterns: Iterable[str], option: str) -> se
 
 @dataclass(frozen=True)
 class Placement:
-    """Which tensors are quantized.
+    """The tensors that are quantized.
 
     Attributes:
         inputs: tensors with Q/DQ before an operator (int8 for TensorRT).
-        ends: those and the outputs of operators (uint8 for ONNX Runtime).
-        skips: for each residual add, the tensor that TensorRT's flavour quantizes.
-        shared: sets of tensors with one scale: inputs and output of a concatenation, of a pooling.
-        excluded: nodes that stay in float in both flavours, the heads among them.
-        slow: convolutions that stay in float in ONNX Runtime's flavour, for it has no INT8 kernel for them, or a slower one.
+        ends: inputs and outputs of operators with Q/DQ (uint8 for ONNX Runtime).
+        skips: for each residual add, the tensor that TensorRT's runtime variant quantizes.
+        shared: sets of tensors with one scale, like the inputs and output of a concatenation or of a pooling.
+        excluded: nodes that stay in float in both runtime variants, including the heads.
+        slow: convolutions that stay in float in ONNX Runtime's variant, since its INT8 kernel is missing or slower.
     """
 
     inputs: tuple[str, ...]
@@ -229,34 +229,34 @@ class Placement:
 
     @property
     def tensors(self) -> list[str]:
-        """Every quantized tensor of either flavour."""
+        """Every tensor that is quantized in at least one runtime variant."""
         return sorted({*self.inputs, *self.ends, *self.skips.values()})
 
     @property
     def groups(self) -> list[frozenset[str]]:
-        """Every quantized tensor once, with those that share its scale."""
+        """The sets of quantized tensors that share a scale. Every quantized tensor is in exactly one set."""
         alone = set(self.tensors).difference(*self.shared)
         return [*self.shared, *(frozenset((name,)) for name in sorted(alone))]
 
     def quantized(self, model: onnx.ModelProto) -> list[onnx.NodeProto]:
-        """The convolutions that compute in integers, or would."""
+        """The convolutions that are quantized. Some runtimes may still compute them in float."""
         return [
             n for n in model.graph.node if n.op_type in WEIGHTED and n.name not in self.excluded and n.input[0] in self.inputs
         ]
 
 
 def place(model: onnx.ModelProto, exclude: Iterable[str] = ()) -> Placement:
-    """Decide what is quantized.
+    """Decide which tensors are quantized.
 
-    The tail (see `tail`) stays in float: it is a small part of the work, and nothing after it averages its rounding (a tenth of
-    the whole error on a MobileNetV2 PAF network).
+    The tail (see `tail`) stays in float. It is a small part of the work, and no later layer averages its rounding errors. In a
+    MobileNetV2 PAF network these are a tenth of the whole error.
 
     Args:
         model: a float network with inferred shapes.
         exclude: names of nodes that stay in float.
 
     Raises:
-        UserError: the network's opset has no scales for each channel.
+        UserError: the network's opset does not support one scale for each channel.
     """
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=_LEAST_OPSET)
     if opset < _LEAST_OPSET:
@@ -290,11 +290,11 @@ def place(model: onnx.ModelProto, exclude: Iterable[str] = ()) -> Placement:
     read = set(inputs)
     for node in graph.nodes:
         computed = graph.activations(node)
-        if node.name in skip or not graph.floats.issuperset(computed):  # the latter: arithmetic on shapes
+        if node.name in skip or not graph.floats.issuperset(computed):  # the second condition excludes arithmetic on shapes
             continue
         made = graph.activated(node.output[0])
         if not integer.intersection(computed) and not read.intersection((node.output[0], made)):
-            continue  # between layers that are all in float
+            continue  # all neighbouring layers are in float
         if node.op_type == "Concat" and len(computed) == len(node.input) and node.output[0] not in graph.outputs:
             for name in (*computed, node.output[0]):
                 inputs[name] = ends[name] = None
@@ -333,7 +333,7 @@ def tail(graph: Graph) -> set[str]:
         weights = next((name for name in node.input[:2] if name in graph.constants), "")
         if node.op_type in (*WEIGHTED, "Gemm", "MatMul") and weights and not _fixed(graph.value(weights)):
             continue
-        new = graph.floats.intersection(graph.activations(node)) - seen  # not through arithmetic on shapes
+        new = graph.floats.intersection(graph.activations(node)) - seen  # skips arithmetic on shapes
         seen |= new
         waiting += new
     return found
@@ -359,7 +359,7 @@ def _fixed(weights: NDArray[Any]) -> bool:
 
 
 def joined(groups: Iterable[set[str]]) -> list[frozenset[str]]:
-    """Sets that share a member become one."""
+    """Merge sets that share a member."""
     made: list[set[str]] = []
     for group in groups:
         touching = [other for other in made if other & group]
@@ -369,13 +369,13 @@ def joined(groups: Iterable[set[str]]) -> list[frozenset[str]]:
 
 
 def check_shared(model: onnx.ModelProto) -> None:
-    """Make sure that what goes into a concatenation or a pooling, and what comes out, has one scale.
+    """Check that the inputs and the output of each concatenation and pooling have one scale.
 
     Args:
         model: a network with Q/DQ.
 
     Raises:
-        ValueError: scales differ; the node and they are named.
+        ValueError: scales differ; the message names the node and the scales.
     """
     graph = Graph(model)
     for node in graph.nodes:
@@ -391,7 +391,7 @@ def check_shared(model: onnx.ModelProto) -> None:
 
 
 def _scale(graph: Graph, node: onnx.NodeProto | None) -> float | None:
-    """The scale of a Q or DQ node, where it is one number."""
+    """The scale of a Q or DQ node if it is a single number; else None."""
     if node is None or node.op_type not in ("QuantizeLinear", "DequantizeLinear") or node.input[1] not in graph.constants:
         return None
     value = graph.value(node.input[1])
@@ -399,7 +399,7 @@ def _scale(graph: Graph, node: onnx.NodeProto | None) -> float | None:
 
 
 def observed(model: onnx.ModelProto, tensors: Sequence[str]) -> tuple[onnx.ModelProto, list[str]]:
-    """A copy of a model that also returns inner tensors; their names, without the input's."""
+    """A copy of a model that also returns inner tensors, and the names of these tensors without the input."""
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     present = {output.name for output in probe.graph.output}
@@ -414,13 +414,13 @@ def observed(model: onnx.ModelProto, tensors: Sequence[str]) -> tuple[onnx.Model
 def computed_over(
     model: onnx.ModelProto, tensors: Sequence[str], feed: Iterable[NDArray[np.float32]], optimise: bool = True
 ) -> Iterator[dict[str, NDArray[np.float32]]]:
-    """Inner tensors of a network, image by image; they are overwritten when the image after the next is asked for.
+    """Inner tensors of a network, image by image. Their memory is reused for the next image but one.
 
     Args:
         model: a network with one input.
-        tensors: names, the input's among them perhaps.
+        tensors: names of the tensors, which may include the input.
         feed: batches [B, 3, H, W].
-        optimise: False runs the graph as it is written, Q/DQ as arithmetic in float.
+        optimise: whether the runtime may optimise the graph. False computes Q/DQ as arithmetic in float.
     """
     import onnxruntime
 
@@ -431,7 +431,7 @@ def computed_over(
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    # Fresh memory for hundreds of megabytes of tensors costs as much as computing them.
+    # Memory is reused, because allocating hundreds of megabytes takes as long as computing the tensors.
     memory: dict[tuple[int, ...], list[dict[str, NDArray[np.float32]]]] = {}
     for images in feed:
         if not wanted:
@@ -450,5 +450,5 @@ def computed_over(
                 binding.bind_output(tensor, "cpu", 0, np.float32, values.shape, values.ctypes.data)
             session.run_with_iobinding(binding)
         yield {**made, name: images} if name in tensors else dict(made)
-        if len(memory) > 4:  # images of many sizes: rather slow than large
+        if len(memory) > 4:  # with images of many sizes, save memory rather than time
             memory.clear()

@@ -1,4 +1,4 @@
-"""Half precision by casts, with what would overflow kept in float."""
+"""Half precision by casts. Nodes that would overflow stay in float."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,11 +14,11 @@ from pipeline.quantization.calibration import Histogram
 from pipeline.quantization.graph import Graph
 from posepress.errors import UserError
 
-GREATEST = 65504.0  # of half precision
+GREATEST = 65504.0  # greatest finite number of half precision
 LEAST_NORMAL = 2.0**-14
-_ROOM = 4.0  # other images may have larger values than those calibrated on
-_HALF_IMAGES = 4  # calibration images on which the network is computed in half precision; a second each on a processor
-_SQUARING = (  # operators that square their input on the way
+_ROOM = 4.0  # safety factor, since other images may have larger values than the calibration images
+_HALF_IMAGES = 4  # number of calibration images for the pass in half precision, which takes about one second each on a CPU
+_SQUARING = (  # operators that square their input internally
     "GroupNormalization",
     "InstanceNormalization",
     "LayerNormalization",
@@ -29,14 +29,14 @@ _SQUARING = (  # operators that square their input on the way
 
 
 def convert(model: onnx.ModelProto, keep: Iterable[str] = ()) -> onnx.ModelProto:
-    """Write a network's weights and activations in half precision; inputs and outputs stay float32.
+    """Convert a network's weights and activations to half precision. Inputs and outputs stay float32.
 
     Args:
-        model: a float network, perhaps with Q/DQ.
+        model: a float network, possibly with Q/DQ.
         keep: names of nodes that stay in float32.
 
     Returns:
-        A checked model, its nodes in order.
+        A checked model with sorted nodes.
     """
     from onnxconverter_common import float16
 
@@ -46,7 +46,7 @@ def convert(model: onnx.ModelProto, keep: Iterable[str] = ()) -> onnx.ModelProto
     # The converter leaves the type of a Cast as it is, so that a cast to float32 must stay outside.
     casts = [node.name for node in given.graph.node if node.op_type == "Cast" and _to_float(node)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of weights below 1e-7, which half precision does not tell from 0
+        warnings.simplefilter("ignore")  # warnings about weights below 1e-7, which half precision rounds to 0
         made = float16.convert_float_to_float16(
             given, keep_io_types=True, node_block_list=[*keep, *casts], op_block_list=["Resize", "Range", "Celu"]
         )
@@ -66,7 +66,7 @@ def _sort(model: onnx.ModelProto) -> None:
     while waiting:
         ready = [node for node in waiting if known.issuperset(node.input)]
         if not ready:
-            raise ValueError(f"the graph has a circle at the node '{waiting[0].name}'")
+            raise ValueError(f"the graph has a cycle at the node '{waiting[0].name}'")
         ordered += ready
         for node in ready:
             known |= set(node.output)
@@ -78,13 +78,13 @@ def _sort(model: onnx.ModelProto) -> None:
 
 
 def out_of_range(model: onnx.ModelProto, found: Mapping[str, Histogram]) -> dict[str, float]:
-    """Nodes that came within a factor of 4 of half precision's greatest number, with what they reached.
+    """Nodes that came within a factor of 4 of half precision's greatest number, with the greatest magnitude of each.
 
-    Inputs and outputs count, and the squares of what a normalisation takes.
+    A node's inputs and outputs count. For a normalisation, the squares of its inputs also count.
 
     Args:
         model: a float network.
-        found: extremes of its activations over calibration images.
+        found: extremes of its activations over the calibration images.
     """
     graph = Graph(model)
     far: dict[str, float] = {}
@@ -102,13 +102,13 @@ def out_of_range(model: onnx.ModelProto, found: Mapping[str, Histogram]) -> dict
 
 @dataclass(frozen=True)
 class Kept:
-    """What half precision has no room for.
+    """The nodes with values that are too large for half precision.
 
     Attributes:
-        near: nodes that came near half precision's greatest number in float32, with what they reached.
-        broken: nodes that passed it, or returned NaN, when the rest was computed in half precision.
-        images: how many were computed in half precision.
-        left_out: why none was; empty where some were.
+        near: nodes that came near half precision's greatest number in float32, with the greatest magnitude of each.
+        broken: nodes that overflowed or returned NaN when the other nodes were computed in half precision.
+        images: number of images that were computed in half precision.
+        left_out: reason why no image was computed in half precision; empty if some were.
     """
 
     near: Mapping[str, float]
@@ -118,11 +118,11 @@ class Kept:
 
     @property
     def nodes(self) -> frozenset[str]:
-        """All that stays in float32."""
+        """The names of all nodes that stay in float32."""
         return frozenset({*self.near, *self.broken})
 
     def report(self) -> dict[str, Any]:
-        """What stayed in float32 and why, for a manifest."""
+        """The manifest's entry on the nodes that stayed in float32, with the reasons."""
         return {
             "kept_fp32": sorted(self.nodes),
             "near_overflow": {name: round(value, 1) for name, value in sorted(self.near.items())},
@@ -133,17 +133,17 @@ class Kept:
 
 
 def kept_in_fp32(model: onnx.ModelProto, asked: Iterable[str], feed: Callable[[], Iterable[NDArray[np.float32]]]) -> Kept:
-    """Nodes that half precision has no room for: by the ranges of all images, and by computing some in half precision.
+    """Find the nodes that would overflow: by the ranges on all images, and by a pass in half precision on some images.
 
-    The latter is left out where the network holds what torch does not run; ranges bound what it finds.
+    The pass is skipped if torch cannot run the network. The ranges alone then decide.
 
     Args:
         model: a float network.
         asked: names of nodes that stay in float32 anyway.
-        feed: gives images, batches [B, 3, H, W], each time it is asked.
+        feed: function that returns batches of images [B, 3, H, W] at each call.
 
     Raises:
-        UserError: a node overflows though it is kept, or the network is broken before.
+        UserError: a node overflows although it is kept, or the float network returns NaN or infinity.
     """
     from pipeline.models.onnx_graph import unknown_operators
     from pipeline.quantization.half_pass import NotRunError, overflowing
@@ -159,7 +159,7 @@ def kept_in_fp32(model: onnx.ModelProto, asked: Iterable[str], feed: Callable[[]
 
     near = out_of_range(model, calibration.observe(model, names, counted(), histograms=False))
     if unknown := unknown_operators(model):
-        return Kept(near, left_out=f"torch does not run {', '.join(unknown)} here")
+        return Kept(near, left_out=f"torch cannot run {', '.join(unknown)}")
     some = {round(k) for k in np.linspace(0, count - 1, _HALF_IMAGES)}
     images = [given for n, given in enumerate(feed()) if n in some]
     broken: list[str] = []
@@ -167,7 +167,7 @@ def kept_in_fp32(model: onnx.ModelProto, asked: Iterable[str], feed: Callable[[]
         while found := overflowing(model, convert(model, {*asked, *near, *broken}), images):
             if set(found) <= set(broken):
                 raise UserError(
-                    f"'{found[0]}' overflows in half precision though it is kept in FP32; name its neighbours in "
+                    f"'{found[0]}' overflows in half precision although it is kept in FP32; name its neighbours in "
                     "precision.nodes_to_exclude"
                 )
             broken += [name for name in found if name not in broken]

@@ -1,4 +1,4 @@
-"""A network computed in half precision, in torch: where it returns infinity or NaN."""
+"""Run a network in half precision in torch, to find the nodes that return infinity or NaN."""
 
 from collections.abc import Iterable
 
@@ -17,21 +17,21 @@ class NotRunError(Exception):
 
 
 def overflowing(model: onnx.ModelProto, made: onnx.ModelProto, feed: Iterable[NDArray[np.float32]]) -> list[str]:
-    """Nodes that return infinity or NaN when a half-precision network is computed in half precision, in torch.
+    """Nodes that return infinity or NaN when torch computes a half-precision network in half precision.
 
-    ONNX Runtime on a processor computes such files in float32 and shows nothing.
+    On a CPU, ONNX Runtime computes such files in float32, so it would not show an overflow.
 
     Args:
         model: the float network.
-        made: what `convert` made of it.
-        feed: images, batches [B, 3, H, W].
+        made: its half-precision network, from `convert`.
+        feed: batches of images [B, 3, H, W].
 
     Raises:
-        NotRunError: torch does not run the network.
+        NotRunError: torch cannot run the network.
 
     Returns:
-        Names of nodes of `model`, the first of each image's only: what follows it is not finite because of it. For a cast that
-        was put in, those that read what it reads and returns.
+        Names of nodes of `model`, only the first one of each image, because it makes the following ones infinite or NaN. For an
+        inserted cast, these are the nodes that read its input or its output.
     """
     own = {node.name for node in model.graph.node}
     graph = Graph(made)
@@ -44,7 +44,7 @@ def overflowing(model: onnx.ModelProto, made: onnx.ModelProto, feed: Iterable[ND
         for images in feed:
             try:
                 network(torch.from_numpy(images))
-            except Exception as error:  # an attribute or a shape that the pass has not
+            except Exception as error:  # the pass does not support some attributes and shapes
                 words = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise NotRunError(str(error) if isinstance(error, UserError) else words) from error
             if network.first is not None:

@@ -1,4 +1,4 @@
-"""INT8 that TensorRT 10 calibrates itself while it builds: the network stays float, its calibration inputs lie beside it."""
+"""INT8 that TensorRT 10 calibrates while it builds. The network stays float; its calibration inputs are stored beside it."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -20,11 +20,13 @@ CALIBRATORS = ("entropy", "minmax")
 
 @dataclass(frozen=True)
 class ImplicitInt8:
-    """What TensorRT's own calibrators need (`IInt8EntropyCalibrator2`, `IInt8MinMaxCalibrator`; gone in TensorRT 11).
+    """Writes the inputs of TensorRT's own calibrators (`IInt8EntropyCalibrator2`, `IInt8MinMaxCalibrator`).
+
+    TensorRT 11 no longer has them.
 
     Attributes:
         calibrator: "entropy" or "minmax".
-        high_precision_dtype: "fp16" or "fp32", of layers that run faster or exist only in it.
+        high_precision_dtype: "fp16" or "fp32": type of the layers that have no INT8 kernel or a slower one.
     """
 
     calibrator: Literal["entropy", "minmax"] = "entropy"
@@ -32,24 +34,24 @@ class ImplicitInt8:
 
     @staticmethod
     def label_of(options: Mapping[str, Any], setting: Mapping[str, str]) -> str:
-        """The calibrator, the type of the rest, and the calibration images, in a label."""
+        """The label suffix: the calibrator, the type of the other layers, and the calibration images."""
         return f"{options['calibrator']}-{options['high_precision_dtype']}-{setting['sampler']}"
 
     def __post_init__(self) -> None:
         """Check the options.
 
         Raises:
-            ValueError: an unknown calibrator or type.
+            ValueError: the calibrator or the type is unknown.
         """
         for option, known in (("calibrator", CALIBRATORS), ("high_precision_dtype", ("fp16", "fp32"))):
             if getattr(self, option) not in known:
                 raise ValueError(f"precision.{option}={getattr(self, option)}: choose {', '.join(known)}")
 
     def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Any, out: Path) -> dict[str, Any]:  # noqa: ARG002
-        """Copy the network for TensorRT, and write its calibration inputs, uint8 [N, H, W, 3], as they are framed.
+        """Copy the network for TensorRT, and write the framed calibration inputs, uint8 [N, H, W, 3].
 
         Raises:
-            UserError: the inputs are not all of one size.
+            UserError: the inputs have different sizes.
         """
         assert feed is not None
         model = onnx.load(onnx_file)
@@ -67,7 +69,7 @@ class ImplicitInt8:
 
 
 def _write(file: Path, frames: Iterable[NDArray[np.uint8]]) -> int:
-    """Write frames one by one as an .npy array; returns how many."""
+    """Write frames one by one as an .npy array, and return their number."""
     with file.open("wb") as stream:
         shape: tuple[int, ...] | None = None
         count = 0
@@ -89,6 +91,6 @@ def _write(file: Path, frames: Iterable[NDArray[np.uint8]]) -> int:
 
 
 def _header(stream: Any, shape: tuple[int, ...]) -> None:
-    """Begin an .npy file; numpy leaves room for a greater count of images."""
+    """Write the header of an .npy file. Numpy leaves room for a greater number of images."""
     stream.seek(0)
     np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})

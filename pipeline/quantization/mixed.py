@@ -1,4 +1,4 @@
-"""Mixed precision: which layers are worth leaving in float, by what they cost and give on the backend that will run them."""
+"""Mixed precision: choose the layers that stay in float, by their gain in accuracy and their cost in time on the backend."""
 
 import json
 import math
@@ -23,13 +23,13 @@ SENSITIVITY = "sensitivity.json"
 
 @dataclass(frozen=True)
 class Unit:
-    """Neighbouring convolutions that are decided on together.
+    """Neighbouring convolutions that share a precision.
 
     Attributes:
-        nodes: their names.
-        error: of the fields with these alone in float.
-        gain: how much of the squared error that takes away.
-        cost: milliseconds it adds.
+        nodes: names of the convolutions.
+        error: error of the fields if only this unit is in float.
+        gain: reduction of the squared error if only this unit is in float.
+        cost: milliseconds that this unit adds in float.
     """
 
     nodes: tuple[str, ...]
@@ -40,45 +40,47 @@ class Unit:
 
 @dataclass(frozen=True)
 class Mixed:
-    """INT8 where it costs no accuracy, float elsewhere.
+    """INT8 if it costs no accuracy, float elsewhere.
 
-    Every unit of neighbouring convolutions is left in float alone: the error of the fields it takes away, over the
-    milliseconds it adds, ranks the units. The finalists are INT8 with the first so many of the ranking in float; they are
-    built and measured as whole engines, for neither errors nor milliseconds add up.
+    Each unit of neighbouring convolutions is tried in float while all others are INT8. Units are ranked by the removed error
+    of the fields divided by the added milliseconds. A finalist has the first units of this ranking in float. Finalists are
+    built and measured as whole engines, because neither errors nor milliseconds add up.
 
     Attributes:
-        int8: how the rest is quantized.
-        max_drop: the greatest loss of the primary figure on the tune images, as a part of 1. A candidate is refused if the
-            lower end of its paired 95 % interval loses more; without agreement, if it loses more itself.
-        min_agreement: least agreement with what FP32 finds in the tune images, as a monotone function of the fields' error.
-        max_latency: milliseconds, or "0.6x" of FP32's; then the least error within it is taken, whatever it loses.
-        units: most units.
-        finalists: how many of the ranking's prefixes are measured.
-        seconds: of timing each set of engines, at most.
+        int8: quantizer of the INT8 layers.
+        max_drop: largest accepted drop of the primary metric on the tune images, as a fraction of 1. A candidate is rejected
+            if the lower end of its paired 95 % interval drops more; without agreement, if the drop itself is larger.
+        min_agreement: smallest accepted agreement with FP32's predictions on the tune images, fitted as a monotone function
+            of the fields' error.
+        max_latency: largest latency, in milliseconds or as "0.6x" of FP32's. The candidate with the least error within it is
+            chosen, regardless of its drop.
+        units: largest number of units.
+        finalists: number of finalists.
+        seconds: longest time of timing one set of engines, in seconds.
     """
 
     int8: Int8 = field(default_factory=Int8)
     max_drop: Annotated[float, Interval(ge=0, le=1)] = 0.002
     min_agreement: Annotated[float, Interval(ge=0, le=1)] = 0.95
-    max_latency: Annotated[float, Gt(0)] | Annotated[str, doc("a part of FP32's, as 0.6x")] | None = None
+    max_latency: Annotated[float, Gt(0)] | Annotated[str, doc("a fraction of FP32's, like 0.6x")] | None = None
     units: Annotated[int, Interval(ge=1, le=1000)] = 32
     finalists: Annotated[int, Interval(ge=2, le=1000)] = 10
     seconds: Annotated[float, Interval(gt=0, le=86400)] = 20.0
-    judged: ClassVar[bool] = True  # candidates are judged by what the decoder finds, not by their fields alone
+    judged: ClassVar[bool] = True  # candidates are compared by their decoded predictions, not only by their fields
 
     @staticmethod
     def measures(_: Mapping[str, Any]) -> bool:
-        """The budget holds for this machine."""
+        """Whether candidates are timed: always, so that the result holds only for this machine."""
         return True
 
     @staticmethod
     def settled(options: Mapping[str, Any], setting: Mapping[str, str]) -> dict[str, Any]:
-        """What is left to INT8."""
+        """The settings that INT8 chooses itself."""
         return {"int8": Int8.settled(options["int8"], setting)} if "int8" in options else {}
 
     @classmethod
     def label_of(cls, options: Mapping[str, Any], setting: Mapping[str, str]) -> str:
-        """The budget, INT8's options, and where it holds, in a label."""
+        """The label suffix: the budget, INT8's options, and the backend and device for which it holds."""
         given = {**{option.name: option.default for option in fields(cls)}, "int8": {}, **options}
         int8 = {**given["int8"], **cls.settled(options, setting).get("int8", {})}
         latency = "" if given["max_latency"] is None else f"-t{given['max_latency']}"
@@ -116,10 +118,10 @@ class Mixed:
             raise ValueError(f"precision.max_latency={self.max_latency}: choose milliseconds, or 0.6x for a part of FP32's")
 
     def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:
-        """Calibrate, measure, choose; write both flavours, scales.json and sensitivity.json.
+        """Calibrate, measure and choose, then write both runtime variants, scales.json and sensitivity.json.
 
         Raises:
-            UserError: no choice keeps to the limits, or as `Int8.quantize`.
+            UserError: no candidate is within the limits, or `Int8.quantize` fails.
         """
         assert feed is not None
         assert probe is not None
@@ -167,7 +169,7 @@ class Mixed:
         }
 
     def _sensitivity(self, calibrated: Calibrated, probe: Probe) -> tuple[list[Unit], dict[str, float]]:
-        """Every unit alone in float, and INT8 throughout."""
+        """Measure each unit alone in float, and the network with all layers in INT8."""
         names = [node.name for node in calibrated.placement.quantized(calibrated.model)]
         groups = [tuple(part.tolist()) for part in np.array_split(np.array(names, object), min(self.units, len(names)))]
         everything = calibrated.written()
@@ -189,7 +191,7 @@ class Mixed:
         """The index of the best finalist.
 
         Raises:
-            UserError: none keeps to the limits.
+            UserError: no finalist is within the limits.
         """
         if self.max_latency is not None:
             text = str(self.max_latency)
@@ -218,7 +220,7 @@ class Mixed:
         return min(good, key=lambda n: rows[n]["ms" if timed else "float_units"])
 
     def _missed(self, row: Mapping[str, Any]) -> list[str]:
-        """What the choice does not keep to: where a latency is given, it goes before all else."""
+        """The limits that the choice exceeds. A given latency has precedence over the other limits."""
         said = []
         if row["drop"] > self.max_drop:
             ends = f", {row['drop_lo']:.4f} to {row['drop_hi']:.4f}" if "drop_hi" in row else ""
@@ -231,9 +233,9 @@ class Mixed:
 
 
 def _smooth(rows: list[dict[str, Any]]) -> None:
-    """Add what the fields' error says of the agreement: the monotone function of it that fits the finalists best.
+    """Add the expected agreement: the monotone function of the fields' error that fits the finalists best.
 
-    On a few dozen images the agreement is noisy; the error of the fields is not.
+    On a few dozen images the agreement is noisy, but the error of the fields is not.
     """
     if all("agreement" in row for row in rows):
         order = np.argsort([row["error"] for row in rows], kind="stable")
@@ -245,7 +247,7 @@ def _smooth(rows: list[dict[str, Any]]) -> None:
 
 
 def _correlations(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Spearman's rank correlation of the fields' error with the drop of the figure, and with the loss of agreement."""
+    """Spearman's rank correlations of the fields' error with the drop of the metric and with the loss of agreement."""
     errors = np.array([row["error"] for row in rows])
     found: dict[str, float | None] = {"drop": spearman(errors, np.array([row["drop"] for row in rows]))}
     if all("agreement" in row for row in rows):

@@ -1,4 +1,4 @@
-"""Where Q/DQ nodes stand, decided by the time of whole engines: fusing them pays on one GPU and not on another."""
+"""Choose the places of Q/DQ nodes by timing whole engines, because their fusion is faster on some GPUs only."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,12 +11,12 @@ from pipeline.progress import track
 from pipeline.quantization.graph import WEIGHTED, place
 from posepress.errors import UserError
 
-_LEAST_GAIN = 0.01  # of the time, for which a variant is taken
-_SECONDS = 6.0  # of timing a pair of engines, at most
+_LEAST_GAIN = 0.01  # smallest relative gain of time for which a variant is kept
+_SECONDS = 6.0  # longest time of timing a pair of engines, in seconds
 
 
 def _variants(model: onnx.ModelProto) -> Iterator[tuple[str, set[str]]]:
-    """What may stand in float: a name, and nodes."""
+    """The sets of nodes that may stay in float, each with its name."""
     kinds = {"sums": "Add", "concatenations": "Concat", "pooling": "MaxPool", "transposed convolutions": "ConvTranspose"}
     for name, op in kinds.items():
         if nodes := {node.name for node in model.graph.node if node.op_type == op}:
@@ -30,18 +30,19 @@ def _variants(model: onnx.ModelProto) -> Iterator[tuple[str, set[str]]]:
 
 
 def search(calibrated: Any, probe: Probe | None, progress: Callable[[str], None]) -> tuple[Any, list[dict[str, Any]]]:
-    """Try what may stand in float one after the other, and keep what makes the whole engine faster.
+    """Try one set of nodes after another in float, and keep each that makes the whole engine faster.
 
     Args:
         calibrated: a `pipeline.quantization.quantizers.Calibrated`.
-        probe: times engines.
-        progress: is told what was found.
+        probe: candidate evaluator that times engines.
+        progress: function that gets a message for each variant.
 
     Returns:
-        What was calibrated with the fastest placement; of each variant its name, ms before and with it, and whether it stays.
+        The calibrated network with the fastest placement, and a row for each variant: its name, the milliseconds without and
+        with it, and whether it is kept.
 
     Raises:
-        UserError: nothing can be timed.
+        UserError: engines cannot be timed.
     """
     if probe is None or not probe.backend.timeable:
         lacking = "the data has no tune images" if probe is None else "this backend cannot be timed"

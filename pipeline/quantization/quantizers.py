@@ -1,4 +1,4 @@
-"""The precisions a network can be written in: fp32, fp16, int8, and that of a network quantized elsewhere."""
+"""The quantizers of the precisions fp32, fp16 and int8, and the adoption of a network that was quantized elsewhere."""
 
 import itertools
 import json
@@ -27,19 +27,19 @@ from posepress.errors import UserError, first_line
 from posepress.spec import SPEC_KEY
 
 SCALES, STEPS, FLOAT, TENSORRT_CACHE = "scales.json", "steps.json", "float.onnx", "calibration.cache"
-_STEP_IMAGES = 32  # calibration images for the table of steps
-_USELESS, _FAR = 0.5, 3.0  # scales with which fields are this wrong, and so much more than with plain ranges, do not fit
-_MARK, _MARKED = "posepress.network.", 16  # a line of our TensorRT caches that is no tensor's: digits of the network's digest
-_CLIPPED, _COARSE = 1e3, 127.0  # scales that clip all but a thousandth of a range, or round all of it to 0, do not fit
+_STEP_IMAGES = 32  # number of calibration images for the table of steps
+_USELESS, _FAR = 0.5, 3.0  # relative error of fields, and its ratio to that of plain ranges, from which scales do not fit
+_MARK, _MARKED = "posepress.network.", 16  # name and length of the network's digest, an extra line of our TensorRT caches
+_CLIPPED, _COARSE = 1e3, 127.0  # ratios of scale and range beyond which all but 1/1000 is clipped, or all is rounded to 0
 _RUNTIMES = {"tensorrt": "TensorRT", "onnxruntime": "ONNX Runtime"}
-_TRIAL_IMAGES = 16  # calibration images on which methods are compared
+_TRIAL_IMAGES = 16  # number of calibration images for the comparison of methods
 _TRIED: tuple[tuple[calibration.Method, float], ...] = (
     ("percentile", 99.999), ("percentile", 99.99), ("percentile", 99.9), ("minmax", 100.0), ("mse", 0.0), ("entropy", 0.0),
 )  # fmt: skip
 
 
 def without_vnni(backend: str) -> bool:
-    """Whether INT8 kernels of this processor add two products of 8 bits in 16 bits, so that weights need one bit less."""
+    """Whether this CPU's INT8 kernels add two 8-bit products in 16 bits, so that weights must have only 7 bits."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -49,43 +49,43 @@ def without_vnni(backend: str) -> bool:
 
 @dataclass(frozen=True)
 class Fp32:
-    """The network as it is."""
+    """FP32: the exported network without changes."""
 
     @staticmethod
     def label_of(_options: Mapping[str, Any], _setting: Mapping[str, str]) -> str:
-        """Nothing: there are no options."""
+        """The label suffix, which is empty because there are no options."""
         return ""
 
     def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:  # noqa: ARG002
-        """Write both flavours, which are the same."""
+        """Write both runtime variants, which are equal."""
         Candidate.of_file(onnx_file).write(out)
         return {"precision": "fp32"}
 
 
 @dataclass(frozen=True)
 class Fp16:
-    """Half-precision weights and activations by casts; inputs and outputs stay float32.
+    """Half-precision weights and activations by casts. Inputs and outputs stay float32.
 
-    Nodes that came near half precision's greatest number on the calibration images, or passed it when the network was computed
-    in half precision for four of them, stay in float32. ONNX Runtime's processor kernels compute such a file in float32
-    altogether. Where the network holds what torch does not run, the ranges alone decide, and the error is not measured.
+    A node stays in float32 if its values come near half precision's greatest number on the calibration images. It also does if
+    its values overflow in a pass of four images in half precision. ONNX Runtime's CPU kernels compute such a file entirely in
+    float32. If torch cannot run the network, only the ranges decide, and the error is not measured.
 
     Attributes:
-        nodes_to_exclude: patterns of names of nodes that stay in float32.
+        nodes_to_exclude: name patterns of nodes that stay in float32.
     """
 
     nodes_to_exclude: tuple[str, ...] = ()
 
     @staticmethod
     def label_of(_: Mapping[str, Any], setting: Mapping[str, str]) -> str:
-        """The calibration images, in a label."""
+        """The label suffix: the calibration images."""
         return setting["sampler"]
 
     def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:
-        """Write both flavours, which are the same.
+        """Write both runtime variants, which are equal.
 
         Raises:
-            UserError: a pattern matches no node, or the network is broken before it is quantized.
+            UserError: a pattern matches no node, or the float network returns NaN or infinity.
         """
         assert feed is not None
         model = load(onnx_file)
@@ -93,31 +93,31 @@ class Fp16:
         kept = half.kept_in_fp32(model, asked, lambda: feed.read(None))
         candidate = Candidate(dict.fromkeys(FLAVOURS, half.convert(model, {*asked, *kept.nodes})))
         candidate.write(out)
-        measured = {} if kept.left_out else Probe.summary(probe, candidate)  # by torch, which shows what FP16 loses
+        measured = {} if kept.left_out else Probe.summary(probe, candidate)  # torch computes in FP16, so this is FP16's error
         return {"precision": "fp16", **kept.report(), "nodes": len(model.graph.node), **measured}
 
 
 @dataclass(frozen=True)
 class Int8:
-    """Symmetric INT8 by calibration: a scale a tensor for activations, a scale a channel for weights.
+    """Symmetric INT8 by calibration: one scale for each tensor of activations, one for each output channel of weights.
 
     Attributes:
-        calibration_method: "minmax", "moving_average", "percentile", "entropy" or "mse"; "auto" tries some and takes the one
-            whose fields have the least error on the first calibration images.
-        percentile: for that method.
+        calibration_method: "minmax", "moving_average", "percentile", "entropy" or "mse". "auto" compares some methods and
+            takes the one with the least error of the fields on the first calibration images.
+        percentile: percentage for the method "percentile".
         weight_scale: "max", "mse" or "least_squares".
-        equalize_concatenations: rescale what is concatenated, so that each channel fills the scale it shares.
-        equalize_layers: likewise between convolutions.
-        bias_correction: take the mean error of rounding out of each convolution's bias.
-        reduce_range: weights of 7 bits, for kernels that add two products of 8 x 8 bits in 16 bits (processors without VNNI);
-            None is false, and in a configuration what this processor needs.
-        high_precision_dtype: "fp32" or "fp16", of what is not INT8 in TensorRT's flavour.
-        nodes_to_exclude: patterns of names of nodes that stay in float.
-        placement: "default", or "search" for the Q/DQ nodes with which the whole engine is fastest on the backend.
-        cal_data_file: an .npz file where histograms are kept, or taken from if the calibration is the same.
-        cal_cache_file: a .json file where scales are, likewise.
-        tensorrt_cache: a calibration cache of TensorRT 10 whose scales are taken; equalization must be off, for they are of the
-            network as it was.
+        equalize_concatenations: rescale the inputs of concatenations, so that each channel uses the full shared range.
+        equalize_layers: rescale channels between convolutions, so that each channel uses the full range of its tensor.
+        bias_correction: subtract the mean error of rounding from each convolution's bias.
+        reduce_range: use weights of 7 bits, for kernels that add two products of 8 x 8 bits in 16 bits (CPUs without VNNI).
+            None is false; in a configuration, None is what this CPU needs.
+        high_precision_dtype: "fp32" or "fp16": type of the layers that are not INT8 in TensorRT's runtime variant.
+        nodes_to_exclude: name patterns of nodes that stay in float.
+        placement: "default", or "search" for the places of Q/DQ nodes with which the whole engine is fastest on the backend.
+        cal_data_file: an .npz file for histograms. They are read from it if the calibration did not change, else written.
+        cal_cache_file: a .json file for scales. They are read from it if the calibration did not change, else written.
+        tensorrt_cache: a calibration cache of TensorRT 10 with the scales to use. Equalization must be off, because these
+            scales belong to the network without it.
     """
 
     calibration_method: calibration.Method | Literal["auto"] = "auto"
@@ -133,7 +133,7 @@ class Int8:
     cal_data_file: str | None = None
     cal_cache_file: str | None = None
     tensorrt_cache: str | None = None
-    _where: str = "precision"  # its options stand there, for messages
+    _where: str = "precision"  # group of these options, for messages
 
     @staticmethod
     def measures(options: Mapping[str, Any]) -> bool:
@@ -142,18 +142,18 @@ class Int8:
 
     @staticmethod
     def settled(options: Mapping[str, Any], setting: Mapping[str, str]) -> dict[str, Any]:
-        """Weights of 7 bits on a processor whose kernels would overflow with 8."""
+        """The default of `reduce_range`: true on a CPU with kernels that would overflow with 8-bit weights."""
         return {"reduce_range": without_vnni(setting["backend"])} if options.get("reduce_range") is None else {}
 
     @classmethod
     def label_of(cls, options: Mapping[str, Any], setting: Mapping[str, str]) -> str:
-        """The method, what of the options differs from the usual, and the calibration images, in a label."""
+        """The label suffix: the method, the options that differ from the defaults, and the calibration images."""
         placed = f"-placed-{setting['backend']}-t{setting['threads']}" if cls.measures(options) else ""
         return f"{cls.words(options)}-{setting['sampler']}{placed}"
 
     @classmethod
     def words(cls, options: Mapping[str, Any]) -> str:
-        """The method, and what of the options differs from the usual."""
+        """The label suffix without the calibration images: the method and the options that differ from the defaults."""
         usual = {option.name: option.default for option in fields(cls)}
         given = {**usual, **options}
         switches = {"equalize_concatenations": "concat", "equalize_layers": "layers", "bias_correction": "bias"}
@@ -169,7 +169,7 @@ class Int8:
         """Check the options.
 
         Raises:
-            ValueError: an unknown method, or a percentile out of range.
+            ValueError: a method is unknown, or the percentile is out of range.
         """
         for option, known in (
             ("calibration_method", ("auto", *calibration.METHODS)),
@@ -194,10 +194,10 @@ class Int8:
             )
 
     def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:
-        """Calibrate once, write both flavours, scales.json, TensorRT 10's cache and a table of what each step gave.
+        """Calibrate once, then write both runtime variants, scales.json, TensorRT 10's cache and the errors after each step.
 
         Raises:
-            UserError: a pattern matches no node, a cache was made of other things, or an activation is not finite.
+            UserError: a pattern matches no node, a cache was made from other inputs, or an activation is not finite.
         """
         assert feed is not None
         calibrated = self.calibrate(onnx_file, feed)
@@ -223,10 +223,10 @@ class Int8:
         Args:
             onnx_file: a float network.
             feed: calibration images.
-            most: only so many of them.
+            most: largest number of images to use; None uses all.
 
         Raises:
-            UserError: as `quantize`.
+            UserError: a pattern matches no node, a cache was made from other inputs, or an activation is not finite.
         """
         model = load(onnx_file)
         key = {"network": caches.network_digest(model), "images": feed.images, "preprocessing": feed.preprocessing}
@@ -288,15 +288,15 @@ class Int8:
     def _thresholds(
         self, model: onnx.ModelProto, placement: Placement, found: Mapping[str, Histogram], feed: CalibrationFeed
     ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-        """Thresholds of each flavour: of the method asked for, of the best, or of a TensorRT cache; what the tried ones gave.
+        """The thresholds of the given method, of the best method, or of a TensorRT cache, and the errors of tried methods.
 
-        Each file is judged by itself: integers end elsewhere in it, and other layers stay in float.
+        Each runtime variant is compared separately, since its integers have other limits and other layers stay in float.
 
         Returns:
-            By flavour, thresholds by tensor; by flavour, the error of each method that was tried.
+            For each runtime variant, the thresholds by tensor. For each runtime variant, the error of each tried method.
 
         Raises:
-            UserError: the cache is of another network.
+            UserError: the cache belongs to another network.
         """
         if self.calibration_method != "auto" and not self.tensorrt_cache:
             chosen = {name: one.threshold(self.calibration_method, self.percentile) for name, one in found.items()}
@@ -330,7 +330,7 @@ class Int8:
     def _trial(
         self, model: onnx.ModelProto, placement: Placement, found: Mapping[str, Histogram], feed: CalibrationFeed
     ) -> Callable[[Mapping[str, float], str], float]:
-        """A function of thresholds and a flavour: the error of that file's fields on the first calibration images."""
+        """A function of thresholds and a runtime variant that returns the fields' error on the first calibration images."""
         fields = [output.name for output in model.graph.output]
 
         def computed(network: onnx.ModelProto, optimise: bool) -> Iterator[Mapping[str, Any]]:
@@ -341,7 +341,7 @@ class Int8:
         def error(thresholds: Mapping[str, float], flavour: str) -> float:
             scales = self._scales(thresholds, found, placement)
             written = writers.insert(model, placement, scales, flavour)  # type: ignore[arg-type]
-            # This processor's integer kernels are what ships in one file alone; the other is computed as it is written.
+            # Only ONNX Runtime's variant ships with this CPU's integer kernels; TensorRT's is computed without fusion.
             return of_all_fields(field_errors(computed(written, flavour == "onnxruntime"), expected))
 
         return error
@@ -349,9 +349,9 @@ class Int8:
     def _steps(
         self, onnx_file: Path, feed: CalibrationFeed, probe: Probe, calibrated: "Calibrated", final: Candidate
     ) -> Iterator[dict[str, Any]]:
-        """The error of the fields after each step that is switched on, all others off; the last row is what was written.
+        """The error of the fields after each enabled step, added one after another. The last row is the written network.
 
-        Steps are calibrated on the first images, all on the same, by the method that was chosen in the end.
+        The steps are calibrated on the first images, by the method that was finally chosen.
         """
         off: dict[str, Any] = {"equalize_concatenations": False, "equalize_layers": False, "bias_correction": False}
         if errors := calibrated.tried.get("tensorrt" if probe.backend.name.startswith("tensorrt") else "onnxruntime"):
@@ -372,7 +372,7 @@ def _imported(file: Path, place: str, placement: Placement, found: Mapping[str, 
     """Thresholds of every placed tensor from a TensorRT calibration cache.
 
     Raises:
-        UserError: it lacks one, we wrote it for another network, or a scale is far from what a tensor holds.
+        UserError: a tensor is missing, the cache was written for another network, or a scale is far from the tensor's values.
     """
     where = f"{place}.tensorrt_cache={file}"
     scales = caches.read_tensorrt(file)
@@ -403,10 +403,10 @@ def _imported(file: Path, place: str, placement: Placement, found: Mapping[str, 
 
 
 def _check_steps(model: onnx.ModelProto, where: str) -> None:
-    """Make sure that constant scales of Q/DQ nodes are positive numbers.
+    """Check that constant scales of Q/DQ nodes are positive numbers.
 
     Raises:
-        UserError: one is not; its tensor is named.
+        UserError: a scale is not positive; the message names its tensor.
     """
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     constants |= {
@@ -432,12 +432,12 @@ def _content(file: Path, option: str) -> str:
     """SHA-256 of a file that the user named.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         return sha256(file.read_bytes()).hexdigest()
     except OSError as error:
-        raise UserError(f"{option}={file}: cannot read it ({error.strerror})") from error
+        raise UserError(f"{option}={file}: cannot read it ({error.strerror}); name another file") from error
 
 
 def _digest(content: Any) -> str:
@@ -446,21 +446,21 @@ def _digest(content: Any) -> str:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A float network, equalized, and the scales it is to be written with.
+    """An equalized float network, and the scales for quantizing it.
 
     Attributes:
         model: the network.
-        placement: what is quantized.
-        scales: by flavour, the steps between integers.
-        shifts: by flavour, mean errors of convolutions' outputs [O], that their biases take back where they are quantized.
-        thresholds: by flavour, magnitudes they come from, before tensors shared them.
-        found: what is known of each tensor.
-        key: what all this follows from.
-        rescaled: how many channels and tensors were equalized.
-        kept: what stays in FP32 where TensorRT's flavour computes the rest in half precision; None where it does not.
-        tried: by flavour, the error of the fields by calibration method, where several were tried.
-        source: what the thresholds come from.
-        left_out: why layers were not equalized, by name.
+        placement: the tensors that are quantized.
+        scales: for each runtime variant, the steps between integers.
+        shifts: for each runtime variant, the bias corrections [O] of the quantized convolutions.
+        thresholds: for each runtime variant, the thresholds of the scales, before tensors shared them.
+        found: range and histogram of each tensor.
+        key: digests of network, images, preprocessing and program that these scales depend on.
+        rescaled: numbers of channels and tensors that were equalized.
+        kept: nodes that stay in FP32 if TensorRT's variant computes the other floats in half precision; else None.
+        tried: for each runtime variant, the error of the fields by calibration method, if several were tried.
+        source: origin of the thresholds.
+        left_out: for each layer that was not equalized, the reason.
     """
 
     model: onnx.ModelProto
@@ -482,14 +482,14 @@ class Calibrated:
         return self.scales[FLAVOURS[0]].most_weight
 
     def as_in(self, flavour: str) -> "Calibrated":
-        """The same with the scales of one flavour in both."""
+        """A copy with the scales of one runtime variant in both."""
         scales, thresholds = self.scales[flavour], self.thresholds[flavour]
         tried = {flavour: self.tried[flavour]} if self.tried else {}
         both, ends = dict.fromkeys(FLAVOURS, scales), dict.fromkeys(FLAVOURS, thresholds)
         return replace(self, scales=both, thresholds=ends, tried=tried)
 
     def written(self, placement: Placement | None = None) -> Candidate:
-        """Both flavours; `placement` of fewer nodes where some stay in float."""
+        """Both runtime variants. A `placement` with fewer nodes leaves the others in float."""
         chosen = placement or self.placement
         made = {}
         for flavour in FLAVOURS:
@@ -505,11 +505,11 @@ class Calibrated:
         return Candidate(made)
 
     def without(self, names: set[str]) -> Candidate:
-        """Both flavours with more nodes in float."""
+        """Both runtime variants, with further nodes in float."""
         return self.written(place(self.model, self.placement.excluded | names))
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """Scales and where they come from, by tensor."""
+        """Scales, thresholds and ranges, by tensor."""
         return {
             name: {
                 "scale": {flavour: scales.activations[name] for flavour, scales in self.scales.items()},
@@ -521,14 +521,14 @@ class Calibrated:
         }
 
     def save(self, out: Path) -> None:
-        """Write scales.json, TensorRT 10's calibration cache, and the float network that both are of."""
+        """Write scales.json, TensorRT 10's calibration cache, and the float network that both belong to."""
         caches.write_scales(out / SCALES, self.key, self.rows(), sorted(self.placement.excluded), self.most_weight)
         mark = {f"{_MARK}{caches.network_digest(self.model)[:_MARKED]}": 1.0}
         caches.write_tensorrt(out / TENSORRT_CACHE, {**self.scales["tensorrt"].activations, **mark})
         onnx.save(equalization.corrected(self.model, self.shifts.get("tensorrt", {})), out / FLOAT)
 
     def summary(self) -> dict[str, Any]:
-        """What a manifest says of it."""
+        """The manifest's entry on the calibration."""
         graph = Graph(self.model)
         convolutions = self.placement.quantized(self.model)
         empty = sum(
@@ -562,11 +562,11 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class Retrained:
-    """INT8 of a network that was retrained with its scales: they lie beside it, and nothing is calibrated again.
+    """INT8 of a network that was retrained with its scales. The scales are stored beside it and not calibrated again.
 
     Attributes:
-        high_precision_dtype: "fp32" or "fp16", of what is not INT8 in TensorRT's flavour.
-        trained_with: what calibrates the network before it is retrained, in the stage qat.
+        high_precision_dtype: "fp32" or "fp16": type of the layers that are not INT8 in TensorRT's runtime variant.
+        trained_with: quantizer that calibrates the network before the stage qat retrains it.
     """
 
     high_precision_dtype: Literal["fp32", "fp16"] = "fp32"
@@ -576,7 +576,7 @@ class Retrained:
         """Check the type.
 
         Raises:
-            ValueError: an unknown one.
+            ValueError: the type is unknown.
         """
         if self.high_precision_dtype not in ("fp32", "fp16"):
             raise ValueError(f"precision.high_precision_dtype={self.high_precision_dtype}: choose fp32, fp16")
@@ -585,18 +585,21 @@ class Retrained:
 
     @staticmethod
     def settled(options: Mapping[str, Any], setting: Mapping[str, str]) -> dict[str, Any]:
-        """What is left to the quantizer that it is trained with."""
+        """The settings that `trained_with` chooses itself."""
         return {"trained_with": Int8.settled(options["trained_with"], setting)} if options.get("trained_with") else {}
 
     @staticmethod
     def label_of(options: Mapping[str, Any], setting: Mapping[str, str]) -> str:
-        """The steps of training, and what of INT8 differs from the usual; biases are trained, not corrected."""
+        """The label suffix: the steps of training, and INT8's options that differ from the defaults.
+
+        Bias correction is not among them, because biases are trained instead.
+        """
         given = options.get("trained_with") or {}
         words = Int8.words({**given, **Int8.settled(given, setting), "bias_correction": True, "weight_scale": "max"})
         return f"qat{setting['qat_steps']}-{words}-{setting['sampler']}"
 
     def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:  # noqa: ARG002
-        """Write both flavours and scales.json."""
+        """Write both runtime variants and scales.json."""
         content = json.loads((onnx_file.parent / SCALES).read_text())
         rows = content["tensors"]
         model = load(onnx_file)
@@ -620,26 +623,26 @@ class Retrained:
 
 @dataclass(frozen=True)
 class External:
-    """A network that was quantized elsewhere: an ONNX file with Q/DQ nodes, taken as it is.
+    """A network that was quantized elsewhere: an ONNX file with Q/DQ nodes, used without changes.
 
     Attributes:
-        file: with the fields of the exported network.
+        file: an ONNX file with the fields of the exported network.
     """
 
     file: str
 
     def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:  # noqa: ARG002
-        """Copy it as both flavours, with the description of the exported network.
+        """Copy the file as both runtime variants, with the description of the exported network.
 
         Raises:
-            UserError: it is no ONNX file, its input or fields are others, or nothing in it is quantized.
+            UserError: the file is no ONNX file, its input or fields differ, or nothing in it is quantized.
         """
         where = f"precision.file={self.file}"
         try:
             model = onnx.load(self.file)
             onnx.checker.check_model(model)
         except Exception as error:
-            raise UserError(f"{where}: not a valid ONNX file ({first_line(error)})") from error
+            raise UserError(f"{where}: not a valid ONNX file ({first_line(error)}); give another file") from error
         spec = read_spec(onnx_file)
         outputs = {o.name for o in model.graph.output}
         missing = [field.name for field in spec.fields if field.name not in outputs]

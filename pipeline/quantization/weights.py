@@ -8,24 +8,25 @@ from numpy.typing import NDArray
 WeightScale = Literal["max", "mse", "least_squares"]
 WEIGHT_SCALES: tuple[str, ...] = get_args(WeightScale)
 
-LEAST_SCALE = 2.0**-100  # far from the least normal float32 number
+LEAST_SCALE = 2.0**-100  # far above the least normal float32 number
 
 
 def quantized(
     weights: NDArray[np.float32], axis: int, method: WeightScale = "max", most: int = 127, least: float = LEAST_SCALE
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Weights as integers, with a scale for each output channel.
+    """Quantize weights to integers, with a scale for each output channel.
 
     Args:
-        weights: of a convolution.
-        axis: of the output channels.
-        method: "max" the greatest weight becomes the greatest integer; "mse" the scale of 32 between .5 and 1 times that
-            with the least squared error; "least_squares" the integers of "max" with the scale that fits them best.
-        most: the greatest integer, 127, or 63 for kernels that add two products in 16 bits.
-        least: the least scale there may be.
+        weights: weights of a convolution.
+        axis: axis of the output channels.
+        method: how to choose the scale. "max" makes the greatest weight the greatest integer. "mse" tries 32 scales from .5
+            to 1 times that of "max" and takes the least squared error. "least_squares" takes the integers of "max" and fits
+            the scale to them.
+        most: the greatest integer: 127, or 63 for kernels that add two products in 16 bits.
+        least: the smallest allowed scale.
 
     Returns:
-        int8 of the weights' shape, and float32 [O]; 1 for a channel of zeros.
+        The integers, int8 of the weights' shape, and the scales, float32 [O]. The scale of a channel of zeros is 1.
     """
     rows = np.moveaxis(weights, axis, 0).reshape(weights.shape[axis], -1).astype(np.float64)
     peak = np.abs(rows).max(axis=1)

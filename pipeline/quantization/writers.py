@@ -1,8 +1,8 @@
-"""Quantize / dequantize (Q/DQ) nodes, placed as each runtime fuses them, from one set of scales.
+"""Place quantize / dequantize (Q/DQ) nodes so that each runtime can fuse them, from one set of scales.
 
-TensorRT wants symmetric int8 at the inputs of operators, nothing between a convolution and its activation, and one input of
-a residual add. ONNX Runtime's CPU kernels want uint8 and both ends of every operator. The scales are the same: uint8 has
-zero point 0 where a tensor is never negative and 128 elsewhere, which is the same grid.
+TensorRT needs symmetric int8 at the inputs of operators and at one input of a residual add. It allows no Q/DQ between a
+convolution and its activation. ONNX Runtime's CPU kernels need uint8 at both ends of every operator. Both can use equal
+scales: uint8 has the zero point 0 if a tensor is never negative and 128 otherwise, which gives an equal grid.
 """
 
 import math
@@ -18,19 +18,19 @@ from onnx import helper, numpy_helper
 from pipeline.quantization.graph import CARRIERS, WEIGHTED, Flavour, Graph, Placement, check_shared
 from pipeline.quantization.weights import LEAST_SCALE, WeightScale, quantized
 
-FP8_GREATEST = 448.0  # of E4M3
+FP8_GREATEST = 448.0  # greatest finite number of E4M3
 
 
 @dataclass(frozen=True)
 class Scales:
-    """What a quantized network's integers stand for; both flavours are written from it.
+    """The scales of a quantized network. Both runtime variants are written from them.
 
     Attributes:
-        activations: of every placed tensor, the step between integers.
+        activations: the step between integers of every placed tensor.
         lows: the least value of every placed tensor.
-        weight_scale: how the scales of weights are chosen.
+        weight_scale: method that chooses the scales of weights.
         most_weight: the greatest integer of a weight.
-        least: the least scale there may be: 2^-14 where scales are written as half-precision numbers.
+        least: the smallest allowed scale. It is 2^-14 if scales are written as half-precision numbers.
     """
 
     activations: Mapping[str, float]
@@ -50,7 +50,10 @@ class Scales:
         least: float = LEAST_SCALE,
         greatest: float = 127,
     ) -> "Scales":
-        """Scales from the magnitudes that `greatest` stands for: the most of those that share one; 1 for a tensor of zeros."""
+        """Scales from the thresholds, which `greatest` represents.
+
+        Tensors that share a scale get the greatest of theirs. A tensor of zeros has the scale 1.
+        """
         peaks, lowest = dict(thresholds), dict(lows)
         for group in placement.shared:
             peaks |= dict.fromkeys(group, max(thresholds[name] for name in group))
@@ -60,7 +63,7 @@ class Scales:
 
     @property
     def clamped(self) -> list[str]:
-        """Tensors whose scale was raised to the least there may be."""
+        """Tensors with a scale that was raised to the smallest allowed one."""
         return sorted(name for name, step in self.activations.items() if step == float(np.float32(self.least)))
 
 
@@ -79,7 +82,7 @@ class _Writer:
         return name
 
     def weights(self, node: onnx.NodeProto) -> str:
-        """The dequantized weights of a convolution: int8 with a scale a channel, or FP8 with one for all."""
+        """The dequantized weights of a convolution: int8 with a scale for each channel, or FP8 with a single scale."""
         name = node.input[1]
         out = f"{name}_dequantized"
         if self.fp8 and f"{name}_fp8" not in self.constants:
@@ -104,11 +107,11 @@ class _Writer:
         return out
 
     def zero_point(self, tensor: str) -> int:
-        """128 for an unsigned tensor that is negative somewhere, else 0."""
+        """The zero point: 128 for an unsigned tensor with negative values, else 0."""
         return 128 if self.flavour == "onnxruntime" and self.scales.lows[tensor] < 0 else 0
 
     def quantize(self, source: str, tensor: str, bounds: tuple[float, float] | None) -> None:
-        """Q, perhaps a clip of the integers to real bounds, and DQ of `source` with the scale of `tensor`."""
+        """Add Q and DQ of `source` with the scale of `tensor`, and between them, if needed, a clip of the integers."""
         dtype = float8_e4m3fn if self.fp8 else np.uint8 if self.flavour == "onnxruntime" else np.int8
         zero = self.zero_point(tensor)
         scale = np.float32(self.scales.activations[tensor])
@@ -126,7 +129,8 @@ class _Writer:
     def in_float(self, tensor: str) -> str:
         """A copy of a dequantized tensor, for a convolution that stays in float between quantized neighbours.
 
-        ONNX Runtime quantizes the weights of a float convolution between a DQ and a Q by itself, one scale for all of them.
+        Without the copy, ONNX Runtime would quantize the weights of a float convolution between a DQ and a Q by itself, with
+        a single scale.
         """
         copy = f"{tensor}_in_float"
         if copy not in self.emitted:
@@ -149,14 +153,14 @@ class _Writer:
 def insert(
     model: onnx.ModelProto, placement: Placement, scales: Scales, flavour: Flavour, fp8: bool = False
 ) -> onnx.ModelProto:
-    """Write one flavour of an INT8 or FP8 network.
+    """Write one runtime variant of an INT8 or FP8 network.
 
     Args:
         model: the float network.
-        placement: what is quantized.
-        scales: of every placed tensor; a magnitude of 127 times its scale is the greatest.
-        flavour: "tensorrt" or "onnxruntime".
-        fp8: E4M3 numbers instead of integers, in TensorRT's flavour.
+        placement: the tensors that are quantized.
+        scales: the scales of every placed tensor. The greatest magnitude is 127 times the scale.
+        flavour: the runtime variant, "tensorrt" or "onnxruntime".
+        fp8: whether to write E4M3 numbers instead of integers, for TensorRT only.
 
     Returns:
         A checked model.
@@ -172,10 +176,10 @@ def insert(
     held = placement.excluded | placement.slow if for_cpu else placement.excluded
 
     def quantize(tensor: str) -> None:
-        """Emit the pair of a tensor that now exists.
+        """Emit the Q/DQ pair of a tensor that has just been computed.
 
-        A float activation between an operator and its Q keeps the operator in float, but for a ReLU that the zero point 0
-        already does: the others are done on the integers.
+        A float activation between an operator and its Q would keep the operator in float. With a zero point of 0, the Q
+        already acts as a ReLU; other activations clip the integers.
         """
         bounds = graph.bounds(tensor) if for_cpu else None
         before = graph.producer[tensor].input[0] if bounds else tensor
@@ -183,7 +187,7 @@ def insert(
         done = bounds == (0.0, math.inf) and writer.zero_point(tensor) == 0
         in_float = maker is None or maker.name in held or maker.op_type not in operators
         if bounds and not done and not in_float and tensor not in graph.outputs and len(graph.consumers[before]) == 1:
-            writer.nodes.pop()  # the float activation
+            writer.nodes.pop()  # removes the float activation
             writer.quantize(before, tensor, bounds)
         else:
             writer.quantize(tensor, tensor, None)
@@ -203,7 +207,7 @@ def insert(
                 alone = for_cpu and node.op_type in WEIGHTED and graph.activated(node.output[0]) in chosen and not fused
                 if not alone:
                     copy.input[place_] = f"{name}_dequantized"
-                elif name in graph.producer:  # an image is there in float
+                elif name in graph.producer:  # the network's input is a float tensor without a Q/DQ pair
                     copy.input[place_] = writer.in_float(name)
         if node.op_type in operators & set(WEIGHTED) and node.name not in held and node.input[0] in placement.inputs:
             copy.input[1] = writer.weights(node)

@@ -1,1 +1,1 @@
-"""The decision: which engine to ship, and what the figures rest on."""
+"""The report: which engine to ship, and the evidence for this choice."""

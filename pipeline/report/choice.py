@@ -7,7 +7,7 @@ from evaluation.statistics import Draws, Interval, paired
 from pipeline.report.collect import Result, Table, averaged, between, comparable, digits, named, primary
 from pipeline.results.manifest import read_manifest
 
-MOST_LOST = 0.01  # of the metric, at the worse end of the paired interval
+MOST_LOST = 0.01  # largest accepted loss of the metric, at the worse end of the paired interval
 
 
 def choices(table: Table) -> Iterator[str]:
@@ -25,7 +25,7 @@ def choices(table: Table) -> Iterator[str]:
         if figures[best] <= MOST_LOST:
             row = table.rows[best]
             highest = f"{figures[best]:.{digits(row)}f}, of {named(row)}"
-            yield f"No engine is recommended: the highest {row['metric'].short} is {highest}, which finds next to nothing."
+            yield f"No engine is recommended: the highest {row['metric'].short} is {highest}, which is nearly 0; train longer."
             continue
         lost = {n: _difference(table.results[n], table.results[best]) for n in timed if n != best}
         fit = [best, *(n for n, interval in lost.items() if interval is not None and interval.low >= -MOST_LOST)]
@@ -36,7 +36,7 @@ def choices(table: Table) -> Iterator[str]:
 def _difference(result: Result, reference: Result) -> Interval | None:
     try:
         return paired(Draws.load(result.folder / "draws.npz"), Draws.load(reference.folder / "draws.npz"))
-    except ValueError:  # of other images, though a device said that they are the same
+    except ValueError:  # the images differ, although a device reported equal ones
         return None
 
 
@@ -67,5 +67,5 @@ def _sentence(table: Table, chosen: int, best: int, lost: Interval | None) -> st
 
 
 def said(sentences: Sequence[str]) -> str:
-    """The sentences as one text; why there is none, where nothing was timed."""
+    """The sentences as one text. Without sentences, the text says that nothing was timed."""
     return "\n".join(sentences) or "No engine is recommended: none was timed. Run stage=benchmark, then stage=report."

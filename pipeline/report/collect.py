@@ -1,4 +1,4 @@
-"""The report as data: one table of all cells, what each step costs, and a model card."""
+"""The report as data: one table of all cells, the loss at each step, and a model card."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ _CELL = (
     "backend", "device",
     "threads", "batch", "rebuild", "address", "images", "category",
 )  # fmt: skip
-_RUN = ("backend", "device", "threads", "batch", "ran")  # which a benchmark says better than an evaluation
+_RUN = ("backend", "device", "threads", "batch", "ran")  # columns that a benchmark fills in better than an evaluation
 _MEASURED = (
     "latency_p50_ms",
     "latency_p50_ms_lo", "latency_p50_ms_hi", "latency_p95_ms", "latency_p99_ms", "framing_p50_ms", "upload_p50_ms",
@@ -42,7 +42,7 @@ AXES = (
 
 
 def evaluated(metrics: Iterable[MetricInfo]) -> list[str]:
-    """Columns of results.csv that hold the figures of evaluations, in their own names."""
+    """Columns of results.csv that hold figures of evaluations under their own names."""
 
     def each(*patterns: str) -> list[str]:
         ends = ("", "_lo", "_hi")
@@ -62,7 +62,7 @@ def evaluated(metrics: Iterable[MetricInfo]) -> list[str]:
 
 
 def columns(metrics: Iterable[MetricInfo]) -> list[str]:
-    """The columns of results.csv, where engines are measured by some metrics."""
+    """The columns of results.csv for engines that were measured by these metrics."""
     return [*_CELL, *evaluated(metrics), *_MEASURED]
 
 
@@ -71,10 +71,10 @@ class Result:
     """An evaluated engine.
 
     Attributes:
-        folder: of the evaluation.
-        axes: what tells its cell from others.
-        figures: of the evaluation, and of the benchmark where there is one.
-        made_of: folders of the stages it comes from, by stage.
+        folder: folder of the evaluation.
+        axes: the options that distinguish its cell from others.
+        figures: figures of the evaluation, and of the benchmark if there is one.
+        made_of: folders of the stages that the engine comes from, by stage.
     """
 
     folder: Path
@@ -84,12 +84,12 @@ class Result:
 
     @property
     def metric(self) -> MetricInfo:
-        """What its figures are called."""
+        """The names of its figures."""
         return MetricInfo.of(self.figures)
 
     @property
     def figure(self) -> float:
-        """The figure that matters most."""
+        """The primary figure."""
         return float(self.figures[self.metric.primary])
 
 
@@ -98,10 +98,10 @@ class Table:
     """All results of one name.
 
     Attributes:
-        rows: one an engine, ready for results.csv; "metric" says what its figures are called.
+        rows: one row for each engine, in the form of results.csv. "metric" holds the names of its figures.
         results: the evaluation behind each row.
-        left_out: what is not in the table, and why.
-        stale: how many of these were made from inputs that changed since.
+        left_out: results that are not in the table, with the reason.
+        stale: number of results left out because their inputs have changed since.
     """
 
     rows: list[dict[str, Any]]
@@ -111,7 +111,7 @@ class Table:
 
     @cached_property
     def doubts(self) -> list[str]:
-        """Each cause of doubt about figures once, after the engines that have it."""
+        """Each reason to doubt figures, once, after the names of the engines concerned."""
         engines: dict[str, dict[str, None]] = {}
         for row, result in zip(self.rows, self.results, strict=True):
             for doubt in result.figures.get("doubts", ()):
@@ -120,7 +120,7 @@ class Table:
 
 
 def named(row: Mapping[str, Any]) -> str:
-    """An engine in words: network, pruning, input, precision."""
+    """The name of an engine for readers: network, pruning, input, precision."""
     return f"{row['network']} {row['pruning']} {row['resolution']} {row['precision']}"
 
 
@@ -130,18 +130,18 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _engine(manifest: Mapping[str, Any]) -> tuple[str, str]:
-    """Where the engine of an evaluation or benchmark lies, and its digest."""
+    """The path and the digest of the engine of an evaluation or benchmark."""
     (entry,) = manifest["inputs"]["engine"]
     return entry["address"], entry["digest"]
 
 
 def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path) -> Table:
-    """Join evaluations with benchmarks of the same engine, and compare each engine with its FP32 and its dense kin.
+    """Join evaluations with benchmarks of the same engine, and compare each engine with its FP32 and dense baselines.
 
     Args:
         evaluations: finished folders of the stage "evaluate".
-        benchmarks: and of "benchmark".
-        root: outputs/<name>.
+        benchmarks: finished folders of the stage "benchmark".
+        root: the folder outputs/<name>.
     """
     results, left_out = [], []
     times: dict[tuple[str, str], list[tuple[dict[str, Any], dict[str, Path]]]] = {}
@@ -157,7 +157,7 @@ def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path)
             continue
         if not current(manifest, root):
             stale += 1
-            left_out.append(f"{folder.name}: stale, made from inputs that changed since; run its cell again")
+            left_out.append(f"{folder.name}: stale: its inputs have changed since; run its cell again")
             continue
         axes = manifest["config"]["axes"]
         origin = {"imported": "no" if made_here(manifest, folder) else "yes"}
@@ -166,7 +166,7 @@ def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path)
             figures = {**timed, **manifest["summary"], **{k: timed[k] for k in _RUN if k in timed}, **counted, **origin}
             results.append(Result(folder, axes, figures, {**folders, **measured}))
     if doubles:
-        left_out.append(f"{doubles} evaluated with the TensorRT test double: no figures of TensorRT")
+        left_out.append(f"{doubles} evaluated with the TensorRT test double, so they are not figures of TensorRT")
     results.sort(
         key=lambda r: (
             r.axes["data"],
@@ -183,7 +183,7 @@ def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path)
 
 
 def _chain(folder: Path, root: Path) -> tuple[dict[str, Any], dict[str, Path]]:
-    """Parameters and MACs, and the folders of all stages that an evaluation descends from; of the last it found first."""
+    """Parameters and MACs, and the folders of all stages that an evaluation depends on; for each stage, the nearest result."""
     found: dict[str, Any] = {}
     folders: dict[str, Path] = {}
     waiting = [_manifest(folder)]
@@ -199,7 +199,7 @@ def _chain(folder: Path, root: Path) -> tuple[dict[str, Any], dict[str, Path]]:
 
 
 def _kin(result: Result, others: Sequence[Result], **changed: Any) -> Result | None:
-    """The result whose axes are the same but for some."""
+    """The baseline result: its axes are those of `result`, except for the `changed` ones."""
     wanted = {**result.axes, **changed}
     return next((other for other in others if dict(other.axes) == wanted and other is not result), None)
 
@@ -209,12 +209,12 @@ def _difference(result: Result, other: Result | None) -> Interval | None:
         return None
     try:
         return paired(Draws.load(result.folder / "draws.npz"), Draws.load(other.folder / "draws.npz"))
-    except ValueError:  # of other images, though a device said that they are the same
+    except ValueError:  # the images differ, although a device reported equal ones
         return None
 
 
 def _agreement(dense: Result, pruned: Result) -> float | None:
-    """How well a pruned network in FP32 finds the people that its dense one finds in images without labels."""
+    """The agreement of a pruned FP32 network with the dense network's predictions on images without labels."""
     from evaluation.metrics.agreement import PoseAgreement
     from posepress.results import load_results
 
@@ -235,12 +235,12 @@ def _agreement(dense: Result, pruned: Result) -> float | None:
 
 def _row(result: Result, results: Sequence[Result]) -> dict[str, Any]:
     info = result.metric
-    # A label may say more than the name of what ran. An axis takes the place of no other figure.
+    # Labels of axes replace the names of the components that ran, since they may say more. Other figures are kept.
     row = {**result.figures, **{name: result.axes[name] for name in AXES if name in result.axes}}
     network = result.axes["network"].removesuffix("-qat")
     plain: dict[str, Any] = {"precision": "fp32", "calibration": "", "network": network, "rebuild": 0}
     fp32 = None
-    if result.axes["precision"] != "fp32":  # whose figures are those of any backend: a device may have evaluated INT8 alone
+    if result.axes["precision"] != "fp32":  # FP32 figures of any backend serve, since a device may have evaluated only INT8
         fp32 = _kin(result, results, **plain) or _kin(result, results, **plain, backend="onnxruntime")
     dense = _kin(result, results, **plain, pruning="dense") if result.axes["pruning"] != "dense" else None
     if dense is not None and (agreed := _agreement(dense, result)) is not None:
@@ -263,13 +263,13 @@ def _row(result: Result, results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _unmeasured(column: str, row: Mapping[str, Any], info: MetricInfo) -> bool:
-    """Whether a figure is not there; results of earlier versions have -1 in its place."""
+    """Whether a figure is missing. Results of earlier versions have -1 in its place."""
     always = column in (info.primary, f"{info.primary}_lo", f"{info.primary}_hi") or "_vs_" in column
     return column not in row or (row[column] == info.nothing and not always)
 
 
 def write_csv(table: Table, file: Path) -> None:
-    """One row an engine; no text of it is taken for a formula by a program for tables."""
+    """Write one row for each engine. Texts are escaped, so that spreadsheet programs do not read them as formulas."""
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, columns(row["metric"] for row in table.rows), restval="", extrasaction="ignore")
         writer.writeheader()
@@ -281,7 +281,7 @@ def _no_formula(value: Any) -> Any:
 
 
 def in_markdown(text: str) -> str:
-    """A text as Markdown shows it: neither HTML nor a link, a picture, a heading or the next column of a table."""
+    """Escape a text for Markdown, so that it cannot become HTML, a link, a picture, a heading or a table column."""
     return re.sub(r"[\\`*<>|#!~]|\](?=[(\[:])", r"\\\g<0>", " ".join(text.split())).replace("&", "&amp;")
 
 
@@ -295,12 +295,12 @@ def _p50(row: Mapping[str, Any]) -> str:
 
 
 def latency_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How to read the columns of latency; nothing where nothing was timed."""
+    """Notes on reading the latency columns; empty if nothing was timed."""
     if not any(row["latency_p50_ms"] != "" for row in rows):
         return []
     notes = [
-        "p50: of the network alone, each engine timed at its own moment. × FP32: both engines timed in turns in one run, which "
-        "is the surer figure."
+        "p50: latency of the network alone, from a separate run of each engine. × FP32: speed-up with both engines timed in "
+        "turns in one run, which is more reliable."
     ]
     if any(_p50(row).endswith("*") for row in rows):
         notes.append(
@@ -311,7 +311,7 @@ def latency_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def tabulated(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Rows as the tables show them; of what they mostly share, only the columns that differ."""
+    """The cells of the tables. Columns like data, backend or threads appear only if the rows differ in them."""
     varied = {
         name: column
         for name, column in (
@@ -336,7 +336,7 @@ def tabulated(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def narrow(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Rows as a terminal of 100 columns shows them: intervals below their figures, and of the axes those that differ."""
+    """The cells for a terminal of 100 columns: intervals stand below their figures, and only axes that differ are shown."""
 
     def stacked(row: Mapping[str, Any], name: str, digits: int, sign: str = "") -> str:
         return re.sub(r"\b0\.", ".", between(row, name, digits, sign)).replace(" [", "\n[")
@@ -361,7 +361,7 @@ def narrow(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def primary(row: Mapping[str, Any]) -> str:
-    """The key of the figure that matters most in a row."""
+    """The key of the primary figure of a row."""
     return str(row["metric"].primary)
 
 
@@ -371,12 +371,12 @@ def digits(row: Mapping[str, Any]) -> int:
 
 
 def shorts(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What the figure of all rows is called in a table's head."""
+    """The name of the primary figure of all rows in a table's head."""
     return " or ".join(dict.fromkeys(row["metric"].short for row in rows))
 
 
 def between(row: Mapping[str, Any], name: str, digits: int, sign: str = "") -> str:
-    """A figure of a row with its interval; a dash where it was not measured."""
+    """A figure of a row with its interval; a dash if it was not measured."""
     if row[name] == "":
         return "–"
     return f"{row[name]:{sign}.{digits}f} [{row[f'{name}_lo']:{sign}.{digits}f}, {row[f'{name}_hi']:{sign}.{digits}f}]"
@@ -410,8 +410,8 @@ _ENGINE = ("network", "pruning", "resolution", "keep_aspect_ratio_mode", "precis
 def rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Spearman's correlation of agreement with the metric, over engines evaluated on the same images; None below four engines.
 
-    Both are taken against the same network in FP32, which is what agreement knows: of the metric, its difference. An engine
-    that was timed in several ways counts once. Research settings, which no engine runs, do not count.
+    Both are relative to the same network in FP32: agreement is by definition, and for the metric the difference is taken. An
+    engine that was timed in several ways counts once. Research settings, which no engine uses, do not count.
     """
     groups: dict[Any, dict[Any, tuple[float, float]]] = {}
     for row in rows:
@@ -454,7 +454,7 @@ def _torch_fp32(axes: Mapping[str, Any]) -> bool:
 def waterfalls(results: Sequence[Result]) -> dict[str, list[tuple[str, str, str]]]:
     """From research settings to the deployed engine: for each network, (step, figure, paired difference to the step before).
 
-    A network of which fewer than three steps are measured has none: the differences to FP32 hold what two would tell.
+    A network with fewer than three measured steps is skipped, since two steps would only repeat the difference to FP32.
     """
     found = {}
     for key in sorted({(r.axes["data"], r.axes["network"], r.axes["pruning"], r.axes["resolution"]) for r in results}):
@@ -463,7 +463,7 @@ def waterfalls(results: Sequence[Result]) -> dict[str, list[tuple[str, str, str]
         before: Result | None = None
         last = ""
         for name, wanted in _STEPS:
-            # Of several recipes the one that keeps most: it is the one that would be shipped.
+            # Several recipes may match. The one with the highest figure counts, since it would be shipped.
             result = max((r for r in kin if wanted(r.axes)), key=lambda r: r.figure, default=None)
             if result is None:
                 continue
@@ -488,7 +488,7 @@ def comparable(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
 
 
 def front(rows: Sequence[Mapping[str, Any]], group: Sequence[int]) -> list[int]:
-    """The rows of a group that no other of it beats in both its figure and latency, the fastest first."""
+    """The Pareto front of a group: rows that no other row beats in both figure and latency, the fastest first."""
     timed = [n for n in group if rows[n]["latency_p50_ms"] != ""]
     best, kept = -math.inf, []
     for n in sorted(timed, key=lambda n: (rows[n]["latency_p50_ms"], -rows[n][primary(rows[n])])):
@@ -498,11 +498,14 @@ def front(rows: Sequence[Mapping[str, Any]], group: Sequence[int]) -> list[int]:
     return kept
 
 
-_EARLIER = -1.0  # what version 0.1 wrote where nothing was measured
+_EARLIER = -1.0  # version 0.1 wrote this for figures that were not measured
 
 
 def differences(engines: Sequence[str], pairs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """A comparison as tables: title, columns and rows; of two engines every figure, of two sweeps the metrics' and latency."""
+    """A comparison as tables, each with title, columns and rows.
+
+    For two engines they hold every figure. For two sweeps they hold only the metrics and latency.
+    """
 
     def shown(value: float | None) -> str:
         return "–" if value in (None, _EARLIER) else f"{value:.4f}"
@@ -520,7 +523,7 @@ def differences(engines: Sequence[str], pairs: Sequence[Mapping[str, Any]]) -> I
         rows = [[r["figure"], shown(r["first"]), shown(r["second"]), change(r)] for r in pairs[0]["figures"]]
         yield title, ["figure", "first", "second", "second - first [95 %, paired]"], rows
         return
-    names = dict.fromkeys(pair["figures"][0]["figure"] for pair in pairs if pair["figures"])  # the metric's comes first
+    names = dict.fromkeys(pair["figures"][0]["figure"] for pair in pairs if pair["figures"])  # the metric comes first
     for figure in (*(f"{kind}{name}" for kind in ("", "agreement_") for name in names), "latency_p50_ms"):
         found = [(pair["name"], row) for pair in pairs for row in pair["figures"] if row["figure"] == figure]
         rows = [[name, shown(r["first"]), shown(r["second"]), change(r)] for name, r in found]
@@ -529,17 +532,17 @@ def differences(engines: Sequence[str], pairs: Sequence[Mapping[str, Any]]) -> I
 
 
 def devices(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Where and how the rows that were timed were timed."""
+    """The devices, threads and batches of all timed rows."""
     return sorted({f"{row['device']}, {row['threads']} thread(s), batch {row['batch']}" for row in rows if row["device"]})
 
 
 MORE_STEPS = (
-    "A pruned network was trained further than its dense one: the difference to dense does not tell what pruning alone does."
+    "A pruned network was trained longer than its dense one: the difference to dense is not the effect of pruning alone."
 )
 
 
 def write_card(table: Table, name: str, file: Path) -> None:
-    """A model card in Markdown: what the engines are, how they were measured, what is not known."""
+    """Write a model card in Markdown: the engines, how they were measured, and what is not known."""
     lines = [f"# {in_markdown(name)}", "", "Engines made and measured by Posepress.", "", "## Engines", ""]
     shown = tabulated(table.rows)
     lines += ["| " + " | ".join(shown[0]) + " |", "|" + " --- |" * len(shown[0])]

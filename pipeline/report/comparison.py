@@ -1,4 +1,4 @@
-"""Two evaluations side by side: where they are found, what they can be compared on."""
+"""Find two evaluations, and compare the figures that both have."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,17 +12,17 @@ from pipeline.datasets.results import load_results
 from pipeline.results.manifest import current, read_manifest
 from posepress.errors import UserError, nearest
 
-_SHOWN = 20  # addresses in an error
+_SHOWN = 20  # largest number of addresses in an error message
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two.
+    """One of the two evaluations.
 
     Attributes:
-        figures: of the evaluation.
-        draws: of each kind; "" is the primary figure's.
-        timed: its benchmarks by (device, threads, batch).
+        figures: figures of the evaluation.
+        draws: bootstrap samples of each kind; "" is the primary figure.
+        timed: benchmarks of the engine, by (device, threads, batch).
     """
 
     figures: Mapping[str, Any]
@@ -31,15 +31,15 @@ class Side:
 
 
 def check(root: Path, name: str, engines: Sequence[str]) -> None:
-    """Check that two sides are named and there.
+    """Check that two sides are named and exist.
 
     Args:
         root: the folder of outputs.
-        name: the sweep that addresses without one belong to.
+        name: the sweep of addresses that do not name one.
         engines: two of: ADDRESS, NAME/ADDRESS, a file of COCO results (.json), the name of a sweep.
 
     Raises:
-        UserError: they are not two, or one is not there.
+        UserError: there are not two sides, or one does not exist.
     """
     if len(engines) != 2:
         raise UserError(
@@ -67,7 +67,7 @@ def _addresses(root: Path, name: str) -> list[str]:
 
 
 def _there(root: Path, name: str) -> str:
-    """Which evaluations there are, to end an error with."""
+    """The end of an error message, which lists the existing evaluations."""
     known = _addresses(root, name)
     if known:
         more = f"\n  and {len(known) - _SHOWN} more in {root / name / 'evaluate'}" if len(known) > _SHOWN else ""
@@ -82,7 +82,7 @@ def find(root: Path, name: str, entry: str) -> Path:
     """The evaluation at ADDRESS, or NAME/ADDRESS.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such evaluation.
     """
     folder, _, address = entry.rpartition("/")
     at = root / (folder or name) / "evaluate"
@@ -99,19 +99,19 @@ def evaluated(folder: Path) -> Side:
     """The side of a finished evaluation, with the benchmarks of the same engine.
 
     Raises:
-        UserError: it is stale, or of the TensorRT double.
+        UserError: the evaluation is stale, or was made with the TensorRT test double.
     """
     manifest, root = read_manifest(folder) or {}, folder.parent.parent
     if not current(manifest, root):
-        raise UserError(f"{folder}: stale, made from inputs that changed since; run its cell again")
+        raise UserError(f"{folder}: stale: its inputs have changed since; run its cell again")
     if str(manifest["summary"]["backend"]).endswith("-double"):
-        raise UserError(f"{folder}: evaluated with the TensorRT test double, whose figures are not TensorRT's")
+        raise UserError(f"{folder}: evaluated with the TensorRT test double, so its figures are invalid; choose another")
     draws = {file.stem.partition(".")[2]: Draws.load(file) for file in folder.glob("draws*.npz")}
     (engine,) = manifest["inputs"]["engine"]
     timed = {}
     for file in sorted((root / "benchmark").glob("[!.]*/manifest.json")):
         other = read_manifest(file.parent)
-        if other is None:  # damaged
+        if other is None:  # the manifest is damaged
             continue
         figures = other["summary"]
         if other["inputs"]["engine"] == [engine] and figures.get("timed") and current(other, root):
@@ -123,7 +123,7 @@ def scored(file: Path, data: Splits, metric: Callable[..., Any], resamples: int)
     """The side of a file of COCO results, scored on the validation images.
 
     Raises:
-        UserError: the results or the labels are bad.
+        UserError: the results or the labels are invalid.
     """
     images: Any = data.open("validation")
     found = load_results(file, images.labels, {str(record["id"]) for record in images.records}, images.truth.category)
@@ -144,9 +144,9 @@ def scored(file: Path, data: Splits, metric: Callable[..., Any], resamples: int)
 
 
 def rows_of(first: Side, second: Side, engines: Sequence[str]) -> list[dict[str, Any]]:
-    """Every figure that both have; differences are second - first, paired where there are draws of both.
+    """Every figure that both sides have. Differences are second - first, and paired if both have bootstrap samples.
 
-    Times are subtracted where both were taken on one machine in one way, else shown apart.
+    Times are subtracted only if both were measured on one machine with equal settings.
 
     Raises:
         UserError: the two were evaluated on different images.
@@ -157,7 +157,7 @@ def rows_of(first: Side, second: Side, engines: Sequence[str]) -> list[dict[str,
             f"{engines[0]} and {engines[1]}: evaluated on different images or labels; evaluate both on the same data"
         )
     differences: dict[str, Interval] = {}
-    strange = set()  # kinds that were measured on other images
+    strange = set()  # kinds that the two sides measured on different images
     for kind in sorted(set(first.draws) & set(second.draws)):
         figure = f"{kind}_{first.figures['primary']}".lstrip("_")
         try:
@@ -172,7 +172,7 @@ def rows_of(first: Side, second: Side, engines: Sequence[str]) -> list[dict[str,
     for key in dict.fromkeys((*first.figures, *second.figures)):
         value, other = (None if side.figures.get(key) == nothing else side.figures.get(key) for side in (first, second))
         if key == f"agreement_{info.primary}" and (value is None) != (other is None):
-            alone = f"measured of {engines[other is not None]} alone"
+            alone = f"measured only for {engines[other is not None]}"
             rows.append({"figure": key, "first": value, "second": other, "apart": alone})
         if isinstance(value, float) and isinstance(other, float) and not key.endswith(("_lo", "_hi")):
             interval = differences.get(key)

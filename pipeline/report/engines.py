@@ -1,4 +1,4 @@
-"""What the report shows of engines: every layer as it ran, drawn by its part of the time and coloured by precision."""
+"""The report's section on engines: every layer that ran, drawn by its share of the time and coloured by precision."""
 
 import html
 import json
@@ -11,18 +11,18 @@ from pipeline.report.collect import Result
 
 _COLOURS = {"int8": "#7fa66a", "fp8": "#4f9d9d", "fp16": "#e0a83a", "bf16": "#c98bb9", "tf32": "#b5651d", "fp32": "#d1603d"}
 _OTHER = "#999999"
-_MANY = 150  # layers between which there is no room
-_MOST = 24  # engines that are drawn: a study has hundreds
+_MANY = 150  # from this number of layers on, no gaps are drawn between them
+_MOST = 24  # largest number of drawn engines, since a study has hundreds
 _NAMED = ("network", "pruning", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "backend")
 
 
 def sections(results: Sequence[Result]) -> str:
-    """HTML of every engine whose layers are known, and of how far rebuilds differ."""
+    """HTML of every engine with known layers, and of the differences between rebuilds."""
     return _rebuilds(results) + _drawn(results)
 
 
 def rebuilds(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Of engines that were built more than once: how many builds, and mean and deviation of the figure and ms over them."""
+    """For engines that were built more than once: the number of builds, and mean and deviation of figure and latency."""
     groups: dict[tuple[str, ...], dict[int, Result]] = {}
     for result in results:
         timed = [result.figures.get(name) for name in ("threads", "device")]
@@ -72,8 +72,8 @@ def _drawn(results: Sequence[Result]) -> str:
     )
     more = f'<p class="note">{len(drawn) - _MOST} more engines are not drawn.</p>' if len(drawn) > _MOST else ""
     return (
-        '<h2>What ran in which precision</h2><p class="note">One box a layer, as wide as its part of the time (of the MACs '
-        f"where nothing was timed); the pointer shows its name. {legend}</p>{''.join(drawn[:_MOST])}{more}"
+        '<h2>What ran in which precision</h2><p class="note">Each box is a layer. Its width is its share of the time (of the '
+        f"MACs if nothing was timed); hover to see its name. {legend}</p>{''.join(drawn[:_MOST])}{more}"
     )
 
 
@@ -82,7 +82,7 @@ def strip(layers: Sequence[Mapping[str, Any]]) -> str:
     timed = any(layer.get("us") for layer in layers)
     widths = [float(layer.get("us", 0.0)) if timed else float(layer["macs"]) for layer in layers]
     total = max(sum(widths), 1e-12)
-    quantized = any(layer["precision"] in ("int8", "fp8") for layer in layers)  # else nothing was meant to be
+    quantized = any(layer["precision"] in ("int8", "fp8") for layer in layers)  # else no layer was meant to be INT8
     boxes = "".join(
         f'<div title="{html.escape(_words(layer, quantized))}" style="flex:{max(width / total, 0.0005):.5f} 0 0;height:28px;'
         f'background:{_COLOURS.get(layer["precision"], _OTHER)};{"opacity:.35" if layer.get("reformat") else ""}"></div>'

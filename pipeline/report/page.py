@@ -1,4 +1,4 @@
-"""The report as a page that needs nothing beside it."""
+"""The report as a self-contained HTML page."""
 
 import base64
 import html
@@ -29,16 +29,16 @@ from pipeline.report.collect import (
 )
 from pipeline.results.manifest import plain
 
-_MOST_PICTURE = 16 << 20  # bytes
+_MOST_PICTURE = 16 << 20  # largest size of a picture, in bytes
 
 
 def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] = ()) -> None:
-    """A page that needs nothing beside it.
+    """Write a self-contained page.
 
     Args:
-        table: what it shows.
-        name: of the sweep.
-        file: of the page.
+        table: the table to show.
+        name: name of the sweep.
+        file: path of the page.
         comparisons: finished folders of the stage "compare".
     """
     groups = comparable(table.rows)
@@ -72,13 +72,13 @@ def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] 
     )
     correlation = rank_correlation(table.rows)
     notes.append(
-        "as found: without what was completed, and with plain scores. agreement: the same figure against what the FP32 network "
-        f"finds in unlabelled images; its rank correlation with {html.escape(short)}, both against the same network in FP32: "
+        "as found: without completed poses and fitted scores. agreement: the metric with the FP32 network's predictions on "
+        f"unlabelled images as ground truth; its rank correlation with {html.escape(short)}, both relative to FP32: "
         + ("fewer than four engines, or all alike" if correlation is None else f"{correlation:.2f}")
         + "."
     )
     if any(averaged(row) for row in table.rows):
-        notes.append("Inputs with -x… or -flip average the fields of several views: research settings, which no engine runs.")
+        notes.append("Inputs with -x… or -flip average the fields of several views. This is a setting for research only.")
     if any(row["pruning"] != "dense" for row in table.rows):
         notes.append(MORE_STEPS)
     notes += [html.escape(line) for line in table.left_out]
@@ -96,7 +96,7 @@ def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] 
 
 
 class _Drawn:
-    """Plotly figures as HTML; the first of a page brings the library along."""
+    """Plotly figures as HTML. The first figure of a page includes the library."""
 
     def __init__(self, first: bool) -> None:
         self.first = first
@@ -126,12 +126,12 @@ _DETAILS = {"keypoints": "by keypoint", "strata": "by stratum", "errors": "kinds
 _LEGEND = (
     "By stratum: images by their number of people, people by the share of their labelled keypoints that are hidden. "
     "error_*: share of the labelled keypoints of matched people; gain_*: what the metric gains without that kind; "
-    "background: share of the predictions that match nothing; missed: share of the people that nothing matches."
+    "background: share of the predictions that match no person; missed: share of the people that no prediction matches."
 )
 
 
 def _details_html(result: Result) -> str:
-    """What the figure of one engine is made of: by keypoint and stratum, and the kinds of error."""
+    """The breakdown of one engine's figure by keypoint and stratum, and the kinds of error."""
     tables = json.loads((result.folder / "details.json").read_text())
     text = ""
     for name, table in tables.items():
@@ -205,7 +205,7 @@ th:first-child, td:first-child { text-align: left; } tr.front td { background: #
 
 
 def web_address(link: str) -> bool:
-    """Whether a link goes to the web and nowhere else: not to a script, nor to a file of this machine."""
+    """Whether a link is a web address, and not a script or a file of this machine."""
     return re.fullmatch(r"https?://[^\s\"'<>\\]{1,2000}", link) is not None
 
 
@@ -213,7 +213,7 @@ def picture(folder: Path, name: str) -> bytes:
     """A picture of an evaluation.
 
     Raises:
-        ValueError: it is no file of that folder, no JPEG, or too large.
+        ValueError: the picture is not in that folder, is no JPEG, or is too large.
     """
     file = folder / name
     if not plain(name) or file.is_symlink() or not file.is_file() or file.stat().st_size > _MOST_PICTURE:
@@ -236,7 +236,7 @@ def _pictures(result: Result) -> str:
         link = f' · <a href="{html.escape(source)}">source</a>' if web_address(source) else ""
         caption = html.escape(f"image {Path(name).stem}") + link
         figures.append(
-            f'<figure><img src="data:image/jpeg;base64,{data}" alt="found people"><figcaption>{caption}</figcaption></figure>'
+            f'<figure><img src="data:image/jpeg;base64,{data}" alt="predictions"><figcaption>{caption}</figcaption></figure>'
         )
     return f'<div class="pictures">{"".join(figures)}</div>'
 

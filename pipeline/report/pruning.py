@@ -1,4 +1,4 @@
-"""What the report shows of pruning: steps to a target, norms, sensitivity, and the control beside the retrained network."""
+"""The report's section on pruning: steps to a target, norms, sensitivity, and baselines of the retrained network."""
 
 import html
 import json
@@ -27,7 +27,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def base(pruning: str) -> str:
-    """The pruner's label without what tells a control from the retrained network."""
+    """The pruner's label without the suffix that marks a baseline."""
     return _CONTROL.sub("", pruning)
 
 
@@ -35,8 +35,8 @@ def controls(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[list[str
     """Dense, pruned, retrained and scratch side by side, for every pruning.
 
     Returns:
-        Title and rows: what it is, GMACs, the figure with its interval, its paired difference to the dense network's, and the
-        agreement with what that finds.
+        A title and rows: kind of network, GMACs, the figure with its interval, its paired difference to the dense network, and
+        the agreement with the dense network's predictions.
     """
     same = (
         "data",
@@ -76,11 +76,10 @@ def _place(row: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """The figure against MACs of what was pruned and retrained, and of the same structures from scratch.
+    """A plot of the figure against MACs, of pruned and retrained networks and of equal structures trained from scratch.
 
-    The rows may share a plot.
-    What was not retrained is a click away: its figure is often 0, and would leave the others no room. None for fewer than three
-    trained networks, the dense one among them.
+    Networks that were not retrained are hidden at first: their figure is often 0, which would squeeze the others. A click on
+    the legend shows them. The result is None for fewer than three trained networks, including the dense one.
     """
     import plotly.graph_objects as go
 
@@ -118,7 +117,7 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def heat_map(content: Mapping[str, Any]) -> Any:
-    """The error of the fields by group and ratio, as the stage "sensitivity" measured it."""
+    """A heat map of the fields' error by group and ratio, measured by the stage "sensitivity"."""
     import plotly.graph_objects as go
 
     errors = content["error"]
@@ -135,7 +134,7 @@ def heat_map(content: Mapping[str, Any]) -> Any:
         )
     )
     figure.update_layout(
-        xaxis_title="part of the group's channels masked", height=120 + 16 * len(errors), margin={"t": 20, "l": 260},
+        xaxis_title="share of the group's channels masked", height=120 + 16 * len(errors), margin={"t": 20, "l": 260},
         yaxis={"autorange": "reversed"},
     )  # fmt: skip
     return figure
@@ -146,11 +145,11 @@ def _cuts_by_norm(groups: Mapping[str, Any] | None) -> bool:
 
 
 def norm_plot(norms: Mapping[str, Any], groups: Mapping[str, Any] | None) -> Any:
-    """Channel norms before and after training, sorted in each group; with the pruner's values, what it cut.
+    """A plot of channel norms before and after training, sorted in each group. With the pruner's values it shows the cut.
 
     Args:
-        norms: "after" training and, where it was measured, "before", a list a group.
-        groups: what the pruner wrote: its values and how many channels of each group it kept; None where nothing was pruned.
+        norms: "after" training and, if measured, "before", each with a list for every group.
+        groups: the pruner's values and the number of kept channels of each group; None if nothing was pruned.
     """
     import plotly.graph_objects as go
 
@@ -175,7 +174,7 @@ def norm_plot(norms: Mapping[str, Any], groups: Mapping[str, Any] | None) -> Any
             xs += [n, n + 1, None]
             ys += [max(float(least), 1e-6)] * 2 + [None]
         figure.add_scattergl(
-            x=xs, y=ys, mode="lines", line={"color": "#d1603d", "dash": "dot"}, name="threshold: what lies below goes"
+            x=xs, y=ys, mode="lines", line={"color": "#d1603d", "dash": "dot"}, name="threshold: channels below go"
         )
     names = list(norms["after"])
     figure.update_layout(
@@ -199,8 +198,8 @@ def _steps(content: Mapping[str, Any]) -> str:
         rows.append(cells)
     made = _table(["step", "M parameters", "GMACs", "p50 ms", "metric on tune images", "agreement with dense"], rows)
     if not any({content.get("primary", "ap"), "latency_ms"} & row.keys() for row in content["steps"]):
-        made += "<p>–: not measured; that takes a target or several steps, and stages.prune.backend.</p>"
-    flatters = ", which flatters any pruner" if content["near_dead"] else ""
+        made += "<p>–: not measured. To measure it, set a target or several steps, and stages.prune.backend.</p>"
+    flatters = "; removing them makes any pruner look good" if content["near_dead"] else ""
     made += (
         f"<p>{content['near_dead']} of the dense network's {content['channels']} channels are near dead (their norm is at most "
         f"a hundredth of their group's greatest){flatters}.</p>"
@@ -214,12 +213,12 @@ def _steps(content: Mapping[str, Any]) -> str:
 
 
 def section(results: Sequence[Result], rows: Sequence[Mapping[str, Any]], plot: Any) -> str:
-    """The report's section on pruning; empty where nothing was pruned and nothing measured for it.
+    """The report's section on pruning; empty if nothing was pruned and no measurement for pruning exists.
 
     Args:
         results: all engines.
-        rows: of the table, one an engine.
-        plot: makes HTML of a plotly figure.
+        rows: rows of the table, one for each engine.
+        plot: function that makes HTML of a plotly figure.
     """
     parts, short = [], shorts(rows)
     for title, lines in controls(rows):
@@ -254,7 +253,7 @@ def section(results: Sequence[Result], rows: Sequence[Mapping[str, Any]], plot: 
         ):
             folder = result.made_of.get(stage)
             groups = _read(pruned, "groups.json") if stage == "train" else None
-            about = pruned if _cuts_by_norm(groups) else folder  # then the plot shows what this pruning cuts
+            about = pruned if _cuts_by_norm(groups) else folder  # if the pruner used the norms, the plot shows its cut
             content = _read(folder, name) or (_read(pruned, name) if stage == "train" else None)
             if content is None or about is None or (about, what) in seen:
                 continue
@@ -262,7 +261,7 @@ def section(results: Sequence[Result], rows: Sequence[Mapping[str, Any]], plot: 
             if stage == "prune":
                 shown = _steps(content)
             else:
-                sorted_by = "<p>The channels of each group, sorted by what pruner.criterion=group_l1 compares.</p>"
+                sorted_by = "<p>The channels of each group, sorted by the norm that pruner.criterion=group_l1 uses.</p>"
                 shown = plot(heat_map(content)) if stage == "sensitivity" else sorted_by + plot(norm_plot(content, groups))
             parts.append(f"<h3>{html.escape(about.name)}: {what}</h3>{shown}")
     return f"<h2>Pruning</h2>{''.join(parts)}" if parts else ""

@@ -1,4 +1,4 @@
-"""What the report shows of quantization: the images, what each step gave, the layers' precision, a calibration study."""
+"""The report's section on quantization: images, errors after each step, precision of layers, a calibration study."""
 
 import base64
 import html
@@ -13,7 +13,7 @@ from pipeline.report.collect import Result
 
 
 def sections(results: Sequence[Result]) -> str:
-    """HTML of every quantized network once."""
+    """HTML of every quantized network, each once."""
     seen: set[Path] = set()
     text = study_html(list(study(results)))
     ran: dict[Path, dict[str, list[str] | None]] = {}
@@ -40,7 +40,7 @@ def sections(results: Sequence[Result]) -> str:
 
 
 _NAMED = ("network", "pruning", "resolution", "keep_aspect_ratio_mode", "precision", "calibration")
-_MOST = 12  # networks whose quantization is shown: a study has hundreds
+_MOST = 12  # largest number of networks shown, since a study has hundreds
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -50,7 +50,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _steps(folder: Path) -> str:
-    """What each step of INT8 gave."""
+    """The error after each step of INT8."""
     file = folder / "steps.json"
     steps = json.loads(file.read_text()) if file.exists() else []
     if not steps:
@@ -61,7 +61,7 @@ def _steps(folder: Path) -> str:
 
 
 def _kept(summary: Mapping[str, Any]) -> str:
-    """Layers in float, and what was found on the way."""
+    """The layers in float, and remarks on scales and weights."""
     notes = []
     if summary.get("float_layers"):
         notes.append(f"{len(summary['float_layers'])} layers in float: {', '.join(summary['float_layers'][:12])}")
@@ -75,12 +75,12 @@ def _kept(summary: Mapping[str, Any]) -> str:
     if summary.get("zero_weight_channels"):
         notes.append(f"{summary['zero_weight_channels']} channels of weights are all 0 (scale 1)")
     if summary.get("weight_bits") == 7:
-        notes.append("weights of 7 bits: this processor has no VNNI")
+        notes.append("weights of 7 bits, because this processor has no VNNI")
     return "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
 
 
 def _not_in_int8(backends: Mapping[str, Sequence[str] | None]) -> str:
-    """What is quantized and a backend ran otherwise."""
+    """The quantized layers that a backend did not run in INT8."""
     text = ""
     for backend, names in backends.items():
         more = f" and {len(names) - _MOST} more" if names and len(names) > _MOST else ""
@@ -90,7 +90,7 @@ def _not_in_int8(backends: Mapping[str, Sequence[str] | None]) -> str:
 
 
 def _sampled(folder: Path | None) -> str:
-    """The strata and the images they were chosen from."""
+    """The pictures of the strata and of the calibration images."""
     if folder is None:
         return ""
     text = ""
@@ -102,7 +102,7 @@ def _sampled(folder: Path | None) -> str:
 
 
 def _sensitivity(folder: Path) -> str:
-    """What each unit of layers costs and gives in float, the finalists, and the precision of every layer, drawn."""
+    """Charts of each unit's cost and gain in float, the finalists, and the precision of every layer."""
     file = folder / "sensitivity.json"
     if not file.exists():
         return ""
@@ -131,17 +131,17 @@ def _sensitivity(folder: Path) -> str:
     solved = f"on {found['backend']}" + ("" if found["timed"] else " without timing")
     return (
         f"<p>Budget solved {html.escape(solved)}: {finalists[chosen]['float_units']} of {len(units)} units in float"
-        f"{'' if 'agreement' in finalists[0] else '; agreement was not used: FP32 finds no person there'}. "
+        f"{'' if 'agreement' in finalists[0] else '; agreement was not used: FP32 predicts no person there'}. "
         f"Rank correlation of the fields' error {html.escape(words) or 'not known'}.</p>"
         f'<div style="display:flex;align-items:flex-end;gap:2px;max-width:900px">{bars}</div>'
-        '<p class="note">Height: squared error of the fields that the unit takes away when it alone is in float. '
+        '<p class="note">Height: squared error of the fields that is removed if only this unit is in float. '
         "Green INT8, red float; below, every layer in order.</p>"
         f'<div style="display:flex;gap:1px;max-width:900px">{cells}</div>' + _table(["units in float", *keys[1:]], rows)
     )
 
 
 def study(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
-    """The figure and agreement by number of calibration images, sampler and algorithm, where several seeds were drawn."""
+    """The figure and agreement by number of calibration images, sampler and algorithm, if several seeds were drawn."""
     groups: dict[tuple[Any, ...], dict[int, Result]] = {}
     for result in results:
         folders = [result.made_of.get(stage) for stage in ("sample", "quantize")]
@@ -154,7 +154,7 @@ def study(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
         method = str(quantizer.get("calibration_method", result.axes["calibration"]))
         axes = ("data", "network", "pruning", "resolution", "keep_aspect_ratio_mode", "backend")
         where = tuple(str(result.axes[key]) for key in axes)
-        rest = json.dumps([sampler, quantizer, sample["config"]["images"]], sort_keys=True)  # whatever else differs stays apart
+        rest = json.dumps([sampler, quantizer, sample["config"]["images"]], sort_keys=True)  # other differences split groups
         groups.setdefault((where, kind, method, count, rest), {})[seed] = result
     for (where, kind, method, count, _), seeds in sorted(groups.items(), key=lambda item: str(item[0])):
         if len(seeds) > 1:
@@ -175,7 +175,7 @@ def study(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
 
 
 def study_html(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The study as a plot of agreement (the figure where there is none) against images, and a table."""
+    """The study as a table and a plot against the number of images, of agreement or, if it is missing, of the figure."""
     if not rows:
         return ""
     import plotly.graph_objects as go

@@ -183,7 +183,7 @@ def _options(stage: Stage, data: str | None, cache: Path) -> dict[str, Any]:
         options["data"] = data
     for key in stage.folders:
         if (folder := value_at(options, key)) is not None:
-            from pipeline.datasets.coco import Coco
+            from pipeline.datasets.coco_split import Coco
 
             where, _, name = key.rpartition(".")
             inner = value_at(options, where) if where else options

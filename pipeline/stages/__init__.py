@@ -1,1 +1,1 @@
-"""The stages: one file each, whose `run` turns inputs into a result. A stage imports no other stage."""
+"""The stages, one file each. The function `run` of a stage turns inputs into a result. A stage imports no other stage."""

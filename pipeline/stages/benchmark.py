@@ -1,4 +1,4 @@
-"""benchmark: latency of every step, memory, energy, and the precision that really ran, on this machine."""
+"""benchmark: measure the latency of every step, memory, energy, and the precision that really ran, on this machine."""
 
 import json
 import tempfile
@@ -21,7 +21,7 @@ from posepress.contracts import Decoder, Framing
 from posepress.errors import UserError
 from posepress.spec import Resolution
 
-_IMAGES = 8  # of the validation split, seen in turns
+_IMAGES = 8  # number of validation images, used in turns
 
 
 def run(
@@ -40,21 +40,21 @@ def run(
     """Time the input "engine" in turns with the exported network in FP32 (the input "reference") on the same backend.
 
     Args:
-        job: inputs hold "engine" and "reference", and "tuned" where the decoder has options to tune.
-        data: some of its validation images are framed, computed and decoded.
-        backend: runs the engines.
-        framing: how images become inputs.
-        decoder: of the engine's fields.
-        resolution: of the input.
-        batch: images at once.
-        threads: of the processor.
-        seconds: of timing at most, for both engines.
-        min_int8_share: the benchmark fails if a smaller part of the MACs runs in INT8.
-        axes: what tells this cell from others, for tables.
+        job: the job. Its inputs hold "engine" and "reference", and "tuned" if the decoder has options to tune.
+        data: the data set. Some of its validation images are framed, computed and decoded.
+        backend: backend that runs the engines.
+        framing: framing that makes images inputs.
+        decoder: decoder of the engine's fields.
+        resolution: size of the input.
+        batch: number of images at once.
+        threads: number of CPU threads.
+        seconds: longest time of timing both engines, in seconds.
+        min_int8_share: smallest share of the MACs that must run in INT8, else the benchmark fails.
+        axes: options that distinguish this cell from others, for tables.
 
     Returns:
-        Latencies in ms with intervals, the speed-up over FP32, memory in MiB, joules an image where they can be measured,
-        and what ran; only "timed": 0 for a backend whose times mean nothing.
+        Latencies in ms with intervals, the speed-up over FP32, memory in MiB, and the precisions that ran. Energy for each
+        image in J is added if it can be measured. For a backend without meaningful times, only "timed": 0.
 
     Raises:
         UserError: too little of the engine runs in INT8.
@@ -65,7 +65,7 @@ def run(
     machine = device.describe()
     summary: dict[str, Any] = {"timed": 0, "backend": backend.name}
     job.scratch.mkdir(parents=True, exist_ok=True)
-    if not framing.averaged:  # nobody runs an engine over several views of an image
+    if not framing.averaged:  # averaging several views is a research setting, so it is not timed
         with alone():
             layers = backend.audit(engine, size, job.scratch)
         (job.out / "audit.json").write_text(json.dumps(list(layers), indent=1))

@@ -1,4 +1,4 @@
-"""build: an engine from a typed network, or a given one."""
+"""build: build an engine from a typed network, or adopt a given engine."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,21 +28,21 @@ def run(
     """Build the input "network" for a resolution and batches up to `batch`.
 
     Args:
-        job: inputs hold "network" unless `plan` is given.
-        backend: builds it.
-        framing: of the images.
-        resolution: of the input.
-        batch: most images at once.
-        profiles: further shapes, "min", "opt" and "max", that the engine is tuned for as well.
-        plan: a given engine, which is taken as it is.
-        spec: its description.
-        tensors: names of its tensors where they are not those of input and fields.
+        job: the job. Its inputs hold "network" unless `plan` is given.
+        backend: backend that builds the engine.
+        framing: framing of the images.
+        resolution: size of the input.
+        batch: largest number of images at once.
+        profiles: further shapes "min", "opt" and "max" that the engine is also tuned for.
+        plan: a given engine, which is used without changes.
+        spec: description of the given engine.
+        tensors: names of the given engine's tensors, if they differ from those of the input and fields.
 
     Returns:
-        The backend that built it and the engine's size.
+        The backend that built the engine, and the engine's size.
 
     Raises:
-        UserError: the backend cannot build it, or a profile is none.
+        UserError: the backend cannot build the engine, or a profile is invalid.
     """
     if plan is not None:
         assert spec is not None

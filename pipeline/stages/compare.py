@@ -1,4 +1,4 @@
-"""compare: two engines, two sweeps or two files of COCO results, side by side on the same images."""
+"""compare: compare two engines, two sweeps or two files of COCO results on the same images."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -22,20 +22,21 @@ def run(
     name: str,
     resamples: Annotated[int, Interval(ge=1, le=10**6)],
 ) -> dict[str, Any]:
-    """Print and write the figures of both and their paired differences; the next report shows them too.
+    """Print and write the figures of both sides and their paired differences. The next report also shows them.
 
     Args:
-        job: where comparison.json goes.
-        data: the validation images that results in COCO's format are scored on.
-        metric: scores them.
-        engines: two of: an address under outputs/<name>/evaluate, or NAME/ADDRESS; a file of COCO results; or two names of
-            sweeps, of which all addresses that both have are compared.
-        outputs: where results lie.
-        name: the name that addresses without one belong to.
-        resamples: of the bootstrap, for files of results.
+        job: the job. Its folder gets comparison.json.
+        data: the data set. Results in COCO's format are scored on its validation images.
+        metric: metric that scores results in COCO's format.
+        engines: two of: an address under outputs/<name>/evaluate, NAME/ADDRESS, or a file of COCO results; or the names of two
+            sweeps, which are compared at all addresses that both have.
+        outputs: folder of the results.
+        name: sweep of addresses that do not name one.
+        resamples: number of bootstrap resamples, for files of results.
 
     Raises:
-        UserError: one is bad, or they were evaluated on different images; `comparison.check` refused other things before.
+        UserError: a side is invalid, or the two were evaluated on different images. `comparison.check` has already refused
+            other mistakes.
     """
     root = Path(outputs)
     sweeps = [root / entry / "evaluate" for entry in engines]

@@ -1,4 +1,4 @@
-"""doctor: what this machine has, what of Posepress runs on it, and what to install for the rest."""
+"""doctor: find out what this machine has, which parts of Posepress run on it, and what to install for the rest."""
 
 import importlib.metadata
 import importlib.util
@@ -18,18 +18,18 @@ from evaluation import device
 from pipeline.results.job import Job
 from posepress.errors import UserError
 
-_LEAST_DISK, _LEAST_MEMORY = 10, 8  # GiB
-_TOO_OLD = ("TX2", "Nano Developer Kit", "TX1")  # whose last TensorRT is 8.2; an Orin Nano is another machine
+_LEAST_DISK, _LEAST_MEMORY = 10, 8  # recommended free disk space and memory, in GiB
+_TOO_OLD = ("TX2", "Nano Developer Kit", "TX1")  # TensorRT ends with 8.2 on these boards; an Orin Nano is not one of them
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked for, what is there, and what to do about it.
+    """The result of one check, and the remedy.
 
     Attributes:
-        what: was looked for.
-        found: is there.
-        remedy: a command or a sentence; empty where all is well.
+        what: the part that was checked.
+        found: the state that was found.
+        remedy: a command or a sentence; empty if nothing is wrong.
     """
 
     what: str
@@ -38,13 +38,13 @@ class Finding:
 
 
 def run(job: Job, outputs: str, system: str, asked: str) -> dict[str, Any]:  # noqa: ARG001 - `asked` makes each run a new one
-    """Look at the machine, print a table and write doctor.json.
+    """Check the machine, print a table and write doctor.json.
 
     Args:
-        job: where doctor.json goes.
-        outputs: the folder of results, for its disk.
+        job: the job. Its folder gets doctor.json.
+        outputs: folder of the results. The free space of its disk is checked.
         system: root of the file system.
-        asked: when.
+        asked: time of the request, which makes each run a new one.
     """
     findings = [*_computer(Path(outputs), Path(system)), *_packages(), *_gpu(Path(system)), *_tensorrt(Path(system))]
     table = Table("what", "found", "what to do")
@@ -63,13 +63,13 @@ def _computer(outputs: Path, root: Path) -> Iterator[Finding]:
     isa = machine["isa"]
     fast = any(name in isa for name in ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"))
     slow = "this processor has no VNNI: INT8 is slower, and weights get 7 bits, which costs some AP (precision.reduce_range)"
-    yield Finding("instructions", ", ".join(isa) or "none that matter", "" if fast else slow)
+    yield Finding("instructions", ", ".join(isa) or "no relevant ones", "" if fast else slow)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     little = f"less than {_LEAST_MEMORY} GiB: keep batch=1 and stages.train.training.workers low"
     yield Finding("memory", f"{memory:.0f} GiB", "" if memory > _LEAST_MEMORY else little)
     there = next(folder for folder in (outputs.resolve(), *outputs.resolve().parents) if folder.exists())
     free = shutil.disk_usage(there).free / 2**30
-    yield Finding("disk", f"{free:.0f} GiB free for {outputs}", "" if free > _LEAST_DISK else "free some, or set outputs=")
+    yield Finding("disk", f"{free:.0f} GiB free for {outputs}", "" if free > _LEAST_DISK else "free some, or set outputs=DIR")
 
 
 def _packages() -> Iterator[Finding]:
@@ -98,7 +98,7 @@ def _gpu(root: Path) -> Iterator[Finding]:
     try:
         memory = DeviceMemory()
         gpu = memory.gpu
-        memory.activate()  # whether it answers
+        memory.activate()  # raises an error if the GPU does not answer
         yield Finding("GPU", f"{gpu['name']}, SM {gpu['sm']}")
     except (UserError, RuntimeError) as error:
         yield Finding("GPU", "does not answer", str(error))

@@ -1,4 +1,4 @@
-"""evaluate: what an engine finds on the validation images, and how far it agrees with FP32 on images without labels."""
+"""evaluate: score an engine's predictions on the validation images, and its agreement with FP32 on unlabelled images."""
 
 import json
 import re
@@ -12,14 +12,13 @@ from annotated_types import Ge, Interval
 
 from evaluation.contracts import Metric
 from evaluation.statistics import bootstrap
-from pipeline.contracts import Backend, Splits
+from pipeline.contracts import Backend, Split, Splits
 from pipeline.decoder_options import decoder_options
 from pipeline.predictions import resumed
 from pipeline.progress import say
 from pipeline.results.job import Job
 from pipeline.results.manifest import read_manifest
 from posepress.contracts import Decoder, Framing
-from posepress.decoders.averaged import AveragedFields
 from posepress.errors import UserError
 from posepress.predict import Watch, predict
 from posepress.results import load_results
@@ -43,39 +42,39 @@ def run(
     """Evaluate the input "engine".
 
     Args:
-        job: inputs hold "engine", and "tuned" where the decoder has options to tune.
-        data: its validation images are used, and its agreement images where there are some.
-        backend: runs the engine.
-        framing: how images become inputs.
-        decoder: made with the network's description and the tuned options.
-        metric: made with the labels of the data and of the network.
-        agreement: made with the network's labels, its truth is what FP32 found; None measures no agreement.
-        resolution: of the input.
-        batch: images at once.
-        axes: what tells this cell from others, for tables.
-        pictures: how many images to draw.
-        resamples: of the bootstrap.
+        job: the job. Its inputs hold "engine", and "tuned" if the decoder has options to tune.
+        data: the data set. Its validation images are used, and its agreement images if there are any.
+        backend: backend that runs the engine.
+        framing: framing that makes images inputs.
+        decoder: function that makes the decoder from the network's description and the tuned options.
+        metric: function that makes the metric from the labels of the data and of the network.
+        agreement: metric that uses the FP32 network's predictions as ground truth. None: agreement is not measured.
+        resolution: size of the input.
+        batch: number of images at once.
+        axes: options that distinguish this cell from others, for tables.
+        pictures: number of images to draw.
+        resamples: number of bootstrap resamples.
 
     Returns:
-        The figures, the primary one's interval, the same of the decoder's variants and of the agreement, the number of images,
-        and the backend that ran.
+        The figures of the metric, of the decoder's variants and of the agreement, with intervals of the primary ones. The
+        number of images and the backend that ran are added.
     """
     built = read_manifest(job.inputs["engine"])
     assert built is not None
     tuned = job.inputs.get("tuned")
     options = decoder_options(tuned, decoder)
-    images: Any = data.open("validation")
+    images = data.open("validation")
     size, watch = Resolution.parse(resolution), Watch()
     (job.out / "pictures").mkdir()
     shown_at = {round(n * (len(images) - 1) / max(pictures - 1, 1)) for n in range(min(pictures, len(images)))}
     captions = {}
     with backend.load(job.inputs["engine"] / built["summary"]["engine"]) as runner:
         try:
-            decode: Any = decoder(runner.spec, **options)
+            decode = decoder(runner.spec, **options)
             measures = {"": metric(labels=images.labels, found_labels=runner.spec.labels)}
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
-        read = AveragedFields(decode, runner.spec) if framing.averaged else decode
+        read = framing.reader(decode, runner.spec)
 
         def results(split: str) -> Iterator[tuple[int, Any, Any]]:
             part = data.open(split)
@@ -87,14 +86,14 @@ def run(
 
         for place, sample, found in results("validation"):
             measures[""].process(sample.id, sample.truth, found)
-            for name, variant in decode.variants(found).items():
+            for name, variant in decode.readings(found).items():
                 if name not in measures:
                     measures[name] = metric(labels=images.labels, found_labels=runner.spec.labels)
                 measures[name].process(sample.id, sample.truth, variant)
             if place in shown_at:
                 picture = read.draw(sample.read(), found)
                 jpeg = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
-                name, source = f"{place + 1:06d}.jpg", str(images.records[place].get("flickr_url", ""))
+                name, source = f"{place + 1:06d}.jpg", images.images[place].credit
                 (job.out / "pictures" / name).write_bytes(jpeg.tobytes())
                 captions[name] = source if re.fullmatch(r"https?://[^\s\"'<>\\]{1,2000}", source) else ""
         if agreement is not None and tuned is not None and (tuned / "reference.npz").exists():
@@ -111,7 +110,7 @@ def run(
         "primary": measures[""].info.primary,
         "metric": asdict(measures[""].info),
         "images": len(images),
-        "category": str(images.truth.category),
+        "category": images.subject,
         "backend": backend.name,
         "data_digest": data.digest(["validation"]),
         "doubts": doubts,
@@ -123,26 +122,19 @@ def run(
     return summary
 
 
-def _figures(job: Job, measures: Mapping[str, Metric[Any, Any]], resamples: int, images: Any) -> dict[str, Any]:
-    """The figures of every measure, with the primary one's interval; draws and predictions are written."""
-    ids, category = {str(record["id"]): record["id"] for record in images.records}, images.truth.category.id
+def _figures(job: Job, measures: Mapping[str, Metric[Any, Any]], resamples: int, images: Split[Any]) -> dict[str, Any]:
+    """The figures of every metric, with the interval of the primary one. Bootstrap samples and predictions are written."""
     summary: dict[str, Any] = {}
-
-    def identified(image: str) -> dict[str, Any]:
-        return {"image_id": ids.get(str(image), image), "category_id": 1 if category is None else category}
-
     for name, measure in measures.items():
         draws = bootstrap(measure.matches(), resamples)
         draws.save(job.out / f"draws{name and '.'}{name}.npz")
-        (job.out / f"predictions{name and '.'}{name}.json").write_text(
-            "[" + ",\n".join(json.dumps({**r, **identified(r["image_id"])}) for r in measure.results()) + "]"
-        )
+        measure.write(job.out / f"predictions{name and '.'}{name}.json", images.named)
         figures = {
             **measure.evaluate(),
             f"{measure.info.primary}_lo": draws.interval.low,
             f"{measure.info.primary}_hi": draws.interval.high,
         }
-        kept = "" if name else measure.info.primary  # which every reader of a summary expects
+        kept = "" if name else measure.info.primary  # every reader of a summary expects the primary figure
         measured = {key: value for key, value in figures.items() if value != measure.info.nothing or key == kept}
         summary |= {f"{name}_{key}" if name else key: value for key, value in {**measured, **measure.counts()}.items()}
     return summary

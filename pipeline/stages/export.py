@@ -1,4 +1,4 @@
-"""export: ONNX, simplified, described, and compared with its source."""
+"""export: write an ONNX file, simplify and describe it, and compare it with its source."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,16 +40,16 @@ def run(
     """Export the input "network", or adopt a given ONNX file.
 
     Args:
-        job: inputs hold "network" unless `onnx` is given.
-        onnx: a given file.
-        spec: its description.
-        outputs: its output of a field whose name is another.
-        data: a few train images are compared on.
-        framing: how they are framed.
-        resolution: of the comparison; a file of one size is compared at its own.
-        opset: of the file.
-        simplify_seconds: time limit of each simplifier.
-        tolerance: greatest difference, as a part of a field's greatest value.
+        job: the job. Its inputs hold "network" unless `onnx` is given.
+        onnx: a given ONNX file.
+        spec: description of the given file.
+        outputs: the given file's output for each field that has another name there.
+        data: the data set. The comparison uses a few of its train images.
+        framing: framing of these images.
+        resolution: size of the comparison. A file with a fixed input size is compared at that size.
+        opset: opset version of the file.
+        simplify_seconds: time limit of each simplifier, in seconds.
+        tolerance: largest accepted difference, relative to a field's greatest value.
 
     Returns:
         The largest difference, the shapes compared, the simplifier, parameters and MACs.
@@ -85,7 +85,7 @@ def run(
         counted["sparse24_layers"] = len(sparse_layers(graph))
         if counted["sparse24_layers"] < len(sparse):
             raise UserError(
-                f"{MODEL}: {counted['sparse24_layers']} convolutions are 2:4 sparse, and {len(sparse)} should be; prune again"
+                f"{MODEL}: {counted['sparse24_layers']} convolutions are 2:4 sparse, but {len(sparse)} should be; prune again"
             )
     if not counted:
         counted["params"] = int(sum(np.prod(i.dims) for i in graph.initializer if len(i.dims) > 1))
@@ -94,7 +94,10 @@ def run(
 
 
 def _inputs(data: Splits, framing: Framing, spec: NetworkSpec, size: Resolution) -> list[NDArray[np.float32]]:
-    """Real images at the resolution, one multiple larger (odd where that is even) and smaller, and as a batch of two."""
+    """Real images at the resolution and, if axes are free, at two other resolutions and as a batch of two.
+
+    The first has one multiple more in both sides. The second has one multiple less in height and three more in width.
+    """
     step = spec.input.multiple
     sizes = [size]
     if {"height", "width"} <= spec.dynamic:

@@ -1,4 +1,4 @@
-"""import: results of a package, verified, beside those of this machine: in the next report, and in MLflow."""
+"""import: verify the results of a package, and add them to those of this machine for the next report and MLflow."""
 
 import shutil
 from collections.abc import Mapping
@@ -16,22 +16,22 @@ from posepress.errors import UserError
 
 
 def run(job: Job, results: str | None, outputs: str, name: str) -> dict[str, Any]:
-    """Take in results.zip.
+    """Import results.zip.
 
     Args:
-        job: its folder takes what the package says of itself.
-        results: the file.
-        outputs: where results lie.
-        name: that they belong to.
+        job: the job. Its folder gets the package's description of itself.
+        results: the file results.zip of a package.
+        outputs: folder of the results.
+        name: name of the sweep that the results belong to.
 
     Returns:
         The device, and for the tracker each cell with its axes, figures and stages.
 
     Raises:
-        UserError: no file is given, it is not whole, or it would replace what was made here.
+        UserError: no file is given, the file is damaged, or it would replace results of this machine.
     """
     if results is None:
-        raise UserError("results has no value, and stage=import needs it; give it as results=results.zip")
+        raise UserError("results has no value, but stage=import needs it; give it as results=results.zip")
     there, file = Results(Path(outputs), name, "import"), Path(results)
     try:
         brought = results_zip.unpack(file, there, job.scratch / "unpacked")
@@ -53,7 +53,7 @@ def run(job: Job, results: str | None, outputs: str, name: str) -> dict[str, Any
 
 
 def _cell(evaluated: Mapping[str, Any], brought: results_zip.Brought) -> dict[str, Any]:
-    """What the tracker logs of an evaluated engine."""
+    """The tracker's entry on an evaluated engine."""
     engine = evaluated["inputs"]["engine"]
     of = [m for m in brought.manifests.values() if m["inputs"].get("engine") == engine]
     figures = {key: value for manifest in of for key, value in manifest["summary"].items()}

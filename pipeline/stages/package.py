@@ -1,4 +1,4 @@
-"""package: a folder that builds, evaluates, times and audits an engine on a device without torch."""
+"""package: write a folder that can build, evaluate, time and audit an engine on a device without torch."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,18 +24,18 @@ def run(
     name: str,
     as_here: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Package the input "network" with what it is evaluated by.
+    """Package the input "network" with the images and code for its evaluation.
 
     Args:
-        job: inputs hold "network", and "reference" and "tuned" where there are such.
-        data: its validation and agreement images go along.
-        target: the backend of the device.
-        outputs: where results lie.
-        name: that they belong to.
-        as_here: options that follow from this machine, and must not follow from the device.
+        job: the job. Its inputs hold "network", and "reference" and "tuned" if they exist.
+        data: the data set. Its validation and agreement images are included.
+        target: backend of the device.
+        outputs: folder of the results.
+        name: name of the sweep that the results belong to.
+        as_here: options with defaults from this machine, which the package fixes so that the device does not change them.
 
     Returns:
-        The images and the size.
+        The numbers of images, and the size.
     """
     images = pack(data, job.out / "data")
     kept = [word for word in job.overrides if word.lstrip("+~").partition("=")[0].partition(".")[0] not in _ELSEWHERE]
@@ -45,7 +45,7 @@ def run(
     config = command_line.compose(words, job.config_dir)
     for option, value in as_here.items():
         OmegaConf.update(config, option, value, force_add=True)
-    OmegaConf.update(config, "precision.about.measured_on", None, force_add=True)  # nothing is quantized there
+    OmegaConf.update(config, "precision.about.measured_on", None, force_add=True)  # the device quantizes nothing
     about = {"backend": target, "options": words}
     write_package(job.out, Path(outputs) / name, list(job.inputs.values()), config, about)
     size = bytes_of(job.out) / 2**20

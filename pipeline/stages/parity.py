@@ -1,4 +1,4 @@
-"""parity: torch, ONNX Runtime and the engine on the same images, tensor by tensor, and the first layer that differs."""
+"""parity: compare torch, ONNX Runtime and the engine on the same images, tensor by tensor, and find the first difference."""
 
 import json
 import tempfile
@@ -41,16 +41,17 @@ def run(
     """Compare the input "engine" with the typed file it was built from (in "network"), and that with FP32 ("reference").
 
     Args:
-        job: inputs hold "engine", "network", "reference" and perhaps "checkpoint".
-        data: its first validation images are computed.
-        backend: runs the engine, and engines of parts of the network when they differ.
-        framing: how images become inputs.
-        resolution: of the input.
-        images: how many.
-        tolerance: greatest relative RMS of a tensor that is taken for the same.
+        job: the job. Its inputs hold "engine", "network", "reference" and possibly "checkpoint".
+        data: the data set. Its first validation images are used.
+        backend: backend that runs the engine and, after a difference, engines of parts of the network.
+        framing: framing that makes images inputs.
+        resolution: size of the input.
+        images: number of images.
+        tolerance: largest relative RMS difference of tensors that count as equal.
 
     Returns:
-        The greatest relative RMS between neighbours of the chain, and the first tensor in which engine and file differ.
+        The greatest relative RMS difference between neighbours of the chain, and the first tensor in which engine and file
+        differ.
     """
     built = read_manifest(job.inputs["engine"])
     assert built is not None
@@ -93,7 +94,7 @@ def run(
             parted = first_apart(tensors_of(typed, worst["tensor"]), apart)
             node = Graph(typed).producer.get(parted or "")
             where = f"first in '{parted}', of {node and node.name} ({node and node.op_type})"
-            where = where if parted else f"in {worst['tensor']}, but no part of the network does it when it is built alone"
+            where = where if parted else f"in {worst['tensor']}, but no part of the network differs when it is built alone"
     most = [max(row["relative"] for row in rows if row["other"] == other) for _, other in links]
     summary = dict(zip(("relative_export", "relative_precision", "relative_engine"), most, strict=True))
     found = {"first_apart": parted, "where": where, "images": len(frames)}
@@ -103,16 +104,16 @@ def run(
 
 
 def _undivided(folder: Path) -> str:
-    """Why parts of a network do not compute as the whole does; empty where they do."""
+    """The reason for which parts of a network would not compute like the whole; empty if they do."""
     files = ModelFiles.in_folder(folder)
     if files.calibration is not None:
-        return "TensorRT calibrated the whole engine, and would calibrate a part anew"
+        return "TensorRT calibrated the whole engine, and would calibrate each part again"
     narrow = any(t.data_type == TensorProto.BFLOAT16 for t in onnx.load(files.onnx["tensorrt"]).graph.initializer)
     return "ONNX Runtime has no bfloat16 to compare parts with" if narrow else ""
 
 
 def _typed(folder: Path, for_onnxruntime: bool) -> onnx.ModelProto:
-    """The file that says what an engine computes; of bfloat16, for which ONNX Runtime has no kernels, its simulation."""
+    """The file that defines the computation of an engine. For bfloat16, which ONNX Runtime lacks, it is a simulation."""
     files = ModelFiles.in_folder(folder).onnx
     typed = onnx.load(files["tensorrt"])
     narrow = any(tensor.data_type == TensorProto.BFLOAT16 for tensor in typed.graph.initializer)
@@ -122,7 +123,7 @@ def _typed(folder: Path, for_onnxruntime: bool) -> onnx.ModelProto:
 def _as_written(
     model: onnx.ModelProto, names: Sequence[str], frames: Sequence[NDArray[np.uint8]], spec: NetworkSpec
 ) -> Iterator[Mapping[str, NDArray[Any]]]:
-    """Tensors as the file says, node by node without any optimisation."""
+    """The tensors of a file, computed node by node without any optimisation."""
     inputs = (normalise(frame, spec.input) for frame in frames)
     for made in computed_over(model, names, inputs, optimise=False):
         yield {name: np.array(values) for name, values in made.items()}

@@ -1,4 +1,4 @@
-"""prune: remove channels from a trained network, by ratio or down to a target, and write down what each step gave."""
+"""prune: remove channels from a trained network, by ratio or down to a target, and record the result of each step."""
 
 import json
 from collections.abc import Mapping
@@ -22,6 +22,7 @@ from pipeline.results.job import Job
 from pipeline.training.augment import NONE, Augmentation
 from pipeline.training.distillation import Distillation, splits
 from pipeline.training.loop import Training, train
+from pipeline.training.shard import Material
 from pipeline.training.views import Views
 from posepress.contracts import Framing
 from posepress.errors import UserError
@@ -40,6 +41,7 @@ def run(
     training_resolution: str,
     resolution: str,
     seed: Annotated[int, Interval(ge=0, lt=2**32)],
+    bases: Framing,
     augment: Augmentation,
     training: Training,
     distillation: Distillation | None,
@@ -47,20 +49,21 @@ def run(
     """Prune the input "network"; write it, steps.json and groups.json.
 
     Args:
-        job: inputs hold "network", and "sensitivity" where it sets the ratios.
-        pruner: what goes.
-        data: its tune images measure the steps, its train images train between them.
-        backend: measures latency, and runs what is measured on tune images; None measures parameters and MACs alone.
-        framing: of the measured engines.
+        job: the job. Its inputs hold "network", and "sensitivity" if that sets the ratios.
+        pruner: pruner that chooses the channels.
+        data: the data set. The steps are measured on its tune images and trained on its train images.
+        backend: backend that measures latency and metrics. None: only parameters and MACs are measured.
+        framing: framing of the measured engines.
         judged_by: "decoder", "metric", "agreement" and "threads" of the measurement.
-        probe_images: most tune images that a step is measured on.
-        objective: of the short trainings and the criterion "taylor".
-        training_resolution: of the short trainings.
-        resolution: of latency and MACs.
-        seed: of the short trainings.
-        augment: of their views.
-        training: between two steps.
-        distillation: likewise, from the dense network.
+        probe_images: largest number of tune images for measuring a step.
+        objective: objective of the short trainings and of the criterion "taylor".
+        training_resolution: size of the views in the short trainings.
+        resolution: input size for latency and MACs.
+        seed: seed of the short trainings.
+        bases: framing whose base views are augmented.
+        augment: augmentation of the short trainings' views.
+        training: options of the short training between two steps.
+        distillation: options of distillation from the dense network between two steps.
 
     Returns:
         Parameters and MACs before and after, and the multiply-accumulates of the short trainings ("train_macs").
@@ -77,15 +80,17 @@ def run(
         teacher = store.load(job.inputs["network"])[0] if distillation is not None else None
         seen = Resolution.parse(training_resolution)
 
-        def gates(net: nn.Module) -> dict[nn.Module, Tensor]:
+        def material() -> Material:
             assert objective is not None
-            views = Views.of(data, ["train"], objective, net, seen, augment, seed, job.cache)
+            return Material(data, objective, bases, seen, augment, job.cache)
+
+        def gates(net: nn.Module) -> dict[nn.Module, Tensor]:
+            views = Views.of(material(), ["train"], net, seed)
             return taylor_gates(net, replace(views, augment=NONE))
 
         def retrain(net: nn.Module, step: int) -> None:
             nonlocal spent
-            assert objective is not None
-            taught = Views.of(data, splits(data, distillation), objective, net, seen, augment, seed + step, job.cache)
+            taught = Views.of(material(), splits(data, distillation), net, seed + step)
             checkpoint = job.scratch / f"step{step}.ckpt"
             done = train(net, taught, training, checkpoint, teacher, distillation)
             spent += done["train_macs"]

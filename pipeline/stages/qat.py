@@ -17,6 +17,7 @@ from pipeline.results.job import Job
 from pipeline.training.augment import Augmentation
 from pipeline.training.fake_quantization import FakeQuantized
 from pipeline.training.loop import Training, train
+from pipeline.training.shard import Material
 from pipeline.training.views import Views
 from posepress.contracts import Framing
 from posepress.errors import UserError
@@ -32,28 +33,30 @@ def run(
     resolution: str,
     image_dir: str | None,
     seed: Annotated[int, Interval(ge=0, lt=2**32)],
+    bases: Framing,
     augment: Augmentation,
     training: Training,
 ) -> dict[str, Any]:
     """Calibrate the input "network", then train it with its scales fixed; write model.onnx and scales.json.
 
     Args:
-        job: inputs hold "network" and "calibration".
-        data: its train images are used.
-        quantizer: finds the scales.
-        objective: what is learnt; None where the family has none.
-        framing: of calibration images.
-        resolution: of calibration and training.
-        image_dir: the folder that the calibration images were sampled from.
-        seed: of the order and the views.
-        augment: how views are drawn.
-        training: how long and how fast.
+        job: the job. Its inputs hold "network" and "calibration".
+        data: the data set. Its train images are used.
+        quantizer: quantizer that finds the scales.
+        objective: training objective; None if the family has none.
+        framing: framing of the calibration images.
+        resolution: input size of calibration and training.
+        image_dir: folder that the calibration images were sampled from.
+        seed: seed of the order and the views.
+        bases: framing whose base views are augmented.
+        augment: augmentation of the views.
+        training: options of the training.
 
     Returns:
-        Losses, and what the calibration says of itself.
+        The losses, and the calibration's entry for the manifest.
 
     Raises:
-        UserError: the family has no objective, or as calibration and training raise it.
+        UserError: the family has no objective, or calibration or training fails.
     """
     if objective is None:
         raise UserError("precision=int8_qat: this family's networks are not trained here; choose precision=int8 or mixed")
@@ -63,9 +66,9 @@ def run(
     chosen = job.inputs["calibration"] / "calibration.json"
     feed = calibration_feed(chosen, data, image_dir, framing, spec.input, size, job.cache)
     quantizer = replace(quantizer, _where="precision.trained_with")
-    calibrated = quantizer.calibrate(exported, feed).as_in("tensorrt")  # whose rounding is that of the training
+    calibrated = quantizer.calibrate(exported, feed).as_in("tensorrt")  # the training rounds like TensorRT's variant
     network = FakeQuantized(calibrated.model, calibrated.placement, calibrated.scales["tensorrt"])
-    views = Views.of(data, ["train"], objective, network, size, augment, seed, job.cache)
+    views = Views.of(Material(data, objective, bases, size, augment, job.cache), ["train"], network, seed)
     network.sparse24 = network.sparse_constants()  # type: ignore[assignment]
     losses = train(network, views, training, job.scratch / "state.ckpt")
     del losses["curve"], losses["train_macs"]

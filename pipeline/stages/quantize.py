@@ -35,19 +35,19 @@ def run(
     """Quantize the input "network" with the images of the input "calibration", if there is one.
 
     Args:
-        job: inputs hold "network", and "calibration" and "tuned" where the precision needs them.
-        data: calibration images are of it, unless they are of `image_dir`; candidates are measured on its tune images.
-        framing: of the engines.
-        resolution: of the input.
-        quantizer: writes the files.
-        backend: measures candidates; None measures nothing.
-        judged_by: "decoder", "metric" and "agreement" of candidates, and "threads" when they are timed; None measures fields
-            alone.
-        probe_images: most tune images that candidates are measured on.
-        image_dir: the folder that the calibration images were sampled from.
+        job: the job. Its inputs hold "network", and "calibration" and "tuned" if the precision needs them.
+        data: the data set. Calibration images come from it or from `image_dir`; candidates are measured on its tune images.
+        framing: framing of the engines.
+        resolution: size of the input.
+        quantizer: quantizer that writes the files.
+        backend: backend that measures candidates. None: nothing is measured.
+        judged_by: "decoder", "metric" and "agreement" for measuring candidates, and "threads" for timing them. None: only the
+            errors of the fields are measured.
+        probe_images: largest number of tune images for measuring candidates.
+        image_dir: folder that the calibration images were sampled from.
 
     Raises:
-        UserError: a calibration image is gone or changed, or the quantizer's options do not fit.
+        UserError: a calibration image is missing or changed, or the quantizer's options do not fit.
     """
     model = job.inputs["network"] / "model.onnx"
     spec, size = read_spec(model), Resolution.parse(resolution)
@@ -60,7 +60,7 @@ def run(
         tuned = job.inputs.get("tuned")
         options = json.loads((tuned / "decoder.json").read_text())["options"] if tuned else {}
         judge = {"decoder": None, "metric": None, "agreement": None, "threads": 0, **(judged_by or {})}
-        if not getattr(quantizer, "judged", False):  # its candidates are compared by their fields, and timed
+        if not getattr(quantizer, "judged", False):  # such a quantizer compares candidates only by fields and time
             judge = {**judge, "decoder": None, "metric": None, "agreement": None}
         decode = judge["decoder"](spec, **options) if judge["decoder"] else None
         probe = Probe(
@@ -82,16 +82,16 @@ def run(
         raise UserError(str(error)) from error
     for note in _notes(report):
         say(note)
-    report.pop("scales_from", None)  # a path, so not for the manifest
+    report.pop("scales_from", None)  # a path does not belong in the manifest
     return {**report, "macs": sum(macs(onnx.load(model), size, read_spec(model).input).values())}
 
 
 def _notes(report: Mapping[str, Any]) -> Iterator[str]:
-    """What was left out, and what was asked for and not reached, a line each."""
+    """Notes on parts that were left out and limits that were not reached, one line each."""
     if source := report.get("scales_from"):
         yield f"scales from {source}"
     if reason := report.get("half_pass_left_out"):
-        yield f"FP16 by the ranges of the calibration images alone, without the pass in torch: {reason}"
+        yield f"FP16 was decided only by the ranges of the calibration images, without the pass in torch: {reason}"
     if left_out := report.get("equalization_left_out"):
         causes = Counter(re.sub(r" '.*", "", words.partition(", ")[2]) for words in left_out.values())
         listed = ", ".join(f"{count} {cause}" for cause, count in causes.most_common(3))

@@ -1,4 +1,4 @@
-"""report: all cells in one page, one table and one card."""
+"""report: write all cells into one page, one table and one model card."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from pipeline.results.job import Job
 from pipeline.results.manifest import SHOWN
 from posepress.errors import UserError
 
-_WIDTH = 100  # columns of what is printed into a pipe
+_WIDTH = 100  # number of text columns if the output is a pipe
 
 
 def run(job: Job, name: str) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def run(job: Job, name: str) -> dict[str, Any]:
 
 
 def _print(table: report.Table, name: str, file: Path) -> None:
-    """Print the table and what to ship, and keep the text for the runs that find this report fresh."""
+    """Print the table and the recommendation, and keep this text for later runs that find the report fresh."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape

@@ -10,8 +10,8 @@ from annotated_types import MinLen
 
 from calib_samplers.stratified import UNKNOWN, CalibrationSet
 from pipeline.calibration.pictures import contact_sheet, strata_chart
-from pipeline.contracts import Sampler, Splits
-from pipeline.datasets.coco import Coco
+from pipeline.contracts import Sampler, Split, Splits
+from pipeline.datasets.coco_split import Coco
 from pipeline.results.job import Job
 from posepress.contracts import Framing
 from posepress.errors import UserError
@@ -32,23 +32,23 @@ def run(
     """Choose images by the sampler and write calibration.json, a picture of the strata and a contact sheet.
 
     Args:
-        job: inputs hold "network" where the sampler looks at its activations.
+        job: the job. Its inputs hold "network" if the sampler uses the network's activations.
         data: the data set.
-        sampler: chooses.
+        sampler: sampler that chooses the images.
         images: splits to choose from: train, unlabelled.
-        image_dir: a folder of images to choose from instead; nothing in it needs labels.
-        framing: of images for the network, where it is looked at.
-        resolution: likewise.
+        image_dir: folder of images to choose from instead of the splits. It needs no labels.
+        framing: framing of images for the network's activations.
+        resolution: input size for the network's activations.
 
     Raises:
-        UserError: too few images are eligible, or one of them is in the validation set, by id or by content.
+        UserError: too few images are eligible, or a chosen image is in the validation set, by its id or content.
     """
     if image_dir is not None:
-        parts: dict[str, Any] = {"image_dir": Coco.folder(image_dir)}
+        parts: dict[str, Split[Any]] = {"image_dir": Coco.folder(image_dir)}
     else:
         wrong = [split for split in images if split not in ("train", "unlabelled")]
         if isinstance(images, str) or wrong or not images:
-            raise UserError(f"sampler.images={images}: choose [train], [unlabelled] or both; others are for measuring")
+            raise UserError(f"sampler.images={images}: choose [train], [unlabelled] or both; other splits are for measuring")
         parts = {split: data.open(split) for split in images}
     tables = [part.table() for part in parts.values()]
     table = {name: np.concatenate([one[name] for one in tables]) for name in tables[0]}
@@ -82,21 +82,21 @@ def run(
 
 
 def _refuse_leaks(job: Job, data: Splits, listed: Sequence[dict[str, str]]) -> None:
-    """Make sure that no validation image is among the chosen.
+    """Check that no chosen image is a validation image.
 
     Raises:
-        UserError: one is.
+        UserError: a chosen image is a validation image.
     """
-    validation: Any = data.open("validation")
-    ids = {str(record["id"]) for record in validation.records}
+    validation = data.open("validation")
+    ids = {record.id for record in validation.images}
     digests = {digest: name for name, digest in validation.contents(job.cache).items()}
     for image in listed:
-        if image["split"] != "image_dir" and image["id"] in ids:  # files of a folder have no ids, but names
+        if image["split"] != "image_dir" and image["id"] in ids:  # files of a folder have names instead of ids
             raise UserError(
-                f"calibration image {image['file_name']} has the id {image['id']} of a validation image; mend the splits"
+                f"calibration image {image['file_name']} has the id {image['id']} of a validation image; correct data.splits"
             )
         if image["sha256"] in digests:
             twin = digests[image["sha256"]]
             raise UserError(
-                f"calibration image {image['file_name']} has the content of the validation image {twin}; mend the splits"
+                f"calibration image {image['file_name']} has the content of the validation image {twin}; correct data.splits"
             )

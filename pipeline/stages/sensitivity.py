@@ -1,4 +1,4 @@
-"""sensitivity: what pruning each channel group alone does to the fields and the loss."""
+"""sensitivity: measure the effect of pruning each channel group alone on the fields and the loss."""
 
 import json
 from dataclasses import replace
@@ -17,7 +17,9 @@ from pipeline.pruning.plan import nothing_to_prune
 from pipeline.pruning.sensitivity import curves
 from pipeline.results.job import Job
 from pipeline.training.augment import NONE, Augmentation
+from pipeline.training.shard import Material
 from pipeline.training.views import Views
+from posepress.contracts import Framing
 from posepress.errors import UserError
 from posepress.spec import Resolution
 
@@ -29,27 +31,29 @@ def run(
     data: Splits,
     objective: Objective[Any] | None,
     resolution: str,
+    bases: Framing,
     augment: Augmentation,
     criterion: Literal["l1", "l2", "bn_scale", "taylor", "group_l1"],
     normalizer: Literal["max", "L2"] | None,
     equalization_criterion: Literal["union", "intersection", "arithmetic_mean", "geometric_mean"],
     images: Annotated[int, Interval(ge=1, le=10**6)],
 ) -> dict[str, Any]:
-    """Measure the groups of the input "network" on tune images; write curves.json.
+    """Measure the groups of the input "network" on tune images, and write curves.json.
 
     Args:
-        job: inputs hold "network".
-        data: its tune images are used, and some train images for the criterion "taylor".
-        objective: the loss.
-        resolution: of the views.
-        augment: of training; nothing is augmented here, but its shard of the train images serves "taylor" too.
-        criterion: which channels of a group are masked first.
-        normalizer: of the criterion, as the pruner's.
-        equalization_criterion: likewise.
-        images: at most so many.
+        job: the job. Its inputs hold "network".
+        data: the data set. Its tune images are used, and some train images for the criterion "taylor".
+        objective: objective that defines the loss.
+        resolution: size of the views.
+        bases: framing whose base views are augmented.
+        augment: augmentation of training. Nothing is augmented here, but "taylor" uses training's shard of the train images.
+        criterion: importance criterion, which decides the channels of a group that are masked first.
+        normalizer: normalizer of the criterion, as for the pruner.
+        equalization_criterion: how to combine the norms of tied layers, as for the pruner.
+        images: largest number of images.
 
     Returns:
-        How many groups and images, and the group that bears least.
+        The numbers of groups and images, and the most sensitive group.
 
     Raises:
         UserError: the family has no objective, or there are no tune images.
@@ -60,12 +64,13 @@ def run(
     size, surveyed = Resolution.parse(resolution), survey(network)
     if not (found := surveyed.groups):
         raise UserError(nothing_to_prune(surveyed))
+    material = Material(data, objective, bases, size, augment, job.cache)
     gates = None
     if criterion == "taylor":
-        seen = Views.of(data, ["train"], objective, network, size, augment, 0, job.cache)
+        seen = Views.of(material, ["train"], network, 0)
         gates = taylor_gates(network, replace(seen, augment=NONE))
     ranked = importance(network, found, criterion, normalizer, equalization_criterion, gates)
-    views = Views.of(data, ["tune"], objective, network, size, NONE, 0, job.cache)
+    views = Views.of(material, ["tune"], network, 0, NONE)
     views = replace(views, shard=views.shard.first(images))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.eval().to(device)

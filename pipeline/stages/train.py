@@ -1,4 +1,4 @@
-"""train and retrain: weights for a network, dense or pruned, or for the control that has only the pruned one's shape."""
+"""train and retrain: train a dense or pruned network, or a baseline with the pruned structure and random weights."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,9 @@ from pipeline.results.manifest import read_manifest
 from pipeline.training.augment import NONE, Augmentation
 from pipeline.training.distillation import Distillation, splits
 from pipeline.training.loop import Training, train
+from pipeline.training.shard import Material
 from pipeline.training.views import Views
+from posepress.contracts import Framing
 from posepress.errors import UserError
 from posepress.spec import Resolution
 
@@ -35,6 +37,7 @@ def run(
     objective: Objective[Any] | None,
     resolution: str,
     seed: Annotated[int, Interval(ge=0, lt=2**32)],
+    bases: Framing,
     augment: Augmentation,
     training: Training,
     distillation: Distillation | None,
@@ -42,24 +45,25 @@ def run(
     """Train a new network, one with given weights, or the one of the input "network".
 
     Args:
-        job: inputs may hold "network", and then "teacher", the dense network.
-        control: "scratch" forgets the input's weights, and trains as long as the dense network, its pruning and its retraining
-            took together, counted in multiply-accumulates; nothing is learnt from a teacher.
-        network: class and options; None takes the input.
-        weights: a state file to begin from.
-        data: its train images are used, unless there are 0 steps; with a teacher also those without labels.
-        objective: what is learnt; None where the family has none yet.
-        resolution: of the views.
-        seed: of the weights, the order and the views.
-        augment: how views are drawn.
-        training: how long and how fast.
-        distillation: what is learnt from the teacher; None where there is none.
+        job: the job. Its inputs may hold "network", and then "teacher", the dense network.
+        control: baseline to train. "scratch" replaces the input's weights by random ones, and trains with the total
+            multiply-accumulates of the dense network's training, pruning and retraining, without a teacher.
+        network: class and options of the network; None uses the input.
+        weights: state file with the initial weights.
+        data: the data set. Its train images are used unless there are 0 steps; with a teacher, unlabelled images are, too.
+        objective: training objective; None if the family has none yet.
+        resolution: size of the views.
+        seed: seed of the weights, the order and the views.
+        bases: framing whose base views are augmented.
+        augment: augmentation of the views.
+        training: options of the training.
+        distillation: options of distillation from the teacher; None without a teacher.
 
     Returns:
-        Losses, parameters, MACs of an image and of all training.
+        The losses, the parameters, and the MACs of one image and of the whole training.
 
     Raises:
-        UserError: neither training nor weights are asked for; or as the parts raise it.
+        UserError: neither training nor weights are given, or a part of the training fails.
     """
     torch.manual_seed(seed)
     size = Resolution.parse(resolution)
@@ -84,13 +88,14 @@ def run(
                 "this family's networks are not trained here: give model=onnx model.onnx=FILE, or "
                 "stages.train.training.steps=0 and weights=FILE"
             )
-        check(model, size, objective)
+        material = Material(data, objective, bases, size, augment, job.cache)
+        check(model, size, objective, partial(material.source, ["train"]))
         norms = {"before": _norms(model)} if training.regularization_type else None
         teacher = store.load(job.inputs["teacher"])[0] if distillation is not None else None
-        views = Views.of(data, splits(data, distillation), objective, model, size, augment, seed, job.cache)
+        views = Views.of(material, splits(data, distillation), model, seed)
         tune = None
         if training.patience is not None and "tune" in data:
-            tune = Views.of(data, ["tune"], objective, model, size, NONE, seed, job.cache)
+            tune = Views.of(material, ["tune"], model, seed, NONE)
         found = train(model, views, training, job.scratch / "state.ckpt", teacher, distillation, tune)
         (job.out / "curve.json").write_text(json.dumps(found.pop("curve")))
         if norms is not None:
@@ -103,7 +108,7 @@ def run(
 
 
 def _norms(model: nn.Module) -> dict[str, list[float]]:
-    """The norm of every channel that can be pruned, by group."""
+    """The norm of every prunable channel, by group."""
     found = groups(model)
     values = importance(model, found, "group_l1", None, "union") if found else []
     return {
@@ -112,7 +117,7 @@ def _norms(model: nn.Module) -> dict[str, list[float]]:
 
 
 def _as_long(job: Job, model: nn.Module, size: Resolution, training: Training, distillation: Distillation | None) -> Training:
-    """As many steps for the control as the multiply-accumulates of all the training it is compared with pay for."""
+    """The training of the baseline, with as many steps as the total multiply-accumulates of the other trainings allow."""
     dense, pruned = (read_manifest(job.inputs[role]) for role in ("teacher", "network"))
     assert dense is not None
     assert pruned is not None
@@ -120,5 +125,5 @@ def _as_long(job: Job, model: nn.Module, size: Resolution, training: Training, d
     taught = own + (dense["summary"]["macs"] if distillation is not None else 0)
     spent = dense["summary"]["train_macs"] + pruned["summary"]["train_macs"] + training.steps * training.batch_size * taught
     steps = round(spent / (own * training.batch_size))
-    say(f"as long as dense, pruning and retraining together: {steps} steps")
+    say(f"training with the total compute of dense training, pruning and retraining: {steps} steps")
     return replace(training, steps=steps)

@@ -1,4 +1,4 @@
-"""tune: the decoder's thresholds and the person score, chosen on tune images, and what FP32 finds on agreement images."""
+"""tune: choose the decoder's thresholds and person score on tune images, and store FP32's predictions on agreement images."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -13,14 +13,13 @@ from pipeline.predictions import shown
 from pipeline.progress import say
 from pipeline.results.job import Job
 from posepress.contracts import Decoder, Framing
-from posepress.decoders.averaged import AveragedFields
 from posepress.decoders.several import Together
 from posepress.errors import UserError
 from posepress.predict import Watch, predict
 from posepress.results import save_results
 from posepress.spec import Resolution
 
-_FEW = 4  # tune images below which chosen thresholds are in doubt
+_FEW = 4  # below this number of tune images, a warning says that the thresholds are unreliable
 
 
 def run(
@@ -32,31 +31,31 @@ def run(
     metric: Callable[..., Any],
     resolution: str,
 ) -> dict[str, Any]:
-    """Tune decoding on the input "network" in FP32, which all its engines share.
+    """Tune decoding on the input "network" in FP32. All its engines share the result.
 
     Args:
-        job: inputs hold "network", an exported one.
-        data: its tune images, and its agreement images where there are some.
-        backend: runs the ONNX file.
-        framing: of the engines.
-        decoder: its options that are lists are candidates; `score_weights=tuned` is fitted.
-        metric: its primary figure decides.
-        resolution: of the input.
+        job: the job. Its inputs hold "network", an exported network.
+        data: the data set. Its tune images are used, and its agreement images if there are any.
+        backend: backend that runs the ONNX file.
+        framing: framing of the engines.
+        decoder: decoder to tune. A list as value of an option means candidates; `score_weights=tuned` is fitted.
+        metric: metric with the primary figure that decides.
+        resolution: size of the input.
 
     Returns:
-        What was chosen, and the primary figure on the tune images before and after the scores were fitted, where it is one.
+        The chosen options, and the primary figure on the tune images before and after the scores were fitted, if they were.
     """
     options: Mapping[str, Any] = decoder.keywords  # type: ignore[attr-defined]
     tried = candidates(options)
     fitted = options.get("score_weights") == FITTED
     plain = {"score_weights": None} if fitted else {}
-    labels: Any = data.open("tune").labels  # type: ignore[attr-defined] # which skeleton or palette is the data set's
+    labels = data.open("tune").labels
     size = Resolution.parse(resolution)
 
     def passed(split: str, decode: Any) -> Any:
         watch = Watch()
         images = data.open(split)
-        read = AveragedFields(decode, runner.spec) if framing.averaged else decode
+        read = framing.reader(decode, runner.spec)
         return shown(predict(images, runner, framing, read, size, 1, None, watch), watch, f"{split} images", len(images))
 
     with backend.load(job.inputs["network"] / "model.onnx") as runner:
@@ -88,7 +87,7 @@ def run(
         reference = decoder(runner.spec, **chosen)
         if "agreement" in data:
             found = passed("agreement", reference)
-            people = [(sample.id, reference.variants(poses).get("as_found", poses)) for sample, poses in found]
+            people = [(sample.id, reference.plain(poses)) for sample, poses in found]
             save_results(job.out / "reference.npz", people)
     known = [None if figure == info.nothing else figure for figure in figures]
     table = [{**options, "figure": figure} for options, figure in zip(tried, known, strict=True)]
@@ -100,7 +99,7 @@ def run(
         say(doubt, "yellow")
     if (count := len(results[best])) < _FEW:
         console.print(
-            f"[yellow]           thresholds chosen on {count} tune image{'s'[: count - 1]}: they may fit nothing else; name "
+            f"[yellow]           thresholds chosen on {count} tune image{'s'[: count - 1]} may not fit other images; name "
             "more in data.splits, or give more train images[/]",
             soft_wrap=True,
         )
@@ -113,5 +112,5 @@ def _refitted(measure: Any, results: list[Any], weights: list[float]) -> float:
 
     measure.reset()
     for image, truth, poses in results:
-        measure.process(image, truth, replace(poses, scores=poses.features @ weights))
+        measure.process(image, truth, replace(poses, scores=poses.notes["features"] @ weights))
     return float(measure.evaluate()[measure.info.primary])

@@ -1,1 +1,1 @@
-"""Training: one loop, random views, and one objective a family of networks."""
+"""Training: one loop, random views, and one objective for each family of networks."""

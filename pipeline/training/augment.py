@@ -1,4 +1,4 @@
-"""Random views of images for training, a batch at a time: drawn on the host, cut where the network trains."""
+"""Random views of images for training, in batches. The host draws them, and the network's device cuts them out."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from posepress.errors import UserError
 from posepress.spec import InputSpec, Resolution
 
-DRAWS = 9  # random numbers a view takes
+DRAWS = 9  # number of random numbers for each view
 
 
 def _number(value: Any) -> bool:
@@ -28,10 +28,10 @@ class Augmentation:
 
     Attributes:
         flip: share of mirrored views.
-        scale: least and most size, relative to the whole image fitted into the input.
-        rotate: greatest angle either way, in degrees.
-        shift: greatest displacement either way, as a part of the input's size.
-        brightness: greatest gain and offset of pixel values, as a part of full scale.
+        scale: smallest and largest scale, relative to the whole image fitted into the input.
+        rotate: largest angle in either direction, in degrees.
+        shift: largest displacement in either direction, as a fraction of the input's size.
+        brightness: largest change of gain and offset of pixel values, as a fraction of full scale.
     """
 
     flip: Annotated[float, Interval(ge=0, le=1)] = 0.5
@@ -44,46 +44,51 @@ class Augmentation:
         """Check the ranges.
 
         Raises:
-            UserError: a number is out of range, or the sizes are in the wrong order.
+            UserError: a number is out of range, or the scales are in the wrong order.
         """
         if not _number(self.flip) or not 0 <= self.flip <= 1:
-            raise UserError(f"augment.flip={self.flip}: a share of the views; choose 0 to 1")
+            raise UserError(f"augment.flip={self.flip}: not a share of the views; choose 0 to 1")
         for option in ("rotate", "shift", "brightness"):
             if not _number(getattr(self, option)) or getattr(self, option) < 0:
                 raise UserError(f"augment.{option}={getattr(self, option)}: choose 0 or more")
         scale: Any = self.scale
         pair = isinstance(scale, Sequence) and len(scale) == 2 and all(_number(size) for size in scale)
         if not pair or not 0 < scale[0] <= scale[1]:
-            raise UserError(f"augment.scale={scale}: give the least and the greatest size, above 0, as [0.6, 1.4]")
+            raise UserError(f"augment.scale={scale}: give the least and the greatest size, above 0, like [0.6, 1.4]")
 
     def views(
-        self, draws: NDArray[np.float64], sizes: NDArray[np.int32], boxes: NDArray[np.float32], resolution: Resolution
+        self,
+        draws: NDArray[np.float64],
+        bases: NDArray[np.float64],
+        anchors: NDArray[np.float32],
+        resolution: Resolution,
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.float64]]:
-        """Random views of some images; one that enlarges its image stays on one of the people where there are some.
+        """Random views around some base views. A view that enlarges its image stays on one of the anchors, if there are some.
 
         Args:
-            draws: uniform in [0, 1), [B, DRAWS].
-            sizes: of the images, [B, 2], height and width.
-            boxes: of their people [B, P, 4], x, y, width and height, width 0 where there are fewer.
-            resolution: of the views.
+            draws: uniform random numbers in [0, 1), [B, DRAWS].
+            bases: from image to base view, [B, 2, 3], in pixels; each scales both axes alike and does not turn.
+            anchors: boxes that are worth a close look [B, P, 4]: x, y, width and height; width 0 where there are fewer.
+            resolution: size of the views.
 
         Returns:
-            From image to view [B, 2, 3], in pixels; which views are mirrored [B]; gain and offset of pixel values, 0 to 255,
-            [B, 2].
+            Matrices from image to view [B, 2, 3], in pixels; which views are mirrored [B]; and gain and offset of pixel values,
+            0 to 255, [B, 2].
         """
-        zoomed, person, pull, angle, mirrored, right, down, gain, level = draws.T
+        zoomed, chosen, pull, angle, mirrored, right, down, gain, level = draws.T
         least, most = np.log(self.scale)
         zoom = np.exp(least + (most - least) * zoomed)
         extent = np.array([resolution.width, resolution.height])
-        fit = (extent / sizes[:, ::-1]).min(axis=1)
+        fit = bases[:, 0, 0]
+        centre = ((extent - 1) / 2 - bases[:, :, 2]) / fit[:, None]
 
-        boxes = np.pad(boxes, ((0, 0), (0, 1), (0, 0)))  # a set of images without people has none at all
-        there = boxes[:, :, 2] > 0
-        people = there.sum(axis=1)
-        chosen = (there & (there.cumsum(axis=1) == 1 + (person * people).astype(int)[:, None])).argmax(axis=1)
-        box = boxes[np.arange(len(boxes)), chosen]
-        pull = np.where((zoom > 1) & (people > 0), pull, 0)[:, None]
-        middle = (sizes[:, ::-1] - 1) / 2 * (1 - pull) + (box[:, :2] + box[:, 2:] / 2) * pull
+        anchors = np.pad(anchors, ((0, 0), (0, 1), (0, 0)))  # a data set without anchors has an empty axis
+        there = anchors[:, :, 2] > 0
+        count = there.sum(axis=1)
+        place = (there & (there.cumsum(axis=1) == 1 + (chosen * count).astype(int)[:, None])).argmax(axis=1)
+        box = anchors[np.arange(len(anchors)), place]
+        pull = np.where((zoom > 1) & (count > 0), pull, 0)[:, None]
+        middle = centre * (1 - pull) + (box[:, :2] + box[:, 2:] / 2) * pull
 
         angle = np.deg2rad(self.rotate) * (2 * angle - 1)
         cos, sin = np.cos(angle), np.sin(angle)
@@ -102,17 +107,17 @@ NONE = Augmentation(flip=0.0, scale=(1.0, 1.0), rotate=0.0, shift=0.0, brightnes
 def sampling_grid(
     matrices: Tensor, size: Resolution, source: tuple[int, int], stride: float = 1.0, shift: float = 0.0
 ) -> Tensor:
-    """Where the cells of views lie in their images, as `grid_sample(align_corners=False)` wants it.
+    """The positions of the views' cells in their images, in the form of `grid_sample(align_corners=False)`.
 
     Args:
-        matrices: from image to view, float [B, 2, 3], in pixels.
-        size: of the views, in cells.
+        matrices: matrices from image to view in pixels, float [B, 2, 3].
+        size: size of the views, in cells.
         source: height and width of the images.
-        stride: pixels of the view a cell.
-        shift: of a cell's sample, as `OutputSpec.shift`.
+        stride: size of a cell, in pixels of the view.
+        shift: displacement of a cell's sample, as `OutputSpec.shift`.
 
     Returns:
-        float [B, h, w, 2], x and y in -1 to 1.
+        The positions x and y from -1 to 1, float [B, h, w, 2].
     """
     at = matrices.device
     ys, xs = torch.meshgrid(
@@ -128,7 +133,7 @@ def sampling_grid(
 
 
 def layout(device: torch.device) -> torch.memory_format:
-    """How images lie in memory where a network trains; with channels last, the AMD EPYC measured takes 1.4 times as long."""
+    """The memory format of images for training. Channels last is used on GPUs only: an AMD EPYC took 1.4 times as long."""
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
@@ -137,15 +142,15 @@ def cut(images: Tensor, matrices: Tensor, tones: Tensor, size: Resolution, spec:
 
     Args:
         images: uint8 [B, H, W, 3], RGB.
-        matrices: float [B, 2, 3], from image to view.
+        matrices: matrices from image to view, float [B, 2, 3].
         tones: gain and offset, float [B, 2].
-        size: of the views.
-        spec: the input's form.
+        size: size of the views.
+        spec: description of the network's input.
 
     Returns:
-        float [B, channels, size.height, size.width]; grey is .299 R + .587 G + .114 B.
+        The views, float [B, channels, size.height, size.width]. Grey is .299 R + .587 G + .114 B.
     """
-    pixels = images.permute(0, 3, 1, 2).float() - spec.pad  # so that zeros beyond the edge are padding
+    pixels = images.permute(0, 3, 1, 2).float() - spec.pad  # the zeros beyond the edge then become padding
     grid = sampling_grid(matrices, size, (images.shape[1], images.shape[2]))
     seen = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False) + spec.pad
     gain, offset = tones[:, 0, None, None, None], tones[:, 1, None, None, None]

@@ -1,4 +1,4 @@
-"""Training steps recorded as a CUDA graph, and replayed."""
+"""Record a training step as a CUDA graph, and replay it."""
 
 import gc
 import warnings
@@ -10,32 +10,32 @@ from torch import Tensor
 from pipeline.training.views import Batch
 from posepress.errors import UserError, first_line
 
-_WARM = 3  # steps that run as they are before one is recorded: libraries allocate in them
+_WARM = 3  # number of ordinary steps before the recording, in which libraries allocate memory
 
 Step = Callable[[Iterator[Batch]], dict[str, Tensor]]
 
 
 class Recorded:
-    """Steps as one CUDA graph: its kernels start without the processor, which makes the next batch meanwhile.
+    """Steps as one CUDA graph. Its kernels start without the CPU, which makes the next batch meanwhile.
 
-    The first steps run as they are: libraries allocate in them, and the last of them tells whether something waits for the
-    device, which cannot be recorded.
+    The first steps are not recorded, because libraries allocate memory in them. The last of them shows whether the network
+    waits for the device. Such a network cannot be recorded.
 
     Attributes:
-        waits: the network was found to wait for the device; its steps go on as they are.
+        waits: whether the network waits for the device. Its steps are then never recorded.
     """
 
     def __init__(self) -> None:
-        gc.collect()  # nodes of gradients that outlive a look at the network would belong to another stream
+        gc.collect()  # leftover gradient nodes from earlier passes would belong to another stream
         self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.warm, self.waits = _WARM, False
         self.batch: Batch | None = None
 
     def __call__(self, step: Step, batch: Batch) -> dict[str, Tensor]:
-        """Take a step on a batch; the losses are overwritten by the next call.
+        """Take a step on a batch, and return the losses. The next call overwrites them.
 
         Raises:
-            UserError: it cannot be recorded.
+            UserError: the step cannot be recorded.
         """
         if self.warm or self.waits:
             return self._as_it_is(step, batch)

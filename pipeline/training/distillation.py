@@ -1,4 +1,4 @@
-"""Distillation: a pruned network learns the fields, and on request the features, of the dense one."""
+"""Distillation: a pruned network learns the fields of the dense one, and optionally its features."""
 
 import fnmatch
 from collections.abc import Mapping, Sequence
@@ -10,22 +10,22 @@ from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.contracts import Splits
+from pipeline.contracts import Objective, Splits
 from pipeline.training.augment import layout
 from posepress.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """What is learnt from the teacher, beside or instead of the labels.
+    """The losses to the teacher's outputs, in addition to the labels or instead of them.
 
     Attributes:
-        fields: weight of the squared error to the teacher's fields, of every stage, everywhere in the image.
+        fields: weight of the squared error to the teacher's fields, at every stage and everywhere in the image.
         labels: weight of the objective on labelled images.
-        features: weight of the squared error to the teacher's features, relative to their power, through a 1x1 convolution a
-            layer that is trained along and thrown away (arXiv:1412.6550).
-        layers: name patterns of the layers whose outputs are features.
-        unlabelled: learn from the images without labels too.
+        features: weight of the squared error to the teacher's features, relative to their power. For each layer, a 1x1
+            convolution adapts the student's features. It is trained with the network and then removed (arXiv:1412.6550).
+        layers: name patterns of the layers that return the features.
+        unlabelled: whether the network also learns from images without labels.
     """
 
     fields: Annotated[float, Ge(0)] = 1.0
@@ -38,7 +38,7 @@ class Distillation:
         """Check the options.
 
         Raises:
-            UserError: a weight is negative, nothing is learnt, or features have no layers, or layers no weight.
+            UserError: a weight is negative, nothing is learnt, or only one of `features` and `layers` is given.
         """
         for option in ("fields", "labels", "features"):
             if not getattr(self, option) >= 0:
@@ -48,23 +48,23 @@ class Distillation:
         if self.features and not self.layers:
             raise UserError("distillation.features needs distillation.layers=[NAME], the layers whose outputs are compared")
         if self.layers and not self.features:
-            raise UserError("distillation.layers are compared with a weight of 0; give distillation.features too, as 0.1")
+            raise UserError("distillation.layers are compared with a weight of 0; give distillation.features too, like 0.1")
 
 
 def splits(data: Splits, how: Distillation | None) -> list[str]:
-    """What a network is trained on: the train images, and with a teacher those without labels."""
+    """The splits for training: the train images, and with a teacher also the images without labels."""
     unlabelled = how is not None and how.unlabelled and "unlabelled" in data
     return ["train", "unlabelled"] if unlabelled else ["train"]
 
 
 class Teacher:
-    """The dense network, which only looks, and what is compared with it.
+    """The dense network, which is not trained, and the losses that compare the student with it.
 
     Args:
         network: the dense network.
-        student: the network that learns, whose layers have the same names.
-        how: what is learnt.
-        example: a network input, to size the adapters.
+        student: the network that is trained. Its layers have equal names.
+        how: the options of distillation.
+        example: an input of the network, which determines the size of the adapters.
 
     Raises:
         UserError: a pattern matches no layer of both networks.
@@ -73,7 +73,7 @@ class Teacher:
     def __init__(self, network: nn.Module, student: nn.Module, how: Distillation, example: Tensor) -> None:
         self.how = how
         self.network = network.to(example.device, memory_format=layout(example.device)).eval().requires_grad_(False)  # type: ignore[call-overload]
-        self.network.training = True  # it alone: the fields of earlier stages, with the batch norms' statistics as they are
+        self.network.training = True  # only the top module: earlier stages return fields, batch norms stay fixed
         self.seen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self.adapters = nn.ModuleDict()
         if not how.features:
@@ -101,20 +101,17 @@ class Teacher:
 
     @torch.no_grad()
     def fields(self, images: Tensor) -> Mapping[str, Tensor]:
-        """The teacher's fields of all stages; its features are kept for `loss`."""
+        """The teacher's fields of all stages. Its features are kept for `loss`."""
         made: Mapping[str, Tensor] = self.network(images)
         return made
 
-    def loss(self, fields: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Named losses of a batch, weighted; the student's features are those of its last call."""
+    def loss(
+        self, objective: Objective[Any], fields: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The weighted losses of a batch, by name. The student's features come from its last call."""
         losses: dict[str, Any] = {}
         if self.how.fields:
-            errors = [
-                (field.float() - expected[name].float()).square().sum(1).mean()
-                for name, field in fields.items()
-                if name in expected
-            ]
-            losses["teacher"] = self.how.fields * torch.stack(errors).sum()
+            losses["teacher"] = self.how.fields * objective.imitation(fields, expected)
         for name, adapter in self.adapters.items():
             theirs, ours = (side[name.replace("/", ".")] for side in self.seen)
             power = theirs.float().square().mean().clamp(min=1e-12)

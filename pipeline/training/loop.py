@@ -1,4 +1,4 @@
-"""The training loop: AdamW, warm-up and cosine, EMA, distillation, CUDA graphs, checkpoints to go on from, several GPUs."""
+"""The training loop: AdamW, warm-up and cosine, EMA, distillation, CUDA graphs, checkpoints for resuming, several GPUs."""
 
 import logging
 import math
@@ -29,39 +29,41 @@ from pipeline.training.sparsity import TYPES, Penalty
 from pipeline.training.views import Batch, Views
 from posepress.errors import UserError, first_line
 
-_LOOK_EVERY = 20  # steps between looks at the losses: each waits for the device
+_LOOK_EVERY = 20  # number of steps between readings of the losses, since each reading waits for the device
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 ACCELERATORS = ("auto", "cpu", "cuda")
-logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # in processes that it starts: they import it before this file
-_RETURNS = 3  # times a training whose loss is not finite goes back to its checkpoint
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # its child processes import it before this file
+_RETURNS = 3  # largest number of returns to the checkpoint after a loss that is not finite
 
 
 @dataclass(frozen=True)
 class Training:
-    """How long and how fast.
+    """The options of a training.
 
     Attributes:
-        steps: optimiser steps; 0 keeps the weights.
-        batch_size: images a step, over all devices and accumulated parts.
-        lr: greatest learning rate.
-        weight_decay: AdamW's.
-        warmup: steps of linearly growing learning rate; a cosine to a hundredth follows.
-        ema: decay of the averaged weights, which are the result; it grows to this from 0.
-        regularization_type: l1, l2 or group_lasso on the folded weights of the groups that can be pruned; None adds nothing.
-        kernel_regularization_factor: of that penalty.
-        clip: greatest norm of the gradient; None leaves it as it is.
-        precision: Lightning Fabric's: "32-true", "bf16-mixed"; "auto" is bfloat16 where the hardware multiplies it (a GPU
-            since Ampere, or a CPU with AMX), else 32-true.
-        accumulate: parts a batch is computed in, one after the other, on each device.
-        patience: checks without a better loss on the tune images after which training stops; None trains all steps.
-        check_every: steps between these checks.
-        checkpoint_every: steps between checkpoints.
-        accelerator: Lightning Fabric's: "auto", "cpu", "cuda".
-        devices: processors or GPUs of this machine.
-        num_nodes: machines; each runs the same command with NODE_RANK, MASTER_ADDR and MASTER_PORT set, and its own outputs.
-        cuda_graph: record a step on one GPU, and replay it; what the network's Python code decides (a random number of its
-            own, a count of calls) stays as it was then.
-        compile: let torch.compile fuse the network's operators; worth its half minute on a GPU from a few thousand steps on.
+        steps: number of optimiser steps; 0 keeps the weights.
+        batch_size: number of images in a step, over all devices and accumulated parts.
+        lr: largest learning rate.
+        weight_decay: weight decay of AdamW.
+        warmup: number of steps with a linearly growing learning rate. A cosine down to 1 % of `lr` follows.
+        ema: decay of the averaged weights, which are the result. The decay grows from 0 to this value.
+        regularization_type: penalty on the folded weights of the prunable groups: l1, l2 or group_lasso. None: no penalty.
+        kernel_regularization_factor: factor of the penalty `regularization_type`.
+        clip: largest norm of the gradient; None: gradients are not clipped.
+        precision: precision of Lightning Fabric: "32-true" or "bf16-mixed". "auto" is bf16-mixed if the hardware multiplies
+            bfloat16 (a GPU since Ampere, or a CPU with AMX), else 32-true.
+        accumulate: number of parts of a batch that each device computes one after another.
+        patience: number of checks without a better loss on the tune images after which training stops; None: all steps.
+        check_every: number of steps between the checks of `patience`.
+        checkpoint_every: number of steps between checkpoints.
+        accelerator: accelerator of Lightning Fabric: "auto", "cpu" or "cuda".
+        devices: number of processes on CPUs, or of GPUs, on this machine.
+        num_nodes: number of machines. Each runs the same command with NODE_RANK, MASTER_ADDR and MASTER_PORT set, and has
+            its own outputs.
+        cuda_graph: record a step on one GPU, and replay it. Decisions of the network's Python code (like a random number or a
+            count of calls) are frozen at the recording.
+        compile: let torch.compile fuse the network's operators. On a GPU it takes about 30 s, which pays from a few thousand
+            steps on.
     """
 
     steps: Annotated[int, Interval(ge=0, le=10**9)] = 1000
@@ -88,7 +90,7 @@ class Training:
         """Check the ranges.
 
         Raises:
-            UserError: a number is out of range, or the batch cannot be shared out.
+            UserError: a number is out of range, or the batch cannot be divided among the devices.
         """
         for name, least in (
             ("steps", 0), ("batch_size", 1), ("warmup", 0), ("checkpoint_every", 1), ("check_every", 1), ("accumulate", 1),
@@ -100,7 +102,7 @@ class Training:
             if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"training.{name}={getattr(self, name)}: must be a number, 0 or more")
         if self.clip == 0:
-            raise UserError("training.clip=0: would make every gradient 0; choose more, or null to leave them as they are")
+            raise UserError("training.clip=0: would make every gradient 0; choose more, or null for no clipping")
         if self.regularization_type not in (None, *TYPES):
             raise UserError(f"training.regularization_type={self.regularization_type}: choose null, {', '.join(TYPES)}")
         if (self.regularization_type is None) != (self.kernel_regularization_factor == 0):
@@ -123,7 +125,7 @@ class Training:
 
     @property
     def parts(self) -> int:
-        """How many parts a batch is computed in."""
+        """The number of parts of a batch, over all devices and accumulation."""
         return self.devices * self.num_nodes * self.accumulate
 
 
@@ -144,23 +146,23 @@ def train(
     distillation: Distillation | None = None,
     tune: Views | None = None,
 ) -> dict[str, Any]:
-    """Train a network in place; its final weights are the averaged ones, with early stopping the best of them.
+    """Train a network in place. Its final weights are the averaged ones; with early stopping, the best averaged ones.
 
     Args:
-        network: with a `spec` and `ignored_layers`.
-        views: what it is trained on.
-        training: how long and how fast.
-        checkpoint: the file to go on from, if it exists, and to write.
+        network: a network with a `spec` and `ignored_layers`.
+        views: the views for training.
+        training: the options of the training.
+        checkpoint: the file to write, and to resume from if it exists.
         teacher: the dense network, for `distillation`.
-        distillation: what is learnt from it.
-        tune: what early stopping looks at.
+        distillation: the options of distillation from `teacher`.
+        tune: the views for early stopping.
 
     Returns:
-        The last losses by name, "loss" their sum, "steps", "curve": (step, loss) every few steps, and "train_macs": three times
-        the MACs of every image, forward and both gradients, and once the teacher's.
+        The last losses by name, their sum "loss", "steps", "curve" with (step, loss) every few steps, and "train_macs". For
+        each image, the latter counts three times the MACs (forward and both gradients), and the teacher's MACs once.
 
     Raises:
-        UserError: the loss is again and again not finite, the disk is full, or there are fewer devices than asked for.
+        UserError: the loss repeatedly is not finite, the disk is full, or there are fewer devices than asked for.
     """
     if training.steps == 0:
         return {"steps": 0, "train_macs": 0, "curve": []}
@@ -171,7 +173,7 @@ def train(
     from lightning_fabric import Fabric
     from lightning_fabric.strategies.ddp import DDPStrategy
 
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # again: its import has set it to INFO
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # set again, because importing it has set INFO
     several = training.devices * training.num_nodes > 1
     accelerator = training.accelerator
     if accelerator == "auto":
@@ -186,7 +188,7 @@ def train(
     if several and any(parametrize.is_parametrized(module) for module in network.modules()):
         raise UserError(
             f"training.devices={training.devices} x num_nodes={training.num_nodes}: networks with computed weights "
-            "(weight_norm) are trained on one device; choose that"
+            "(weight_norm) can only be trained on one device; set devices=1 and num_nodes=1"
         )
     if accelerator == "cuda" and training.devices > torch.cuda.device_count():
         raise UserError(f"devices={training.devices}: this machine has {torch.cuda.device_count()} GPUs; choose that or fewer")
@@ -204,7 +206,7 @@ def train(
         complaint.unlink(missing_ok=True)
         try:
             fabric.launch(partial(_fit, given))
-        except Exception as error:  # of a process, as text
+        except Exception as error:  # an error of another process arrives as text
             if not complaint.exists():
                 raise
             text = complaint.read_text()
@@ -234,7 +236,7 @@ def _fit(given: tuple[Any, ...], fabric: Any) -> None:
     network, *others = given
     try:
         try:
-            _Run(fabric, duplicate(network), *others).fit()  # other processes of this machine have the same memory
+            _Run(fabric, duplicate(network), *others).fit()  # the processes of this machine share the network's memory
         except torch.OutOfMemoryError as error:
             training: Training = given[2]
             devices = training.devices * training.num_nodes
@@ -246,14 +248,14 @@ def _fit(given: tuple[Any, ...], fabric: Any) -> None:
                 + "choose a smaller batch_size or training_resolution"
             ) from error
     except UserError as error:
-        if fabric.world_size > 1:  # else it arrives as a traceback's text
+        if fabric.world_size > 1:  # between processes, the error would become the text of a traceback
             checkpoint: Path = given[3]
             checkpoint.with_suffix(".error").write_text(str(error))
         raise
 
 
 class _Run:
-    """A training on one device, of one or several: everything that a checkpoint holds, and the steps between two of them."""
+    """The training on one of the devices: the state that a checkpoint holds, and the steps between two checkpoints."""
 
     def __init__(
         self,
@@ -272,7 +274,7 @@ class _Run:
         network = network.to(fabric.device, memory_format=layout(fabric.device)).train()  # type: ignore[call-overload]
         kind = training.regularization_type
         self.penalty = Penalty(network, kind, training.kernel_regularization_factor) if kind else None
-        if on_gpu and fabric.world_size > 1:  # the statistics of the whole batch, as on one device
+        if on_gpu and fabric.world_size > 1:  # computes the statistics of the whole batch, as on one device
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         self.network = network
         self.teacher = None
@@ -282,13 +284,13 @@ class _Run:
         adapters = [*self.teacher.adapters.parameters()] if self.teacher else []
         trained = [*network.parameters(), *adapters]
         self.rate = torch.tensor(training.lr, device=fabric.device)
-        rate: Any = self.rate if on_gpu else training.lr  # a recorded step reads it there
+        rate: Any = self.rate if on_gpu else training.lr  # a recorded step reads the rate from this tensor
         optimiser = torch.optim.AdamW(
             trained, lr=rate, weight_decay=training.weight_decay, fused=on_gpu or None, capturable=on_gpu
         )
-        if fabric.world_size > 1:  # then Fabric wraps the network on a stream of its own
+        if fabric.world_size > 1:  # Fabric then wraps the network on another stream
             warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
-        with warnings.catch_warnings():  # what it is called from torch 2.13 on is unknown to those before
+        with warnings.catch_warnings():  # the new name of the option, from torch 2.13 on, is unknown to earlier versions
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             self.model, self.optimiser = fabric.setup(torch.compile(network) if training.compile else network, optimiser)
         self.zeros = zeros(network)
@@ -303,33 +305,33 @@ class _Run:
             "step": 0, "stopped": False, "losses": {}, "curve": [], "lr_factor": 1.0, "returns": 0, "best": None,
             "best_loss": math.inf, "checks": 0,
         }  # fmt: skip
-        found = self._agreed(float(checkpoint.exists()))  # before anybody writes one
+        found = self._agreed(float(checkpoint.exists()))  # checked before any process writes a checkpoint
         if found:
             self._load()
         else:
-            self._save()  # a disk without room is found now
+            self._save()  # fails early if the disk is full
 
     def _recorder(self) -> Recorded | None:
         one_gpu = self.fabric.device.type == "cuda" and self.training.parts == 1
         return Recorded() if one_gpu and self.training.cuda_graph else None
 
     def _agreed(self, own: float) -> float:
-        """A number that all devices have the same of: whether there is a checkpoint, and its step.
+        """Check that a number is equal on all devices, and return it. It is the existence of a checkpoint, or its step.
 
         Raises:
-            UserError: the machines differ.
+            UserError: the number differs between machines.
         """
         most = float(self.fabric.all_reduce(torch.tensor(own, device=self.fabric.device), reduce_op="max"))
         least = -float(self.fabric.all_reduce(torch.tensor(-own, device=self.fabric.device), reduce_op="max"))
         if most != least:
             raise UserError(
-                f"{self.checkpoint}: the machines have checkpoints of different steps, or one has none; copy one's to all, or "
-                "run again with force=true on all"
+                f"{self.checkpoint}: the machines have checkpoints of different steps, or one has none; copy one of them to "
+                "all machines, or run again with force=true on all"
             )
         return own
 
     def _average_statistics(self) -> None:
-        """Give all processors the mean of their batch norms' statistics; on GPUs these are of the whole batch already."""
+        """Average the batch norms' statistics over CPU processes. On GPUs, they already belong to the whole batch."""
         if self.fabric.world_size > 1 and self.fabric.device.type != "cuda":
             live = self.network.state_dict()
             for name, _ in self.network.named_buffers():
@@ -339,7 +341,7 @@ class _Run:
 
     def _save(self) -> None:
         self._average_statistics()
-        if self.fabric.local_rank == 0:  # on every machine, for it goes on from its own
+        if self.fabric.local_rank == 0:  # every machine writes a checkpoint, since it resumes from its own
             for name, value in self.network.state_dict().items():
                 if not value.is_floating_point():
                     self.averaged[name].copy_(value)
@@ -359,7 +361,7 @@ class _Run:
             on_gpu = self.fabric.device.type == "cuda"
             for group in found["optimiser"][
                 "param_groups"
-            ]:  # which say where the steps are counted: it may be of another device
+            ]:  # these options depend on the device, and the checkpoint may come from another one
                 group.update(fused=on_gpu or None, capturable=on_gpu)
             self.optimiser.load_state_dict(found["optimiser"])
         except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
@@ -373,7 +375,7 @@ class _Run:
         for group in self.optimiser.param_groups if on_gpu else []:
             group["lr"] = self.rate
         self._agreed(self.state["step"])
-        self.recorded = self._recorder()  # the optimiser has other tensors now
+        self.recorded = self._recorder()  # an earlier recording uses the optimiser's old tensors
 
     def fit(self) -> None:
         """Train until the last step is in the checkpoint."""
@@ -381,7 +383,7 @@ class _Run:
         shown = self.fabric.global_rank == 0
         with TrainingProgress(shown, training.steps, training.batch_size, state["step"]) as self.progress:
             if 0 < state["step"] < training.steps:
-                self.progress.say(f"goes on at step {state['step']} of {training.steps}")
+                self.progress.say(f"training resumes at step {state['step']} of {training.steps}")
             while state["step"] < training.steps and not state["stopped"]:
                 try:
                     self._go_on()
@@ -391,7 +393,7 @@ class _Run:
                     self.progress.say_rate(state["step"])
 
     def _go_on(self) -> None:
-        """Train from the state's step.
+        """Train from the current step to the end.
 
         Raises:
             _NotFiniteError: a loss is not finite.
@@ -422,12 +424,12 @@ class _Run:
                     return
 
     def _seed(self) -> None:
-        """Seed what the network draws on a processor (dropout) by the step, so that a resumed training draws the same."""
+        """Seed the network's random numbers on CPUs (dropout) by the step, so that a resumed training draws equal ones."""
         steps = self.views.seed * self.training.steps + self.state["step"]
         torch.default_generator.manual_seed(steps * self.fabric.world_size + self.fabric.global_rank)
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
-        """One step; returns this device's losses."""
+        """Take one step, and return this device's losses."""
         training, step = self.training, self.state["step"]
         rate = learning_rate(step, training) * self.state["lr_factor"]
         self.rate.fill_(rate)
@@ -449,7 +451,7 @@ class _Run:
         return losses
 
     def _learn(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
-        """Gradients of a batch in its parts, and the optimiser's step."""
+        """Compute the gradients of a batch, part by part, and take the optimiser's step."""
         training = self.training
         losses: dict[str, Any] = {}
         for part in range(training.accumulate):
@@ -463,9 +465,9 @@ class _Run:
             self.bad += ~torch.isfinite(total.detach())
             for name, value in named.items():
                 losses[name] = losses.get(name, 0) + value.detach() / training.accumulate
-        if self.teacher is not None and self.fabric.world_size > 1:  # which are not part of the model that is shared
+        if self.teacher is not None and self.fabric.world_size > 1:  # the adapters are not part of the shared model
             own = [p.grad for p in self.teacher.adapters.parameters() if p.grad is not None]
-            if own:  # at once: every reduction waits for all devices
+            if own:  # one reduction for all gradients, since each reduction waits for all devices
                 mean = self.fabric.all_reduce(torch.cat([grad.flatten() for grad in own]), reduce_op="mean")
                 for grad, part in zip(own, mean.split([grad.numel() for grad in own]), strict=True):
                     grad.copy_(part.view_as(grad))
@@ -485,10 +487,12 @@ class _Run:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.half):
             expected = self.teacher.fields(images)
         labels = self.views.objective.loss(fields, targets) if how.labels else {}
-        return {name: how.labels * value for name, value in labels.items()} | self.teacher.loss(fields, expected)
+        return {name: how.labels * value for name, value in labels.items()} | self.teacher.loss(
+            self.views.objective, fields, expected
+        )
 
     def _look(self, losses: Mapping[str, Tensor]) -> None:
-        """Wait for the device and take down its losses, and those of the others."""
+        """Wait for the device, and record the mean losses of all devices."""
         if float(self.fabric.all_reduce(self.bad, reduce_op="sum")) > 0:
             raise _NotFiniteError
         means = self.fabric.all_reduce(torch.stack([*losses.values()]), reduce_op="mean").tolist()
@@ -497,10 +501,10 @@ class _Run:
         self.progress.show_losses(self.state["step"], self.state["losses"], 2 * _LOOK_EVERY)
 
     def _go_back(self) -> None:
-        """Take up the last checkpoint with half the learning rate.
+        """Return to the last checkpoint with half the learning rate.
 
         Raises:
-            UserError: that did not help before.
+            UserError: too many returns did not help.
         """
         at, returns = self.state["step"], self.state["returns"] + 1
         self._load()
@@ -510,7 +514,7 @@ class _Run:
                 f"lower training.lr={self.training.lr:g}, or "
                 + ("give training.clip=5" if self.training.clip is None else f"lower training.clip={self.training.clip:g}")
             )
-        self.fabric.barrier()  # all have read it before it is written anew
+        self.fabric.barrier()  # all processes must have read the checkpoint before it is overwritten
         self.state["returns"], self.state["lr_factor"] = returns, self.state["lr_factor"] / 2
         self._save()
         self.progress.say(
@@ -527,7 +531,7 @@ class _Run:
         live = {name: value.clone() for name, value in network.state_dict().items()}
         network.load_state_dict(self.averaged)
         found = loss_on(network.eval(), self.tune, training.batch_size // training.parts)
-        found = float(self.fabric.broadcast(found))  # all stop, or none
+        found = float(self.fabric.broadcast(found))  # either all processes stop, or none
         network.load_state_dict(live)
         network.train()
         if found < state["best_loss"]:
@@ -539,7 +543,7 @@ class _Run:
 
 
 def loss_on(network: nn.Module, views: Views, batch_size: int) -> float:
-    """The objective's loss of a network on every image of some views, where the network is and in its present mode."""
+    """The objective's loss of a network on every image of some views, on the network's device and in its current mode."""
     device = next(network.parameters()).device
     total, count = 0.0, len(views.shard)
     parts = iter([range(n, min(n + batch_size, count)) for n in range(0, count, batch_size)])
@@ -564,7 +568,7 @@ def _save(checkpoint: Path, state: Mapping[str, Any]) -> None:
     unfinished = checkpoint.with_suffix(".tmp")
     try:
         torch.save(dict(state), unfinished)
-    except (RuntimeError, OSError) as error:  # torch's writer says so when the disk is full
+    except (RuntimeError, OSError) as error:  # torch's writer raises RuntimeError if the disk is full
         unfinished.unlink(missing_ok=True)
         raise UserError(
             f"{checkpoint}: cannot write the checkpoint ({first_line(error)}); is the disk full? "
@@ -574,7 +578,7 @@ def _save(checkpoint: Path, state: Mapping[str, Any]) -> None:
 
 
 def _items(training: Training, rank: int, first: int) -> Iterator[range]:
-    """What a device sees: its part of each step's images, or several to accumulate."""
+    """The items of a device: its part of each step's images, divided further for accumulation."""
     size = training.batch_size // training.parts
     for step in range(first, training.steps):
         for part in range(training.accumulate):

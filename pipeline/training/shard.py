@@ -1,4 +1,4 @@
-"""Training images and labels as a few arrays on disk: read once with the data set's own code, then by rows."""
+"""Training images and labels as a few arrays on disk. The data set's code reads the images once; training reads rows."""
 
 import hashlib
 import inspect
@@ -16,168 +16,244 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from pipeline import datasets
-from pipeline.contracts import Objective, Splits
-from posepress import skeletons
-from posepress.contracts import Dataset
+from pipeline.contracts import Objective, Split, Splits, Stored
+from pipeline.objectives import keypoints
+from pipeline.training.augment import Augmentation
+from posepress.contracts import Framing
 from posepress.errors import UserError
-from posepress.spec import Resolution, Skeleton
+from posepress.geometry import View
+from posepress.results import Boxes, Sample
+from posepress.spec import Palette, Resolution, Skeleton
 
-_SPARE = 1.05  # free disk space wanted, relative to the shard
+_VIEWS = ("rows", "places", "bases", "cropped")  # arrays with an entry for each base view
+_SPARE = 1.05  # required free disk space, relative to the size of the shard
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Images and labels of some splits, mapped from disk.
+    """Images and labels of some splits, mapped from disk, and the views that training starts from.
 
     Attributes:
         images: uint8 [N, H, W, 3], RGB, each image in the upper left corner, the rest padding.
-        sizes: of the image in that corner, int32 [N, 2], height and width.
-        labels: what the objective keeps of each image, [N, ...] by name; "boxes" [N, P, 4] are of labelled people, x, y,
-            width and height, 0 where there are fewer, "labelled" [N] tells images without labels.
-        folder: where they lie; another process maps them itself.
+        labels: what the objective keeps of each image, [N, ...] by name; "anchors" [N, P, 4] are boxes (x, y, width and height,
+            0 where there are fewer), and "labelled" [N] is false for images without labels.
+        rows: the image of each base view, int64 [M].
+        places: the number of each base view in its image, int64 [M].
+        bases: from stored image to base view, float64 [M, 2, 3]; `Framing.bases` makes them.
+        cropped: whether a base view shows a part of its image, bool [M]; such views ignore the anchors.
+        folder: folder of the arrays, which other processes map themselves; None if they are in memory alone.
     """
 
     images: NDArray[np.uint8]
-    sizes: NDArray[np.int32]
     labels: Mapping[str, NDArray[Any]]
+    rows: NDArray[np.int64]
+    places: NDArray[np.int64]
+    bases: NDArray[np.float64]
+    cropped: NDArray[np.bool_]
     folder: Path | None = None
 
     def __reduce__(self) -> Any:
-        """How it travels to other processes: as its folder, if it has one."""
+        """What is sent to other processes: the folder, if there is one, otherwise the arrays."""
         if self.folder is not None:
             return Shard.open, (self.folder,)
-        return Shard, (self.images, self.sizes, dict(self.labels))
+        return Shard, (self.images, dict(self.labels), self.rows, self.places, self.bases, self.cropped)
 
     def __len__(self) -> int:
-        return len(self.images)
+        """Number of base views."""
+        return len(self.rows)
 
     @property
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """What a training reads by rows: "image" and the labels."""
+        """The arrays that a training reads by rows: "image" and the labels."""
         return {"image": self.images, **self.labels}
 
     @property
     def bytes(self) -> int:
-        """How much memory all of it takes."""
+        """Size of all arrays."""
         return sum(values.nbytes for values in self.arrays.values())
 
     def first(self, count: int) -> "Shard":
-        """At most so many images, spread evenly."""
-        rows = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int))
-        return Shard(self.images[rows], self.sizes[rows], {name: values[rows] for name, values in self.labels.items()})
+        """At most `count` base views, evenly spaced, with their images."""
+        items = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int))
+        kept, rows = np.unique(self.rows[items], return_inverse=True)
+        labels = {name: values[kept] for name, values in self.labels.items()}
+        return Shard(self.images[kept], labels, rows, self.places[items], self.bases[items], self.cropped[items])
 
     @classmethod
     def open(cls, folder: Path) -> "Shard":
         """Map a finished shard."""
         arrays = {file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))}
-        return cls(arrays.pop("images"), arrays.pop("sizes"), arrays, folder)
+        views: dict[str, Any] = {name: arrays.pop(name) for name in _VIEWS}
+        return cls(arrays.pop("images"), arrays, **views, folder=folder)
 
 
-def shard(
-    data: Splits, splits: Sequence[str], objective: Objective[Any], resolution: Resolution, zoom: float, pad: int, cache: Path
-) -> Shard:
-    """The images of some splits, from the cache or written there.
+@dataclass(frozen=True)
+class Material:
+    """What networks of a family are trained on, before any network is known.
 
-    Args:
+    Attributes:
         data: the data set.
-        splits: of it, in order; images of "unlabelled" have no labels.
-        objective: says what is kept of the labels.
-        resolution: of the network's input.
-        zoom: the greatest enlargement of views; images are kept no larger than it can use.
-        pad: grey level beside the images.
+        objective: objective that chooses the labels to keep.
+        framing: gives the base views of an image.
+        resolution: size of the network's input.
+        augment: augmentation of the base views; stored images are no larger than its largest magnification needs.
         cache: folder of shards.
-
-    Raises:
-        UserError: the disk has no room for it, or an image cannot be read.
     """
-    readers = sorted(Path(datasets.__file__).parent.glob("*.py"))
-    sources = [str(inspect.getsourcefile(part)) for part in (Shard, type(objective))]
-    code = [Path(str(file)).read_text() for file in (*sources, skeletons.__file__, *readers)]
-    key = [code, data.digest(splits), list(splits), str(resolution), zoom, pad]
-    folder = cache / "shards" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.exists():
-            unfinished = folder.with_suffix(".unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-            try:
-                parts = [data.open(split) for split in splits]
-                _refuse_others(parts)
-                _write(parts, objective, resolution, zoom, pad, unfinished)
-            except BaseException:
+
+    data: Splits
+    objective: Objective[Any]
+    framing: Framing
+    resolution: Resolution
+    augment: Augmentation
+    cache: Path
+
+    def shard(self, splits: Sequence[str], pad: int) -> Shard:
+        """The images of some splits, from the cache or written there.
+
+        Args:
+            splits: splits in order; the images of "unlabelled" have no labels.
+            pad: grey level beside the images.
+
+        Raises:
+            UserError: the disk has not enough free space, an image cannot be read, or splits have different labels.
+        """
+        folder = self.cache / "shards" / self._key(splits, pad)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.exists():
+                unfinished = folder.with_suffix(".unfinished")
                 shutil.rmtree(unfinished, ignore_errors=True)
-                raise
-            unfinished.rename(folder)
-    return Shard.open(folder)
+                unfinished.mkdir()
+                try:
+                    self._write([self.data.open(split) for split in splits], pad, self.source(splits), unfinished)
+                except BaseException:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                    raise
+                unfinished.rename(folder)
+        return Shard.open(folder)
+
+    def source(self, splits: Sequence[str]) -> Skeleton | Palette:
+        """The labels of some splits.
+
+        Raises:
+            UserError: two splits have labels of different names.
+        """
+        found: dict[str, Skeleton | Palette] = {}
+        for split in splits:
+            part = self.data.open(split)
+            if part.labelled:
+                found[split] = part.labels
+        if not found:
+            raise UserError(f"no labels in {', '.join(splits)}; training needs images with labels")
+        first = next(iter(found))
+        for split, labels in found.items():
+            if labels.names != found[first].names:
+                raise UserError(
+                    f"the labels of '{split}' ({', '.join(labels.names[:4])}, ...) are not those of '{first}' "
+                    f"({', '.join(found[first].names[:4])}, ...); choose one category with data.category"
+                )
+        return found[first]
+
+    def _key(self, splits: Sequence[str], pad: int) -> str:
+        readers = sorted(Path(datasets.__file__).parent.glob("*.py"))
+        sources = [str(inspect.getsourcefile(part)) for part in (Shard, type(self.objective), keypoints, type(self.framing))]
+        code = [Path(file).read_text() for file in (*sources, *map(str, readers))]
+        options = [repr(self.framing), str(self.resolution), self._zoom, pad]
+        key = [code, self.data.digest(splits), list(splits), options]
+        return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+
+    def _write(self, parts: Sequence[Split[Any]], pad: int, source: Skeleton | Palette, folder: Path) -> None:
+        import cv2
+
+        from pipeline.progress import track
+
+        samples = [(part, n) for part in parts for n in range(len(part))]
+        described = [self._described(part[n]) for part, n in samples]
+        sizes, most = np.array([size for size, _ in described], np.int32), max(capacity for _, capacity in described)
+        height, width = (int(side) for side in sizes.max(axis=0))
+        count = len(samples)
+        _check_space(folder, count, height, width)
+        images = _mapped(folder / "images.npy", np.dtype(np.uint8), (count, height, width, 3))
+
+        def write(row: int) -> tuple[dict[str, NDArray[Any]], list[View]]:
+            part, n = samples[row]
+            sample, (h, w) = part[n], sizes[row].tolist()
+            image = sample.read()
+            if image.shape[:2] != (h, w):
+                image = np.asarray(cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA), np.uint8)
+            images[row] = pad
+            images[row, :h, :w] = image
+            stored = Stored(sample.size, Resolution(h, w), Resolution(height, width), source)
+            kept = self.objective.labels(sample.truth, stored, most) | {"labelled": np.array(sample.truth is not None)}
+            return kept, self._bases(sample, stored.size)
+
+        views: list[tuple[int, int, View]] = []
+        with ThreadPoolExecutor() as pool:
+            rows = track(pool.map(write, range(count)), "reading training images", count, "images")
+            arrays: dict[str, NDArray[Any]] = {}
+            for row, (kept, bases) in enumerate(rows):
+                for name, value in kept.items():
+                    if name not in arrays:
+                        arrays[name] = _mapped(folder / f"{name}.npy", value.dtype, (count, *value.shape))
+                    arrays[name][row] = value
+                views += [(row, place, view) for place, view in enumerate(bases)]
+        if not views:
+            raise UserError("no view to train on: these images show no instance that the framing cuts out; give other images")
+        for name, values in (
+            ("rows", np.array([row for row, _, _ in views], np.int64)),
+            ("places", np.array([place for _, place, _ in views], np.int64)),
+            ("bases", np.array([view.matrix for _, _, view in views], np.float64)),
+            ("cropped", np.array([view.box is not None for _, _, view in views])),
+        ):
+            np.save(folder / f"{name}.npy", values)
+        images.flush()
+
+    @property
+    def _zoom(self) -> float:
+        return max(float(self.augment.scale[1]), 1.0)
+
+    def _described(self, sample: Sample[Any]) -> tuple[tuple[int, int], int]:
+        """The size at which an image is stored, which is no larger than the views need, and its labelled instances."""
+        largest = max((float(view.matrix[0, 0]) for view in self._bases(sample, sample.size)), default=0.0)
+        scale = min(1.0, self._zoom * largest)
+        size = max(1, round(sample.size.height * scale)), max(1, round(sample.size.width * scale))
+        return size, 0 if sample.truth is None else self.objective.capacity(sample.truth)
+
+    def _bases(self, sample: Sample[Any], stored: Resolution) -> list[View]:
+        """The base views of an image that is stored at a size.
+
+        Raises:
+            UserError: the framing needs boxes, and the image has none.
+        """
+        scale = np.array([stored.width / sample.size.width, stored.height / sample.size.height])
+        boxes = None if sample.boxes is None else Boxes(sample.boxes.xywh * np.tile(scale, 2), sample.boxes.scores)
+        try:
+            return self.framing.bases(stored, self.resolution, boxes)
+        except ValueError as error:
+            raise UserError(f"image {sample.id}: {error}") from error
 
 
-def _refuse_others(parts: Sequence[Any]) -> None:
-    """Refuse to train on other keypoints than COCO's.
+def _check_space(folder: Path, count: int, height: int, width: int) -> None:
+    """Make sure that the disk has space for the images of a shard.
 
     Raises:
-        UserError: the labels of some images are of others.
+        UserError: it has not.
     """
-    for part in parts:
-        labels = getattr(part, "labels", None)
-        if isinstance(labels, Skeleton) and labels.names != skeletons.COCO_17.names:
-            few = ", ".join(labels.names[:4]) + (", ..." if len(labels.names) > 4 else "")
-            raise UserError(
-                f"{getattr(part, 'annotations', 'data')}: training knows COCO's 17 keypoints alone, and this category has "
-                f"{len(labels.names)} others ({few}); give labels of COCO's keypoints, or train elsewhere and adopt the "
-                "network with model=onnx"
-            )
-
-
-def _write(
-    parts: Sequence[Dataset[Any]], objective: Objective[Any], resolution: Resolution, zoom: float, pad: int, folder: Path
-) -> None:
-    import cv2
-
-    from pipeline.progress import track
-
-    samples = [(part, n) for part in parts for n in range(len(part))]
-    sizes = np.array([_stored(part[n].size, resolution, zoom) for part, n in samples], np.int32)
-    height, width = (int(side) for side in sizes.max(axis=0))
-    count = len(samples)
     wanted, free = count * height * width * 3, shutil.disk_usage(folder).free
     if wanted * _SPARE > free:
         raise UserError(
             f"{folder.parent}: {count} training images of {height}x{width} take {wanted / 1e9:.1f} GB there, and "
             f"{free / 1e9:.1f} GB are free; free some, choose another folder with outputs=DIR, or a smaller training_resolution"
         )
-    images = _mapped(folder / "images.npy", np.dtype(np.uint8), (count, height, width, 3))
-    most = max((objective.people(part[n].truth) for part, n in samples), default=0)
-
-    def write(row: int) -> dict[str, NDArray[Any]]:
-        part, n = samples[row]
-        sample, (h, w) = part[n], sizes[row]
-        image = sample.read()
-        if image.shape[:2] != (h, w):
-            image = np.asarray(cv2.resize(image, (int(w), int(h)), interpolation=cv2.INTER_AREA), np.uint8)
-        images[row] = pad
-        images[row, :h, :w] = image
-        kept: dict[str, NDArray[Any]] = objective.labels(
-            sample.truth, sample.size, Resolution(int(h), int(w)), Resolution(height, width), most
-        )
-        return kept | {"labelled": np.array(sample.truth is not None)}
-
-    with ThreadPoolExecutor() as pool:
-        rows = track(pool.map(write, range(count)), "reading training images", count, "images")
-        first = next(iter(rows))
-        arrays = {name: _mapped(folder / f"{name}.npy", value.dtype, (count, *value.shape)) for name, value in first.items()}
-        for row, kept in enumerate((first, *rows)):
-            for name, value in kept.items():
-                arrays[name][row] = value
-    np.save(folder / "sizes.npy", sizes)
-    images.flush()
 
 
 def _mapped(file: Path, kind: np.dtype[Any], shape: tuple[int, ...]) -> np.memmap[Any, Any]:
-    """An array on disk, to be written through memory.
+    """Create an array on disk, and map it for writing.
+
+    The space is reserved first, because writing into a hole of a full disk would kill the process.
 
     Raises:
-        UserError: the disk has no room for it. Writing into a hole of a full disk would end the process instead.
+        UserError: the disk has no room for the array.
     """
     made = np.lib.format.open_memmap(file, mode="w+", dtype=kind, shape=shape)
     size = file.stat().st_size
@@ -190,9 +266,3 @@ def _mapped(file: Path, kind: np.dtype[Any], shape: tuple[int, ...]) -> np.memma
             "choose another folder with outputs=DIR, or a smaller training_resolution"
         ) from error
     return made
-
-
-def _stored(size: Resolution, resolution: Resolution, zoom: float) -> tuple[int, int]:
-    """The size an image is kept at: no larger than the largest view of it shows."""
-    scale = min(1.0, zoom * min(resolution.height / size.height, resolution.width / size.width))
-    return max(1, round(size.height * scale)), max(1, round(size.width * scale))

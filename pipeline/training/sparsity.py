@@ -1,4 +1,4 @@
-"""Sparsity while training: penalties on the folded weights of the groups that pruning will judge."""
+"""Sparsity in training: penalties on the folded weights of the groups that pruning will rank."""
 
 from dataclasses import replace
 from typing import Any
@@ -14,19 +14,19 @@ TYPES = ("l1", "l2", "group_lasso")
 
 
 class Penalty:
-    """What is added to the loss: `factor` times a norm of the weights of the channels of every group.
+    """A penalty that is added to the loss: `factor` times a norm of the weights of every group's channels.
 
-    "l1" is the sum of the magnitudes of the weights that make the channels, "l2" of their squares (TAO's regularization_type),
-    "group_lasso" the sum over channels of the L2 norm of the weights that make and read one times the root of their number
-    (Yuan and Lin 2006), which empties whole channels.
+    "l1" is the sum of the magnitudes of the weights that compute the channels, and "l2" the sum of their squares, as TAO's
+    regularization_type. "group_lasso" considers, for each channel, all weights that compute or read it. It sums their L2 norms
+    times the root of their number over the channels (Yuan and Lin 2006), which makes whole channels zero.
 
     Args:
-        network: whose groups are penalised; those of the heads are not.
-        kind: one of the three.
+        network: the network. Its groups are penalised, except for the heads.
+        kind: "l1", "l2" or "group_lasso".
         factor: TAO's kernel_regularization_factor.
 
     Raises:
-        UserError: nothing of the network can be pruned.
+        UserError: no channels of the network can be pruned.
     """
 
     def __init__(self, network: nn.Module, kind: str, factor: float) -> None:

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from posepress.contracts import Decoder
 from posepress.geometry import View, cells_to_input, input_to_cells
-from posepress.spec import Array, NetworkSpec, OutputSpec, Skeleton
+from posepress.spec import Array, NetworkSpec, Skeleton
 
 F32 = NDArray[np.float32]
 
@@ -24,17 +25,9 @@ def _interpolation(at: NDArray[np.float64], cells: int) -> F32:
     return matrix
 
 
-def _mirror(field: F32, spec: OutputSpec, network: NetworkSpec) -> F32:
-    """The field of a mirrored view with left and right exchanged; PAF vectors are mirrored, too."""
-    if not isinstance(network.labels, Skeleton):
-        return field
-    if spec.name == "pafs":
-        limbs, signs = network.labels.limb_flip
-        turned = field.reshape(-1, 2, *field.shape[1:])[list(limbs)] * np.array(signs, np.float32)[:, None, None, None]
-        turned[:, 0] *= -1
-        straight: F32 = turned.reshape(field.shape)
-        return straight
-    flip = network.labels.flip
+def mirrored_heatmaps(field: F32, skeleton: Skeleton) -> F32:
+    """Heatmaps [C, h, w] of a mirrored view in the order of the other view; a map beyond the keypoints keeps its place."""
+    flip = skeleton.flip
     ordered: F32 = np.take(field, [*flip, *range(len(flip), len(field))], axis=0)
     return ordered
 
@@ -48,8 +41,10 @@ class AveragedFields:
         spec: the network's description.
     """
 
-    decoder: Any
+    decoder: Decoder[Any]
     spec: NetworkSpec
+    needs: ClassVar[Mapping[str, str]] = {}
+    result: ClassVar[type] = dict
 
     def decode(self, fields: Mapping[str, Array], views: Sequence[View]) -> list[dict[str, F32]]:
         """The fields of each view, in host memory; `merge` decodes them once all views of the image are there."""
@@ -74,7 +69,7 @@ class AveragedFields:
                 across = _interpolation(cells[:w, 0], source.shape[2])
                 down = _interpolation(cells[:h, 1], source.shape[1])
                 read: F32 = (down @ source @ across.T).astype(np.float32)
-                total += _mirror(read, field, self.spec) if view.flipped else read
+                total += self.decoder.mirror(field.name, read) if view.flipped else read
             mean[field.name] = total[None] / len(parts)
         decoded = self.decoder.decode(mean, [largest])
         return self.decoder.merge(decoded, [largest])
@@ -84,7 +79,14 @@ class AveragedFields:
         drawn: NDArray[np.uint8] = self.decoder.draw(image, found)
         return drawn
 
-    def variants(self, found: Any) -> Mapping[str, Any]:
-        """The alternative versions of a prediction that `decoder` gives."""
-        variants: Mapping[str, Any] = self.decoder.variants(found)
-        return variants
+    def readings(self, found: Any) -> Mapping[str, Any]:
+        """The readings of the inner decoder."""
+        return self.decoder.readings(found)
+
+    def plain(self, found: Any) -> Any:
+        """The plain reading of the inner decoder."""
+        return self.decoder.plain(found)
+
+    def mirror(self, name: str, field: F32) -> F32:
+        """A field of a mirrored view, as the inner decoder turns it."""
+        return self.decoder.mirror(name, field)

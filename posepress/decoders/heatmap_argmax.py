@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from annotated_types import Interval
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from posepress.checks import number
 from posepress.compiled import compiled
+from posepress.decoders.averaged import mirrored_heatmaps
 from posepress.draw import draw
 from posepress.geometry import View, cells_to_input
 from posepress.results import Poses
@@ -100,6 +101,8 @@ class TopDownDecoder:
     """
 
     spec: NetworkSpec
+    needs: ClassVar[Mapping[str, str]] = {"heatmaps": "CHW"}
+    result: ClassVar[type] = Poses
     refinement: Literal["none", "shift", "dark"] = "dark"
     sigma: Annotated[float, Interval(ge=0.3, le=16)] = 2.0
     keypoint_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.2
@@ -114,6 +117,7 @@ class TopDownDecoder:
             raise ValueError(f"decoder.refinement={self.refinement}: unknown; use {', '.join(_REFINEMENTS)}")
         number("decoder.sigma", self.sigma, 0.3, 16)
         number("decoder.keypoint_threshold", self.keypoint_threshold, -1e6, 1e6)
+        self.spec.offers(self.needs)
         maps, names = self.spec.field("heatmaps").channels, self.spec.skeleton.names
         if maps < len(names):
             raise ValueError(f"{maps} heatmaps do not fit a skeleton of {len(names)} keypoints; correct model.spec")
@@ -152,9 +156,10 @@ class TopDownDecoder:
         at = np.column_stack((columns, rows)) + np.array(offsets)
         points = view.to_image(cells_to_input(at, self.spec.field("heatmaps")))
         keypoints = np.where(values[:, None] > 0, np.column_stack((points, values)), 0).astype(np.float32)
+        counts = {"images_not_finite": int(strange)}
         if not sure.any():
-            return Poses(np.zeros((0, K, 3), np.float32), np.zeros(0, np.float32), not_finite=strange)
-        return Poses(keypoints[None], np.array([values[sure].mean()], np.float32), not_finite=strange)
+            return Poses(np.zeros((0, K, 3), np.float32), np.zeros(0, np.float32), counts=counts)
+        return Poses(keypoints[None], np.array([values[sure].mean()], np.float32), counts=counts)
 
     def merge(self, parts: Sequence[Poses], views: Sequence[View]) -> Poses:  # noqa: ARG002 - the boxes were chosen before
         """All people of an image."""
@@ -162,13 +167,21 @@ class TopDownDecoder:
         return Poses(
             np.concatenate([np.zeros((0, K, 3), np.float32), *(part.keypoints for part in parts)]),
             np.concatenate([np.zeros(0, np.float32), *(part.scores for part in parts)]),
-            not_finite=any(part.not_finite for part in parts),
+            counts={"images_not_finite": int(any(part.counts["images_not_finite"] for part in parts))},
         )
 
     def draw(self, image: NDArray[np.uint8], found: Poses) -> NDArray[np.uint8]:
         """The people drawn over their image [H, W, 3]."""
         return draw(image, found, self.spec.skeleton)
 
-    def variants(self, found: Poses) -> dict[str, Poses]:  # noqa: ARG002 - there are no variants
+    def readings(self, found: Poses) -> dict[str, Poses]:  # noqa: ARG002 - there are no other readings
         """No alternative versions of a prediction."""
         return {}
+
+    def plain(self, found: Poses) -> Poses:
+        """The prediction itself: nothing is added to it."""
+        return found
+
+    def mirror(self, name: str, field: F32) -> F32:  # noqa: ARG002 - there is one field
+        """The heatmaps [C, h, w] of a mirrored view with left and right exchanged."""
+        return mirrored_heatmaps(field, self.spec.skeleton)

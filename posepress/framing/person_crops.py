@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from annotated_types import Interval
-from numpy.typing import NDArray
 
 from posepress.checks import number
+from posepress.contracts import Decoder, Result
 from posepress.geometry import View
-from posepress.spec import InputSpec, Resolution
+from posepress.results import Boxes
+from posepress.spec import InputSpec, NetworkSpec, Resolution
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class PersonCrops:
             ratio.
     """
 
+    bases_use: ClassVar[tuple[str, ...]] = ("padding",)  # options on which `bases` depends
     padding: Annotated[float, Interval(ge=0.1, le=10)] = 1.25
 
     def __post_init__(self) -> None:
@@ -49,22 +51,35 @@ class PersonCrops:
 
     def views(
         self,
-        size: Resolution,  # noqa: ARG002 - only framings of the whole image need it
+        size: Resolution,
         resolution: Resolution,
         spec: InputSpec,  # noqa: ARG002 - only framings that choose the size need it
-        boxes: NDArray[np.float64] | None = None,
+        boxes: Boxes | None = None,
     ) -> list[View]:
-        """A view for each box [N, 4] (x, y, width, height) in image pixels.
+        """A view for each box, in their order.
 
         Raises:
             ValueError: `boxes` is None, or a box is not finite. An empty array is accepted: the image shows no people.
         """
+        return self.bases(size, resolution, boxes)
+
+    def bases(
+        self,
+        size: Resolution,  # noqa: ARG002 - only framings of the whole image need it
+        resolution: Resolution,
+        boxes: Boxes | None = None,
+    ) -> list[View]:
+        """The crops that training starts from: those of `views`.
+
+        Raises:
+            ValueError: as `views`.
+        """
         if boxes is None:
             raise ValueError("a top-down network needs a box for each person, and these images have none; add boxes")
-        if not np.isfinite(boxes).all():
+        if not np.isfinite(boxes.xywh).all():
             raise ValueError("a person's box is not finite; correct the annotation file")
         views = []
-        for x, y, width, height in boxes.tolist():
+        for x, y, width, height in boxes.xywh.tolist():
             across = max(width, height * resolution.width / resolution.height, 1.0) * self.padding
             scale = resolution.width / across
             middle = np.array([x + (width - 1) / 2, y + (height - 1) / 2])
@@ -72,3 +87,7 @@ class PersonCrops:
             matrix = np.column_stack((np.eye(2) * scale, target - scale * middle))
             views.append(View(matrix, resolution, (x, y, width, height)))
         return views
+
+    def reader(self, decoder: Decoder[Result], spec: NetworkSpec) -> Decoder[Result]:  # noqa: ARG002
+        """The decoder itself."""
+        return decoder

@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from annotated_types import Interval, MinLen
-from numpy.typing import NDArray
 
 from posepress.checks import number
+from posepress.contracts import Decoder, Result
 from posepress.geometry import View, mirrored, resized
-from posepress.spec import InputSpec, Resolution
+from posepress.results import Boxes
+from posepress.spec import InputSpec, NetworkSpec, Resolution
 
 KeepAspectRatioMode = Literal["pad_image_input", "adjust_network_input"]
 
@@ -29,6 +30,7 @@ class WholeImage:
         flip: whether the mirrored image is a further view; a research setting.
     """
 
+    bases_use: ClassVar[tuple[str, ...]] = ()  # options on which `bases` depends
     keep_aspect_ratio_mode: KeepAspectRatioMode | None = "pad_image_input"
     scales: Annotated[Sequence[Annotated[float, Interval(ge=0.1, le=8)]], MinLen(1)] = (1.0,)
     flip: bool = False
@@ -74,7 +76,7 @@ class WholeImage:
         size: Resolution,
         resolution: Resolution,
         spec: InputSpec,
-        boxes: NDArray[np.float64] | None = None,  # noqa: ARG002 - only framings that crop need it
+        boxes: Boxes | None = None,  # noqa: ARG002 - only framings that crop need it
     ) -> list[View]:
         """The views of an image of `size` for a network run at `resolution`."""
         views = []
@@ -85,6 +87,19 @@ class WholeImage:
             view = self._view(size, Resolution(height, width), spec)
             views += [view, mirrored(view, size)] if self.flip else [view]
         return views
+
+    def bases(self, size: Resolution, resolution: Resolution, boxes: Boxes | None = None) -> list[View]:  # noqa: ARG002
+        """The whole image, as large as the resolution allows, in the middle of the view."""
+        scale = min(resolution.width / size.width, resolution.height / size.height)
+        middle = np.array([(size.width - 1) / 2, (size.height - 1) / 2])
+        target = np.array([(resolution.width - 1) / 2, (resolution.height - 1) / 2])
+        return [View(np.column_stack((np.eye(2) * scale, target - scale * middle)), resolution)]
+
+    def reader(self, decoder: Decoder[Result], spec: NetworkSpec) -> Decoder[Any]:
+        """The decoder itself, or one that averages the outputs of several views first."""
+        from posepress.decoders.averaged import AveragedFields
+
+        return AveragedFields(decoder, spec) if self.averaged else decoder
 
     def _view(self, size: Resolution, resolution: Resolution, spec: InputSpec) -> View:
         if self.keep_aspect_ratio_mode is None:

@@ -8,13 +8,14 @@ parabola through the logarithms of three values, which is exact for a Gaussian. 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from annotated_types import Interval, Len
 from numpy.typing import NDArray
 
 from posepress.checks import number, whole
+from posepress.decoders.averaged import mirrored_heatmaps
 from posepress.decoders.heatmap_paf.candidates import F32, I32, Candidates
 from posepress.decoders.heatmap_paf.grouping import FEATURES, finish, group
 from posepress.decoders.heatmap_paf.limbs import score_limbs
@@ -83,6 +84,8 @@ class HeatmapPafDecoder:
     """
 
     spec: NetworkSpec
+    needs: ClassVar[Mapping[str, str]] = {"heatmaps": "CHW", "pafs": "CHW"}
+    result: ClassVar[type] = Poses
     heatmap_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.05
     paf_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.05
     min_keypoints: Annotated[int, Interval(ge=1, le=1000)] = 3
@@ -113,6 +116,7 @@ class HeatmapPafDecoder:
             raise ValueError(f"decoder.assignment={self.assignment}: unknown; use greedy or hungarian")
         if self.score_weights is not None and len(self.score_weights) != len(FEATURES):
             raise ValueError(f"decoder.score_weights: {len(self.score_weights)} numbers; give {len(FEATURES)}: {FEATURES}")
+        self.spec.offers(self.needs)
         heat, paf, skeleton = self.spec.field("heatmaps"), self.spec.field("pafs"), self.spec.skeleton
         if not skeleton.limbs:
             raise ValueError("labels.limbs is missing: PAFs hold two channels for each limb, so give the limbs in their order")
@@ -171,7 +175,8 @@ class HeatmapPafDecoder:
         points, scores, guessed, features = finish(keypoints, present, limb_scores, _counted(skeleton), self._weights, to_image)
         if self.score_weights is not None:  # a linear fit may be negative; AP depends on the order alone
             scores = (1 / (1 + np.exp(-scores))).astype(np.float32)
-        return Poses(points, scores, guessed, features, found.dropped, found.not_finite)
+        counts = {"dropped_peaks": found.dropped, "images_not_finite": int(found.not_finite)}
+        return Poses(points, scores, {"guessed": guessed, "features": features}, counts)
 
     @cached_property
     def _weights(self) -> F32:
@@ -222,6 +227,20 @@ class HeatmapPafDecoder:
         """The people drawn over their image [H, W, 3]."""
         return draw(image, found, self.spec.skeleton)
 
-    def variants(self, found: Poses) -> dict[str, Poses]:
+    def readings(self, found: Poses) -> dict[str, Poses]:
         """Alternative versions of a prediction: "as_found" has the plain score and no filled-in keypoints."""
         return {"as_found": found.as_found()} if self.complete_poses or self.score_weights is not None else {}
+
+    def plain(self, found: Poses) -> Poses:
+        """The prediction with the plain score and without filled-in keypoints."""
+        return self.readings(found).get("as_found", found)
+
+    def mirror(self, name: str, field: F32) -> F32:
+        """A field [C, h, w] of a mirrored view with left and right exchanged; PAF vectors are mirrored, too."""
+        if name == "heatmaps":
+            return mirrored_heatmaps(field, self.spec.skeleton)
+        limbs, signs = self.spec.skeleton.limb_flip
+        turned = field.reshape(-1, 2, *field.shape[1:])[list(limbs)] * np.array(signs, np.float32)[:, None, None, None]
+        turned[:, 0] *= -1
+        straight: F32 = turned.reshape(field.shape)
+        return straight

@@ -1,0 +1,1 @@
+"""Training objectives: one module for the targets of each family of networks."""
