@@ -25,7 +25,7 @@ def shown(results: Iterator[Found], watch: Watch, what: str, total: int) -> Iter
 
 
 def resumed(
-    images: Any, file: Path, rest: Callable[[int], Iterator[tuple[Any, Any]]], watch: Watch, what: str
+    images: Any, file: Path, rest: Callable[[int], Iterator[tuple[Any, Any]]], watch: Watch, what: str, kind: type
 ) -> Iterator[tuple[int, Any, Any]]:
     """Yield index, sample and predictions of every image; an interrupted pass continues where it stopped.
 
@@ -35,9 +35,10 @@ def resumed(
         rest: predicts people, starting at the image of the given index.
         watch: measures the time of each step.
         what: name of the images in the progress bar.
+        kind: class of the predictions.
     """
     try:
-        kept = list((load_results(file) if file.exists() else {}).items())
+        kept = list((load_results(file, kind) if file.exists() else {}).items())
     except UserError:  # if the saved predictions cannot be read, the pass starts again
         kept = []
     start, saved = len(kept), time.monotonic()

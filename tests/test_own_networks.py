@@ -650,7 +650,7 @@ MISTAKES = {
     "no tensor": (returns(lambda out: {**out, "pafs": [out["pafs"]]}), "pafs: expected .* found a list of 1"),
     "other limbs": (
         specified(labels=Skeleton(OPENPOSE_18.names, OPENPOSE_18.limbs[:5], OPENPOSE_18.sigmas)),
-        r"cannot be trained here: spec says 38 channels of 'pafs'; but its labels need 10: two channels a limb \(5\)",
+        r"cannot be trained here: spec says 38 channels of 'pafs', but its labels need 10: two channels a limb \(5\)",
     ),
     "other keypoints": (
         specified(labels=Skeleton(("top", *OPENPOSE_18.names[1:]), OPENPOSE_18.limbs, OPENPOSE_18.sigmas)),

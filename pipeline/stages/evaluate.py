@@ -82,7 +82,7 @@ def run(
             def rest(start: int) -> Iterator[tuple[Any, Any]]:
                 return predict(part, runner, framing, read, size, batch, range(start, len(part)), watch)
 
-            return resumed(part, job.scratch / f"{split}.npz", rest, watch, f"{split} images")
+            return resumed(part, job.scratch / f"{split}.npz", rest, watch, f"{split} images", decode.result)
 
         for place, sample, found in results("validation"):
             measures[""].process(sample.id, sample.truth, found)
@@ -98,7 +98,7 @@ def run(
                 captions[name] = source if re.fullmatch(r"https?://[^\s\"'<>\\]{1,2000}", source) else ""
         if agreement is not None and tuned is not None and (tuned / "reference.npz").exists():
             measures["agreement"] = agreement(labels=runner.spec.labels)
-            reference = load_results(tuned / "reference.npz")
+            reference = load_results(tuned / "reference.npz", decode.result)
             for _, sample, found in results("agreement"):
                 measures["agreement"].process(sample.id, reference[sample.id], found)
     (job.out / "pictures" / "captions.json").write_text(json.dumps(captions))
