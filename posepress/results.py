@@ -124,6 +124,15 @@ def save_results(file: Path, results: Sequence[tuple[str, Any]]) -> None:
     unfinished.replace(file)
 
 
+def kind_of(file: Path) -> str:
+    """The name of the class of the results in a file; empty if there are none, or the file is damaged."""
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            return str(next(iter(stored["kind"].tolist()), ""))
+    except DAMAGED:
+        return ""
+
+
 def load_results(file: Path, kind: type | None = None) -> dict[str, Any]:
     """The results that `save_results` wrote, by image id.
 

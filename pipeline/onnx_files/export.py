@@ -32,6 +32,7 @@ from posepress.spec import SPEC_KEY, NetworkSpec
 _SAME = 1e-3  # largest accepted difference between torch and a file that was exported by a shorter way, relative to the range
 _SMALL = 320  # longer side of the input below which the second shape is the larger one, in pixels
 _AXES = {0: "batch", 2: "height", 3: "width"}
+_SIDES = {"H": "height", "Y": "height", "W": "width", "X": "width"}  # axes of an output whose size follows from the input's
 # This program runs a module without torch. The simplifiers import torch without using it, which took most of their time.
 _TOOL = "import runpy, sys; sys.modules['torch'] = None; del sys.argv[0]; runpy.run_module(sys.argv[0], run_name='__main__')"
 
@@ -92,7 +93,7 @@ def export(
                         return
                     print(f"{file}: this kept graph is damaged or does not fit ({why[-1]}); exporting again", file=sys.stderr)
         if free and len({one.digest for one in recorded}) == 1:
-            graph = _written(lambda: _freed(_graph(folded, images[1], opset, {}), free), network, images, out, why)
+            graph = _written(lambda: _freed(_graph(folded, images[1], opset, {}), free, spec), network, images, out, why)
         else:
             graph = _written(lambda: _graph(folded, example, opset, free), network, images, out, why)
     if graph is None:
@@ -149,14 +150,16 @@ def _graph(ordered: _Ordered, example: NDArray[np.float32], opset: int, free: Ma
     return program.model_proto
 
 
-def _freed(model: onnx.ModelProto, free: Mapping[int, str]) -> onnx.ModelProto:
+def _freed(model: onnx.ModelProto, free: Mapping[int, str], spec: NetworkSpec) -> onnx.ModelProto:
     """Give free axes to a graph that was exported for one shape."""
     del model.graph.value_info[:]
     for axis, name in free.items():
         for given in model.graph.input:
             given.type.tensor_type.shape.dim[axis].dim_param = name
-        for field in model.graph.output:
-            field.type.tensor_type.shape.dim[axis].dim_param = name if axis == 0 else f"{field.name}_{name}"
+        for output, field in zip(model.graph.output, spec.fields, strict=True):
+            for place, side in enumerate(("batch", *(_SIDES.get(letter, "") for letter in field.axes))):
+                if side == name:
+                    output.type.tensor_type.shape.dim[place].dim_param = name if place == 0 else f"{output.name}_{name}"
     return model
 
 

@@ -216,11 +216,13 @@ def _difference(result: Result, other: Result | None) -> Interval | None:
 def _agreement(dense: Result, pruned: Result) -> float | None:
     """The agreement of a pruned FP32 network with the dense network's predictions on images without labels."""
     from evaluation.metrics.agreement import PoseAgreement
-    from posepress.results import load_results
+    from posepress.results import Poses, kind_of, load_results
 
     files = [result.made_of.get("tune", Path()) / "reference.npz" for result in (dense, pruned)]
     architecture = pruned.made_of.get("prune", Path()) / "architecture.json"
     if not all(file.is_file() for file in (*files, architecture)):
+        return None
+    if not all(kind_of(file) == Poses.__name__ for file in files):
         return None
     spec = NetworkSpec.from_dict(json.loads(architecture.read_text())["spec"])
     expected, found = (load_results(file) for file in files)
