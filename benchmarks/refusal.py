@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from posepress.errors import UserError
-from posepress.runners.tensorrt import ENGINE, SIDE, check
+from posepress.runners.tensorrt_plan import ENGINE, SIDE, check
 
 REPEATS = 50
 GPU = {"name": "NVIDIA H200", "sm": "9.0"}

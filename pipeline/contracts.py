@@ -185,11 +185,22 @@ class Stored:
 
 
 class Backend(Protocol):
-    """Builds and runs engines."""
+    """Builds and runs engines.
+
+    Attributes:
+        kind: "onnxruntime", "tensorrt", "tensorrt_rtx" or "torch"; decides which options fit, and which typed file is built.
+    """
+
+    kind: ClassVar[str]
 
     @property
     def name(self) -> str:
         """Name of the backend in reports: "onnxruntime", "tensorrt", "tensorrt-double"."""
+        ...
+
+    @property
+    def simulated(self) -> bool:
+        """Whether a double of the tests computes, so that figures are no measurements."""
         ...
 
     @property
@@ -208,6 +219,20 @@ class Backend(Protocol):
 
     def build(self, files: ModelFiles, shapes: Shapes, out: Path) -> Path:
         """Build an engine in the folder `out` and return its file."""
+        ...
+
+    def adopt(self, plan: Path, spec: NetworkSpec, tensors: Mapping[str, str], out: Path) -> Path:
+        """Copy an engine that another program built into `out`, and return its file.
+
+        Args:
+            plan: file of the engine.
+            spec: description of the network.
+            tensors: names of the engine's tensors by the name of input or field, where they differ.
+            out: output folder.
+
+        Raises:
+            UserError: the backend adopts no engines, or this one does not fit.
+        """
         ...
 
     def load(self, engine: Path, threads: int = 0) -> Runner:

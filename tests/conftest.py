@@ -342,9 +342,8 @@ def finished(shared):
 
 def forget_doubles():
     """Nothing that was imported from the doubles stays for the next test."""
-    if runner := sys.modules.get("posepress.runners.tensorrt"):
-        runner.logger.cache_clear()
-        runner._library.cache_clear()
+    if loaded := sys.modules.get("posepress.runners.tensorrt_module"):
+        loaded.load.cache_clear()
     for name in [name for name in sys.modules if name.partition(".")[0] in ("tensorrt", "cuda")]:
         del sys.modules[name]
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT, SMOKE, pipeline
 
-from posepress.runners.tensorrt import logger
+from posepress.runners.tensorrt_module import load
 
 
 @pytest.fixture
@@ -16,11 +16,11 @@ def certificate(smoke, monkeypatch, doubles):
     pipeline(*SMOKE, "backend=tensorrt", "stage=[build,evaluate,benchmark]", cwd=smoke, double=True, check=0)
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "gpu"))
     monkeypatch.chdir(smoke)
-    logger.cache_clear()
+    load.cache_clear()
     import certify
 
     yield certify.Certificate(smoke / "outputs/smoke", "smoke")
-    logger.cache_clear()
+    load.cache_clear()
     sys.modules.pop("certify")
 
 

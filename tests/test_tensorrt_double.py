@@ -26,7 +26,9 @@ from pipeline.quantization.quantizers import Int8
 from posepress.errors import UserError
 from posepress.pixels import normalise
 from posepress.runners.device_memory import DeviceMemory
-from posepress.runners.tensorrt import TensorRTRunner, check, logger
+from posepress.runners.tensorrt import TensorRTRunner
+from posepress.runners.tensorrt_module import load
+from posepress.runners.tensorrt_plan import check
 from posepress.spec import Resolution
 
 SIZE = Resolution(64, 80)
@@ -39,11 +41,11 @@ VERSIONS = ["10_3", "10_16", "11_1"]
 def trt(monkeypatch, request, doubles):
     """The double as `tensorrt`, for this test only."""
     monkeypatch.setenv("POSEPRESS_TENSORRT_DOUBLE", request.param)
-    logger.cache_clear()
+    load.cache_clear()
     import tensorrt
 
     yield tensorrt
-    logger.cache_clear()
+    load.cache_clear()
 
 
 def names_used(source):
@@ -700,19 +702,19 @@ def test_two_builds_at_once_keep_the_kernels_of_both(trt, finished, tmp_path, mo
 
 def test_precision_flags_and_missing_profiles_fail_as_in_tensorrt(trt, finished):
     file = str(quantized(finished, "fp32").onnx["tensorrt"])
-    builder = trt.Builder(logger())
+    builder = trt.Builder(load().logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    assert trt.OnnxParser(network, logger()).parse_from_file(file)
+    assert trt.OnnxParser(network, load().logger).parse_from_file(file)
     config = builder.create_builder_config()
     assert builder.build_serialized_network(network, config) is None
-    assert "no optimization profile" in logger().errors[-1]
+    assert "no optimization profile" in load().logger.errors[-1]
     if trt.__version__.startswith("11"):
         with pytest.raises(AttributeError):
             trt.BuilderFlag.INT8
         return
     config.set_flag(trt.BuilderFlag.INT8)
     assert builder.build_serialized_network(network, config) is None
-    assert "incompatible with strongly typed networks" in logger().errors[-1]
+    assert "incompatible with strongly typed networks" in load().logger.errors[-1]
 
 
 # The tests above write and build every precision for each version. Here the chain runs those whose code differs.

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -41,6 +41,7 @@ class OnnxRuntime:
         provider: name of an execution provider of ONNX Runtime.
     """
 
+    kind: ClassVar[str] = "onnxruntime"
     provider: str = "CPUExecutionProvider"
 
     def __post_init__(self) -> None:
@@ -59,6 +60,11 @@ class OnnxRuntime:
     def name(self) -> str:
         """Name of the backend in reports."""
         return "onnxruntime"
+
+    @property
+    def simulated(self) -> bool:
+        """False: its figures are real."""
+        return False
 
     @property
     def on_gpu(self) -> bool:
@@ -94,6 +100,16 @@ class OnnxRuntime:
             options.enable_profiling = True
             options.profile_file_prefix = str(observed / "profile")
         return onnxruntime.InferenceSession(str(model), options, providers=[self.provider])
+
+    def adopt(self, plan: Path, spec: NetworkSpec, tensors: Mapping[str, str], out: Path) -> Path:  # noqa: ARG002
+        """Refuse: engines of other programs are TensorRT plans.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"model.plan={plan}: backend=onnxruntime runs no plan; choose backend=tensorrt, or model=onnx model.onnx=FILE"
+        )
 
     def load(self, engine: Path, threads: int = 0) -> "OnnxRuntimeRunner":
         """Load an engine. With `threads` 0 on a CPU, one batch runs on each core at the same time.

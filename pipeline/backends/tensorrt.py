@@ -1,27 +1,29 @@
-"""The backend for TensorRT 10 and 11. Networks are strongly typed: the ONNX file determines the precision."""
+"""TensorRT: builds plans from typed ONNX files, adopts plans of others, and audits them."""
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Interval, MinLen
 from filelock import FileLock
 
 from pipeline.backends.engine_inspector import layers
 from pipeline.backends.tensorrt_calibrator import calibrate
+from pipeline.backends.tensorrt_checks import check_plugins, check_types, member, reason_of
 from pipeline.onnx_files.files import ModelFiles, Shapes, read_spec
-from posepress.errors import UserError, nearest
+from posepress.errors import UserError
 from posepress.runners.device_memory import DeviceMemory
-from posepress.runners.tensorrt import ENGINE, SIDE, WEIGHTS, TensorRTRunner, failed, logger, prepare
+from posepress.runners.tensorrt import TensorRTRunner
+from posepress.runners.tensorrt_module import TensorRTModule, load
+from posepress.runners.tensorrt_plan import ENGINE, SIDE, WEIGHTS
 from posepress.spec import InputSpec, NetworkSpec, Resolution
 
 _LAST_WITH_FLAG = 10  # later versions make only strongly typed networks and have no flag for them
-_BF16_FROM, _FP8_FROM = 8.0, 8.9  # lowest compute capability that supports the type
 
 
 def _shapes(shapes: Shapes, spec: InputSpec) -> list[tuple[int, int, int, int]]:
@@ -57,6 +59,7 @@ class TensorRT:
         device: number of the GPU, or numbers of several GPUs that share the work; the first GPU builds the engine.
     """
 
+    kind: ClassVar[str] = "tensorrt"
     mem_pool_size_mb: Annotated[int, Interval(ge=1, le=1 << 20)] = 4096
     builder_optimization_level: Annotated[int, Interval(ge=0, le=5)] = 3
     tf32: bool = False
@@ -124,10 +127,13 @@ class TensorRT:
 
     @property
     def name(self) -> str:
-        """Name of the backend in reports: "tensorrt", or "tensorrt-double" in tests."""
-        import tensorrt as trt
+        """Name of the backend in reports: its kind, with "-double" in tests."""
+        return f"{self.kind}-double" if self.simulated else self.kind
 
-        return "tensorrt-double" if getattr(trt, "POSEPRESS_DOUBLE", False) else "tensorrt"
+    @property
+    def simulated(self) -> bool:
+        """Whether the tests' double runs instead of TensorRT."""
+        return load(self.kind).is_double
 
     @property
     def on_gpu(self) -> bool:
@@ -137,7 +143,7 @@ class TensorRT:
     @property
     def timeable(self) -> bool:
         """Whether engines run on a real GPU and not in the tests' double."""
-        return self.name == "tensorrt"
+        return not self.simulated
 
     def in_fp32(self) -> "TensorRT":
         """Return itself, because the ONNX file determines the precision."""
@@ -150,46 +156,49 @@ class TensorRT:
             UserError: this version lacks an option, or the parser or the builder refuses the network.
         """
         import onnx
-        import tensorrt as trt
 
         from pipeline.backends.macs import macs
 
+        lib = load(self.kind)
+        trt = lib.trt
         source, memory = files.onnx["tensorrt"], DeviceMemory(self.devices[0])
         memory.activate()
         model = onnx.load(source)
         spec = read_spec(source)
-        _check_types(trt, model, memory.gpu)
-        prepare(trt, self.plugins)
-        _check_plugins(trt, model, source.name)
-        builder = trt.Builder(logger())
+        check_types(trt, model, memory.gpu)
+        lib.prepare(self.plugins)
+        check_plugins(trt, model, source.name)
+        builder = trt.Builder(lib.logger)
         flags, typed = 0, files.calibration is None
         if typed and int(trt.__version__.split(".")[0]) <= _LAST_WITH_FLAG:
             flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         network = builder.create_network(flags)
-        parser = trt.OnnxParser(network, logger())
+        parser = trt.OnnxParser(network, lib.logger)
         if not parser.parse_from_file(str(source)):
-            reasons = "; ".join(_reason(parser.get_error(i), model) for i in range(parser.num_errors))
+            reasons = "; ".join(reason_of(parser.get_error(i), model) for i in range(parser.num_errors))
             raise UserError(f"{source.name}: TensorRT {trt.__version__} cannot parse it: {reasons}")
-        config = self._config(trt, builder, memory.gpu, typed)
+        config = self._config(lib, builder, memory.gpu, typed)
         profiles = [_shapes(one, spec.input) for one in (shapes, *shapes.more)]
         for wanted in profiles:
             profile = builder.create_optimization_profile()
             profile.set_shape(network.get_input(0).name, *wanted)
             if config.add_optimization_profile(profile) < 0:
-                raise failed(f"{source.name}: the profile {wanted}", "choose resolution and batch so that min <= opt <= max")
+                raise lib.failed(
+                    f"{source.name}: the profile {wanted}", "choose resolution and batch so that min <= opt <= max"
+                )
         finish = None
         if files.calibration is not None:
             empty = builder.create_optimization_profile()
             kept = None if self.cache is None else Path(self.cache)
             finish = calibrate(trt, config, empty, files.calibration, spec.input, memory, kept)
-        plan = self._built(trt, builder, network, config, memory.gpu)
+        plan = self._built(lib, builder, network, config, memory.gpu)
         if finish is not None:
             finish()
         if plan is None:
             fix = "lower backend.mem_pool_size_mb, batch or resolution if memory ran out; else try another precision"
             if self.error_on_timing_cache_miss:
                 fix = "build it once with backend.error_on_timing_cache_miss=false, which measures the missing kernels"
-            raise failed(f"{source.name}: TensorRT {trt.__version__} cannot build it", fix)
+            raise lib.failed(f"{source.name}: TensorRT {trt.__version__} cannot build it", fix)
         engine, content = out / ENGINE, bytes(memoryview(plan))
         engine.write_bytes(content)
         if self.strip_weights:
@@ -218,17 +227,17 @@ class TensorRT:
         Raises:
             UserError: the file is no plan of this version and GPU, or its tensors do not fit the description.
         """
-        import tensorrt as trt
-
+        lib = load(self.kind)
+        trt = lib.trt
         memory = DeviceMemory(self.devices[0])
         memory.activate()
         content = plan.read_bytes()
-        prepare(trt, self.plugins)
-        runtime = trt.Runtime(logger())
+        lib.prepare(self.plugins)
+        runtime = trt.Runtime(lib.logger)
         runtime.engine_host_code_allowed = self.version_compatible
         engine = runtime.deserialize_cuda_engine(content)
         if engine is None:
-            raise failed(
+            raise lib.failed(
                 f"model.plan={plan}: TensorRT {trt.__version__} cannot load it", "give a plan that it built on this GPU"
             )
         names = [engine.get_tensor_name(n) for n in range(engine.num_io_tensors)]
@@ -279,6 +288,7 @@ class TensorRT:
         """Return the description that is written beside every plan."""
         return {
             "spec": json.loads(spec.to_json()),
+            "kind": self.kind,
             "tensorrt": trt.__version__,
             "gpu": dict(gpu),
             "bytes": len(content),
@@ -288,18 +298,18 @@ class TensorRT:
             "plugins": list(self.plugins),
         }
 
-    def _config(self, trt: Any, builder: Any, gpu: Mapping[str, str], typed: bool) -> Any:
+    def _config(self, lib: TensorRTModule, builder: Any, gpu: Mapping[str, str], typed: bool) -> Any:
         """Return the builder's configuration.
 
         Raises:
             UserError: this version of TensorRT lacks something that an option names.
         """
-        config = builder.create_builder_config()
+        trt, config = lib.trt, builder.create_builder_config()
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self.mem_pool_size_mb << 20)
         config.builder_optimization_level = self.builder_optimization_level
         config.avg_timing_iterations = self.avg_timing_iterations
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        config.hardware_compatibility_level = _member(
+        config.hardware_compatibility_level = member(
             trt, "HardwareCompatibilityLevel", self.hardware_compatibility_level, "hardware_compatibility_level"
         )
         if not self.tf32:
@@ -312,13 +322,13 @@ class TensorRT:
             "ERROR_ON_TIMING_CACHE_MISS": self.error_on_timing_cache_miss,
         }
         for flag in (name for name, on in switches.items() if on):
-            config.set_flag(_member(trt, "BuilderFlag", flag, flag.lower()))
+            config.set_flag(member(trt, "BuilderFlag", flag, flag.lower()))
         for feature in self.preview_features:
-            config.set_preview_feature(_member(trt, "PreviewFeature", feature, "preview_features"), True)
+            config.set_preview_feature(member(trt, "PreviewFeature", feature, "preview_features"), True)
         if self.tactic_sources is not None:
-            sources = [_member(trt, "TacticSource", source, "tactic_sources") for source in self.tactic_sources]
+            sources = [member(trt, "TacticSource", source, "tactic_sources") for source in self.tactic_sources]
             if not config.set_tactic_sources(sum({1 << int(source) for source in sources})):
-                raise failed(f"backend.tactic_sources={list(self.tactic_sources)}", "leave it out, or choose others")
+                raise lib.failed(f"backend.tactic_sources={list(self.tactic_sources)}", "leave it out, or choose others")
         if self.use_dla_core is not None:
             there = builder.num_DLA_cores
             if not 0 <= self.use_dla_core < there:
@@ -335,7 +345,7 @@ class TensorRT:
             config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
         return config
 
-    def _built(self, trt: Any, builder: Any, network: Any, config: Any, gpu: Mapping[str, str]) -> Any:
+    def _built(self, lib: TensorRTModule, builder: Any, network: Any, config: Any, gpu: Mapping[str, str]) -> Any:
         """Build the plan, read measured kernels from the timing cache and add the new ones to it.
 
         Raises:
@@ -344,7 +354,7 @@ class TensorRT:
         if self.cache is None:
             return builder.build_serialized_network(network, config)
         name = "-".join(gpu["name"].split())
-        file = Path(self.cache) / f"tensorrt-{trt.__version__}-{name}-sm{gpu['sm']}.timing"
+        file = Path(self.cache) / f"{self.kind}-{lib.trt.__version__}-{name}-sm{gpu['sm']}.timing"
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -356,13 +366,13 @@ class TensorRT:
         def read() -> Any:
             cache = config.create_timing_cache(file.read_bytes() if file.exists() else b"")
             if cache is None:
-                raise failed(wrong, "delete it")
+                raise lib.failed(wrong, "delete it")
             return cache
 
         lock = FileLock(f"{file}.lock")
         with lock:
             if not config.set_timing_cache(read(), False):
-                raise failed(wrong, "delete it")
+                raise lib.failed(wrong, "delete it")
         plan = builder.build_serialized_network(network, config)
         with lock:  # another build may have written meanwhile
             merged = read()
@@ -378,7 +388,7 @@ class TensorRT:
         Raises:
             UserError: another version built the plan, or it was built for another GPU.
         """
-        return TensorRTRunner(engine, self.devices, self.cuda_graph)
+        return TensorRTRunner(engine, self.devices, self.cuda_graph, self.kind)
 
     def audit(self, engine: Path, resolution: Resolution, scratch: Path | None = None) -> Sequence[dict[str, Any]]:  # noqa: ARG002
         """Return the layers from TensorRT's engine inspector.
@@ -386,96 +396,7 @@ class TensorRT:
         Raises:
             UserError: the plan holds only the names of its layers.
         """
-        with TensorRTRunner(engine, self.devices[:1], cuda_graph=False) as runner:
+        with TensorRTRunner(engine, self.devices[:1], cuda_graph=False, kind=self.kind) as runner:
             text, times, nodes = runner.inspected()
         found = layers(text, nodes, times)
         return [{**x, "precision": "tf32"} if self.tf32 and x["precision"] == "fp32" and x["macs"] else x for x in found]
-
-
-def _member(trt: Any, kind: str, name: str, option: str) -> Any:
-    """Return a member of an enum by its name, in upper or lower case.
-
-    Raises:
-        UserError: this version of TensorRT has no such member.
-    """
-    owner = getattr(trt, kind)
-    found = getattr(owner, str(name).upper(), None)
-    if found is None:
-        known = _names(owner)
-        raise UserError(
-            f"backend.{option}={name}: TensorRT {trt.__version__} has no {kind} of this name"
-            f"{nearest(str(name).upper(), known)}; it has {', '.join(n.lower() for n in known)}"
-        )
-    return found
-
-
-def _names(owner: Any) -> list[str]:
-    members: Iterable[str] = getattr(owner, "__members__", ())
-    return sorted(members)
-
-
-def _check_plugins(trt: Any, model: Any, file: str) -> None:
-    """Check that a plugin is loaded for every operator that is not in the ONNX standard.
-
-    Raises:
-        UserError: no plugin has an operator of the network.
-    """
-    known = {str(creator.name) for creator in trt.get_plugin_registry().all_creators}
-    for node in model.graph.node:
-        native = node.domain in ("", "ai.onnx") or node.op_type.startswith("TRT_")  # the parser itself implements these
-        if not native and node.op_type not in known:
-            raise UserError(
-                f"{file}: no plugin has the operator {node.op_type} (of the node '{node.name}'){nearest(node.op_type, known)}; "
-                "name its library in backend.plugins"
-            )
-
-
-def _check_types(trt: Any, model: Any, gpu: Mapping[str, str]) -> None:
-    """Check that TensorRT and the GPU support FP8 and bfloat16, if the network uses them.
-
-    Raises:
-        UserError: TensorRT or the GPU does not support a type of the network.
-    """
-    from onnx import TensorProto
-
-    kinds = {tensor.data_type for tensor in model.graph.initializer}
-    if TensorProto.BFLOAT16 in kinds and float(gpu["sm"]) < _BF16_FROM:
-        raise UserError(
-            f"precision=bf16: {gpu['name']} has SM {gpu['sm']}, and bfloat16 begins at SM {_BF16_FROM}; choose precision=fp16"
-        )
-    if TensorProto.FLOAT8E4M3FN in kinds:
-        if not hasattr(trt.DataType, "FP8"):
-            raise UserError(f"precision=fp8: TensorRT {trt.__version__} has no FP8; choose precision=int8")
-        if float(gpu["sm"]) < _FP8_FROM:
-            raise UserError(
-                f"precision=fp8: {gpu['name']} has SM {gpu['sm']}, and FP8 begins at SM {_FP8_FROM}; choose precision=int8"
-            )
-
-
-def _reason(error: Any, model: Any) -> str:
-    """Return the parser's message, with the node, its operator and the torch module from which it was exported."""
-    name, words = error.node_name(), f"{error.desc()}"
-    if not name:
-        return words
-    module = _module(model, name)
-    return f"{words} (at '{name}', {error.node_operator()}" + (f", of the torch module {module})" if module else ")")
-
-
-def _module(model: Any, name: str) -> str:
-    """Return the torch module of a node's weights, or of the nearest weights before it.
-
-    The exporter names weights after their modules.
-    """
-    graph = model.graph
-    weights = {tensor.name for tensor in graph.initializer if ".weight" in tensor.name}
-    makers = {output: node for node in graph.node for output in node.output}
-    waiting, seen = [node for node in graph.node if node.name == name], set()
-    while waiting:
-        node = waiting.pop(0)
-        for tensor in node.input:
-            if tensor in weights:
-                return str(tensor).removeprefix("network.").partition(".weight")[0]
-            if tensor in makers and tensor not in seen:
-                seen.add(tensor)
-                waiting.append(makers[tensor])
-    return ""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import LifoQueue
 from threading import Lock
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ class Torch:
         compile: compile the network with torch.compile on a GPU, which takes some seconds for each input shape.
     """
 
+    kind: ClassVar[str] = "torch"
     precision: str = "fp32"
     cuda_graph: bool = True
     compile: bool = False
@@ -58,6 +59,11 @@ class Torch:
     def name(self) -> str:
         """Name of the backend in reports."""
         return "torch"
+
+    @property
+    def simulated(self) -> bool:
+        """False: its figures are real."""
+        return False
 
     @property
     def on_gpu(self) -> bool:
@@ -88,6 +94,16 @@ class Torch:
         options = {"precision": self.precision, "cuda_graph": self.cuda_graph, "compile": self.compile}
         engine.write_text(json.dumps(options))
         return engine
+
+    def adopt(self, plan: Path, spec: NetworkSpec, tensors: Mapping[str, str], out: Path) -> Path:  # noqa: ARG002
+        """Refuse: engines of other programs are TensorRT plans.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"model.plan={plan}: backend=torch runs no plan; choose backend=tensorrt, or model=onnx model.onnx=FILE"
+        )
 
     def load(self, engine: Path, threads: int = 0) -> "TorchRunner":
         """Load the network. Without a GPU it runs on `threads` threads of the CPU."""

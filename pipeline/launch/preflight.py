@@ -97,7 +97,7 @@ def check_choices(config: DictConfig, plan: Sequence[str], words: Sequence[str])
     Raises:
         UserError: a choice does not run on the backend, the resolution does not fit, or a stage does not support the network.
     """
-    backend = str(config.backend._target_).rpartition(".")[0].rpartition(".")[2]
+    backend = str(getattr(labels.class_of(str(config.backend._target_)), "kind", ""))
     precision = str(labels.said(config, "precision", "name"))
     for group, name in (("precision", precision), ("model", labels.label(config, "model"))):
         only = labels.said(config, group, "only_on")
@@ -112,7 +112,7 @@ def check_choices(config: DictConfig, plan: Sequence[str], words: Sequence[str])
         for size in Shapes.parse(given).resolution:
             _check_resolution("stages.build.profiles", str(size), *grid)
     if (last := labels.said(config, "precision", "last_tensorrt")) is not None:
-        from posepress.runners.tensorrt import installed
+        from posepress.runners.tensorrt_module import installed
 
         if int((installed() or "0").split(".")[0]) > last:
             raise UserError(

@@ -154,7 +154,7 @@ class Mixed:
             "finalists": rows,
             "chosen": chosen,
             "rank_correlation": _correlations(rows),
-            "layers": _layers(calibrated, kept | (calibrated.placement.slow if probe.backend.name == "onnxruntime" else set())),
+            "layers": _layers(calibrated, kept | (calibrated.placement.slow if probe.backend.kind == "onnxruntime" else set())),
         }
         (out / SENSITIVITY).write_text(json.dumps(content, indent=1))
         return {

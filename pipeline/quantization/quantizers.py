@@ -212,7 +212,7 @@ class Int8:
         steps = [] if probe is None else list(self._steps(onnx_file, feed, probe, calibrated, candidate))
         (out / STEPS).write_text(json.dumps(steps, indent=1))
         report = {"precision": "int8", **calibrated.summary(), **tried, **(_last(steps) if steps else {})}
-        if probe is not None and not probe.backend.name.startswith("tensorrt"):
+        if probe is not None and not probe.backend.kind.startswith("tensorrt"):
             in_tensorrt = probe.errors_in_tensorrt(candidate)
             report |= {f"tensorrt_error_{name}": value for name, value in in_tensorrt.items()}
         return report
@@ -354,7 +354,7 @@ class Int8:
         The steps are calibrated on the first images, by the method that was finally chosen.
         """
         off: dict[str, Any] = {"equalize_concatenations": False, "equalize_layers": False, "bias_correction": False}
-        if errors := calibrated.tried.get("tensorrt" if probe.backend.name.startswith("tensorrt") else "onnxruntime"):
+        if errors := calibrated.tried.get("tensorrt" if probe.backend.kind.startswith("tensorrt") else "onnxruntime"):
             method, _, percentile = min(errors, key=errors.__getitem__).partition(" ")
             off |= {"calibration_method": method, **({"percentile": float(percentile)} if percentile else {})}
         step = replace(self, **off, cal_data_file=None, cal_cache_file=None)

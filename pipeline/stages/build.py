@@ -47,7 +47,7 @@ def run(
     if plan is not None:
         assert spec is not None
         network, own = named(described(spec))
-        engine = backend.adopt(Path(plan), network, {**own, **(tensors or {})}, job.out)  # type: ignore[attr-defined] # only_on
+        engine = backend.adopt(Path(plan), network, {**own, **(tensors or {})}, job.out)
     else:
         files = ModelFiles.in_folder(job.inputs["network"], job.inputs.get("checkpoint"))
         size = Resolution.parse(resolution)

@@ -114,9 +114,9 @@ def _tensorrt(root: Path) -> Iterator[Finding]:
         where = "JetPack 6 or 7 brings it" if "NVIDIA" in board or "Orin" in board else "pip install tensorrt cuda-python"
         yield Finding("TensorRT", "not installed", where)
         return
-    import tensorrt as trt
+    from posepress.runners.tensorrt_module import load
 
-    double = " (the double of the tests)" if getattr(trt, "POSEPRESS_DOUBLE", False) else ""
+    trt, double = load().trt, " (the double of the tests)" if load().is_double else ""
     oldest = tuple(int(part) for part in trt.__version__.split(".")[:2]) < (10, 3)
     yield Finding("TensorRT", f"{trt.__version__}{double}", "not supported: install 10.3 or later" if oldest else "")
     flags = trt.BuilderFlag.__members__

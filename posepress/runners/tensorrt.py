@@ -1,12 +1,9 @@
 """Runner of TensorRT plans. It needs numpy, tensorrt and cuda-python; torch is optional, to work on the GPU."""
 
 import hashlib
-import importlib.metadata
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import cycle
 from pathlib import Path
 from queue import LifoQueue
@@ -18,106 +15,17 @@ from numpy.typing import NDArray
 from posepress.errors import UserError
 from posepress.pixels import normalise
 from posepress.runners.device_memory import DeviceArray, DeviceMemory
+from posepress.runners.tensorrt_module import TensorRTModule, installed, load
+from posepress.runners.tensorrt_plan import WEIGHTS, check, check_version
 from posepress.spec import Array, Fields, NetworkSpec, Resolution
 
-ENGINE, SIDE, WEIGHTS = "engine.plan", "engine.json", "weights.onnx"
 _PROFILED = 20  # number of runs whose layers are timed
-_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
-_KEYS = ("tensors", "nodes", "weights", "plugins", "version_compatible", "spec")  # required keys of a plan's description
+
 _SHAPES = 32  # largest number of input shapes whose buffers are kept
+
 _GRAPHS = 4  # largest number of input shapes with a separate context and graph, which take memory
+
 _CONTEXTS = 2  # contexts on each GPU: one computes while the other's results are copied
-
-
-@cache
-def logger() -> Any:
-    """TensorRT's logger. It keeps errors, because a failing call returns None and reports the reason only here."""
-    import tensorrt as trt
-
-    class Logger(trt.ILogger):  # type: ignore[misc] # the base exists only where TensorRT does
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, msg: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(msg)
-
-    return Logger()
-
-
-def failed(what: str, fix: str) -> UserError:
-    """The error for a failed TensorRT call, with the reason that TensorRT logged."""
-    reason = "; ".join(logger().errors[-3:]) or "TensorRT gave no reason"
-    logger().errors.clear()
-    return UserError(f"{what}: {reason}; {fix}")
-
-
-def installed() -> str | None:
-    """The version of TensorRT, read without loading it; None if no package tells it."""
-    for name in _PACKAGES:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
-
-
-def check(engine: Path, version: str | None, gpu: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
-    """Read a plan's description and the plan; both must be intact and made for this machine.
-
-    Args:
-        engine: file of the plan.
-        version: version of TensorRT on this machine; None skips the comparison.
-        gpu: "name" and "sm" of the GPU.
-
-    Raises:
-        UserError: the plan is damaged or was built for another machine; TensorRT has loaded nothing of it.
-    """
-    again = "build it here: stage=build force=true"
-    side = engine.parent / SIDE
-    try:
-        content: dict[str, Any] = json.loads(side.read_text())
-        size, digest, built_for, *_ = (content[key] for key in ("bytes", "sha256", "gpu", *_KEYS))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{side}: not the description of a plan ({error}); {again}") from error
-    if version is not None:
-        check_version(engine, content, version)
-    if not _fits(content["hardware_compatibility_level"], built_for, gpu):
-        raise UserError(
-            f"{engine}: built for {built_for['name']} (SM {built_for['sm']}), here is {gpu['name']} (SM {gpu['sm']}); {again}"
-        )
-    found = engine.stat().st_size if engine.is_file() else 0
-    blob = engine.read_bytes() if found == size else b""
-    if found != size or hashlib.sha256(blob).hexdigest() != digest:
-        raise UserError(f"{engine}: {found} bytes, not the {size} that were built; copy it again, or {again}")
-    return content, blob
-
-
-def check_version(engine: Path, content: Mapping[str, Any], version: str) -> None:
-    """Make sure that a plan runs with a version of TensorRT.
-
-    Raises:
-        UserError: the plan does not run with it.
-    """
-    built = content["tensorrt"]
-    if built != version and not (content["version_compatible"] and _newer(version, built)):
-        raise UserError(f"{engine}: built by TensorRT {built}, here is {version}; build it here: stage=build force=true")
-
-
-def _newer(version: str, built: str) -> bool:
-    """Whether a version-compatible plan runs: `version` has the same major number and is not older than `built`."""
-    here, there = ([int(part) for part in text.split(".")[:3]] for text in (version, built))
-    return here[0] == there[0] and here >= there
-
-
-def _fits(level: str, built_for: Mapping[str, Any], gpu: Mapping[str, Any]) -> bool:
-    major = int(str(gpu["sm"]).split(".")[0])
-    if level == "ampere_plus":
-        return major >= 8  # Ampere
-    if level == "same_compute_capability":
-        return str(gpu["sm"]) == str(built_for["sm"])
-    return (gpu["name"], gpu["sm"]) == (built_for["name"], built_for["sm"])
 
 
 @dataclass
@@ -155,38 +63,39 @@ class TensorRTRunner:
         engine: file of the plan; its description lies in the same folder.
         devices: numbers of the GPUs that share the work.
         cuda_graph: replay the plan as one CUDA graph for each input shape.
+        kind: "tensorrt", or "tensorrt_rtx" for TensorRT for RTX.
 
     Raises:
         UserError: the plan was built for another version or GPU, is damaged, or cannot be loaded.
     """
 
-    def __init__(self, engine: Path, devices: Sequence[int] = (0,), cuda_graph: bool = True) -> None:
+    def __init__(self, engine: Path, devices: Sequence[int] = (0,), cuda_graph: bool = True, kind: str = "tensorrt") -> None:
         memories = {device: [DeviceMemory(device) for _ in range(_CONTEXTS)] for device in devices}
         for first, *_ in memories.values():
-            side, plan = check(engine, installed(), first.gpu)
-        import tensorrt as trt
-
+            side, plan = check(engine, installed(kind), first.gpu, kind)
+        self.lib = load(kind)
+        trt = self.lib.trt
         check_version(engine, side, trt.__version__)
         try:
             self.spec = NetworkSpec.from_dict(side["spec"])
         except ValueError as error:
             raise UserError(f"{engine}: not a network description beside it ({error}); build it again") from error
         self.cuda_graph, self._torch = cuda_graph, _torch(devices)
-        prepare(trt, side["plugins"])
+        self.lib.prepare(side["plugins"])
         self.nodes: Mapping[str, Mapping[str, Any]] = side["nodes"]
         self.tensors: Mapping[str, str] = side["tensors"]
         self.slots: dict[int, LifoQueue[_Slot]] = {device: LifoQueue() for device in devices}
         self.engines = []
         for device, some in memories.items():
             some[0].activate()
-            runtime = trt.Runtime(logger())
+            runtime = trt.Runtime(self.lib.logger)
             if side["version_compatible"]:
                 runtime.engine_host_code_allowed = True
             loaded = runtime.deserialize_cuda_engine(plan)
             if loaded is None:
-                raise failed(f"{engine}: cannot be loaded", "build it on this machine: stage=build force=true")
+                raise self.lib.failed(f"{engine}: cannot be loaded", "build it on this machine: stage=build force=true")
             if side["weights"] is not None:
-                _refit(trt, loaded, engine.parent / WEIGHTS, side["weights"])
+                _refit(self.lib, loaded, engine.parent / WEIGHTS, side["weights"])
             self.engines.append((loaded, runtime))
             for memory in some:
                 self.slots[device].put(_Slot(loaded, memory))
@@ -261,11 +170,10 @@ class TensorRTRunner:
 
     def inspected(self) -> tuple[str, dict[str, float], Mapping[str, Mapping[str, Any]]]:
         """The inspector's JSON, the microseconds of each layer at the first profile's optimal shape, and the file's nodes."""
-        import tensorrt as trt
-
+        trt = self.lib.trt
         times: dict[str, list[float]] = {}
 
-        class Profiler(trt.IProfiler):  # type: ignore[misc] # the base exists only where TensorRT does
+        class Profiler(trt.IProfiler):  # type: ignore[misc, name-defined] # the base exists only where TensorRT does
             def __init__(self) -> None:
                 trt.IProfiler.__init__(self)
 
@@ -313,9 +221,9 @@ class TensorRTRunner:
             slot.bound = {known: bound for known, bound in slot.bound.items() if bound.graph is not None}
         own = self.cuda_graph and sum(bound.graph is not None for bound in slot.bound.values()) < _GRAPHS
         if own:
-            context = _context(slot.engine)
+            context = _context(self.lib, slot.engine)
         else:
-            context = slot.shared = slot.shared or _context(slot.engine)
+            context = slot.shared = slot.shared or _context(self.lib, slot.engine)
         self._choose(slot, context, shape)
         fields = {
             one.name: slot.memory.empty(tuple(context.made.get_tensor_shape(self.tensors[one.name])), self.types[one.name])
@@ -344,11 +252,13 @@ class TensorRTRunner:
             )
         if context.profile not in fitting:
             if not context.made.set_optimization_profile_async(fitting[0], slot.memory.stream):
-                raise failed(f"TensorRT cannot select the engine's profile {fitting[0]}", "build the engine again")
+                raise self.lib.failed(f"TensorRT cannot select the engine's profile {fitting[0]}", "build the engine again")
             slot.memory.wait()
             context.profile = fitting[0]
         if not context.made.set_input_shape(self.tensors[self.spec.input.name], shape):
-            raise failed(f"the engine does not accept an input of {shape}", "build the engine for that resolution and batch")
+            raise self.lib.failed(
+                f"the engine does not accept an input of {shape}", "build the engine for that resolution and batch"
+            )
 
     def _address(self, slot: _Slot, bound: _Bound) -> None:
         self._choose(slot, bound.context, bound.given.shape)
@@ -358,10 +268,10 @@ class TensorRTRunner:
 
     def _enqueue(self, slot: _Slot, context: _Context) -> None:
         if not context.made.execute_async_v3(stream_handle=slot.memory.stream):
-            raise failed("the engine did not run", "check the GPU with nvidia-smi")
+            raise self.lib.failed("the engine did not run", "check the GPU with nvidia-smi")
 
 
-def _context(engine: Any) -> _Context:
+def _context(lib: TensorRTModule, engine: Any) -> _Context:
     """A new context.
 
     Raises:
@@ -369,11 +279,11 @@ def _context(engine: Any) -> _Context:
     """
     made = engine.create_execution_context()
     if made is None:
-        raise failed("TensorRT cannot create an execution context of the engine", "free GPU memory")
+        raise lib.failed("TensorRT cannot create an execution context of the engine", "free GPU memory")
     return _Context(made)
 
 
-def _refit(trt: Any, engine: Any, weights: Path, digest: str) -> None:
+def _refit(lib: TensorRTModule, engine: Any, weights: Path, digest: str) -> None:
     """Put the weights of an ONNX file into a plan that was built without weights.
 
     Raises:
@@ -382,31 +292,9 @@ def _refit(trt: Any, engine: Any, weights: Path, digest: str) -> None:
     again = "build it here: stage=build force=true"
     if not weights.is_file() or hashlib.sha256(weights.read_bytes()).hexdigest() != digest:
         raise UserError(f"{weights}: not the network that the plan was built from; the plan needs its weights; {again}")
-    refitter = trt.Refitter(engine, logger())
-    if not trt.OnnxParserRefitter(refitter, logger()).refit_from_file(str(weights)) or not refitter.refit_cuda_engine():
-        raise failed(f"{weights}: its weights do not fit the plan", again)
-
-
-def prepare(trt: Any, files: Sequence[str]) -> None:
-    """Clear the log, and load TensorRT's own plugins and further libraries, each once in a process.
-
-    Raises:
-        UserError: a library is missing, or TensorRT cannot load it.
-    """
-    logger().errors.clear()
-    trt.init_libnvinfer_plugins(logger(), "")
-    for file in files:
-        if not Path(file).is_file():
-            raise UserError(f"backend.plugins: {file} is not there; give the plugin library that the engine was built with")
-        _library(trt, str(Path(file).resolve()))
-
-
-@cache
-def _library(trt: Any, file: str) -> Any:
-    handle = trt.get_plugin_registry().load_library(file)
-    if handle is None:
-        raise failed(f"backend.plugins: {file} cannot be loaded", "build it for this TensorRT and CUDA")
-    return handle
+    refitter = lib.trt.Refitter(engine, lib.logger)
+    if not lib.trt.OnnxParserRefitter(refitter, lib.logger).refit_from_file(str(weights)) or not refitter.refit_cuda_engine():
+        raise lib.failed(f"{weights}: its weights do not fit the plan", again)
 
 
 def _between(least: Sequence[int], shape: Sequence[int], most: Sequence[int]) -> bool:
