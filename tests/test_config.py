@@ -78,18 +78,34 @@ def test_every_choice_binds_to_its_signatures(group, choice):
     assert bound > len(config.stages), "every stage and some components"
 
 
-def readme_commands():
-    text = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "data" / "README.md"]
+
+
+def documented_commands():
+    text = "\n".join(page.read_text() for page in PAGES)
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
     lines = [line.partition(" #")[0] for line in blocks.splitlines()]
-    return [line for line in lines if line.startswith("python -m pipeline ") and "experiment=" in line]
+    found = [line for line in lines if line.startswith("python -m pipeline ") and "experiment=" in line]
+    assert len(found) > 20
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_pages_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", page.read_text()):
+        if link and not link.startswith(("http://", "https://")):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_front_page_is_short():
+    assert len((ROOT / "README.md").read_bytes()) <= 8192
 
 
 DEMO = [f"python -m pipeline experiment=demo pruner={file.stem}" for file in sorted((CONF / "pruner").glob("*.yaml"))]
 
 
-@pytest.mark.parametrize("line", [*readme_commands(), *DEMO])
-def test_the_readmes_commands_say_what_can_be_made(line):
+@pytest.mark.parametrize("line", [*documented_commands(), *DEMO])
+def test_documented_commands_say_what_can_be_made(line):
     words = [word for word in shlex.split(re.sub(r"--(cfg|package) \S+", "", line))[3:] if not word.startswith("--")]
     config = compose(*(word if "[" in word else word.partition(",")[0] for word in words))  # the first of a sweep's values
     for name in config.stages:

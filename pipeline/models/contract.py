@@ -19,7 +19,7 @@ from pipeline.contracts import Objective, Stored
 from posepress.errors import UserError, first_line, nearest
 from posepress.spec import NetworkSpec, OutputSpec, Palette, Resolution, Skeleton
 
-_SEE = "see README, Networks"
+_SEE = "see docs/guides/own-network.md"
 _IMAGES = 2  # batch size of a forward pass; batch norm in training needs more than one image
 
 
