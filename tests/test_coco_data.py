@@ -41,7 +41,7 @@ def test_samples_hold_their_labels(images):
     record = data.records[3]
     assert sample.read().shape == (120, 160, 3)
     assert len(sample.truth.keypoints) == len(record["annotations"])
-    assert len(sample.boxes) == sum(not a["iscrowd"] for a in record["annotations"]), "a crowd is nobody to cut out"
+    assert len(sample.boxes.xywh) == sum(not a["iscrowd"] for a in record["annotations"]), "a crowd is nobody to cut out"
     assert sample.truth.areas.tolist() == [a["area"] for a in record["annotations"]]
     table = data.table()
     assert table["persons"][3] == sum(a["num_keypoints"] > 0 for a in record["annotations"])
