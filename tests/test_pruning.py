@@ -595,7 +595,7 @@ def test_targets_are_read_as_people_write_them():
     with pytest.raises(UserError, match="not a target for latency"):
         Target.parse("latency", "3G")
     for kind, text in (("latency", "0.6"), ("macs", "0.5"), ("params", "3ms")):
-        with pytest.raises(UserError, match=rf"pruner.value={text}: not a target for {kind}; .*as 0.5x"):
+        with pytest.raises(UserError, match=rf"pruner.value={text}: not a target for {kind}; .*like 0.5x"):
             Target.parse(kind, text)
 
 
