@@ -24,8 +24,9 @@ from evaluation import latency
 from pipeline.contracts import CalibrationFeed
 from pipeline.onnx_files.files import ModelFiles
 from pipeline.quantization import calibration
-from pipeline.quantization.graph import load, place
-from pipeline.quantization.quantizers import Int8
+from pipeline.quantization.graph import load
+from pipeline.quantization.place import place
+from pipeline.quantization.precisions.int8 import Int8
 
 
 def session(file: Path, threads: int = 0) -> onnxruntime.InferenceSession:

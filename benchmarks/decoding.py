@@ -21,9 +21,10 @@ from rich.table import Table
 from evaluation.metrics.coco_keypoints import CocoKeypoints
 from posepress.decoders.heatmap_paf.decoder import HeatmapPafDecoder
 from posepress.framing.whole_image import WholeImage
+from posepress.resolution import Resolution
 from posepress.results import Poses
 from posepress.skeletons import OPENPOSE_18
-from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Resolution
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec
 
 F32 = NDArray[np.float32]
 Decoders = dict[str, Callable[[F32, F32], F32]]

@@ -16,8 +16,9 @@ from rich.table import Table
 from posepress.decoders.heatmap_paf.decoder import HeatmapPafDecoder, limb_order
 from posepress.decoders.heatmap_paf.on_gpu import OFTEN, TOP, to_candidates, to_host, to_scores
 from posepress.framing.whole_image import WholeImage
+from posepress.resolution import Resolution
 from posepress.skeletons import OPENPOSE_18
-from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Resolution
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec
 
 SPEC = NetworkSpec(InputSpec("image"), (OutputSpec("heatmaps", 8, 19), OutputSpec("pafs", 8, 38)), OPENPOSE_18)
 CALLS = 200

@@ -21,7 +21,7 @@ from posepress.contracts import Runner
 from posepress.decoders.heatmap_paf.decoder import HeatmapPafDecoder
 from posepress.framing.whole_image import WholeImage
 from posepress.predict import Watch, batches, predict
-from posepress.spec import Resolution
+from posepress.resolution import Resolution
 
 
 def main() -> None:

@@ -28,12 +28,14 @@ from pipeline.backends.torch_fusion import fused
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.models.mobilenetv2_paf import MobileNetV2Paf
 from pipeline.onnx_files.files import Shapes
-from pipeline.pruning.cycle import DIVISORS, exported
-from pipeline.pruning.graph import Costs, remove, replay
+from pipeline.probing.candidate import exported
+from pipeline.pruning.costs import Costs
+from pipeline.pruning.cycle import DIVISORS
+from pipeline.pruning.groups import remove, replay
 from pipeline.pruning.plan import UnreachableError, choose
 from pipeline.pruning.pruner import Pruner
 from pipeline.pruning.torch_pruning_default import TorchPruningDefault
-from posepress.spec import Resolution
+from posepress.resolution import Resolution
 
 NETWORKS = {"lightweight_openpose": LightweightOpenPose, "mobilenetv2_paf": MobileNetV2Paf}
 RATIOS = (0.7, 0.5, 0.3, 0.1)

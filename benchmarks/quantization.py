@@ -29,8 +29,8 @@ from pipeline.contracts import CalibrationFeed
 from pipeline.probing.probe import of_all_fields
 from pipeline.quantization import alignment, writers
 from pipeline.quantization.graph import load
-from pipeline.quantization.quantizers import Int8
-from posepress.spec import Resolution
+from pipeline.quantization.precisions.int8 import Int8
+from posepress.resolution import Resolution
 
 SWITCHES = ("equalize_concatenations", "equalize_layers", "bias_correction")
 FAKES = Path(__file__).parent.parent / "tests" / "fakes"

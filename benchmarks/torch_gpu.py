@@ -21,11 +21,11 @@ import torch
 from pipeline.backends.torch import TorchRunner
 from pipeline.models import store
 from pipeline.models.lightweight_openpose import LightweightOpenPose
-from pipeline.pruning.graph import macs
+from pipeline.pruning.costs import macs
 from posepress.decoders.heatmap_paf.decoder import limb_order
 from posepress.decoders.heatmap_paf.on_gpu import OFTEN, candidates, to_candidates, to_scores
 from posepress.pixels_torch import normalise
-from posepress.spec import Resolution
+from posepress.resolution import Resolution
 
 REPEATS, WARM_UP = 300, 50
 DECODING = (0.0, 0.1, 0.05, 32)  # shift between fields, thresholds of peaks and limbs, peaks in each map

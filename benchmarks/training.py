@@ -26,11 +26,12 @@ from pipeline.datasets.synthetic import Synthetic
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.objectives.heatmap_paf import HeatmapPafObjective
 from pipeline.training.augment import Augmentation
-from pipeline.training.loop import Training, train
+from pipeline.training.loop import train
+from pipeline.training.options import Training
 from pipeline.training.shard import Material
 from pipeline.training.views import Batch, Views
 from posepress.framing.whole_image import WholeImage
-from posepress.spec import Resolution
+from posepress.resolution import Resolution
 
 IMAGES = 512
 

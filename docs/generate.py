@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from pipeline.launch import options
+from pipeline.launch import options, values
 from pipeline.launch.wiring import SHARED
 from pipeline.results.stage import WIRING
 
@@ -47,20 +47,20 @@ def shown(value: Any) -> str:
     """A default in the form of the command line. For a reference, the text names the option that it refers to."""
     if isinstance(value, str) and (found := re.fullmatch(r"\$\{(?:oc\.select:)?([\w.]+)(?:,[^{}]*)?\}", value)):
         return f"that of `{found[1]}`"
-    return f"`{options._shown(value)}`"  # noqa: SLF001 - error messages use this form, too
+    return f"`{values.shown(value)}`"  # error messages use this form, too
 
 
 def rows(place: str, node: Mapping[str, Any], skipped: tuple[str, ...] = ()) -> Iterator[str]:
     """One row for each option: its name, accepted values, default, and a description."""
     said = sentences(node["_target_"])
-    for name, parameter in options._parameters(node["_target_"]).items():  # noqa: SLF001
+    for name, parameter in values.parameters(node["_target_"]).items():
         if name == "**" or name in skipped:
             continue
         value = node.get(name)
         if isinstance(value, Mapping) and "_target_" in value:
             continue  # this component has its own table
         default = shown(value) if name in node else "the default of the class" if not parameter.required else "none: give it"
-        takes = options.described(parameter.hint).replace("|", "\\|")
+        takes = values.described(parameter.hint).replace("|", "\\|")
         yield f"| `{place}.{name}` | {takes} | {default} | {said.get(name, '')} |"
 
 
@@ -79,7 +79,7 @@ def command() -> Iterator[str]:
         if hint is not Any and found and not found[1].startswith("{") and "label_of" not in found[1]:
             value = yaml.safe_load(found[1])
             remark = (found[2] or "").replace("|", "\\|")
-            yield f"| `{name}` | {options.described(hint).replace('|', chr(92) + '|')} | {shown(value)} | {remark} |"
+            yield f"| `{name}` | {values.described(hint).replace('|', chr(92) + '|')} | {shown(value)} | {remark} |"
 
 
 def page() -> str:

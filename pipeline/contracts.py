@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from evaluation.contracts import Truth_contra
 from pipeline.onnx_files.files import ModelFiles, Shapes
 from posepress.contracts import Runner, Samples, Truth
-from posepress.spec import Array, Fields, NetworkSpec, Palette, Resolution, Skeleton
+from posepress.labels import Palette, Skeleton
+from posepress.resolution import Resolution
+from posepress.spec import Array, Fields, NetworkSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

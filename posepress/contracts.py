@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posepress.geometry import View
+from posepress.resolution import Resolution
 from posepress.results import Boxes, Sample
-from posepress.spec import Array, Fields, InputSpec, NetworkSpec, Resolution
+from posepress.spec import Array, Fields, InputSpec, NetworkSpec
 
 Truth = TypeVar("Truth")
 Result = TypeVar("Result")  # a dataclass of arrays, numbers and mappings of these

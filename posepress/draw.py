@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from posepress.labels import Skeleton
 from posepress.results import Poses
-from posepress.spec import Skeleton
 
 _COLOURS = ((255, 120, 40), (60, 180, 255), (120, 220, 80), (230, 90, 200), (250, 210, 60), (110, 110, 255))
 

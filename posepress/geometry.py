@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from posepress.spec import OutputSpec, Resolution
+from posepress.resolution import Resolution
+from posepress.spec import OutputSpec
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from posepress.compiled import compiled
 from posepress.geometry import View, mirrored
-from posepress.spec import InputSpec, Resolution
+from posepress.resolution import Resolution
+from posepress.spec import InputSpec
 
 F32 = NDArray[np.float32]
 

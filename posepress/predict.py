@@ -17,8 +17,9 @@ from posepress.contracts import Decoder, Framing, Result, Runner, Samples
 from posepress.errors import UserError
 from posepress.geometry import View
 from posepress.pixels import frame
+from posepress.resolution import Resolution
 from posepress.results import Sample
-from posepress.spec import InputSpec, Resolution
+from posepress.spec import InputSpec
 
 _READ_AHEAD = 16  # largest number of images being read or waiting, to bound the memory
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posepress.errors import UserError
-from posepress.spec import Resolution
+from posepress.resolution import Resolution
 
 T = TypeVar("T")
 

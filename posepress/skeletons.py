@@ -1,6 +1,6 @@
 """The skeletons that public pose networks and data sets use."""
 
-from posepress.spec import Skeleton
+from posepress.labels import Skeleton
 
 # Names, limbs and sigmas of COCO keypoints: https://cocodataset.org/#keypoints-eval and person_keypoints_val2017.json.
 COCO_17 = Skeleton(

@@ -296,8 +296,8 @@ def perfect_fields(truth, view, spec):
 
     from pipeline.contracts import Stored
     from pipeline.objectives.heatmap_paf import HeatmapPafObjective
+    from posepress.resolution import Resolution
     from posepress.skeletons import COCO_17
-    from posepress.spec import Resolution
 
     objective, size = HeatmapPafObjective(), Resolution(1000, 1000)
     kept = objective.labels(truth, Stored(size, size, size, COCO_17), objective.capacity(truth))
@@ -367,8 +367,9 @@ def smoke(finished, tmp_path):
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """A small generated data set on disk."""
-    from pipeline.datasets.synthetic import Preset, Synthetic
-    from posepress.spec import Resolution
+    from pipeline.datasets.drawing import Preset
+    from pipeline.datasets.synthetic import Synthetic
+    from posepress.resolution import Resolution
 
     preset = Preset(Resolution(120, 160), (1, 3), (0.4, 0.9), 4, 1, 0.4, 0.3, 0.1)
     counts = {"train": 20, "unlabelled": 2, "tune": 4, "agreement": 2, "validation": 24}

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from pipeline.launch import command_line
 from pipeline.launch.labels import register
-from pipeline.quantization import quantizers
+from pipeline.quantization.precisions import int8 as quantizers
 
 FILE = Path(__file__).with_name("addresses.yaml")
 KEPT = yaml.safe_load(FILE.read_text()) if FILE.exists() else {}

@@ -15,7 +15,7 @@ from pipeline.onnx_files.adopt import adopt
 from pipeline.onnx_files.cut import external_files
 from pipeline.onnx_files.files import described, named, read_spec
 from pipeline.onnx_files.given import check_request, quantized, simulated, unlike_metadata
-from pipeline.quantization.graph import place
+from pipeline.quantization.place import place
 from pipeline.results.stage import Stage
 from pipeline.results.store import Results
 from posepress.decoders.heatmap_argmax import TopDownDecoder
@@ -23,10 +23,12 @@ from posepress.decoders.heatmap_paf.decoder import HeatmapPafDecoder
 from posepress.errors import UserError
 from posepress.framing.person_crops import PersonCrops
 from posepress.framing.whole_image import WholeImage
+from posepress.labels import Skeleton
 from posepress.pixels import normalise
+from posepress.resolution import Resolution
 from posepress.results import Boxes
 from posepress.skeletons import OPENPOSE_18
-from posepress.spec import SPEC_KEY, InputSpec, NetworkSpec, OutputSpec, Resolution, Skeleton
+from posepress.spec import SPEC_KEY, InputSpec, NetworkSpec, OutputSpec
 
 SIZE = Resolution(32, 48)
 RAW = {

@@ -17,15 +17,16 @@ from pipeline.datasets.coco import CocoSplits
 from pipeline.datasets.coco_split import Coco
 from pipeline.datasets.packaged import Packaged, pack
 from pipeline.datasets.results import load_results
-from pipeline.deploy.results_zip import check_figures
+from pipeline.deploy.device_figures import check_figures
 from pipeline.report.collect import columns
 from pipeline.results.job import Job
 from pipeline.stages import evaluate, tune
 from posepress.errors import UserError
 from posepress.framing.whole_image import WholeImage
+from posepress.resolution import Resolution
 from posepress.results import Poses
 from posepress.skeletons import COCO_17
-from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Resolution
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec
 
 SPEC = NetworkSpec(InputSpec("image"), (OutputSpec("heatmaps", 8, 18),), COCO_17)
 POINTS = np.array(person()["keypoints"], np.float32).reshape(1, 17, 3)

@@ -12,11 +12,12 @@ from evaluation.metrics.coco_keypoints import CocoKeypoints
 from pipeline.datasets.annotations import load_annotations, people
 from pipeline.datasets.coco import CocoSplits
 from pipeline.datasets.coco_split import Coco
-from pipeline.datasets.images import IMAGE_TYPES, read_header, read_image, shown_size
+from pipeline.datasets.image_headers import read_header
+from pipeline.datasets.images import IMAGE_TYPES, read_image, shown_size
 from posepress.errors import UserError
+from posepress.labels import Skeleton
 from posepress.results import Poses
 from posepress.skeletons import COCO_17
-from posepress.spec import Skeleton
 
 POINTS = [10, 12, 2] * 16 + [40, 52, 1]
 

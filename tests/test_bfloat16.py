@@ -10,8 +10,8 @@ from test_half import with_spec
 from test_rtx import NETWORKS, Network, model_of
 
 from pipeline.onnx_files.files import ModelFiles
-from pipeline.quantization import bfloat16
-from pipeline.quantization.bfloat16 import Bf16
+from pipeline.quantization.precisions import bf16 as bfloat16
+from pipeline.quantization.precisions.bf16 import Bf16
 
 
 def saved(made, folder, channels=4):

@@ -18,9 +18,10 @@ from posepress.decoders.heatmap_paf.decoder import HeatmapPafDecoder
 from posepress.framing.person_crops import PersonCrops
 from posepress.framing.whole_image import WholeImage
 from posepress.geometry import input_to_cells, mirrored
+from posepress.resolution import Resolution
 from posepress.results import Boxes, Poses
 from posepress.skeletons import COCO_17, OPENPOSE_18
-from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Resolution
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec
 
 LEFT, RIGHT = COCO_17.names.index("left_wrist"), COCO_17.names.index("right_wrist")
 

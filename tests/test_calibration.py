@@ -18,7 +18,8 @@ from test_half import with_spec
 from test_quantization import branches, described, fed, feed  # noqa: F401
 
 from pipeline.quantization import caches, calibration, graph
-from pipeline.quantization.quantizers import External, Int8
+from pipeline.quantization.precisions.external import External
+from pipeline.quantization.precisions.int8 import Int8
 from posepress.errors import UserError
 
 

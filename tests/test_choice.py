@@ -13,8 +13,10 @@ from evaluation.contracts import MetricInfo
 from evaluation.metrics.coco_keypoints import CocoKeypoints
 from evaluation.statistics import Draws
 from pipeline.report import collect as report
+from pipeline.report.card import write_card
 from pipeline.report.choice import choices, said
-from pipeline.report.collect import AXES, Result, Table, _row, columns, narrow, tabulated, write_card, write_csv
+from pipeline.report.collect import AXES, Result, Table, _row, columns
+from pipeline.report.tables import narrow, tabulated, write_csv
 
 SPREAD = np.linspace(-0.002, 0.002, 101)
 

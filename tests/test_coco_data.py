@@ -8,7 +8,8 @@ from pipeline.datasets import annotations
 from pipeline.datasets.annotations import load_annotations
 from pipeline.datasets.coco import SPLITS, CocoSplits
 from pipeline.datasets.coco_split import Coco
-from pipeline.datasets.images import inspect_files, read_header, read_image
+from pipeline.datasets.image_headers import read_header
+from pipeline.datasets.images import inspect_files, read_image
 from pipeline.launch.preflight import check_images
 from pipeline.results.stage import Stage
 from posepress.errors import UserError

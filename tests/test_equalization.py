@@ -296,7 +296,7 @@ def test_equal_biases_cost_int8_nothing(tmp_path):
     from test_half import with_spec
     from test_quantization import fed
 
-    from pipeline.quantization.quantizers import Int8
+    from pipeline.quantization.precisions.int8 import Int8
 
     model = shared_biases()
     onnx.save(with_spec(model, 6), tmp_path / "m.onnx")

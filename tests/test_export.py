@@ -15,10 +15,11 @@ from pipeline.models.recording import record
 from pipeline.onnx_files import export
 from pipeline.onnx_files.adopt import adopt
 from pipeline.onnx_files.files import read_spec
-from pipeline.pruning.graph import macs
+from pipeline.pruning.costs import macs
 from posepress.errors import UserError
+from posepress.resolution import Resolution
 from posepress.skeletons import OPENPOSE_18
-from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Resolution
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec
 
 SHAPES = [(1, 3, 64, 80), (2, 3, 72, 88), (1, 3, 56, 104)]
 

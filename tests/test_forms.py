@@ -10,11 +10,13 @@ from pipeline.contracts import CalibrationFeed
 from pipeline.onnx_files.adopt import adopt
 from pipeline.onnx_files.export import compare, onnx_reference, simplify, stamp
 from pipeline.onnx_files.files import ModelFiles, Shapes
-from pipeline.quantization.graph import Graph, tail
-from pipeline.quantization.quantizers import Fp16, Int8
+from pipeline.quantization.graph import Graph
+from pipeline.quantization.place import tail
+from pipeline.quantization.precisions.fp16 import Fp16
+from pipeline.quantization.precisions.int8 import Int8
 from posepress.errors import UserError
 from posepress.pixels import normalise
-from posepress.spec import Resolution
+from posepress.resolution import Resolution
 
 FLOAT = TensorProto.FLOAT
 SIZE = Resolution(64, 96)

@@ -13,7 +13,8 @@ from pipeline.datasets import annotations
 from pipeline.datasets.annotations import load_annotations
 from pipeline.datasets.coco import CocoSplits
 from pipeline.datasets.coco_split import Coco
-from pipeline.datasets.images import read_header, read_image
+from pipeline.datasets.image_headers import read_header
+from pipeline.datasets.images import read_image
 from pipeline.datasets.results import load_results
 from posepress.errors import UserError
 from posepress.skeletons import COCO_17

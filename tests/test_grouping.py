@@ -17,8 +17,10 @@ from posepress.decoders.heatmap_paf.decoder import HeatmapPafDecoder, limb_order
 from posepress.decoders.heatmap_paf.grouping import _greedy, _hungarian
 from posepress.framing.whole_image import WholeImage
 from posepress.geometry import View
+from posepress.labels import Skeleton
+from posepress.resolution import Resolution
 from posepress.skeletons import OPENPOSE_18
-from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Resolution, Skeleton
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from planted import H, W, plant, recovery

@@ -10,7 +10,7 @@ from test_quantization import branches, described, fed, feed, files  # noqa: F40
 
 from pipeline.models.onnx_graph import OnnxNetwork, RoundedToHalf
 from pipeline.quantization import calibration, half, half_pass
-from pipeline.quantization.quantizers import Fp16
+from pipeline.quantization.precisions.fp16 import Fp16
 from pipeline.stages import quantize
 from posepress.errors import UserError
 from posepress.skeletons import COCO_17

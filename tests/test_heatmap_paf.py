@@ -8,8 +8,9 @@ from evaluation.metrics.coco_keypoints import CocoKeypoints
 from evaluation.truth import People
 from posepress.decoders.heatmap_paf.decoder import HeatmapPafDecoder, limb_order
 from posepress.framing.whole_image import WholeImage
+from posepress.resolution import Resolution
 from posepress.skeletons import COCO_17, OPENPOSE_18
-from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Resolution
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec
 
 SPEC = NetworkSpec(InputSpec("image"), (OutputSpec("heatmaps", 8, 19), OutputSpec("pafs", 8, 38)), OPENPOSE_18)
 SIZE = Resolution(368, 496)

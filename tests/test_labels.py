@@ -7,7 +7,7 @@ from conftest import ROOT
 
 from pipeline.launch import command_line, labels, wiring
 from pipeline.launch.cell import resolved
-from pipeline.quantization import quantizers
+from pipeline.quantization.precisions import int8 as quantizers
 from pipeline.results.stage import Stage, arguments
 
 FLAT = {
@@ -25,7 +25,7 @@ max_candidates: 20
 seed: 0
 """,
     "precision/own.yaml": """
-_target_: pipeline.quantization.quantizers.Int8
+_target_: pipeline.quantization.precisions.int8.Int8
 label: own-${.recipe}
 name: int8
 recipe: ${.calibration_method}${int8_words:${.percentile}}

@@ -13,16 +13,19 @@ from test_half import with_spec
 from test_quantization import branches, fed, feed  # noqa: F401
 
 from pipeline.backends.onnxruntime import OnnxRuntime
-from pipeline.probing.probe import Candidate, Probe
-from pipeline.quantization import graph, quantizers, writers
-from pipeline.quantization.mixed import Mixed
-from pipeline.quantization.quantizers import Int8, Retrained
+from pipeline.probing.candidate import Candidate
+from pipeline.probing.probe import Probe
+from pipeline.quantization import graph, writers
+from pipeline.quantization.precisions import int8 as quantizers
+from pipeline.quantization.precisions.int8 import Int8
+from pipeline.quantization.precisions.int8_qat import Retrained
+from pipeline.quantization.precisions.mixed import Mixed
 from pipeline.stages import quantize
 from pipeline.training.fake_quantization import FakeQuantized
 from posepress.errors import UserError
 from posepress.framing.whole_image import WholeImage
+from posepress.resolution import Resolution
 from posepress.results import Sample
-from posepress.spec import Resolution
 
 QUICK = ["precision=mixed", "precision.seconds=0.5", "precision.units=4", "precision.finalists=3"]
 

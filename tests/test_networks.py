@@ -9,11 +9,11 @@ from torch import nn
 from pipeline.models import store
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.models.mobilenetv2_paf import MobileNetV2Paf
-from pipeline.pruning.graph import remove, replay
+from pipeline.pruning.groups import remove, replay
 from pipeline.pruning.plan import choose
 from pipeline.pruning.pruner import Pruner
 from posepress.errors import UserError
-from posepress.spec import Resolution
+from posepress.resolution import Resolution
 
 MAKERS = [partial(LightweightOpenPose, stages=2, width=0.25), partial(MobileNetV2Paf, width=0.5)]
 SIZE = Resolution(96, 128)

@@ -15,9 +15,11 @@ from pipeline.training.views import Views
 from posepress.errors import UserError
 from posepress.framing.person_crops import PersonCrops
 from posepress.framing.whole_image import WholeImage
+from posepress.labels import Palette, Skeleton
+from posepress.resolution import Resolution
 from posepress.results import Boxes, Sample
 from posepress.skeletons import COCO_17
-from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Palette, Resolution, Skeleton
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec
 
 HAND = Skeleton(("wrist", "left_thumb", "right_thumb"), ((0, 1), (0, 2)), (0.1, 0.1, 0.1))
 SIZE = Resolution(64, 96)

@@ -28,25 +28,31 @@ from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.objectives.heatmap_paf import HeatmapPafObjective
 from pipeline.onnx_files import export
 from pipeline.pruning import graph
+from pipeline.pruning.costs import Costs
 from pipeline.pruning.cycle import Cycle
-from pipeline.pruning.graph import LAYERS, Costs, apart, groups, mask, remove, replay, survey
+from pipeline.pruning.graph import groups, survey
+from pipeline.pruning.groups import LAYERS, mask, remove, replay
 from pipeline.pruning.plan import choose
 from pipeline.pruning.pruner import Pruner
 from pipeline.pruning.semi_structured import is_sparse
 from pipeline.pruning.sensitivity import curves
 from pipeline.pruning.sparse24 import Sparse24
 from pipeline.pruning.torch_pruning_default import TorchPruningDefault
+from pipeline.pruning.trial import apart
 from pipeline.report.pruning import norm_plot, section
 from pipeline.results.job import Job
 from pipeline.stages import prune, sensitivity
 from pipeline.stages import train as stage
 from pipeline.training.augment import NONE
-from pipeline.training.loop import Training, train
+from pipeline.training.loop import train
+from pipeline.training.options import Training
 from pipeline.training.sparsity import Penalty
 from posepress.errors import UserError
 from posepress.framing.whole_image import WholeImage
+from posepress.labels import Skeleton
+from posepress.resolution import Resolution
 from posepress.skeletons import COCO_17, OPENPOSE_18
-from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Resolution, Skeleton
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec
 
 C, SIZE = 8, Resolution(32, 48)
 

@@ -13,13 +13,13 @@ from onnx import numpy_helper
 from evaluation.parity import Difference, compare, first_apart
 from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.onnx_files.cut import cut, tensors_of
+from pipeline.onnx_files.execute import computed_over
 from pipeline.onnx_files.files import ModelFiles, Shapes, read_spec
-from pipeline.quantization.graph import computed_over
 from pipeline.results.job import Job
 from pipeline.results.manifest import write_manifest
 from pipeline.stages import parity
 from posepress.framing.whole_image import WholeImage
-from posepress.spec import Resolution
+from posepress.resolution import Resolution
 
 
 def test_figures_of_a_known_difference():

@@ -16,9 +16,11 @@ from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.onnx_files import export
 from pipeline.onnx_files.files import ModelFiles, read_spec
 from pipeline.quantization import calibration, graph, writers
-from pipeline.quantization.bfloat16 import Bf16
-from pipeline.quantization.fp8 import Fp8
-from pipeline.quantization.quantizers import Fp16, Fp32, Int8
+from pipeline.quantization.precisions.bf16 import Bf16
+from pipeline.quantization.precisions.fp8 import Fp8
+from pipeline.quantization.precisions.fp16 import Fp16
+from pipeline.quantization.precisions.fp32 import Fp32
+from pipeline.quantization.precisions.int8 import Int8
 from pipeline.quantization.weights import quantized
 from posepress.errors import UserError
 from posepress.spec import SPEC_KEY

@@ -15,11 +15,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.contracts import CalibrationFeed
 from pipeline.onnx_files.files import ModelFiles
-from pipeline.quantization import bfloat16, half
-from pipeline.quantization.bfloat16 import Bf16
-from pipeline.quantization.fp8 import Fp8
-from pipeline.quantization.graph import load, place
-from pipeline.quantization.quantizers import Fp16, Fp32, Int8
+from pipeline.quantization import half
+from pipeline.quantization.graph import load
+from pipeline.quantization.place import place
+from pipeline.quantization.precisions import bf16 as bfloat16
+from pipeline.quantization.precisions.bf16 import Bf16
+from pipeline.quantization.precisions.fp8 import Fp8
+from pipeline.quantization.precisions.fp16 import Fp16
+from pipeline.quantization.precisions.fp32 import Fp32
+from pipeline.quantization.precisions.int8 import Int8
 from posepress.skeletons import COCO_17
 from posepress.spec import SPEC_KEY, InputSpec, NetworkSpec, OutputSpec
 

@@ -11,11 +11,12 @@ from pycocotools.coco import COCO
 
 from evaluation.metrics.coco_keypoints import CocoKeypoints
 from pipeline.datasets.coco import SPLITS
-from pipeline.datasets.synthetic import VERSION, Preset, Synthetic, generate
+from pipeline.datasets.drawing import VERSION, Preset, generate
+from pipeline.datasets.synthetic import Synthetic
 from posepress.errors import UserError
+from posepress.resolution import Resolution
 from posepress.results import Poses
 from posepress.skeletons import COCO_17
-from posepress.spec import Resolution
 
 PRESET = Preset(Resolution(200, 240), (1, 6), (0.2, 0.9), 8, 2, 0.5, 0.5, 0.25)
 

@@ -17,19 +17,19 @@ from onnx import numpy_helper
 from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.backends.tensorrt import TensorRT
 from pipeline.contracts import CalibrationFeed
+from pipeline.onnx_files.execute import computed_over
 from pipeline.onnx_files.files import ModelFiles, Shapes, read_spec
-from pipeline.quantization.bfloat16 import Bf16
-from pipeline.quantization.fp8 import Fp8
-from pipeline.quantization.graph import computed_over
-from pipeline.quantization.implicit import ImplicitInt8
-from pipeline.quantization.quantizers import Int8
+from pipeline.quantization.precisions.bf16 import Bf16
+from pipeline.quantization.precisions.fp8 import Fp8
+from pipeline.quantization.precisions.int8 import Int8
+from pipeline.quantization.precisions.int8_entropy import ImplicitInt8
 from posepress.errors import UserError
 from posepress.pixels import normalise
+from posepress.resolution import Resolution
 from posepress.runners.device_memory import DeviceMemory
 from posepress.runners.tensorrt import TensorRTRunner
 from posepress.runners.tensorrt_module import load
 from posepress.runners.tensorrt_plan import check
-from posepress.spec import Resolution
 
 SIZE = Resolution(64, 80)
 

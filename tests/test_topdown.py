@@ -5,9 +5,10 @@ import torch
 from posepress.decoders.heatmap_argmax import TopDownDecoder
 from posepress.framing.person_crops import PersonCrops
 from posepress.geometry import input_to_cells
+from posepress.resolution import Resolution
 from posepress.results import Boxes
 from posepress.skeletons import COCO_17
-from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Resolution
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec
 
 SPEC = NetworkSpec(InputSpec("image"), (OutputSpec("heatmaps", 4, 17),), COCO_17)
 SIZE = Resolution(256, 192)

@@ -19,23 +19,26 @@ from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.models.mobilenetv2_paf import MobileNetV2Paf
 from pipeline.objectives.heatmap_paf import HeatmapPafObjective
 from pipeline.pruning.criteria import importance
-from pipeline.pruning.graph import folded, groups, normalised
+from pipeline.pruning.graph import groups
+from pipeline.pruning.groups import folded, normalised
 from pipeline.pruning.semi_structured import is_sparse
 from pipeline.pruning.sparse24 import Sparse24
 from pipeline.training import loop
 from pipeline.training.augment import NONE, Augmentation, cut
 from pipeline.training.distillation import Distillation
-from pipeline.training.loop import Training, _items, learning_rate, loss_on, train
+from pipeline.training.loop import train
+from pipeline.training.options import Training, learning_rate
 from pipeline.training.shard import Material
 from pipeline.training.sparsity import Penalty
+from pipeline.training.steps import _items, loss_on
 from pipeline.training.views import Views, _order, copied, uniform
 from posepress.errors import UserError
 from posepress.framing.whole_image import WholeImage
 from posepress.geometry import resized
 from posepress.pixels import frame, normalise
 from posepress.pixels_torch import normalise as normalise_torch
+from posepress.resolution import Resolution
 from posepress.skeletons import COCO_17, OPENPOSE_18
-from posepress.spec import Resolution
 
 SPEC = LightweightOpenPose.spec
 SIZE = Resolution(64, 80)

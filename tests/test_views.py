@@ -5,8 +5,10 @@ from hypothesis import strategies as st
 
 from posepress.framing.whole_image import WholeImage
 from posepress.geometry import View, cells_to_input, input_to_cells, resized
+from posepress.labels import Skeleton
+from posepress.resolution import Resolution
 from posepress.skeletons import COCO_17, OPENPOSE_18
-from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Resolution, Skeleton
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec
 
 SPEC = InputSpec("image", multiple=16)
 sizes = st.builds(Resolution, st.integers(16, 4000), st.integers(16, 4000))

@@ -12,8 +12,8 @@ from evaluation.contracts import MetricInfo
 from evaluation.metrics.coco_keypoints import CocoKeypoints
 from evaluation.metrics.oks import NOT_MEASURED, Matches
 from evaluation.truth import People
+from posepress.labels import Skeleton
 from posepress.results import Poses
-from posepress.spec import Skeleton
 
 SURE = 0.5  # least mean keypoint score of a reference person
 

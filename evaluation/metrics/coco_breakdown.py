@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from evaluation.metrics.oks import Everybody, oks
 from posepress.compiled import compiled
-from posepress.spec import Skeleton
+from posepress.labels import Skeleton
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]

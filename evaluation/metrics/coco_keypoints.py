@@ -11,10 +11,10 @@ from annotated_types import Interval
 from numpy.typing import NDArray
 
 from evaluation.contracts import MetricInfo
-from evaluation.metrics.oks import _NUMBER, F64, MOST_FOUND, NOT_MEASURED, Everybody, Matches
+from evaluation.metrics.oks import F64, MOST_FOUND, NOT_MEASURED, NUMBER, Everybody, Matches
 from evaluation.truth import People
+from posepress.labels import Skeleton
 from posepress.results import Poses
-from posepress.spec import Skeleton
 
 
 @dataclass
@@ -87,7 +87,7 @@ class CocoKeypoints:
     @property
     def images(self) -> list[str]:
         """The ids, in the order in which COCO's own evaluation takes them."""
-        return sorted(self._rows, key=int) if all(_NUMBER.fullmatch(key) for key in self._rows) else sorted(self._rows)
+        return sorted(self._rows, key=int) if all(NUMBER.fullmatch(key) for key in self._rows) else sorted(self._rows)
 
     def people(self) -> Everybody:
         """The predictions and the ground truth of all images."""

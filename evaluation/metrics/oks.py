@@ -34,7 +34,7 @@ HIT, MISS = 1, 2
 
 NOT_MEASURED = -1  # value of a figure without ground truth, as in COCO's reference code
 
-_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,18}")  # an image id that is a whole number; 007 is text
+NUMBER = re.compile(r"0|-?[1-9][0-9]{0,18}")  # an image id that is a whole number; 007 is text
 
 
 @compiled

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from evaluation.metrics.oks import Everybody
-from posepress.spec import Skeleton
+from posepress.labels import Skeleton
 
 IMPLAUSIBLE = 0.05  # an average precision below this threshold is implausible for a trained network
 _FLAT = 1e-4  # least area of a person as a share of its box; real people fill a quarter or more

@@ -3,7 +3,8 @@
 import numpy as np
 import onnx
 
-from posepress.spec import InputSpec, Resolution
+from posepress.resolution import Resolution
+from posepress.spec import InputSpec
 
 
 def macs(model: onnx.ModelProto, resolution: Resolution, spec: InputSpec) -> dict[str, int]:

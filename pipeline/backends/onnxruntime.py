@@ -13,8 +13,9 @@ import numpy as np
 
 from pipeline.onnx_files.files import ModelFiles, Shapes, read_spec
 from posepress.errors import UserError, first_line
+from posepress.resolution import Resolution
 from posepress.runners.onnxruntime import ENGINE, OnnxRuntimeRunner
-from posepress.spec import SPEC_KEY, NetworkSpec, Resolution
+from posepress.spec import SPEC_KEY, NetworkSpec
 
 _CONVOLUTIONS = {"Conv": 1, "FusedConv": 1, "NhwcFusedConv": 1, "ConvTranspose": 1, "QLinearConv": 3, "ConvInteger": 1}
 

@@ -14,14 +14,15 @@ from filelock import FileLock
 
 from pipeline.backends.engine_inspector import layers
 from pipeline.backends.tensorrt_calibrator import calibrate
-from pipeline.backends.tensorrt_checks import check_plugins, check_types, member, reason_of
+from pipeline.backends.tensorrt_checks import check_plugins, check_tensors, check_types, member, reason_of
 from pipeline.onnx_files.files import ModelFiles, Shapes, read_spec
 from posepress.errors import UserError
+from posepress.resolution import Resolution
 from posepress.runners.device_memory import DeviceMemory
 from posepress.runners.tensorrt import TensorRTRunner
 from posepress.runners.tensorrt_module import TensorRTModule, load
 from posepress.runners.tensorrt_plan import ENGINE, SIDE, WEIGHTS
-from posepress.spec import InputSpec, NetworkSpec, Resolution
+from posepress.spec import InputSpec, NetworkSpec
 
 _LAST_WITH_FLAG = 10  # later versions make only strongly typed networks and have no flag for them
 
@@ -240,45 +241,7 @@ class TensorRT:
             raise lib.failed(
                 f"model.plan={plan}: TensorRT {trt.__version__} cannot load it", "give a plan that it built on this GPU"
             )
-        names = [engine.get_tensor_name(n) for n in range(engine.num_io_tensors)]
-        wanted = {name: tensors.get(name, name) for name in (spec.input.name, *(field.name for field in spec.fields))}
-        missing = [tensor for tensor in wanted.values() if tensor not in names]
-        if missing:
-            raise UserError(
-                f"model.plan={plan}: has no tensor {', '.join(missing)}; its tensors are {', '.join(names)}: name them with "
-                f"model.tensors={{{missing[0]}: ...}}"
-            )
-        further = [name for name in names if name not in wanted.values()]
-        if further:
-            raise UserError(
-                f"model.plan={plan}: has further tensors, {', '.join(further)}; build it with the input and the fields alone"
-            )
-        described = {spec.input.name: spec.input.dtype, **{field.name: field.dtype for field in spec.fields}}
-        for name, tensor in wanted.items():
-            kind, form = engine.get_tensor_dtype(tensor), engine.get_tensor_format(tensor)
-            floats = described[name].startswith("float")
-            taken = (
-                (trt.DataType.FLOAT, trt.DataType.HALF) if floats else (getattr(trt.DataType, described[name].upper(), None),)
-            )
-            if kind not in taken or form != trt.TensorFormat.LINEAR:
-                says = "float or half tensors" if floats else f"{described[name]} tensors, as model.spec says,"
-                raise UserError(
-                    f"model.plan={plan}: its tensor {tensor} is {kind.name} in the format {form.name}; build it with {says} "
-                    "in linear format (trtexec --inputIOFormats=fp32:chw --outputIOFormats=fp32:chw)"
-                )
-        for field in spec.fields:
-            made = tuple(engine.get_tensor_shape(wanted[field.name]))
-            if not field.holds(made):
-                raise UserError(
-                    f"model.plan={plan}: its tensor {wanted[field.name]} is {list(made)}, and model.spec says {field.channels} "
-                    f"channels, {field.form}; correct model.spec.fields"
-                )
-        shape, colours = tuple(engine.get_tensor_shape(wanted[spec.input.name])), spec.input.channels
-        if len(shape) != 4 or shape[spec.input.axes["channels"]] != colours:
-            layout = f"[B, {colours}, H, W]" if spec.input.layout == "NCHW" else f"[B, H, W, {colours}]"
-            raise UserError(
-                f"model.plan={plan}: takes {shape}; only images {layout} can be evaluated, as model.spec.input says"
-            )
+        wanted = check_tensors(trt, engine, f"model.plan={plan}", spec, tensors)
         (out / ENGINE).write_bytes(content)
         side = self._side(trt, spec, memory.gpu, content) | {"tensors": wanted, "profiles": None, "weights": None, "nodes": {}}
         (out / SIDE).write_text(json.dumps(side, indent=1))

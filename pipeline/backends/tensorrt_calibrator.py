@@ -17,8 +17,9 @@ from pipeline.onnx_files.files import CALIBRATION, CALIBRATION_INPUTS
 from pipeline.progress import Progress
 from posepress.errors import UserError
 from posepress.pixels import normalise
+from posepress.resolution import Resolution
 from posepress.runners.device_memory import DeviceMemory
-from posepress.spec import InputSpec, Resolution
+from posepress.spec import InputSpec
 
 _BASES = {"entropy": "IInt8EntropyCalibrator2", "minmax": "IInt8MinMaxCalibrator"}
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from posepress.errors import UserError, nearest
+from posepress.spec import NetworkSpec
 
 _BF16_FROM, _FP8_FROM = 8.0, 8.9  # lowest compute capability that supports the type
 
@@ -95,3 +96,55 @@ def _module(model: Any, name: str) -> str:
                 seen.add(tensor)
                 waiting.append(makers[tensor])
     return ""
+
+
+def check_tensors(trt: Any, engine: Any, where: str, spec: NetworkSpec, tensors: Mapping[str, str]) -> dict[str, str]:
+    """Compare the tensors of an engine that another program built with a description.
+
+    Args:
+        trt: the module of TensorRT.
+        engine: the loaded engine.
+        where: beginning of the messages.
+        spec: the description.
+        tensors: names of the engine's tensors by the name of input or field, where they differ.
+
+    Returns:
+        The engine's tensor of the input and of each field.
+
+    Raises:
+        UserError: a tensor is missing or left over, or has another type, format or shape.
+    """
+    names = [engine.get_tensor_name(n) for n in range(engine.num_io_tensors)]
+    wanted = {name: tensors.get(name, name) for name in (spec.input.name, *(field.name for field in spec.fields))}
+    missing = [tensor for tensor in wanted.values() if tensor not in names]
+    if missing:
+        raise UserError(
+            f"{where}: has no tensor {', '.join(missing)}; its tensors are {', '.join(names)}: name them with "
+            f"model.tensors={{{missing[0]}: ...}}"
+        )
+    further = [name for name in names if name not in wanted.values()]
+    if further:
+        raise UserError(f"{where}: has further tensors, {', '.join(further)}; build it with the input and the fields alone")
+    described = {spec.input.name: spec.input.dtype, **{field.name: field.dtype for field in spec.fields}}
+    for name, tensor in wanted.items():
+        kind, form = engine.get_tensor_dtype(tensor), engine.get_tensor_format(tensor)
+        floats = described[name].startswith("float")
+        taken = (trt.DataType.FLOAT, trt.DataType.HALF) if floats else (getattr(trt.DataType, described[name].upper(), None),)
+        if kind not in taken or form != trt.TensorFormat.LINEAR:
+            says = "float or half tensors" if floats else f"{described[name]} tensors, as model.spec says,"
+            raise UserError(
+                f"{where}: its tensor {tensor} is {kind.name} in the format {form.name}; build it with {says} "
+                "in linear format (trtexec --inputIOFormats=fp32:chw --outputIOFormats=fp32:chw)"
+            )
+    for field in spec.fields:
+        made = tuple(engine.get_tensor_shape(wanted[field.name]))
+        if not field.holds(made):
+            raise UserError(
+                f"{where}: its tensor {wanted[field.name]} is {list(made)}, and model.spec says {field.channels} "
+                f"channels, {field.form}; correct model.spec.fields"
+            )
+    shape, colours = tuple(engine.get_tensor_shape(wanted[spec.input.name])), spec.input.channels
+    if len(shape) != 4 or shape[spec.input.axes["channels"]] != colours:
+        layout = f"[B, {colours}, H, W]" if spec.input.layout == "NCHW" else f"[B, H, W, {colours}]"
+        raise UserError(f"{where}: takes {shape}; only images {layout} can be evaluated, as model.spec.input says")
+    return wanted

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from pipeline.onnx_files.files import ModelFiles, Shapes
 from posepress.errors import UserError
-from posepress.spec import Array, Fields, NetworkSpec, Resolution
+from posepress.resolution import Resolution
+from posepress.spec import Array, Fields, NetworkSpec
 
 ENGINE = "engine.json"
 _TYPED = "typed.onnx"

@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.onnx_files.execute import computed_over
 from pipeline.onnx_files.files import read_spec
 from pipeline.progress import track
-from pipeline.quantization.graph import computed_over, load, place
+from pipeline.quantization.graph import load
+from pipeline.quantization.place import place
 from posepress.contracts import Framing
 from posepress.pixels import normalise
 from posepress.predict import batches
-from posepress.spec import Resolution
+from posepress.resolution import Resolution
 
 
 def features(onnx_file: Path, images: Sequence[tuple[Any, int]], framing: Framing, size: Resolution) -> NDArray[np.float64]:

@@ -17,7 +17,8 @@ from posepress.contracts import Framing
 from posepress.errors import UserError
 from posepress.pixels import normalise
 from posepress.predict import batches
-from posepress.spec import InputSpec, Resolution
+from posepress.resolution import Resolution
+from posepress.spec import InputSpec
 
 
 def calibration_feed(

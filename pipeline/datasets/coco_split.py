@@ -23,9 +23,10 @@ from pipeline.datasets.images import (
     turned,
 )
 from posepress.errors import UserError
+from posepress.labels import Skeleton
+from posepress.resolution import Resolution
 from posepress.results import Boxes, Sample
 from posepress.skeletons import COCO_17
-from posepress.spec import Resolution, Skeleton
 
 # Most people that are checked, and the share of their keypoints or boxes outside images above which a doubt is reported.
 _LOOKED_AT, _MANY_OUTSIDE = 4000, 0.2

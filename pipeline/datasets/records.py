@@ -9,8 +9,8 @@ import orjson
 
 from pipeline import MOST_PIXELS
 from posepress.errors import UserError, nearest
+from posepress.labels import Skeleton
 from posepress.skeletons import COCO_17
-from posepress.spec import Skeleton
 
 FAR = 1e8  # largest coordinate of a point or box, in pixels
 _MOST_TEXT = 1000  # longest id or file name, in characters

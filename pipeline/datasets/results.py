@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from pipeline.datasets.annotations import read_file, read_json, unwatched
 from pipeline.datasets.records import Category, flattened, is_id, is_number, shown
 from posepress.errors import UserError
+from posepress.labels import Skeleton
 from posepress.results import Poses
-from posepress.spec import Skeleton
 
 _PIECE = 1 << 20  # bytes that are parsed at once
 

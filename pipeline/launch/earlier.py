@@ -33,7 +33,7 @@ _GONE: Mapping[str, tuple[str, ...]] = {
 
 # New names of classes that files of choices from version 0.1 may name.
 _TARGETS: Mapping[str, str] = {
-    "evaluation.types.Resolution": "posepress.spec.Resolution",
+    "evaluation.types.Resolution": "posepress.resolution.Resolution",
     "evaluation.views.WholeImage": "posepress.framing.whole_image.WholeImage",
     "evaluation.views.PersonCrops": "posepress.framing.person_crops.PersonCrops",
     "evaluation.heatmap_paf.HeatmapPafDecoder": "posepress.decoders.heatmap_paf.decoder.HeatmapPafDecoder",
@@ -41,6 +41,16 @@ _TARGETS: Mapping[str, str] = {
     "evaluation.coco.CocoKeypoints": "evaluation.metrics.coco_keypoints.CocoKeypoints",
     "pipeline.training.heatmap_paf.HeatmapPafObjective": "pipeline.objectives.heatmap_paf.HeatmapPafObjective",
     "evaluation.agreement.PoseAgreement": "evaluation.metrics.agreement.PoseAgreement",
+    "pipeline.quantization.bfloat16.Bf16": "pipeline.quantization.precisions.bf16.Bf16",
+    "pipeline.quantization.fp8.Fp8": "pipeline.quantization.precisions.fp8.Fp8",
+    "pipeline.quantization.implicit.ImplicitInt8": "pipeline.quantization.precisions.int8_entropy.ImplicitInt8",
+    "pipeline.quantization.mixed.Mixed": "pipeline.quantization.precisions.mixed.Mixed",
+    "pipeline.quantization.quantizers.External": "pipeline.quantization.precisions.external.External",
+    "pipeline.quantization.quantizers.Fp16": "pipeline.quantization.precisions.fp16.Fp16",
+    "pipeline.quantization.quantizers.Fp32": "pipeline.quantization.precisions.fp32.Fp32",
+    "pipeline.quantization.quantizers.Int8": "pipeline.quantization.precisions.int8.Int8",
+    "pipeline.quantization.quantizers.Retrained": "pipeline.quantization.precisions.int8_qat.Retrained",
+    "pipeline.training.loop.Training": "pipeline.training.options.Training",
 }
 
 

@@ -15,7 +15,8 @@ from pipeline.results.content import sha256
 from pipeline.results.manifest import read_manifest
 from pipeline.results.stage import ABOUT, Stage, arguments, option_of, targets, value_at
 from posepress.errors import UserError
-from posepress.spec import InputSpec, Resolution
+from posepress.resolution import Resolution
+from posepress.spec import InputSpec
 
 
 def planned(config: DictConfig, sweep: bool) -> tuple[list[str], list[str]]:

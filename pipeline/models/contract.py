@@ -17,7 +17,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from pipeline.contracts import Objective, Stored
 from posepress.errors import UserError, first_line, nearest
-from posepress.spec import NetworkSpec, OutputSpec, Palette, Resolution, Skeleton
+from posepress.labels import Palette, Skeleton
+from posepress.resolution import Resolution
+from posepress.spec import NetworkSpec, OutputSpec
 
 _SEE = "see docs/guides/own-network.md"
 _IMAGES = 2  # batch size of a forward pass; batch norm in training needs more than one image

@@ -20,7 +20,7 @@ from pipeline.models.contract import created, tied
 from pipeline.models.trust import network_class
 from pipeline.progress import say
 from pipeline.pruning import semi_structured
-from pipeline.pruning.graph import History, replay
+from pipeline.pruning.groups import History, replay
 from pipeline.results.content import parse_json
 from posepress.errors import UserError
 from posepress.spec import NetworkSpec

@@ -13,7 +13,9 @@ from evaluation.truth import People
 from pipeline.contracts import Stored
 from pipeline.objectives import keypoints
 from posepress.errors import UserError
-from posepress.spec import NetworkSpec, OutputSpec, Palette, Resolution, Skeleton
+from posepress.labels import Palette, Skeleton
+from posepress.resolution import Resolution
+from posepress.spec import NetworkSpec, OutputSpec
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from evaluation.truth import People
 from pipeline.contracts import Stored
 from pipeline.training.augment import sampling_grid
 from posepress.errors import UserError, nearest
-from posepress.spec import OutputSpec, Palette, Resolution, Skeleton
+from posepress.labels import Palette, Skeleton
+from posepress.resolution import Resolution
+from posepress.spec import OutputSpec
 
 _MASK_STRIDE = 4  # stored pixels a cell of the mask of unlabelled people
 _MIDDLES = {"neck": ("left_shoulder", "right_shoulder")}  # keypoints that follow from two others where the data has none

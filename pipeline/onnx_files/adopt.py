@@ -27,7 +27,8 @@ from pipeline.onnx_files.outputs import (
 )
 from posepress.errors import UserError, first_line
 from posepress.pixels import normalise
-from posepress.spec import InputSpec, NetworkSpec, Resolution
+from posepress.resolution import Resolution
+from posepress.spec import InputSpec, NetworkSpec
 
 _TYPES = {"float": "float32"}  # numpy's names of ONNX types that have another name
 

@@ -7,8 +7,10 @@ from typing import Any
 
 from posepress.contracts import Framing
 from posepress.errors import UserError, nearest
+from posepress.labels import Skeleton
+from posepress.resolution import Resolution
 from posepress.skeletons import COCO_17, OPENPOSE_18
-from posepress.spec import FIELDS, SPEC_KEY, InputSpec, NetworkSpec, Resolution, Skeleton
+from posepress.spec import FIELDS, SPEC_KEY, InputSpec, NetworkSpec
 
 FLAVOURS = ("tensorrt", "onnxruntime")
 

@@ -8,7 +8,8 @@ import onnx
 from onnx import TensorProto
 
 from posepress.errors import UserError, first_line
-from posepress.spec import SPEC_KEY, InputSpec, NetworkSpec, Resolution
+from posepress.resolution import Resolution
+from posepress.spec import SPEC_KEY, InputSpec, NetworkSpec
 
 _LIMITS = ("Clip", "Max", "Min")
 

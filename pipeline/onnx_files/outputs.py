@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from posepress.errors import UserError, nearest
-from posepress.spec import NetworkSpec, OutputSpec, Resolution
+from posepress.resolution import Resolution
+from posepress.spec import NetworkSpec, OutputSpec
 
 Outputs = Mapping[str, NDArray[Any]]
 

@@ -4,24 +4,23 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from evaluation import latency
 from evaluation.contracts import Metric
 from evaluation.statistics import Draws, bootstrap, paired
 from pipeline.contracts import Backend, Splits
-from pipeline.onnx_files.files import FLAVOURS, ModelFiles, Shapes, read_spec
-from pipeline.quantization.graph import computed_over
+from pipeline.onnx_files.execute import computed_over
+from pipeline.onnx_files.files import Shapes, read_spec
+from pipeline.probing.candidate import Candidate
 from posepress.contracts import Decoder, Framing, Runner
-from posepress.spec import Resolution
+from posepress.resolution import Resolution
 
 
 def field_errors(found: Iterable[Mapping[str, Any]], expected: Iterable[Mapping[str, Any]]) -> dict[str, float]:
@@ -38,39 +37,6 @@ def field_errors(found: Iterable[Mapping[str, Any]], expected: Iterable[Mapping[
 def of_all_fields(errors: Mapping[str, float]) -> float:
     """The errors of all fields as one number, in which every field has equal weight."""
     return float(np.sqrt(np.mean([value**2 for value in errors.values()])))
-
-
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """A typed network in memory. It compares by identity, so that its engine is built once.
-
-    Attributes:
-        models: the ONNX models, by runtime variant.
-        checkpoint: function that writes the torch network into a folder, for the torch backend; None if there is none.
-    """
-
-    models: Mapping[str, onnx.ModelProto]
-    checkpoint: Callable[[Path], None] | None = None
-
-    @classmethod
-    def of_file(cls, file: Path, checkpoint: Callable[[Path], None] | None = None) -> "Candidate":
-        """A candidate that uses one file for both runtime variants."""
-        return cls(dict.fromkeys(FLAVOURS, onnx.load(file)), checkpoint)
-
-    def save(self, file: Path) -> None:
-        """Write a network with two equal runtime variants."""
-        onnx.save(self.models[FLAVOURS[0]], file)
-
-    def write(self, folder: Path) -> ModelFiles:
-        """Write both runtime variants, and the torch network, into a folder."""
-        torch_folder = folder / "checkpoint" if self.checkpoint is not None else None
-        if torch_folder is not None and self.checkpoint is not None:
-            torch_folder.mkdir()
-            self.checkpoint(torch_folder)
-        files = ModelFiles.in_folder(folder, torch_folder)
-        for flavour, file in files.onnx.items():
-            onnx.save(self.models[flavour], file)
-        return files
 
 
 class Probe:

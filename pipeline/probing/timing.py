@@ -17,8 +17,8 @@ from pipeline.progress import Progress
 from posepress.contracts import Decoder, Framing, Runner
 from posepress.errors import UserError
 from posepress.pixels import frame
+from posepress.resolution import Resolution
 from posepress.results import Boxes
-from posepress.spec import Resolution
 
 STEPS = ("framing", "upload", "network", "download", "decoding")
 _NETWORK = STEPS.index("network")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.contract import duplicate, fold
-from pipeline.pruning.graph import LAYERS, Group, Part, folded, normalised, output_axis
+from pipeline.pruning.groups import LAYERS, Group, Part, folded, normalised, output_axis
 from posepress.errors import UserError
 
 _GATE_IMAGES, _GATE_BATCH = 64, 8  # number of train images for the criterion "taylor", and its batch size

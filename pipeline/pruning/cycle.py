@@ -1,58 +1,34 @@
 """The prune and retrain cycle: prune in steps down to a ratio or a target, and measure each step."""
 
 import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from pipeline.models.contract import duplicate, fold
-from pipeline.onnx_files import export
-from pipeline.probing.probe import Candidate, Probe
+from pipeline.probing.candidate import Candidate, exported
+from pipeline.probing.probe import Probe
 from pipeline.progress import say
+from pipeline.pruning.costs import Costs
 from pipeline.pruning.criteria import importance
-from pipeline.pruning.graph import Costs, apart, mask, remove, survey
+from pipeline.pruning.graph import survey
+from pipeline.pruning.groups import mask, remove
 from pipeline.pruning.plan import Curves, Plan, UnreachableError, choose, nothing, nothing_to_prune
 from pipeline.pruning.pruner import Pruner, Target
+from pipeline.pruning.trial import apart
 from posepress.errors import UserError, first_line
-from posepress.spec import NetworkSpec, Resolution
+from posepress.resolution import Resolution
 
 DIVISORS = (1, 4, 8, 16, 32)
-_OPSET = 20
 _TRIES = 6  # largest number of engines built to find a latency
 _CLOSE = 0.015  # relative distance to the target at which the search for a latency stops
 _NEAR = 0.05  # relative distance within which the nearest latency is accepted; beyond it, the greatest below the target is
 _SECONDS = 6.0  # longest time of one comparison, in seconds
 _MOST_APART = 1e-3  # largest accepted difference of a pruned network from the masked one, relative to the greatest value
-
-
-def exported(
-    network: nn.Module,
-    size: Resolution,
-    checkpoint: Callable[[Path], None] | None = None,
-    any_shape: bool = False,
-    scratch: Path | None = None,
-    graphs: Path | None = None,
-) -> Candidate:
-    """Export a network for building an engine for one image, of this size only or of any. The runtime folds batch norms.
-
-    Intermediate files are written to the folder `scratch`; None is the system's temporary folder. For the folder `graphs`, see
-    `export.export`.
-    """
-    spec: NetworkSpec = network.spec  # type: ignore[assignment]
-    image = torch.zeros(1, 3, size.height, size.width).numpy()
-    if scratch is not None:
-        scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        file = Path(folder) / "model.onnx"
-        export.export(duplicate(network).cpu().eval(), image, _OPSET, file, any_shape, graphs)
-        export.stamp(file, spec)
-        return Candidate.of_file(file, checkpoint)
 
 
 @dataclass

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.pruning.costs import Costs
 from pipeline.pruning.criteria import importance
-from pipeline.pruning.graph import Costs, Group, Survey, survey
+from pipeline.pruning.graph import Survey, survey
+from pipeline.pruning.groups import Group
 from pipeline.pruning.pruner import Pruner
 from posepress.errors import UserError, nearest
-from posepress.spec import Resolution
+from posepress.resolution import Resolution
 
 Curves = Mapping[str, Mapping[str, float]]  # for each group, the loss by ratio ("0.25"), measured by the stage "sensitivity"
 

@@ -9,7 +9,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from pipeline.models.contract import fold
-from pipeline.pruning.graph import History
+from pipeline.pruning.groups import History
 from posepress.errors import UserError
 
 KIND = "2:4"  # marks sparsity in a pruning history; a channel pruning has the side of the layer in this place

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pipeline.models.contract import fold
 from pipeline.progress import track
-from pipeline.pruning.graph import LAYERS, Group, mask
+from pipeline.pruning.groups import LAYERS, Group, mask
 
 RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9)
 

@@ -38,7 +38,7 @@ class Sparse24:
         from torch import nn
 
         from pipeline.models.contract import fold
-        from pipeline.pruning.graph import folded, heads, normalised
+        from pipeline.pruning.groups import folded, heads, normalised
         from pipeline.pruning.semi_structured import KIND, smaller
 
         fold(network)

@@ -8,7 +8,7 @@ from annotated_types import Interval
 from torch import nn
 
 from pipeline.models.contract import fold
-from pipeline.pruning.graph import example, heads
+from pipeline.pruning.groups import example, heads
 from posepress.errors import UserError, first_line
 
 
@@ -32,7 +32,7 @@ class TorchPruningDefault:
             raise UserError(f"pruner.pruning_ratio={self.pruning_ratio}: not a ratio; choose above 0 to below 1")
 
     def prune(self, network: nn.Module) -> list[Any]:
-        """Prune in place, and return the history for `pipeline.pruning.graph.replay`.
+        """Prune in place, and return the history for `pipeline.pruning.groups.replay`.
 
         Raises:
             UserError: Torch-Pruning fails, or the pruned network does not run.

@@ -11,7 +11,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from pipeline.quantization.graph import Graph, computed_over
+from pipeline.onnx_files.execute import computed_over
+from pipeline.quantization.graph import Graph
 from posepress.compiled import compiled
 from posepress.errors import UserError
 

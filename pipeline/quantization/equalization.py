@@ -15,7 +15,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from pipeline.quantization.graph import Graph, Placement, attribute, channels_of, computed_over
+from pipeline.onnx_files.execute import computed_over
+from pipeline.quantization.graph import Graph, attribute, channels_of
+from pipeline.quantization.place import Placement
 from pipeline.quantization.weights import quantized
 from pipeline.quantization.writers import Scales
 from posepress.compiled import compiled

@@ -8,7 +8,8 @@ import onnx
 
 from pipeline.probing.probe import Probe
 from pipeline.progress import track
-from pipeline.quantization.graph import WEIGHTED, place
+from pipeline.quantization.graph import WEIGHTED
+from pipeline.quantization.place import place
 from posepress.errors import UserError
 
 _LEAST_GAIN = 0.01  # smallest relative gain of time for which a variant is kept
@@ -33,7 +34,7 @@ def search(calibrated: Any, probe: Probe | None, progress: Callable[[str], None]
     """Try one set of nodes after another in float, and keep each that makes the whole engine faster.
 
     Args:
-        calibrated: a `pipeline.quantization.quantizers.Calibrated`.
+        calibrated: a `pipeline.quantization.calibrated.Calibrated`.
         probe: candidate evaluator that times engines.
         progress: function that gets a message for each variant.
 

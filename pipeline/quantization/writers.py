@@ -15,7 +15,8 @@ from ml_dtypes import float8_e4m3fn
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from pipeline.quantization.graph import CARRIERS, WEIGHTED, Flavour, Graph, Placement, check_shared
+from pipeline.quantization.graph import CARRIERS, WEIGHTED, Flavour, Graph
+from pipeline.quantization.place import Placement, check_shared
 from pipeline.quantization.weights import LEAST_SCALE, WeightScale, quantized
 
 FP8_GREATEST = 448.0  # greatest finite number of E4M3

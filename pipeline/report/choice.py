@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from evaluation.statistics import Draws, Interval, paired
-from pipeline.report.collect import Result, Table, averaged, between, comparable, digits, named, primary
+from pipeline.report.collect import Result, Table, averaged, comparable, named, primary
+from pipeline.report.tables import between, digits
 from pipeline.results.manifest import read_manifest
 
 MOST_LOST = 0.01  # largest accepted loss of the metric, at the worse end of the paired interval

@@ -11,22 +11,11 @@ from typing import Any
 from pipeline.report import engines as engine_page
 from pipeline.report import pruning as pruning_page
 from pipeline.report import quantization as quantization_page
+from pipeline.report.card import MORE_STEPS
 from pipeline.report.choice import choices, said
-from pipeline.report.collect import (
-    MORE_STEPS,
-    Result,
-    Table,
-    averaged,
-    comparable,
-    devices,
-    differences,
-    front,
-    latency_notes,
-    rank_correlation,
-    shorts,
-    tabulated,
-    waterfalls,
-)
+from pipeline.report.collect import Result, Table, averaged, comparable
+from pipeline.report.tables import devices, differences, latency_notes, shorts, tabulated
+from pipeline.report.waterfall import front, rank_correlation, waterfalls
 from pipeline.results.manifest import plain
 
 _MOST_PICTURE = 16 << 20  # largest size of a picture, in bytes

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.report.collect import Result, between, digits, primary, shorts
+from pipeline.report.collect import Result, primary
+from pipeline.report.tables import between, digits, shorts
 
 _CONTROL = re.compile(r"-(pruned|scratch\d+)$")
 _ONE_CURVE = ("data_digest", "data", "network", "resolution", "keep_aspect_ratio_mode", "backend")

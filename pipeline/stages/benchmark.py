@@ -19,7 +19,7 @@ from pipeline.results.job import Job
 from pipeline.results.manifest import read_manifest
 from posepress.contracts import Decoder, Framing
 from posepress.errors import UserError
-from posepress.spec import Resolution
+from posepress.resolution import Resolution
 
 _IMAGES = 8  # number of validation images, used in turns
 

@@ -11,7 +11,7 @@ from pipeline.onnx_files.files import ModelFiles, Shapes, described, named, read
 from pipeline.progress import Progress
 from pipeline.results.job import Job
 from posepress.contracts import Framing
-from posepress.spec import Resolution
+from posepress.resolution import Resolution
 
 
 def run(

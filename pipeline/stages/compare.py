@@ -62,7 +62,7 @@ def _print(engines: Sequence[str], pairs: Sequence[dict[str, Any]], alone: Seque
     from rich.console import Console
     from rich.table import Table
 
-    from pipeline.report.collect import differences
+    from pipeline.report.tables import differences
 
     console = Console(width=None if Console().is_terminal else 180)
     for title, columns, rows in differences(engines, pairs):

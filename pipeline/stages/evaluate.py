@@ -21,8 +21,8 @@ from pipeline.results.manifest import read_manifest
 from posepress.contracts import Decoder, Framing
 from posepress.errors import UserError
 from posepress.predict import Watch, predict
+from posepress.resolution import Resolution
 from posepress.results import load_results
-from posepress.spec import Resolution
 
 
 def run(

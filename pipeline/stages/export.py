@@ -13,14 +13,15 @@ from pipeline.models import store
 from pipeline.onnx_files import export as onnx_export
 from pipeline.onnx_files.adopt import adopt
 from pipeline.progress import Progress, say
-from pipeline.pruning.graph import macs
+from pipeline.pruning.costs import macs
 from pipeline.pruning.semi_structured import sparse_layers
 from pipeline.results.job import Job
 from posepress.contracts import Framing
 from posepress.errors import UserError
 from posepress.pixels import normalise
 from posepress.predict import batches
-from posepress.spec import NetworkSpec, Resolution
+from posepress.resolution import Resolution
+from posepress.spec import NetworkSpec
 
 MODEL = "model.onnx"
 

@@ -19,14 +19,16 @@ from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.backends.torch import Torch
 from pipeline.contracts import Backend, Splits
 from pipeline.onnx_files.cut import cut, tensors_of
+from pipeline.onnx_files.execute import computed_over
 from pipeline.onnx_files.files import FLAVOURS, ModelFiles, Shapes, read_spec
-from pipeline.quantization.graph import Graph, computed_over
+from pipeline.quantization.graph import Graph
 from pipeline.results.job import Job
 from pipeline.results.manifest import read_manifest
 from posepress.contracts import Framing, Runner
 from posepress.pixels import normalise
 from posepress.predict import batches
-from posepress.spec import NetworkSpec, Resolution
+from posepress.resolution import Resolution
+from posepress.spec import NetworkSpec
 
 
 def run(

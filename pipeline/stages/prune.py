@@ -11,22 +11,24 @@ from torch import Tensor, nn
 from pipeline.contracts import Backend, Objective, Splits
 from pipeline.decoder_options import decoder_options
 from pipeline.models import store
+from pipeline.probing.candidate import exported
 from pipeline.probing.probe import Probe
+from pipeline.pruning.costs import macs
 from pipeline.pruning.criteria import taylor_gates
-from pipeline.pruning.cycle import Cycle, exported
-from pipeline.pruning.graph import macs
+from pipeline.pruning.cycle import Cycle
 from pipeline.pruning.pruner import Pruner
 from pipeline.pruning.sparse24 import Sparse24
 from pipeline.pruning.torch_pruning_default import TorchPruningDefault
 from pipeline.results.job import Job
 from pipeline.training.augment import NONE, Augmentation
 from pipeline.training.distillation import Distillation, splits
-from pipeline.training.loop import Training, train
+from pipeline.training.loop import train
+from pipeline.training.options import Training
 from pipeline.training.shard import Material
 from pipeline.training.views import Views
 from posepress.contracts import Framing
 from posepress.errors import UserError
-from posepress.spec import Resolution
+from posepress.resolution import Resolution
 
 
 def run(

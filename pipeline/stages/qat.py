@@ -12,16 +12,17 @@ from pipeline.calibration.feed import calibration_feed
 from pipeline.contracts import Objective, Splits
 from pipeline.onnx_files.export import stamp
 from pipeline.onnx_files.files import read_spec
-from pipeline.quantization.quantizers import Int8
+from pipeline.quantization.precisions.int8 import Int8
 from pipeline.results.job import Job
 from pipeline.training.augment import Augmentation
 from pipeline.training.fake_quantization import FakeQuantized
-from pipeline.training.loop import Training, train
+from pipeline.training.loop import train
+from pipeline.training.options import Training
 from pipeline.training.shard import Material
 from pipeline.training.views import Views
 from posepress.contracts import Framing
 from posepress.errors import UserError
-from posepress.spec import Resolution
+from posepress.resolution import Resolution
 
 
 def run(

@@ -18,7 +18,7 @@ from pipeline.progress import say
 from pipeline.results.job import Job
 from posepress.contracts import Framing
 from posepress.errors import UserError
-from posepress.spec import Resolution
+from posepress.resolution import Resolution
 
 
 def run(

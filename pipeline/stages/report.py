@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.report import collect as report
-from pipeline.report import page
+from pipeline.report import page, tables
+from pipeline.report.card import write_card
 from pipeline.report.choice import choices, said
+from pipeline.report.waterfall import waterfalls
 from pipeline.results.job import Job
 from pipeline.results.manifest import SHOWN
 from posepress.errors import UserError
@@ -24,9 +26,9 @@ def run(job: Job, name: str) -> dict[str, Any]:
     if table.stale and not table.rows:
         raise UserError(f"name={name}: every evaluation is stale, so the earlier report stays; run their cells again")
     if table.rows:
-        report.write_csv(table, job.out / "results.csv")
+        tables.write_csv(table, job.out / "results.csv")
         page.write_html(table, name, job.out / "report.html", job.collected["comparisons"])
-        report.write_card(table, name, job.out / "model_card.md")
+        write_card(table, name, job.out / "model_card.md")
     _print(table, name, job.out / SHOWN)
     return {"engines": len(table.rows), "left_out": len(table.left_out)}
 
@@ -39,7 +41,7 @@ def _print(table: report.Table, name: str, file: Path) -> None:
     from rich.table import Table
 
     console = Console(width=None if Console().is_terminal else _WIDTH, highlight=False, record=True)
-    rows = report.narrow(table.rows)
+    rows = tables.narrow(table.rows)
     if rows:
         grid = Table(title=escape(name), header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
         for n, column in enumerate(rows[0]):
@@ -47,10 +49,10 @@ def _print(table: report.Table, name: str, file: Path) -> None:
         for row in rows:
             grid.add_row(*map(escape, row.values()))
         console.print(grid)
-        for line in report.latency_notes(table.rows):
+        for line in tables.latency_notes(table.rows):
             console.print(line, style="dim", markup=False)
-    for title, steps in report.waterfalls(table.results).items():
-        short = report.shorts(table.rows)
+    for title, steps in waterfalls(table.results).items():
+        short = tables.shorts(table.rows)
         falls = Table(title=escape(f"where {short} goes: {title}"), header_style="bold", box=box.SIMPLE_HEAD)
         for column in ("step", f"{short} [95 %]", "difference, paired"):
             falls.add_column(column)

@@ -15,7 +15,7 @@ from pipeline.datasets.coco_split import Coco
 from pipeline.results.job import Job
 from posepress.contracts import Framing
 from posepress.errors import UserError
-from posepress.spec import Resolution
+from posepress.resolution import Resolution
 
 FILE = "calibration.json"
 

@@ -14,18 +14,20 @@ from pipeline.contracts import Objective, Splits
 from pipeline.models import store
 from pipeline.models.contract import check, created
 from pipeline.progress import say
+from pipeline.pruning.costs import macs
 from pipeline.pruning.criteria import importance
-from pipeline.pruning.graph import groups, macs
+from pipeline.pruning.graph import groups
 from pipeline.results.job import Job
 from pipeline.results.manifest import read_manifest
 from pipeline.training.augment import NONE, Augmentation
 from pipeline.training.distillation import Distillation, splits
-from pipeline.training.loop import Training, train
+from pipeline.training.loop import train
+from pipeline.training.options import Training
 from pipeline.training.shard import Material
 from pipeline.training.views import Views
 from posepress.contracts import Framing
 from posepress.errors import UserError
-from posepress.spec import Resolution
+from posepress.resolution import Resolution
 
 
 def run(

@@ -16,8 +16,8 @@ from posepress.contracts import Decoder, Framing
 from posepress.decoders.several import Together
 from posepress.errors import UserError
 from posepress.predict import Watch, predict
+from posepress.resolution import Resolution
 from posepress.results import save_results
-from posepress.spec import Resolution
 
 _FEW = 4  # below this number of tune images, a warning says that the thresholds are unreliable
 

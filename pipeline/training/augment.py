@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from posepress.errors import UserError
-from posepress.spec import InputSpec, Resolution
+from posepress.resolution import Resolution
+from posepress.spec import InputSpec
 
 DRAWS = 9  # number of random numbers for each view
 

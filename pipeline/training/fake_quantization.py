@@ -7,7 +7,8 @@ from torch import Tensor
 
 from pipeline.models.onnx_graph import OnnxNetwork
 from pipeline.pruning.semi_structured import is_sparse
-from pipeline.quantization.graph import WEIGHTED, Placement
+from pipeline.quantization.graph import WEIGHTED
+from pipeline.quantization.place import Placement
 from pipeline.quantization.writers import Scales
 
 

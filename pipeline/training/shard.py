@@ -22,8 +22,9 @@ from pipeline.training.augment import Augmentation
 from posepress.contracts import Framing
 from posepress.errors import UserError
 from posepress.geometry import View
+from posepress.labels import Palette, Skeleton
+from posepress.resolution import Resolution
 from posepress.results import Boxes, Sample
-from posepress.spec import Palette, Resolution, Skeleton
 
 _VIEWS = ("rows", "places", "bases", "cropped")  # arrays with an entry for each base view
 _SPARE = 1.05  # required free disk space, relative to the size of the shard

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.pruning.criteria import filters, group_norms
-from pipeline.pruning.graph import Group, normalised, survey
+from pipeline.pruning.graph import survey
+from pipeline.pruning.groups import Group, normalised
 from posepress.errors import UserError
 
 TYPES = ("l1", "l2", "group_lasso")

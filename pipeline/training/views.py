@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from pipeline.contracts import Objective
 from pipeline.training.augment import DRAWS, Augmentation, cut
 from pipeline.training.shard import Material, Shard
-from posepress.spec import NetworkSpec, Palette, Resolution, Skeleton
+from posepress.labels import Palette, Skeleton
+from posepress.resolution import Resolution
+from posepress.spec import NetworkSpec
 
 _READ_AHEAD = 3  # number of batches that are read ahead
 _SETTLED = 8  # number of batches after which the memory use of a step is known

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from posepress.contracts import Decoder
 from posepress.geometry import View, cells_to_input, input_to_cells
-from posepress.spec import Array, NetworkSpec, Skeleton
+from posepress.labels import Skeleton
+from posepress.spec import Array, NetworkSpec
 
 F32 = NDArray[np.float32]
 

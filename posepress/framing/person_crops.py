@@ -10,8 +10,9 @@ from annotated_types import Interval
 from posepress.checks import number
 from posepress.contracts import Decoder, Result
 from posepress.geometry import View
+from posepress.resolution import Resolution
 from posepress.results import Boxes
-from posepress.spec import InputSpec, NetworkSpec, Resolution
+from posepress.spec import InputSpec, NetworkSpec
 
 
 @dataclass(frozen=True)

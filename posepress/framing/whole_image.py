@@ -10,8 +10,9 @@ from annotated_types import Interval, MinLen
 from posepress.checks import number
 from posepress.contracts import Decoder, Result
 from posepress.geometry import View, mirrored, resized
+from posepress.resolution import Resolution
 from posepress.results import Boxes
-from posepress.spec import InputSpec, NetworkSpec, Resolution
+from posepress.spec import InputSpec, NetworkSpec
 
 KeepAspectRatioMode = Literal["pad_image_input", "adjust_network_input"]
 

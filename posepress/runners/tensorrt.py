@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from posepress.errors import UserError
 from posepress.pixels import normalise
+from posepress.resolution import Resolution
 from posepress.runners.device_memory import DeviceArray, DeviceMemory
 from posepress.runners.tensorrt_module import TensorRTModule, installed, load
 from posepress.runners.tensorrt_plan import WEIGHTS, check, check_version
-from posepress.spec import Array, Fields, NetworkSpec, Resolution
+from posepress.spec import Array, Fields, NetworkSpec
 
 _PROFILED = 20  # number of runs whose layers are timed
 

@@ -25,9 +25,9 @@ from rich.table import Table
 from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.backends.tensorrt import TensorRT
 from pipeline.onnx_files.files import ModelFiles, Shapes
+from posepress.resolution import Resolution
 from posepress.runners.device_memory import DeviceMemory
 from posepress.runners.tensorrt import TensorRTRunner
-from posepress.spec import Resolution
 
 AP_APART = {"fp32": 0.001, "fp16": 0.003, "bf16": 0.01, "int8": 0.01, "fp8": 0.01}  # most from ONNX Runtime's
 AP_LOST = 0.03  # most that TensorRT's own calibration may lose of FP32's

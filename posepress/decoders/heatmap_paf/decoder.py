@@ -22,8 +22,9 @@ from posepress.decoders.heatmap_paf.limbs import score_limbs
 from posepress.decoders.heatmap_paf.peaks import complete, find_peaks
 from posepress.draw import draw
 from posepress.geometry import View, cells_to_input
+from posepress.labels import Skeleton
 from posepress.results import Poses
-from posepress.spec import Array, NetworkSpec, Skeleton
+from posepress.spec import Array, NetworkSpec
 
 _MOST = 10**6  # greatest value of a threshold
 

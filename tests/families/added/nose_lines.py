@@ -20,7 +20,9 @@ from evaluation.truth import People
 from pipeline.contracts import Stored
 from pipeline.objectives import keypoints
 from posepress.geometry import View
-from posepress.spec import InputSpec, NetworkSpec, OutputSpec, Resolution, Skeleton
+from posepress.labels import Skeleton
+from posepress.resolution import Resolution
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec
 
 NOSE = Skeleton(("nose",), (), (0.026,))
 

@@ -1,9 +1,9 @@
-"""The quantizers of the precisions fp32, fp16 and int8, and the adoption of a network that was quantized elsewhere."""
+"""precision=int8: symmetric INT8 by calibration."""
 
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -12,27 +12,32 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import onnx
 from annotated_types import Interval
-from numpy.typing import NDArray
 from rich.console import Console
 
 from pipeline.contracts import CalibrationFeed
-from pipeline.onnx_files.files import FLAVOURS, read_spec
-from pipeline.probing.probe import Candidate, Probe, field_errors, of_all_fields
+from pipeline.onnx_files.execute import computed_over
+from pipeline.onnx_files.files import FLAVOURS
+from pipeline.probing.candidate import Candidate
+from pipeline.probing.probe import Probe, field_errors, of_all_fields
 from pipeline.progress import track
-from pipeline.quantization import alignment, caches, calibration, equalization, half, placement, writers
+from pipeline.quantization import caches, calibration, equalization, half, placement, writers
+from pipeline.quantization.calibrated import MARK, MARKED, STEPS, Calibrated
 from pipeline.quantization.calibration import Histogram
-from pipeline.quantization.graph import Graph, Placement, computed_over, load, matching, place, unshared, with_opset
+from pipeline.quantization.graph import load, matching, unshared, with_opset
+from pipeline.quantization.place import Placement, place
 from pipeline.quantization.weights import LEAST_SCALE, WEIGHT_SCALES, WeightScale
-from posepress.errors import UserError, first_line
-from posepress.spec import SPEC_KEY
+from posepress.errors import UserError
 
-SCALES, STEPS, FLOAT, TENSORRT_CACHE = "scales.json", "steps.json", "float.onnx", "calibration.cache"
 _STEP_IMAGES = 32  # number of calibration images for the table of steps
+
 _USELESS, _FAR = 0.5, 3.0  # relative error of fields, and its ratio to that of plain ranges, from which scales do not fit
-_MARK, _MARKED = "posepress.network.", 16  # name and length of the network's digest, an extra line of our TensorRT caches
+
 _CLIPPED, _COARSE = 1e3, 127.0  # ratios of scale and range beyond which all but 1/1000 is clipped, or all is rounded to 0
+
 _RUNTIMES = {"tensorrt": "TensorRT", "onnxruntime": "ONNX Runtime"}
+
 _TRIAL_IMAGES = 16  # number of calibration images for the comparison of methods
+
 _TRIED: tuple[tuple[calibration.Method, float], ...] = (
     ("percentile", 99.999), ("percentile", 99.99), ("percentile", 99.9), ("minmax", 100.0), ("mse", 0.0), ("entropy", 0.0),
 )  # fmt: skip
@@ -45,56 +50,6 @@ def without_vnni(backend: str) -> bool:
     except OSError:
         return False
     return backend == "onnxruntime" and "avx2" in text and "vnni" not in text
-
-
-@dataclass(frozen=True)
-class Fp32:
-    """FP32: the exported network without changes."""
-
-    @staticmethod
-    def label_of(_options: Mapping[str, Any], _setting: Mapping[str, str]) -> str:
-        """The label suffix, which is empty because there are no options."""
-        return ""
-
-    def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:  # noqa: ARG002
-        """Write both runtime variants, which are equal."""
-        Candidate.of_file(onnx_file).write(out)
-        return {"precision": "fp32"}
-
-
-@dataclass(frozen=True)
-class Fp16:
-    """Half-precision weights and activations by casts. Inputs and outputs stay float32.
-
-    A node stays in float32 if its values come near half precision's greatest number on the calibration images. It also does if
-    its values overflow in a pass of four images in half precision. ONNX Runtime's CPU kernels compute such a file entirely in
-    float32. If torch cannot run the network, only the ranges decide, and the error is not measured.
-
-    Attributes:
-        nodes_to_exclude: name patterns of nodes that stay in float32.
-    """
-
-    nodes_to_exclude: tuple[str, ...] = ()
-
-    @staticmethod
-    def label_of(_: Mapping[str, Any], setting: Mapping[str, str]) -> str:
-        """The label suffix: the calibration images."""
-        return setting["sampler"]
-
-    def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:
-        """Write both runtime variants, which are equal.
-
-        Raises:
-            UserError: a pattern matches no node, or the float network returns NaN or infinity.
-        """
-        assert feed is not None
-        model = load(onnx_file)
-        asked = matching(model, self.nodes_to_exclude, "precision.nodes_to_exclude")
-        kept = half.kept_in_fp32(model, asked, lambda: feed.read(None))
-        candidate = Candidate(dict.fromkeys(FLAVOURS, half.convert(model, {*asked, *kept.nodes})))
-        candidate.write(out)
-        measured = {} if kept.left_out else Probe.summary(probe, candidate)  # torch computes in FP16, so this is FP16's error
-        return {"precision": "fp16", **kept.report(), "nodes": len(model.graph.node), **measured}
 
 
 @dataclass(frozen=True)
@@ -376,8 +331,8 @@ def _imported(file: Path, place: str, placement: Placement, found: Mapping[str, 
     """
     where = f"{place}.tensorrt_cache={file}"
     scales = caches.read_tensorrt(file)
-    marks = [name.removeprefix(_MARK) for name in scales if name.startswith(_MARK)]
-    if marks and marks[0] != network[:_MARKED]:
+    marks = [name.removeprefix(MARK) for name in scales if name.startswith(MARK)]
+    if marks and marks[0] != network[:MARKED]:
         raise UserError(
             f"{where}: its scales are of another network, perhaps of this one equalized (float.onnx "
             f"beside the file); quantize that one, or calibrate with {place}.equalize_concatenations=false "
@@ -402,28 +357,6 @@ def _imported(file: Path, place: str, placement: Placement, found: Mapping[str, 
     return thresholds
 
 
-def _check_steps(model: onnx.ModelProto, where: str) -> None:
-    """Check that constant scales of Q/DQ nodes are positive numbers.
-
-    Raises:
-        UserError: a scale is not positive; the message names its tensor.
-    """
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    constants |= {
-        node.output[0]: option.t
-        for node in model.graph.node
-        if node.op_type == "Constant"
-        for option in node.attribute
-        if option.name == "value"
-    }
-    for node in model.graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[1] in constants:
-            steps = np.asarray(onnx.numpy_helper.to_array(constants[node.input[1]]), np.float64)
-            if not (np.isfinite(steps) & (steps > 0)).all():
-                wrong = steps.ravel()[~(np.isfinite(steps) & (steps > 0)).ravel()][0]
-                raise UserError(f"{where}: a scale of '{node.input[0]}' is {wrong:g}; quantize the network again")
-
-
 def _last(steps: list[dict[str, Any]]) -> dict[str, float]:
     return {f"error_{name}": value for name, value in steps[-1].items() if name != "step"}
 
@@ -442,222 +375,3 @@ def _content(file: Path, option: str) -> str:
 
 def _digest(content: Any) -> str:
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """An equalized float network, and the scales for quantizing it.
-
-    Attributes:
-        model: the network.
-        placement: the tensors that are quantized.
-        scales: for each runtime variant, the steps between integers.
-        shifts: for each runtime variant, the bias corrections [O] of the quantized convolutions.
-        thresholds: for each runtime variant, the thresholds of the scales, before tensors shared them.
-        found: range and histogram of each tensor.
-        key: digests of network, images, preprocessing and program that these scales depend on.
-        rescaled: numbers of channels and tensors that were equalized.
-        kept: nodes that stay in FP32 if TensorRT's variant computes the other floats in half precision; else None.
-        tried: for each runtime variant, the error of the fields by calibration method, if several were tried.
-        source: origin of the thresholds.
-        left_out: for each layer that was not equalized, the reason.
-    """
-
-    model: onnx.ModelProto
-    placement: Placement
-    scales: Mapping[str, writers.Scales]
-    shifts: Mapping[str, Mapping[str, NDArray[np.float64]]]
-    thresholds: Mapping[str, Mapping[str, float]]
-    found: Mapping[str, Histogram]
-    key: Mapping[str, str]
-    rescaled: Mapping[str, int]
-    kept: half.Kept | None
-    tried: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    source: str = "the calibration images"
-    left_out: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def most_weight(self) -> int:
-        """The greatest integer of a weight."""
-        return self.scales[FLAVOURS[0]].most_weight
-
-    def as_in(self, flavour: str) -> "Calibrated":
-        """A copy with the scales of one runtime variant in both."""
-        scales, thresholds = self.scales[flavour], self.thresholds[flavour]
-        tried = {flavour: self.tried[flavour]} if self.tried else {}
-        both, ends = dict.fromkeys(FLAVOURS, scales), dict.fromkeys(FLAVOURS, thresholds)
-        return replace(self, scales=both, thresholds=ends, tried=tried)
-
-    def written(self, placement: Placement | None = None) -> Candidate:
-        """Both runtime variants. A `placement` with fewer nodes leaves the others in float."""
-        chosen = placement or self.placement
-        made = {}
-        for flavour in FLAVOURS:
-            held = chosen.slow if flavour == "onnxruntime" else frozenset()
-            rounded = {node.name for node in chosen.quantized(self.model)} - held
-            shifts = self.shifts.get(flavour, {})
-            model = equalization.corrected(self.model, {n: shift for n, shift in shifts.items() if n in rounded})
-            if flavour == "onnxruntime":
-                model, _ = alignment.align(model)
-            made[flavour] = writers.insert(model, chosen, self.scales[flavour], flavour)  # type: ignore[arg-type]
-        if self.kept is not None:
-            made["tensorrt"] = half.convert(made["tensorrt"], self.kept.nodes)
-        return Candidate(made)
-
-    def without(self, names: set[str]) -> Candidate:
-        """Both runtime variants, with further nodes in float."""
-        return self.written(place(self.model, self.placement.excluded | names))
-
-    def rows(self) -> dict[str, dict[str, Any]]:
-        """Scales, thresholds and ranges, by tensor."""
-        return {
-            name: {
-                "scale": {flavour: scales.activations[name] for flavour, scales in self.scales.items()},
-                "threshold": {flavour: thresholds[name] for flavour, thresholds in self.thresholds.items()},
-                "least": one.least,
-                "most": one.most,
-            }
-            for name, one in sorted(self.found.items())
-        }
-
-    def save(self, out: Path) -> None:
-        """Write scales.json, TensorRT 10's calibration cache, and the float network that both belong to."""
-        caches.write_scales(out / SCALES, self.key, self.rows(), sorted(self.placement.excluded), self.most_weight)
-        mark = {f"{_MARK}{caches.network_digest(self.model)[:_MARKED]}": 1.0}
-        caches.write_tensorrt(out / TENSORRT_CACHE, {**self.scales["tensorrt"].activations, **mark})
-        onnx.save(equalization.corrected(self.model, self.shifts.get("tensorrt", {})), out / FLOAT)
-
-    def summary(self) -> dict[str, Any]:
-        """The manifest's entry on the calibration."""
-        graph = Graph(self.model)
-        convolutions = self.placement.quantized(self.model)
-        empty = sum(
-            int((np.abs(w).reshape(len(w), -1).max(axis=1) == 0).sum())
-            for n in convolutions
-            if (w := graph.weights(n)) is not None
-        )
-        return {
-            "tensors": len(self.found),
-            "scales_from": self.source,
-            **(
-                {
-                    "calibration_method": {name: min(errors, key=errors.__getitem__) for name, errors in self.tried.items()},
-                    "tried": {name: dict(errors) for name, errors in self.tried.items()},
-                }
-                if self.tried
-                else {}
-            ),
-            "constant": [name for name, threshold in self.thresholds["tensorrt"].items() if threshold == 0],
-            "clamped_scales": len(self.scales["tensorrt"].clamped),
-            "zero_weight_channels": empty,
-            "equalized_channels": self.rescaled["channels"],
-            "equalized_tensors": self.rescaled["tensors"],
-            "equalization_left_out": {n.name: self.left_out[n.name] for n in convolutions if n.name in self.left_out},
-            "int8_layers": len(convolutions),
-            "float_layers": sorted(self.placement.excluded),
-            **({} if self.kept is None else self.kept.report()),
-            "weight_bits": 8 if self.most_weight == 127 else 7,
-        }
-
-
-@dataclass(frozen=True)
-class Retrained:
-    """INT8 of a network that was retrained with its scales. The scales are stored beside it and not calibrated again.
-
-    Attributes:
-        high_precision_dtype: "fp32" or "fp16": type of the layers that are not INT8 in TensorRT's runtime variant.
-        trained_with: quantizer that calibrates the network before the stage qat retrains it.
-    """
-
-    high_precision_dtype: Literal["fp32", "fp16"] = "fp32"
-    trained_with: Int8 | None = None
-
-    def __post_init__(self) -> None:
-        """Check the type.
-
-        Raises:
-            ValueError: the type is unknown.
-        """
-        if self.high_precision_dtype not in ("fp32", "fp16"):
-            raise ValueError(f"precision.high_precision_dtype={self.high_precision_dtype}: choose fp32, fp16")
-        if self.trained_with is not None:
-            object.__setattr__(self, "trained_with", replace(self.trained_with, _where="precision.trained_with"))
-
-    @staticmethod
-    def settled(options: Mapping[str, Any], setting: Mapping[str, str]) -> dict[str, Any]:
-        """The settings that `trained_with` chooses itself."""
-        return {"trained_with": Int8.settled(options["trained_with"], setting)} if options.get("trained_with") else {}
-
-    @staticmethod
-    def label_of(options: Mapping[str, Any], setting: Mapping[str, str]) -> str:
-        """The label suffix: the steps of training, and INT8's options that differ from the defaults.
-
-        Bias correction is not among them, because biases are trained instead.
-        """
-        given = options.get("trained_with") or {}
-        words = Int8.words({**given, **Int8.settled(given, setting), "bias_correction": True, "weight_scale": "max"})
-        return f"qat{setting['qat_steps']}-{words}-{setting['sampler']}"
-
-    def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:  # noqa: ARG002
-        """Write both runtime variants and scales.json."""
-        content = json.loads((onnx_file.parent / SCALES).read_text())
-        rows = content["tensors"]
-        model = load(onnx_file)
-        in_half = self.high_precision_dtype == "fp16"
-        placement = place(model, content["excluded"])
-        thresholds = caches.thresholds(rows)
-        lows = {name: float(row["least"]) for name, row in rows.items()}
-        found = {name: Histogram(least=row["least"], most=row["most"]) for name, row in rows.items()}
-        least = half.LEAST_NORMAL if in_half else LEAST_SCALE
-        scales = {
-            flavour: writers.Scales.of(some, lows, placement, most_weight=content["most_weight"], least=least)
-            for flavour, some in thresholds.items()
-        }
-        kept = half.Kept(half.out_of_range(model, found)) if in_half else None
-        made = Calibrated(model, placement, scales, {}, thresholds, found, content["key"], {"channels": 0, "tensors": 0}, kept)
-        candidate = made.written()
-        candidate.write(out)
-        made.save(out)
-        return {"precision": "int8", **made.summary(), **Probe.summary(probe, candidate)}
-
-
-@dataclass(frozen=True)
-class External:
-    """A network that was quantized elsewhere: an ONNX file with Q/DQ nodes, used without changes.
-
-    Attributes:
-        file: an ONNX file with the fields of the exported network.
-    """
-
-    file: str
-
-    def quantize(self, onnx_file: Path, feed: CalibrationFeed | None, probe: Probe | None, out: Path) -> dict[str, Any]:  # noqa: ARG002
-        """Copy the file as both runtime variants, with the description of the exported network.
-
-        Raises:
-            UserError: the file is no ONNX file, its input or fields differ, or nothing in it is quantized.
-        """
-        where = f"precision.file={self.file}"
-        try:
-            model = onnx.load(self.file)
-            onnx.checker.check_model(model)
-        except Exception as error:
-            raise UserError(f"{where}: not a valid ONNX file ({first_line(error)}); give another file") from error
-        spec = read_spec(onnx_file)
-        outputs = {o.name for o in model.graph.output}
-        missing = [field.name for field in spec.fields if field.name not in outputs]
-        if missing or model.graph.input[0].name != spec.input.name:
-            raise UserError(
-                f"{where}: takes '{model.graph.input[0].name}' and returns {sorted(outputs)}; the exported network takes "
-                f"'{spec.input.name}' and returns {[field.name for field in spec.fields]}: quantize {onnx_file} instead"
-            )
-        pairs = sum(node.op_type == "DequantizeLinear" for node in model.graph.node)
-        if not pairs:
-            raise UserError(f"{where}: no DequantizeLinear node in it, so nothing is quantized; give a Q/DQ file")
-        _check_steps(model, where)
-        onnx.helper.set_model_props(
-            model, {**{e.key: e.value for e in model.metadata_props if e.key != SPEC_KEY}, SPEC_KEY: spec.to_json()}
-        )
-        candidate = Candidate(dict.fromkeys(FLAVOURS, model))
-        candidate.write(out)
-        return {"precision": "external", "dequantized": pairs, **Probe.summary(probe, candidate)}

@@ -14,8 +14,9 @@ from evaluation.statistics import spearman
 from pipeline.contracts import CalibrationFeed
 from pipeline.probing.probe import Probe, of_all_fields
 from pipeline.progress import track
-from pipeline.quantization.graph import place
-from pipeline.quantization.quantizers import Calibrated, Int8
+from pipeline.quantization.calibrated import Calibrated
+from pipeline.quantization.place import place
+from pipeline.quantization.precisions.int8 import Int8
 from posepress.errors import UserError
 
 SENSITIVITY = "sensitivity.json"

@@ -10,7 +10,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.contracts import CalibrationFeed
-from pipeline.probing.probe import Candidate, Probe
+from pipeline.probing.candidate import Candidate
+from pipeline.probing.probe import Probe
 from pipeline.quantization.graph import Graph, load, with_opset
 
 _SIZES = {"Resize": (1, 2, 3)}  # inputs that hold sizes and scales stay float32

@@ -10,9 +10,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.contracts import CalibrationFeed
-from pipeline.probing.probe import Candidate, Probe
+from pipeline.probing.candidate import Candidate
+from pipeline.probing.probe import Probe
 from pipeline.quantization import calibration, half, writers
-from pipeline.quantization.graph import Graph, attribute, load, matching, place, with_opset
+from pipeline.quantization.graph import Graph, attribute, load, matching, with_opset
+from pipeline.quantization.place import place
 from pipeline.quantization.weights import LEAST_SCALE
 from posepress.errors import UserError
 

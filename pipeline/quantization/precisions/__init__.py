@@ -1,0 +1,1 @@
+"""Precisions: one module for each choice of the group `precision`."""

@@ -1,0 +1,118 @@
+"""What the outputs of a network speak of: keypoints of a skeleton, or classes of a palette."""
+
+from dataclasses import dataclass
+
+from posepress.checks import (
+    listed,
+    number,
+    shown,
+    unique,
+    whole,
+)
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """Names of keypoints, and the limbs that join them.
+
+    Attributes:
+        names: one for each keypoint; the prefixes `left_` and `right_` mark mirrored keypoints.
+        limbs: index pairs, counted from 0; a PAF field holds two channels (x, y) for each, in this order.
+        sigmas: OKS standard deviations, one for each keypoint (COCO's `sigmas`); empty if they are unknown.
+    """
+
+    names: tuple[str, ...]
+    limbs: tuple[tuple[int, int], ...] = ()
+    sigmas: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the values; compiled code relies on limbs that join existing keypoints.
+
+        Raises:
+            ValueError: a name occurs twice, a limb joins an unknown keypoint, the sigmas do not match the keypoints, or a sigma
+                is not above 0. The message begins with the option.
+        """
+        for option in ("names", "limbs", "sigmas"):
+            if not isinstance(getattr(self, option), tuple):
+                raise ValueError(f"{option}={shown(getattr(self, option))}: give a list")  # noqa: TRY004
+        unique("names", self.names)
+        K = len(self.names)
+        if not K:
+            raise ValueError("names=[]: give the name of each keypoint")
+        limbs = []
+        for place, given in enumerate(self.limbs):
+            limb = listed(given)
+            if len(limb) != 2 or not all(isinstance(end, int) and not isinstance(end, bool) for end in limb):
+                raise ValueError(f"limbs[{place}]={shown(given)}: give two indices of keypoints, counted from 0")
+            if not all(0 <= end < K for end in limb):
+                raise ValueError(
+                    f"limbs[{place}]={list(limb)}: there are {K} keypoints, 0 to {K - 1}; count from 0 (COCO counts from 1)"
+                )
+            if limb[0] == limb[1]:
+                raise ValueError(f"limbs[{place}]={list(limb)}: joins '{self.names[limb[0]]}' with itself; give two keypoints")
+            limbs.append(limb)
+        object.__setattr__(self, "limbs", tuple(limbs))
+        for place, sigma in enumerate(self.sigmas):
+            number(f"sigmas[{place}]", sigma, 1e-6, 1e3)
+        if len(self.sigmas) not in (0, K):
+            raise ValueError(f"sigmas: {len(self.sigmas)} numbers for {K} keypoints; give one for each")
+
+    @property
+    def flip(self) -> tuple[int, ...]:
+        """Index of each keypoint's mirror image; its own index if it has none."""
+        at = {name: n for n, name in enumerate(self.names)}
+        return tuple(at.get(_mirrored(name), n) for n, name in enumerate(self.names))
+
+    @property
+    def limb_flip(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Index of each limb's mirror image, and a sign: -1 if the mirror image runs in the opposite direction, else 1.
+
+        Raises:
+            ValueError: a limb has no mirror image.
+        """
+        at = {limb: n for n, limb in enumerate(self.limbs)}
+        indices, signs = [], []
+        for a, b in self.limbs:
+            mirror = (self.flip[a], self.flip[b])
+            straight = mirror in at
+            if not straight and mirror[::-1] not in at:
+                raise ValueError(f"the limb {self.names[a]} - {self.names[b]} has no mirror image; choose flip=false")
+            indices.append(at[mirror if straight else mirror[::-1]])
+            signs.append(1 if straight else -1)
+        return tuple(indices), tuple(signs)
+
+
+def _mirrored(name: str) -> str:
+    for side, other in (("left_", "right_"), ("right_", "left_")):
+        if name.startswith(side):
+            return other + name.removeprefix(side)
+    return name
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Names and colours (RGB, 0..255) of segmentation classes."""
+
+    names: tuple[str, ...]
+    colours: tuple[tuple[int, int, int], ...]
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: a name occurs twice, or a class does not have one colour of three numbers. The message begins with the
+                option.
+        """
+        for option in ("names", "colours"):
+            if not isinstance(getattr(self, option), tuple):
+                raise ValueError(f"{option}={shown(getattr(self, option))}: give a list")  # noqa: TRY004
+        unique("names", self.names)
+        colours = tuple(listed(colour) for colour in self.colours)
+        for place, colour in enumerate(colours):
+            if len(colour) != 3:
+                raise ValueError(f"colours[{place}]={shown(self.colours[place])}: give red, green and blue, 0 to 255")
+            for value in colour:
+                whole(f"colours[{place}]", value, 0, 255)
+        if not self.names or len(colours) != len(self.names):
+            raise ValueError(f"colours: {len(colours)} for {len(self.names)} classes; give one for each")
+        object.__setattr__(self, "colours", colours)
