@@ -89,4 +89,6 @@ def grey(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Convert RGB images [B, H, W, 3] to grey images [B, H, W, 1]."""
     import cv2
 
+    if not len(images):
+        return np.zeros((*images.shape[:3], 1), np.uint8)
     return np.stack([cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in images])[..., None].astype(np.uint8, copy=False)

@@ -1,5 +1,6 @@
 """Predictions for an image, and their file format."""
 
+import collections.abc
 import struct
 import tokenize
 import zipfile
@@ -7,7 +8,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,6 +125,22 @@ def save_results(file: Path, results: Sequence[tuple[str, Any]]) -> None:
     unfinished.replace(file)
 
 
+def _complete(kind: Any, found: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a result as they were saved: an empty mapping has left nothing in the file.
+
+    Raises:
+        ValueError: a mapping, or anything else, stands where the class has the other.
+    """
+    hints = get_type_hints(kind)
+    for one in fields(kind):
+        is_mapping = get_origin(hints[one.name]) is collections.abc.Mapping
+        if is_mapping != isinstance(found.get(one.name, {} if is_mapping else None), dict):
+            raise ValueError(f"{one.name} is no {'mapping' if is_mapping else 'array'}")
+        if is_mapping:
+            found.setdefault(one.name, {})
+    return found
+
+
 def kind_of(file: Path) -> str:
     """The name of the class of the results in a file; empty if there are none, or the file is damaged."""
     try:
@@ -149,16 +166,21 @@ def load_results(file: Path, kind: type | None = None) -> dict[str, Any]:
             values: list[dict[str, Any]] = [{} for _ in ids]
             for key in stored.files:
                 number, _, path = key.partition(".")
+                if path and not number.isdigit():
+                    raise ValueError(f"{key} is no field of a result")
                 if path:
                     value = stored[key]
-                    name, _, entry = _IN_0_1.get(path, path).partition(".")
+                    path = _IN_0_1.get(path, path) if kinds[:1] == [Poses.__name__] else path
+                    name, _, entry = path.partition(".")
                     into = values[int(number)].setdefault(name, {}) if entry else values[int(number)]
                     into[entry or name] = value if value.ndim else value.item()
+        if len(set(ids)) < len(ids):
+            raise ValueError("it holds an image twice")
         if not ids:
             return {}
         made: Any = kind or _KINDS.get(kinds[0])
         if made is None or made.__name__ != kinds[0]:
             raise ValueError(f"it holds {kinds[0]}, which is not the expected kind of result")
-        return {i: made(**found) for i, found in zip(ids, values, strict=True)}
+        return {i: made(**_complete(made, found)) for i, found in zip(ids, values, strict=True)}
     except DAMAGED as error:
         raise UserError(f"{file}: damaged ({error}); delete it, or make it again with force=true") from error

@@ -77,7 +77,8 @@ class InputSpec:
             ValueError: a value is of another type or out of range; the message begins with its name.
         """
         text("name", self.name)
-        if self.channels not in (1, 3):
+        channels: object = self.channels
+        if isinstance(channels, bool) or not isinstance(channels, int) or channels not in (1, 3):
             raise ValueError(f"channels={shown(self.channels)}: choose 3 (colour) or 1 (grey)")
         for option, known in (
             ("order", ("RGB", "BGR")),
@@ -97,7 +98,12 @@ class InputSpec:
         whole("multiple", self.multiple, 1, MOST_PIXELS)
         whole("offset", self.offset, 0, MOST_PIXELS)
         if self.size is not None:
-            object.__setattr__(self, "size", _size(self.size))
+            size = _size(self.size)
+            if any((side - self.offset) % self.multiple for side in (size.height, size.width)):
+                raise ValueError(
+                    f"size={size}: both sides must be multiples of multiple={self.multiple} plus offset={self.offset}"
+                )
+            object.__setattr__(self, "size", size)
 
     def _of_each_channel(self, option: str, given: Any, least: float) -> tuple[float, ...]:
         """The numbers of an option, one for each channel.
@@ -170,15 +176,17 @@ def _size(given: object) -> Resolution:
     Raises:
         ValueError: the size has neither form; the message begins with the option.
     """
-    if isinstance(given, Resolution):
-        return given
     try:
-        return Resolution(**given) if isinstance(given, Mapping) else Resolution.parse(str(given))
+        size = given if isinstance(given, Resolution) else None
+        size = size or (Resolution(**given) if isinstance(given, Mapping) else Resolution.parse(str(given)))
+        whole("height", size.height, 1, MOST_PIXELS)
+        whole("width", size.width, 1, MOST_PIXELS)
     except (TypeError, ValueError) as error:
         raise ValueError(f"size={shown(given)}: give HEIGHTxWIDTH in pixels, like 288x384") from error
+    return size
 
 
-_AXES = ("CHW", "CX", "CY", "CN", "NC", "HW", "")
+_AXES = ("CHW", "CX", "CY", "CN", "NC", "HW")
 
 _TYPES = ("float32", "float16", "uint8", "int32", "int64")
 
@@ -193,7 +201,7 @@ class OutputSpec:
         channels: number of maps, of lines, or of values of each entry of a set; 1 for a class map.
         shift: offset of a cell's sampling point from the cell's centre, in cells; heatmaps and PAFs can differ.
         axes: the axes after the batch: "CHW" a map for each channel, "CX" or "CY" a line along the width or the height for each
-            channel, "CN" or "NC" a set of N entries, "HW" a map of class indices; empty for a tensor of any shape.
+            channel, "CN" or "NC" a set of N entries, "HW" a map of class indices; empty where a network was cut at a tensor.
         dtype: "float32" or "float16"; for a class map or indices "uint8", "int32" or "int64".
         tensor: the output's name in a given file; empty if it equals `name`.
     """
@@ -213,7 +221,8 @@ class OutputSpec:
             ValueError: a value is of another type or out of range; the message begins with its name.
         """
         text("name", self.name)
-        choice("axes", self.axes, _AXES)
+        if self.axes:
+            choice("axes", self.axes, _AXES)
         choice("dtype", self.dtype, _TYPES)
         if self.axes in ("CX", "CY"):
             number("stride", self.stride, 1 / 64, MOST_PIXELS)

@@ -17,7 +17,8 @@ from test_equalization import run as ran
 from test_half import with_spec
 from test_quantization import branches, described, fed, feed  # noqa: F401
 
-from pipeline.quantization import caches, calibration, graph
+from pipeline.onnx_files import execute
+from pipeline.quantization import caches, calibration
 from pipeline.quantization.precisions.external import External
 from pipeline.quantization.precisions.int8 import Int8
 from posepress.errors import UserError
@@ -90,7 +91,7 @@ def test_the_tiniest_values_are_counted_like_others(values):
 
 
 def test_ranges_are_those_of_every_image_though_memory_is_used_again(branches):
-    session = onnxruntime.InferenceSession(graph.observed(branches, ["ra", "sum"])[0].SerializeToString())
+    session = onnxruntime.InferenceSession(execute.observed(branches, ["ra", "sum"])[0].SerializeToString())
     found = calibration.observe(branches, ["ra", "sum", "image"], feed(7))
     for name, place in (("ra", 1), ("sum", 2)):
         made = [session.run(None, {"image": images})[place] for images in feed(7)]

@@ -12,7 +12,8 @@ from conftest import ROOT
 from evaluation.contracts import MetricInfo
 from evaluation.metrics.coco_keypoints import CocoKeypoints
 from evaluation.statistics import Draws
-from pipeline.report import collect as report
+from pipeline.report import card as card_module
+from pipeline.report import tables
 from pipeline.report.card import write_card
 from pipeline.report.choice import choices, said
 from pipeline.report.collect import AXES, Result, Table, _row, columns
@@ -100,18 +101,18 @@ def test_a_doubt_is_said_once_with_the_engines_that_it_is_of(tmp_path):
     assert shared == "a dense 64x80 fp32, b dense 64x80 fp32, c dense 64x80 fp32 ...: 3 are left out"
     assert own[0] == "a dense 64x80 fp32: AP is 0.000, implausible"
     assert len(own) == 4
-    report.write_card(made, "demo", tmp_path / "card.md")
+    card_module.write_card(made, "demo", tmp_path / "card.md")
     assert shared in (tmp_path / "card.md").read_text()
 
 
 def test_a_median_that_missed_its_precision_is_marked(tmp_path):
     rows = [engine(tmp_path, str(width), 0.8, 12.5, latency_width=width)[0] for width in (0.01, 0.03)]
-    assert [row["p50 ms"] for row in report.narrow(rows)] == ["12.50", "12.50*"]
-    assert "wider than 2%" in report.latency_notes(rows)[-1]
-    assert len(report.latency_notes(rows[:1])) == 1
-    report.write_card(Table(rows, [Result(tmp_path, row, row) for row in rows], []), "demo", tmp_path / "card.md")
+    assert [row["p50 ms"] for row in tables.narrow(rows)] == ["12.50", "12.50*"]
+    assert "wider than 2%" in tables.latency_notes(rows)[-1]
+    assert len(tables.latency_notes(rows[:1])) == 1
+    card_module.write_card(Table(rows, [Result(tmp_path, row, row) for row in rows], []), "demo", tmp_path / "card.md")
     assert "raise stages.benchmark.seconds" in (tmp_path / "card.md").read_text()
-    assert report.latency_notes([engine(tmp_path, "untimed", 0.8, "")[0]]) == []
+    assert tables.latency_notes([engine(tmp_path, "untimed", 0.8, "")[0]]) == []
 
 
 def test_without_timings_the_next_command_is_named(tmp_path):
@@ -137,7 +138,7 @@ def test_the_printed_table_fits_100_columns(tmp_path, monkeypatch):
     assert max(map(len, printed)) <= 100
     assert "…" not in shown
     assert "[-.012, -.012]" in shown
-    assert all(column in shown for column in report.narrow([rows[0][0]])[0])
+    assert all(column in shown for column in tables.narrow([rows[0][0]])[0])
 
 
 def test_the_demos_network_is_whole_and_small():

@@ -4,7 +4,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from pipeline.onnx_files import execute
 from pipeline.quantization import alignment, calibration, equalization, graph, writers
+from pipeline.quantization import place as place_module
 
 
 def model_of(nodes, constants, outputs, channels=3):
@@ -86,7 +88,7 @@ def peaks_of(model, placement):
 
 @pytest.mark.parametrize(("concatenations", "layers"), [(True, False), (False, True), (True, True)])
 def test_equalization_is_exact_in_float(stages, concatenations, layers):
-    placement = graph.place(stages)
+    placement = place_module.place(stages)
     made, rescaled = equalization.equalize(stages, placement, peaks_of(stages, placement), concatenations, layers)
     assert rescaled["channels"] >= 4
     for one in images():
@@ -95,7 +97,7 @@ def test_equalization_is_exact_in_float(stages, concatenations, layers):
 
 
 def test_small_maps_fill_the_range_they_share(stages):
-    placement = graph.place(stages)
+    placement = place_module.place(stages)
     before = peaks_of(stages, placement)
     made, _ = equalization.equalize(stages, placement, before, concatenations=True, layers=False)
     after = peaks_of(made, placement)
@@ -105,7 +107,7 @@ def test_small_maps_fill_the_range_they_share(stages):
 
 
 def test_nothing_that_a_clip_an_input_or_an_output_holds_is_scaled(stages):
-    placement = graph.place(stages)
+    placement = place_module.place(stages)
     made, _ = equalization.equalize(stages, placement, peaks_of(stages, placement))
     ours, theirs = ({i.name: numpy_helper.to_array(i) for i in m.graph.initializer} for m in (made, stages))
     assert np.array_equal(ours["a_w"], theirs["a_w"])
@@ -114,7 +116,7 @@ def test_nothing_that_a_clip_an_input_or_an_output_holds_is_scaled(stages):
 
 
 def test_equalization_lowers_the_error_of_int8(stages):
-    placement = graph.place(stages)
+    placement = place_module.place(stages)
 
     def error(model):
         found = calibration.observe(model, placement.tensors, images())
@@ -135,7 +137,7 @@ def test_weights_that_two_layers_share_are_left_alone():
     nodes[3].input[0] = "c"
     constants = {**weights("a", 3, 3, 3, 0.1), **weights("s", 3, 1), **weights("out", 2, 3, 1)}
     model = model_of(nodes, constants, ["out"])
-    placement = graph.place(model)
+    placement = place_module.place(model)
     made, _ = equalization.equalize(model, placement, peaks_of(model, placement))
     ours, theirs = ({i.name: numpy_helper.to_array(i) for i in m.graph.initializer} for m in (made, model))
     assert np.array_equal(ours["s_w"], theirs["s_w"])
@@ -148,7 +150,7 @@ def test_bias_correction_removes_the_mean_error():
     constants = {**weights("a", 16, 3, 1), **weights("b", 8, 16, 1), **weights("out", 2, 8, 1)}
     model = model_of(nodes, constants, ["out"])
     feed = [np.abs(draw.normal(0, 1, (1, 3, 32, 32))).astype(np.float32) for _ in range(3)]
-    placement = graph.place(model)
+    placement = place_module.place(model)
     scales = writers.Scales.of(dict.fromkeys(placement.tensors, 3.0), dict.fromkeys(placement.tensors, 0.0), placement)
     shifts = equalization.mean_shifts(model, placement, dict.fromkeys(("tensorrt", "onnxruntime"), scales), feed)
     assert set(shifts["tensorrt"]) == set(shifts["onnxruntime"]) == {"a", "b"}
@@ -157,10 +159,10 @@ def test_bias_correction_removes_the_mean_error():
     plain, mended = dict(expected), dict(expected)
     for source, sums in ((model, plain), (corrected, mended)):
         rounded = writers.insert(source, placement, scales, "tensorrt")
-        for made in graph.computed_over(rounded, ["a", "b"], feed, optimise=False):
+        for made in execute.computed_over(rounded, ["a", "b"], feed, optimise=False):
             for name in list(sums):
                 sums[name] += made[name].mean(axis=(0, 2, 3)) / len(feed)
-    for made in graph.computed_over(model, ["a", "b"], feed):
+    for made in execute.computed_over(model, ["a", "b"], feed):
         for name in list(expected):
             expected[name] = expected[name] + made[name].mean(axis=(0, 2, 3)) / len(feed)
     assert np.abs(mended["a"] - expected["a"]).max() < 1e-4
@@ -212,7 +214,7 @@ def test_channels_of_zeros_change_nothing_and_make_whole_vectors():
     onnx.checker.check_model(made, full_check=True)
     for one in images():
         assert np.allclose(run(made, one), run(model, one), atol=1e-5)
-    placement = graph.place(model)
+    placement = place_module.place(model)
     found = calibration.observe(model, placement.tensors, images())
     scales = writers.Scales.of({n: h.peak for n, h in found.items()}, {n: h.least for n, h in found.items()}, placement)
     plain, padded = (run(writers.insert(m, placement, scales, "onnxruntime"), images()[0], False) for m in (model, made))
@@ -260,7 +262,7 @@ def shared_biases():
 
 def test_constants_that_were_merged_do_not_keep_layers_from_equalization():
     model = shared_biases()
-    placement = graph.place(model)
+    placement = place_module.place(model)
     _, before = equalization.equalize(model, placement, peaks_of(model, placement))
     assert before["channels"] == 0
     own = graph.unshared(model)
@@ -280,14 +282,14 @@ def test_weights_in_constant_nodes_are_weights(tmp_path):
         model.graph.initializer.remove(tensor)
     onnx.save(model, tmp_path / "m.onnx")
     held = graph.load(tmp_path / "m.onnx")
-    assert len(graph.place(held).quantized(held)) == 3
+    assert len(place_module.place(held).quantized(held)) == 3
     assert np.array_equal(run(held, images()[0]), run(shared_biases(), images()[0]))
 
 
 def test_what_equalization_leaves_out_is_named_with_its_reason(stages):
     model = graph.unshared(shared_biases())
-    assert equalization.left_out(model, graph.place(model)) == {"c": "6 of 6 channels, read by Sigmoid 's'"}
-    held = equalization.left_out(stages, graph.place(stages))
+    assert equalization.left_out(model, place_module.place(model)) == {"c": "6 of 6 channels, read by Sigmoid 's'"}
+    held = equalization.left_out(stages, place_module.place(stages))
     assert held["a"] == "8 of 8 channels, read by Clip 'features'"
     assert "wide" not in held
 

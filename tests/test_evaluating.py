@@ -3,7 +3,8 @@
 import csv
 import json
 import shutil
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -18,12 +19,14 @@ from evaluation.statistics import Draws
 from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.datasets.synthetic import Synthetic
 from pipeline.report import collect as report
+from pipeline.report import tables, waterfall
 from pipeline.report.comparison import Side, rows_of
 from pipeline.results.job import Job
 from pipeline.results.manifest import write_manifest
 from pipeline.stages import evaluate, tune
 from posepress import predict as loop
 from posepress.decoders.heatmap_paf.decoder import HeatmapPafDecoder
+from posepress.errors import UserError
 from posepress.framing.whole_image import WholeImage
 from posepress.predict import Watch, predict
 from posepress.results import Poses, load_results, save_results
@@ -192,6 +195,41 @@ def test_found_people_survive_a_file(chain, tmp_path):
     assert np.array_equal(back["7"].notes["guessed"], some.notes["guessed"])
     assert back["1"].notes == {}
     assert back["1"].keypoints.shape == (0, 18, 3)
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A result of a family from elsewhere, with names that poses had in version 0.1."""
+
+    features: np.ndarray
+    more: Mapping[str, np.ndarray]
+
+
+def test_results_of_any_class_survive_a_file(tmp_path):
+    file = tmp_path / "r.npz"
+    save_results(file, [("1", Noted(np.ones(3), {})), ("2", Noted(np.zeros(0), {"a": np.ones(2)}))])
+    back = load_results(file, Noted)
+    assert back["1"].features.tolist() == [1, 1, 1]
+    assert back["1"].more == {}
+    assert back["2"].more["a"].tolist() == [1, 1]
+    with pytest.raises(UserError, match="holds Noted, which is not the expected kind"):
+        load_results(file)
+
+
+def test_poses_of_version_0_1_are_read(tmp_path):
+    old = {"0.keypoints": np.ones((1, 2, 3)), "0.scores": np.ones(1), "0.guessed": np.zeros((1, 2), bool), "0.not_finite": True}
+    np.savez_compressed(tmp_path / "old.npz", ids=np.array(["7"]), kind=np.array(["Poses"]), **old, **{"0.dropped_peaks": 3})
+    poses = load_results(tmp_path / "old.npz")["7"]
+    assert poses.counts == {"dropped_peaks": 3, "images_not_finite": True}
+    assert list(poses.notes) == ["guessed"]
+
+
+@pytest.mark.parametrize("wrong", [{"0.notes": np.ones(2)}, {"-1.scores": np.ones(1)}, {"0.keypoints.a": np.ones(1)}])
+def test_a_result_of_another_form_is_damaged(wrong, tmp_path):
+    plain = {"0.keypoints": np.ones((1, 2, 3)), "0.scores": np.ones(1)}
+    np.savez_compressed(tmp_path / "r.npz", ids=np.array(["7"]), kind=np.array(["Poses"]), **{**plain, **wrong})
+    with pytest.raises(UserError, match="damaged"):
+        load_results(tmp_path / "r.npz")
 
 
 def test_agreement_of_fp32_with_itself_is_whole_or_undefined(chain, exported):
@@ -374,7 +412,7 @@ def test_the_waterfall_pairs_each_step_with_the_one_before(tmp_path):
         result(tmp_path, "e", [0.27, 0.27, 0.26], precision="int8", calibration="good"),
         result(tmp_path, "g", [0.33, 0.33, 0.33], backend="torch", keep_aspect_ratio_mode="pad-flip"),
     ]
-    ((title, rows),) = report.waterfalls(results).items()
+    ((title, rows),) = waterfall.waterfalls(results).items()
     assert "368x432" in title
     assert [name for name, _, _ in rows] == [
         "several scales, torch: adjust-x0.5-1-1.5-2-flip", "one scale, torch: adjust", "strict letterbox, torch: pad",
@@ -386,9 +424,9 @@ def test_the_waterfall_pairs_each_step_with_the_one_before(tmp_path):
     assert found["ONNX"][1].startswith("+0.000")
     assert found["INT8"][1].startswith("-0.010 [-0.0")
     assert found["INT8"][1].endswith("to ONNX"), "FP16 was not measured"
-    assert report.waterfalls(results[3:6]) == {}, "AP − FP32 tells it"
+    assert waterfall.waterfalls(results[3:6]) == {}, "AP − FP32 tells it"
     foreign = replace(results[3], figures={"data_digest": "other", "primary": "ap", "ap": 0.28})
-    ((_, rows),) = report.waterfalls([*results[:3], foreign]).items()
+    ((_, rows),) = waterfall.waterfalls([*results[:3], foreign]).items()
     assert rows[3][2] == "", "no difference over different images"
 
 
@@ -402,12 +440,12 @@ def test_what_was_not_measured_is_no_figure(tmp_path):
     rows = rows_of(*sides, ["a", "b"])
     assert [found["figure"] for found in rows] == ["ap"]
     before = {"figure": "ar_large", "first": -1.0, "second": -1.0, "difference": 0.0}  # as earlier versions wrote it
-    ((_, _, shown),) = report.differences(["a", "b"], [{"name": "", "figures": [*rows, before]}])
+    ((_, _, shown),) = tables.differences(["a", "b"], [{"name": "", "figures": [*rows, before]}])
     assert shown[1] == ["ar_large", "–", "–", "–"]
     sides = [Side({"ap": 0.3, "primary": "ap", **more}, {}, {}) for more in ({"agreement_ap": 0.9}, {})]
     (_, told) = rows_of(*sides, ["a", "b"])
     assert told["apart"] == "measured only for a"
-    ((_, _, shown),) = report.differences(["a", "b"], [{"name": "", "figures": [told]}])
+    ((_, _, shown),) = tables.differences(["a", "b"], [{"name": "", "figures": [told]}])
     assert shown[0] == ["agreement_ap", "0.9000", "–", "not compared: measured only for a"]
 
 
@@ -423,15 +461,15 @@ def test_the_rank_correlation_is_spearmans():
         {**seen, "calibration": n, "ap_vs_fp32": a, "agreement_ap": b}
         for n, (a, b) in enumerate(zip(ap, agreement, strict=True))
     ]
-    assert report.rank_correlation(rows) == pytest.approx(spearmanr(ap, agreement).statistic)
-    assert report.rank_correlation([*rows, *rows]) == report.rank_correlation(rows), "timed twice, counted once"
-    assert report.rank_correlation(rows[:3]) is None
-    assert report.rank_correlation([*rows[:3], *rows[:3]]) is None
-    assert report.rank_correlation([{**row, "ap_vs_fp32": -0.3} for row in rows]) is None
+    assert waterfall.rank_correlation(rows) == pytest.approx(spearmanr(ap, agreement).statistic)
+    assert waterfall.rank_correlation([*rows, *rows]) == waterfall.rank_correlation(rows), "timed twice, counted once"
+    assert waterfall.rank_correlation(rows[:3]) is None
+    assert waterfall.rank_correlation([*rows[:3], *rows[:3]]) is None
+    assert waterfall.rank_correlation([{**row, "ap_vs_fp32": -0.3} for row in rows]) is None
     research = [{**row, "keep_aspect_ratio_mode": "pad-flip"} for row in rows]
-    assert report.rank_correlation(research) is None
+    assert waterfall.rank_correlation(research) is None
     none = [{**row, "agreement_ap": ""} for row in rows]
-    assert report.rank_correlation(none) is None
+    assert waterfall.rank_correlation(none) is None
 
 
 def test_engines_of_different_images_or_machines_share_no_plot():

@@ -4,10 +4,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnxconverter_common import float16
 
 from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.contracts import CalibrationFeed
 from pipeline.onnx_files.adopt import adopt
+from pipeline.onnx_files.execute import computed_over
 from pipeline.onnx_files.export import compare, onnx_reference, simplify, stamp
 from pipeline.onnx_files.files import ModelFiles, Shapes
 from pipeline.quantization.graph import Graph
@@ -17,6 +19,7 @@ from pipeline.quantization.precisions.int8 import Int8
 from posepress.errors import UserError
 from posepress.pixels import normalise
 from posepress.resolution import Resolution
+from posepress.spec import InputSpec
 
 FLOAT = TensorProto.FLOAT
 SIZE = Resolution(64, 96)
@@ -149,7 +152,10 @@ def tailed(*tail, constants=None):
         "tailed",
         [helper.make_tensor_value_info("image", FLOAT, [1, 3, 16, 16])],
         [helper.make_tensor_value_info(end, FLOAT, None)],
-        [numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in weights.items()],
+        [
+            numpy_helper.from_array(np.asarray(value, np.int64 if name == "flat" else np.float32), name)
+            for name, value in weights.items()
+        ],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     return onnx.shape_inference.infer_shapes(model)
@@ -164,14 +170,21 @@ BILINEAR = np.tile(np.outer([1, 3, 3, 1], [1, 3, 3, 1]) / 16, (4, 1, 1, 1))
         ([], {}),
         ([helper.make_node("Sigmoid", ["mid"], ["out"])], {}),
         ([helper.make_node("ConvTranspose", ["mid", "up"], ["out"], strides=[2, 2], group=4)], {"up": BILINEAR}),
-        ([helper.make_node("Conv", ["mid", "bins"], ["out"])], {"bins": np.arange(4).reshape(1, 4, 1, 1)}),
+        (
+            [helper.make_node("ConvTranspose", ["mid", "up"], ["out"], strides=[2, 2])],
+            {"up": np.einsum("io,hw->iohw", np.eye(4), BILINEAR[0, 0])},
+        ),
         (
             [helper.make_node("Softmax", ["mid"], ["p"], axis=3), helper.make_node("MatMul", ["p", "bins"], ["out"])],
             {"bins": np.linspace(0, 1, 16)[:, None]},
         ),
+        (
+            [helper.make_node("Reshape", ["mid", "flat"], ["r"]), helper.make_node("MatMul", ["r", "grid"], ["out"])],
+            {"flat": np.array([1, 4, 256]), "grid": np.stack(np.meshgrid(np.arange(16), np.arange(16)), -1).reshape(256, 2)},
+        ),
         ([helper.make_node("Conv", ["mid", "mean"], ["out"], kernel_shape=[2, 2])], {"mean": np.full((1, 4, 2, 2), 1 / 16)}),
     ],
-    ids=["nothing", "sigmoid", "bilinear resize", "expectation over channels", "expectation over bins", "mean"],
+    ids=["nothing", "sigmoid", "bilinear resize", "dense resize", "expectation over bins", "over a grid", "mean"],
 )
 def test_fixed_weights_are_passed_over_on_the_way_to_the_tail(nodes, constants):
     graph = Graph(tailed(*nodes, constants=constants))
@@ -188,9 +201,52 @@ def test_the_last_trained_weights_are_the_tail_of_whatever_operator(kind):
     assert ("head" in tail(graph)) == kind.startswith("Conv")  # the others are never quantized, so that nothing is excluded
 
 
-def test_weights_of_a_pruned_layer_are_trained_ones():
-    node = helper.make_node("Conv", ["mid", "head"], ["out"], name="head")
-    assert "last" not in tail(Graph(tailed(node, constants={"head": np.zeros((4, 4, 1, 1))})))
+@pytest.mark.parametrize(
+    "weights",
+    [
+        np.zeros((4, 4, 1, 1)),
+        np.where(np.arange(16).reshape(4, 4, 1, 1) == 5, 0.3, 0),
+        np.where(np.random.default_rng(2).random((4, 4, 1, 1)) < 0.5, -0.2, 0.2),
+        np.random.default_rng(3).integers(-7, 8, (4, 4, 1, 1)) * 0.01,
+        np.random.default_rng(4).integers(-127, 128, (4, 4, 3, 3)) * 0.01,
+    ],
+    ids=["zeros", "one weight left", "binary", "4 bits", "8 bits"],
+)
+def test_weights_that_are_few_or_rounded_are_trained_ones(weights):
+    node = helper.make_node("Conv", ["mid", "head"], ["out"], name="head", pads=[weights.shape[2] // 2] * 4)
+    assert "last" not in tail(Graph(tailed(node, constants={"head": weights})))
+
+
+@pytest.mark.parametrize("quantizer", [Int8(), Fp16()], ids=["int8", "fp16"])
+def test_a_class_map_of_integers_is_quantized_around(quantizer, tmp_path):
+    given, ours = tmp_path / "given.onnx", tmp_path / "model.onnx"
+    onnx.save(image_network("NCHW", "float32", 3), given)
+    made = adopt(given, forms(), None, SIZE)
+    onnx.save(made.model, ours)
+    stamp(ours, made.spec)
+    frames = np.random.default_rng(0).integers(0, 256, (4, 1, SIZE.height, SIZE.width, 3), dtype=np.uint8)
+    feed = CalibrationFeed(
+        lambda most: (normalise(f, made.spec.input) for f in frames[:most]), lambda most: iter(frames), "i", "p"
+    )
+    if isinstance(quantizer, Int8):
+        with pytest.raises(UserError, match="no convolution is left to quantize|this network has none"):
+            quantizer.quantize(ours, feed, None, tmp_path)
+        return
+    assert quantizer.quantize(ours, feed, None, tmp_path)["precision"] == "fp16"
+    images = [normalise(frame, made.spec.input) for frame in frames]
+    for fields in computed_over(onnx.load(ours), ["mask", "heatmaps"], images):
+        assert fields["mask"].dtype == np.int64
+        assert fields["heatmaps"].dtype == np.float32
+
+
+@pytest.mark.parametrize("quantizer", [Int8(), Fp16()], ids=["int8", "fp16"])
+def test_a_network_of_half_precision_is_no_source_of_another(quantizer, tmp_path):
+    file = tmp_path / "half.onnx"
+    model = float16.convert_float_to_float16(tailed())
+    onnx.save(model, file)
+    feed = CalibrationFeed(lambda most: iter(()), lambda most: iter(()), "i", "p")
+    with pytest.raises(UserError, match="computes in 16 bits .* export it in float32, or choose precision=fp32"):
+        quantizer.quantize(file, feed, None, tmp_path)
 
 
 def test_a_network_of_bytes_with_its_channels_last_is_written_in_int8(tmp_path):
@@ -244,3 +300,38 @@ def test_a_network_of_bytes_with_its_channels_last_is_written_in_int8(tmp_path):
     for name, most in (("int8", 0.05), ("fp16", 0.01)):
         error = np.abs(fields[name] - fields["fp32"]).max() / np.abs(fields["fp32"]).max()
         assert 0 < error < most, name
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 40, 48, 1), "channels last; set model.spec.input.layout=NHWC and model.spec.input.channels=1"),
+        ((1, 1, 40, 48), r"expected are images \[n, 3, h, w\]; set model.spec.input.channels=1"),
+        (("n", "h", "w", 1), "channels last; set model.spec.input.layout=NHWC and model.spec.input.channels=1"),
+    ],
+)
+def test_grey_files_are_told_from_channels_last(shape, message, tmp_path):
+    model = image_network("NCHW", "float32", 3)
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("pixels", FLOAT, shape))
+    onnx.save(model, tmp_path / "given.onnx")
+    with pytest.raises(UserError, match=message):
+        adopt(tmp_path / "given.onnx", forms(), None, Resolution(40, 48))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"channels": 3.0}, "channels=3.0: choose 3"),
+        ({"channels": True}, "channels=True: choose 3"),
+        ({"size": {"height": 1.5, "width": 8}}, "size=.*: give HEIGHTxWIDTH"),
+        ({"size": {"height": -8, "width": 8}}, "size=.*: give HEIGHTxWIDTH"),
+        ({"size": "65x64"}, "size=65x64: both sides must be multiples of multiple=8"),
+    ],
+)
+def test_values_of_an_input_are_checked(values, message):
+    with pytest.raises(ValueError, match=message):
+        InputSpec("image", **values)
+
+
+def test_grey_of_no_image_is_no_image():
+    assert normalise(np.zeros((0, 8, 8, 3), np.uint8), InputSpec("image", channels=1)).shape == (0, 1, 8, 8)

@@ -12,11 +12,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pipeline.datasets.results import load_results
-from pipeline.deploy import results_zip
+from pipeline.deploy import device_figures, results_zip
 from pipeline.models import store
 from pipeline.models.lightweight_openpose import LightweightOpenPose
+from pipeline.report import card as card_module
 from pipeline.report import collect as report
-from pipeline.report import page
+from pipeline.report import page, tables, waterfall
 from pipeline.results.manifest import MANIFEST, checked_manifest, current, read_manifest, write_manifest
 from pipeline.results.stage import Stage
 from pipeline.stages import import_results
@@ -174,12 +175,12 @@ def test_figures_of_a_device(folder, data):
     if not table.rows:
         assert table.left_out
         return
-    report.write_csv(table, folder / "results.csv")
-    report.write_card(table, "x", folder / "card.md")
-    report.front(table.rows, [0, 1])
-    report.narrow(table.rows)
-    report.rank_correlation(table.rows)
-    report.waterfalls(table.results)
+    tables.write_csv(table, folder / "results.csv")
+    card_module.write_card(table, "x", folder / "card.md")
+    waterfall.front(table.rows, [0, 1])
+    tables.narrow(table.rows)
+    waterfall.rank_correlation(table.rows)
+    waterfall.waterfalls(table.results)
     page._details_html(table.results[0])
     page._pictures(table.results[0])
 
@@ -227,7 +228,7 @@ def test_draws(folder, blob):
     file = folder / "draws.npz"
     file.write_bytes(blob)
     try:
-        found = results_zip._draws(file)
+        found = device_figures._draws(file)
     except codec.DAMAGED:
         return
     assert abs(found.value) <= 1

@@ -15,7 +15,8 @@ from test_quantization import branches, fed, feed  # noqa: F401
 from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.probing.candidate import Candidate
 from pipeline.probing.probe import Probe
-from pipeline.quantization import graph, writers
+from pipeline.quantization import place as place_module
+from pipeline.quantization import writers
 from pipeline.quantization.precisions import int8 as quantizers
 from pipeline.quantization.precisions.int8 import Int8
 from pipeline.quantization.precisions.int8_qat import Retrained
@@ -166,7 +167,7 @@ def test_a_file_of_another_network_or_without_integers_is_refused(smoke, branche
 @pytest.fixture
 def rounded(branches):  # noqa: F811
     model = with_spec(branches, 4)
-    placement = graph.place(model)
+    placement = place_module.place(model)
     found = writers.Scales.of(dict.fromkeys(placement.tensors, 8.0), dict.fromkeys(placement.tensors, -8.0), placement)
     return model, placement, found
 

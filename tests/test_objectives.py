@@ -1,6 +1,6 @@
 """Objectives on data of any skeleton, and base views of framings that cut instances out."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -173,3 +173,47 @@ def test_a_view_of_a_crop_shows_its_instance_in_the_middle(tmp_path):
 def test_images_without_boxes_cannot_be_cut_out(tmp_path):
     with pytest.raises(UserError, match="image 0: a top-down network needs a box for each person"):
         material(tmp_path, framing=PersonCrops()).shard(["unlabelled", "train"], 128)
+
+
+def test_the_box_of_each_kept_person_is_known(tmp_path):
+    nobody = [(0, 0, 0), (0, 0, 0), (0, 0, 0)]
+    found = truth(nobody, *TWO.keypoints.tolist())
+    found = replace(found, boxes=np.concatenate([[[60, 30, 9, 9]], TWO.boxes]))
+    kept = HeatmapPafObjective().labels(found, Stored(SIZE, SIZE, SIZE, HAND), 3)
+    assert kept["instances"].tolist() == [1, 2, -1]
+    shard = material(tmp_path, Data(found=found), PersonCrops()).shard(["train"], 128)
+    assert shard.places.tolist() == [0, 1, 2] * 3
+    rows = [np.flatnonzero(shard.labels["instances"][0] == place) for place in shard.places[:3]]
+    assert [row.tolist() for row in rows] == [[], [0], [1]]
+
+
+@dataclass(frozen=True)
+class Keeping(HeatmapPafObjective):
+    """Keeps a number and, perhaps, a label of a name that a batch has already."""
+
+    keep: int = 1
+    name: str = "number"
+
+    def labels(self, truth, stored, capacity):
+        return {**super().labels(truth, stored, capacity), self.name: np.array(self.keep)}
+
+
+def test_a_shard_follows_the_options_of_its_objective(tmp_path):
+    for keep in (1, 2):
+        made = replace(material(tmp_path), objective=Keeping(keep=keep)).shard(["train"], 128)
+        assert made.labels["number"].tolist() == [keep] * 3
+    plain = replace(material(tmp_path), objective=Keeping(name="images")).shard(["train"], 128)
+    assert plain.images.shape == (3, 64, 96, 3), "labels have names of their own"
+    with pytest.raises(UserError, match="Keeping: a label cannot be called 'matrix'; rename it"):
+        replace(material(tmp_path), objective=Keeping(name="matrix")).shard(["train"], 128)
+
+
+def test_a_teacher_of_other_outputs_teaches_nothing():
+    with pytest.raises(UserError, match="the teacher has none of the outputs heatmaps"):
+        HeatmapPafObjective().imitation({"heatmaps": torch.zeros(1, 1, 1, 1)}, {"lines": torch.zeros(1, 1, 1)})
+
+
+def test_several_views_average_maps_alone():
+    line = NetworkSpec(InputSpec("image"), (OutputSpec("lines", 8, 3, axes="CX"),), HAND)
+    with pytest.raises(UserError, match="average maps alone, and 'lines' is none; set 'scales=\\[1.0\\]' flip=false"):
+        WholeImage(flip=True).reader(None, line)

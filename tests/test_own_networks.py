@@ -27,7 +27,8 @@ from pipeline.models import contract, store
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.objectives.heatmap_paf import HeatmapPafObjective
 from pipeline.onnx_files import export
-from pipeline.pruning import graph
+from pipeline.pruning import graph, trial
+from pipeline.pruning import groups as groups_
 from pipeline.pruning.costs import Costs
 from pipeline.pruning.cycle import Cycle
 from pipeline.pruning.graph import groups, survey
@@ -320,8 +321,8 @@ def test_a_network_with_many_odd_groups_is_tried_in_halves(monkeypatch):
 
     torch.manual_seed(0)
     network, tried = Deep(), []
-    fault = graph._Trial._fault
-    monkeypatch.setattr(graph._Trial, "_fault", lambda trial, chosen: tried.append(len(chosen)) or fault(trial, chosen))
+    fault = trial.Trial._fault
+    monkeypatch.setattr(trial.Trial, "_fault", lambda trial, chosen: tried.append(len(chosen)) or fault(trial, chosen))
     assert left_out(network) == {f"block.{n}.before.0" for n in (1, 3, 5)}
     assert len(tried) <= 12
     tried.clear()
@@ -333,7 +334,7 @@ def test_groups_that_are_right_alone_and_wrong_together_are_left_out(monkeypatch
     network = lively("plain")
     names = [group.name for group in survey(deepcopy(network)).groups]
     monkeypatch.setattr(
-        graph._Trial, "_fault", lambda _, chosen: "together" if {*names[:2]} <= {group.name for group in chosen} else None
+        trial.Trial, "_fault", lambda _, chosen: "together" if {*names[:2]} <= {group.name for group in chosen} else None
     )
     assert left_out(network) == {names[1]}
 
@@ -344,7 +345,7 @@ def test_networks_that_can_be_followed_keep_their_groups(make):
     names = {module: name for name, module in network.named_modules()}
     order = {name: n for n, name in enumerate(names.values())}
     expected = []
-    for group in graph._graph(network).get_all_groups(list(network.ignored_layers), list(LAYERS)):
+    for group in groups_.traced(network).get_all_groups(list(network.ignored_layers), list(LAYERS)):
         parts = [
             (names[layer], item.dep.handler.__name__ == "prune_out_channels", item.idxs, item.root_idxs)
             for item in group
@@ -386,7 +387,7 @@ def test_what_torch_pruning_raises_is_no_fault_of_forward(monkeypatch):
     def fails(*_):
         raise KeyError("odd")
 
-    monkeypatch.setattr(graph, "_graph", fails)
+    monkeypatch.setattr(graph, "traced", fails)
     assert "the network cannot be followed: KeyError: 'odd'" in survey(Own()).words()
 
 
@@ -540,7 +541,7 @@ def test_computed_weights_become_plain_ones_where_they_are_pruned(kind, criterio
 
 def test_a_pruning_that_changes_the_network_is_refused(images, tmp_path, monkeypatch):
     trained(tmp_path, images, partial(Own, kind="group_norm"))
-    monkeypatch.setattr(graph._Trial, "broken", lambda *_: [])
+    monkeypatch.setattr(trial.Trial, "broken", lambda *_: [])
     with pytest.raises(
         UserError, match=r"(differs from the masked one by|fails).*; leave out block\.before\.0 with pruner\.excluded_layers$"
     ):

@@ -38,7 +38,7 @@ from pipeline.pruning.pruner import Criterion, Equalization, Pruner, Target
 from pipeline.pruning.sensitivity import curves
 from pipeline.pruning.sparse24 import Sparse24
 from pipeline.pruning.torch_pruning_default import TorchPruningDefault
-from pipeline.pruning.trial import _Trial
+from pipeline.pruning.trial import Trial
 from pipeline.report.pruning import curve, section
 from pipeline.results.stage import arguments
 from posepress.errors import UserError
@@ -113,7 +113,7 @@ def timed_for_a_moment(monkeypatch):
 
 
 _verdicts = {}
-_broken = _Trial.broken
+_broken = Trial.broken
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +126,7 @@ def tried_once(monkeypatch):
             _verdicts[structure] = _broken(trial, found)
         return _verdicts[structure]
 
-    monkeypatch.setattr(_Trial, "broken", broken)
+    monkeypatch.setattr(Trial, "broken", broken)
 
 
 def pruned(network, **options):

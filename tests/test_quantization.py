@@ -16,6 +16,7 @@ from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.onnx_files import export
 from pipeline.onnx_files.files import ModelFiles, read_spec
 from pipeline.quantization import calibration, graph, writers
+from pipeline.quantization import place as place_module
 from pipeline.quantization.precisions.bf16 import Bf16
 from pipeline.quantization.precisions.fp8 import Fp8
 from pipeline.quantization.precisions.fp16 import Fp16
@@ -92,7 +93,7 @@ def fed(images):
 
 
 def written(model, flavour, exclude=(), method="minmax"):
-    placement = graph.place(model, exclude)
+    placement = place_module.place(model, exclude)
     histograms = calibration.observe(model, placement.tensors, feed())
     thresholds = {t: h.threshold(method) for t, h in histograms.items()}
     scales = writers.Scales.of(thresholds, {t: h.least for t, h in histograms.items()}, placement)
@@ -144,7 +145,7 @@ def test_an_all_zero_tensor_gets_scale_one():
     histogram = calibration.Histogram()
     histogram.add(np.zeros(10, np.float32))
     assert histogram.threshold("mse") == histogram.threshold("minmax") == 0
-    placement = graph.Placement(("t",), ("t",), {}, ())
+    placement = place_module.Placement(("t",), ("t",), {}, ())
     assert writers.Scales.of({"t": 0.0}, {"t": 0.0}, placement).activations == {"t": 1.0}
     weights = np.zeros((2, 3, 1, 1), np.float32)
     weights[1] = 127
@@ -187,7 +188,7 @@ def test_a_concatenation_shares_one_scale(branches):
 
 
 def test_groups_that_touch_are_one():
-    assert graph.joined([{"a", "b"}, {"c"}, {"b", "c"}, {"d"}]) == [frozenset("abc"), frozenset("d")]
+    assert place_module.joined([{"a", "b"}, {"c"}, {"b", "c"}, {"d"}]) == [frozenset("abc"), frozenset("d")]
 
 
 @pytest.mark.parametrize("flavour", ["tensorrt", "onnxruntime"])
@@ -228,7 +229,7 @@ def test_onnx_runtime_computes_all_convolutions_in_integers(branches, tmp_path):
 
 def test_what_is_left_in_float_runs_in_float(branches, tmp_path):
     """ONNX Runtime quantizes weights of a float convolution between a DQ and a Q by itself."""
-    every = graph.place(branches)
+    every = place_module.place(branches)
     for node in every.quantized(branches):
         model, _, placement = written(branches, "onnxruntime", exclude=(node.name,))
         integer = {n.name for n in placement.quantized(branches)} - placement.slow
@@ -257,7 +258,7 @@ def test_arithmetic_on_shapes_is_left_alone():
         helper.make_node("Add", ["shape", "shape"], ["twice"], name="twice"),
         helper.make_node("Expand", ["a", "shape"], ["out"], name="out"),
     ]
-    placement = graph.place(network(nodes, ["out", "twice"], [(n, np.asarray(v)) for n, v in kernel("a", 8, 3)]))
+    placement = place_module.place(network(nodes, ["out", "twice"], [(n, np.asarray(v)) for n, v in kernel("a", 8, 3)]))
     assert placement.skips == {}
 
 
@@ -356,7 +357,7 @@ def test_the_rest_in_half_precision_has_half_precision_scales(described, branche
 
 
 def test_scales_below_half_precisions_normal_numbers_are_raised_and_counted():
-    placement = graph.Placement(("t", "u"), ("t", "u"), {}, ())
+    placement = place_module.Placement(("t", "u"), ("t", "u"), {}, ())
     scales = writers.Scales.of({"t": 1e-6, "u": 1.0}, {"t": 0.0, "u": 0.0}, placement, least=2.0**-14)
     assert scales.activations == {"t": 2.0**-14, "u": float(np.float32(1 / 127))}
     assert scales.clamped == ["t"]
@@ -372,14 +373,14 @@ def test_layers_that_cannot_be_int8_stay_in_float_and_are_named(described, tmp_p
 
 def test_scales_that_differ_at_a_concatenation_are_found(branches):
     model, _, _ = written(branches, "tensorrt")
-    graph.check_shared(model)
+    place_module.check_shared(model)
     for initializer in model.graph.initializer:
         if initializer.name == "c6_scale":
             initializer.CopyFrom(numpy_helper.from_array(np.float32(0.5), "c6_scale"))
     with pytest.raises(
         ValueError, match=r"the Concat 'joined' has inputs and output of different scales \(.*c6_dequantized 0.5"
     ):
-        graph.check_shared(model)
+        place_module.check_shared(model)
 
 
 def test_a_pooling_returns_the_scale_it_takes():
@@ -395,7 +396,7 @@ def test_a_pooling_returns_the_scale_it_takes():
     made, scales, placement = written(model, "tensorrt")
     assert frozenset({"ra", "p"}) in placement.shared
     assert scales["ra"] == scales["p"]
-    graph.check_shared(made)
+    place_module.check_shared(made)
 
 
 def test_a_batch_norm_that_is_left_is_refused(tmp_path, branches):

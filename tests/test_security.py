@@ -17,13 +17,14 @@ import torch
 from device_results import AXES, BENCHMARK, BUILD, DEVICE, EVALUATE, FIGURES, JPEG, LAYERS, draws, local, packed
 from torch import nn
 
-from pipeline.deploy import results_zip
+from pipeline.deploy import device_figures, results_zip, zip_limits
 from pipeline.launch import command_line
 from pipeline.models import store
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.models.trust import trust
+from pipeline.report import card as card_module
 from pipeline.report import collect as report
-from pipeline.report import page
+from pipeline.report import page, tables
 from pipeline.results.job import Job
 from pipeline.results.manifest import current, made_here, read_manifest, write_manifest
 from pipeline.results.stage import Stage
@@ -298,8 +299,8 @@ def test_what_comes_home_is_marked_in_the_report(zipped):
     table = report.collect([root / EVALUATE], [root / BENCHMARK], root)
     (row,) = table.rows
     assert (row["imported"], row["ap"], row["speedup_vs_fp32"], row["macs"]) == ("yes", 0.5, 2.0, 100)
-    report.tabulated(table.rows)
-    report.narrow(table.rows)
+    tables.tabulated(table.rows)
+    tables.narrow(table.rows)
     before = table.results[0]
     forged = report.Result(before.folder, {**AXES, "imported": "no", "ap": "fast", "macs": 1}, before.figures)
     assert report._row(forged, []) == row
@@ -564,7 +565,7 @@ def test_a_list_that_looks_like_the_end_is_not_read(zipped, tmp_path, monkeypatc
     with pytest.raises(UserError, match="the size or place of its list of members is wrong"):
         results_zip.unpack(file, results, tmp_path / "unpacked")
     with pytest.raises(zipfile.BadZipFile, match="the size or place"):
-        results_zip._draws(file)
+        device_figures._draws(file)
 
 
 ENDS = {
@@ -585,15 +586,15 @@ def test_an_end_that_zipfile_would_take_for_another_is_refused(what, tmp_path):
     blob[at + place : at + place + len(changed)] = changed
     (tmp_path / "x.zip").write_bytes(blob)
     with pytest.raises(zipfile.BadZipFile, match=said):
-        results_zip._check_directory(tmp_path / "x.zip")
+        zip_limits.check_directory(tmp_path / "x.zip")
 
 
 def test_the_end_of_a_large_list_is_found_behind_the_longest_comment(tmp_path):
     blob, at = many(tmp_path / "x.zip", 3, b"c" * 0xFFFF)
-    results_zip._check_directory(tmp_path / "x.zip")
+    zip_limits.check_directory(tmp_path / "x.zip")
     (tmp_path / "x.zip").write_bytes(blob[:at] + b"PK\6\7" + bytes(16) + blob[at:])
     with pytest.raises(zipfile.BadZipFile, match="more members than results have"):
-        results_zip._check_directory(tmp_path / "x.zip")
+        zip_limits.check_directory(tmp_path / "x.zip")
 
 
 def test_a_large_manifest_is_not_read(zipped, monkeypatch):
@@ -612,7 +613,7 @@ def test_an_array_larger_than_its_file_takes_no_memory(tmp_path, monkeypatch, he
         np.lib.format.write_array_header_1_0(stream, {"descr": kind, "fortran_order": False, "shape": shape})
     monkeypatch.setattr(np, "load", None)
     with pytest.raises(ValueError, match="larger than its file or than draws are"):
-        results_zip._draws(tmp_path / "draws.npz")
+        device_figures._draws(tmp_path / "draws.npz")
 
 
 def test_a_member_that_is_there_twice_is_refused(zipped, tmp_path):
@@ -698,8 +699,8 @@ def test_no_text_of_a_device_is_more_than_text(text, zipped, tmp_path, capsys):
     table = report.collect([root / EVALUATE], [root / BENCHMARK], root)
     assert table.rows[0]["imported"] == "yes"
     page.write_html(table, text, tmp_path / "report.html")
-    report.write_csv(table, tmp_path / "results.csv")
-    report.write_card(table, text, tmp_path / "card.md")
+    tables.write_csv(table, tmp_path / "results.csv")
+    card_module.write_card(table, text, tmp_path / "card.md")
     job = Job(
         tmp_path / "out",
         {},

@@ -23,7 +23,7 @@ from pipeline.pruning.graph import groups
 from pipeline.pruning.groups import folded, normalised
 from pipeline.pruning.semi_structured import is_sparse
 from pipeline.pruning.sparse24 import Sparse24
-from pipeline.training import loop
+from pipeline.training import steps as steps_module
 from pipeline.training.augment import NONE, Augmentation, cut
 from pipeline.training.distillation import Distillation
 from pipeline.training.loop import train
@@ -608,15 +608,15 @@ def test_machines_with_checkpoints_of_different_steps_are_refused():
         fabric = SimpleNamespace(device="cpu", all_reduce=lambda own, reduce_op: max(float(own), next(answers)))
         return SimpleNamespace(checkpoint="a.ckpt", fabric=fabric)
 
-    assert loop._Run._agreed(run(3.0, -3.0), 3.0) == 3
+    assert steps_module.Run._agreed(run(3.0, -3.0), 3.0) == 3
     for others in ((4.0, -4.0), (2.0, -2.0)):
         with pytest.raises(UserError, match=r"a\.ckpt: the machines have checkpoints of different steps, or one has none"):
-            loop._Run._agreed(run(*others), 3.0)
+            steps_module.Run._agreed(run(*others), 3.0)
 
 
 def test_machines_agree_on_the_checkpoint_at_the_start_and_on_its_step(images, tmp_path, monkeypatch):
-    agreed, asked = [], loop._Run._agreed
-    monkeypatch.setattr(loop._Run, "_agreed", lambda run, own: agreed.append(own) or asked(run, own))
+    agreed, asked = [], steps_module.Run._agreed
+    monkeypatch.setattr(steps_module.Run, "_agreed", lambda run, own: agreed.append(own) or asked(run, own))
     _train(images, tmp_path / "a.ckpt", steps=4)
     assert agreed == [0]
     _train(images, tmp_path / "a.ckpt", steps=4)

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.launch import command_line, options, preflight, wiring
+from pipeline.launch import values as values_module
 from pipeline.launch.cell import Cell
 from pipeline.launch.tracking import Cells
 from pipeline.results.stage import ABOUT, WIRING
@@ -108,15 +109,15 @@ def annotated(config):
         if place[0] == "stages" and place[1] not in planned:
             continue
         stage = node._get_full_key(None).startswith("stages.") and node._get_full_key(None).count(".") == 1
-        for key, parameter in options._parameters(node["_target_"]).items():
+        for key, parameter in values_module.parameters(node["_target_"]).items():
             if key in node and key not in (WIRING if stage else (ABOUT,)) and not OmegaConf.is_interpolation(node, key):
-                hint = options._candidates(parameter.hint) if node._get_full_key(None) == "decoder" else parameter.hint
+                hint = values_module._candidates(parameter.hint) if node._get_full_key(None) == "decoder" else parameter.hint
                 yield node._get_full_key(key), hint
 
 
 def kinds(hint):
     """The alternatives of an annotation, with their markers."""
-    for kind in options._alternatives(hint):
+    for kind in values_module._alternatives(hint):
         markers = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
         yield (get_args(kind)[0] if markers else kind), markers
 
@@ -151,10 +152,10 @@ def wrong_values(name, hint):
             found += ["nonsense", True, [1]]
         elif kind is str:
             found += [True, {"a": 1}]
-        elif options._container(kind) is not None:
+        elif values_module._container(kind) is not None:
             found += [
                 *([] if bool in inside else [True]),
-                "" if options._container(kind) in (dict, options.Mapping) else {"a": 1},
+                "" if values_module._container(kind) in (dict, options.Mapping) else {"a": 1},
             ]
     return found if NoneType in inside or Any in inside else [*found, None]
 

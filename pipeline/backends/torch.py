@@ -212,7 +212,8 @@ class TorchRunner:
 
     def forward(self, images: Array) -> dict[str, Any]:
         """Return the network's fields as float32."""
-        return {name: made.float() for name, made in self.network(images).items() if "." not in name}
+        fields = {name: made for name, made in self.network(images).items() if "." not in name}
+        return {name: made.float() if made.is_floating_point() else made for name, made in fields.items()}
 
     def __call__(self, images: Array) -> Fields:
         """Return the fields of uploaded images [B, 3, H, W] as float32, on the network's device."""

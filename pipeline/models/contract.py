@@ -71,6 +71,11 @@ def _check_description(network: nn.Module, kind: type) -> None:
     if not isinstance(spec, NetworkSpec):
         has = "has no `spec`" if spec is None else f"has a {type(spec).__name__} as `spec`"
         raise UserError(f"model: {title(kind)} {has}; describe input, fields and labels in a NetworkSpec ({_SEE})")
+    if (spec.input.layout, spec.input.dtype) != ("NCHW", "float32"):
+        raise UserError(
+            f"model: {title(kind)}.spec.input has layout={spec.input.layout} dtype={spec.input.dtype}; networks in torch take "
+            "NCHW and float32, other forms are for model=onnx alone"
+        )
     heads = getattr(network, "ignored_layers", None)
     if heads is None or inspect.ismethod(heads) or not isinstance(heads, Iterable):
         has = "has no `ignored_layers`" if heads is None else "has `ignored_layers` that are no list (is @property missing?)"
@@ -139,6 +144,7 @@ def _rehearse(
     labels |= {key: torch.zeros(_IMAGES, dtype=torch.bool) for key in ("flipped", "labelled")}
     labels |= {"base": torch.zeros(_IMAGES, dtype=torch.int64)}
     try:
+        spec.offers(objective.needs)
         objective.loss(fields, objective.targets(labels, size, spec, source))
     except UserError as error:
         raise UserError(f"model: {name} cannot be trained here: {error}") from error
@@ -191,9 +197,9 @@ def _differences(fields: Mapping[Any, Any], spec: NetworkSpec, size: Resolution,
 def _difference(name: str, field: OutputSpec, found: Any, size: Resolution) -> str | None:
     shape = field.shape(size)
     expected = [_IMAGES, *("N" if side is None else side for side in shape)]
-    if isinstance(found, Tensor) and found.is_floating_point() == field.dtype.startswith("float") and len(found) == _IMAGES:
-        sides = [*found.shape[1:]]
-        if len(sides) == len(shape) and all(side in (None, own) for side, own in zip(shape, sides, strict=True)):
+    if isinstance(found, Tensor) and found.is_floating_point() == field.dtype.startswith("float"):
+        sides = [*found.shape]
+        if len(sides) == len(expected) and all(side in ("N", own) for side, own in zip(expected, sides, strict=True)):
             return None
     listed = ", ".join(map(str, expected))
     text = f"{name}: expected [{listed}] ({field.channels} channels, stride {field.stride}), found {_short(found)}"

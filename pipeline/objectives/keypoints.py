@@ -36,11 +36,12 @@ def kept(truth: People | None, stored: Stored, capacity: int) -> dict[str, NDArr
         capacity: greatest number of labelled people in an image.
 
     Returns:
-        "keypoints" float32 [capacity, K, 3] and "anchors" [capacity, 4] of labelled people, in pixels as stored, and
-        "unlabelled" uint8 [H / 4, W / 4]: 1 on crowds and on people without keypoints.
+        "keypoints" float32 [capacity, K, 3] and "anchors" [capacity, 4] of labelled people, in pixels as stored. "instances"
+        int64 [capacity]: the number of each one's box in the image, as "base" numbers crops, or -1. "unlabelled" uint8
+        [H / 4, W / 4]: 1 on crowds and on people without keypoints.
     """
     points = np.zeros((capacity, len(stored.labels.names), 3), np.float32)
-    anchors = np.zeros((capacity, 4), np.float32)
+    anchors, instances = np.zeros((capacity, 4), np.float32), np.full(capacity, -1, np.int64)
     cells = (-(-stored.whole.height // _MASK_STRIDE), -(-stored.whole.width // _MASK_STRIDE))
     covered = np.zeros(cells, np.uint8)
     if truth is not None:
@@ -50,9 +51,10 @@ def kept(truth: People | None, stored: Stored, capacity: int) -> dict[str, NDArr
         scaled[..., :2] = (scaled[..., :2] + 0.5) * scale - 0.5
         points[: len(scaled)] = scaled
         anchors[: len(scaled)] = truth.boxes[chosen] * np.tile(scale, 2)
+        instances[: len(scaled)] = np.flatnonzero(chosen[~truth.crowd])
         for index in np.flatnonzero(~chosen):
             _cover(covered, truth, int(index), scale / _MASK_STRIDE)
-    return {"keypoints": points, "anchors": anchors, "unlabelled": covered}
+    return {"keypoints": points, "anchors": anchors, "instances": instances, "unlabelled": covered}
 
 
 def joined(labels: Mapping[str, Tensor], source: Skeleton | Palette, skeleton: Skeleton) -> tuple[Tensor, Tensor]:
@@ -126,6 +128,10 @@ def imitation(fields: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> T
     errors = [
         (field.float() - expected[name].float()).square().sum(1).mean() for name, field in fields.items() if name in expected
     ]
+    if not errors:
+        raise UserError(
+            f"distillation: the teacher has none of the student's outputs ({', '.join(fields)}); give another teacher"
+        )
     return torch.stack(errors).sum()
 
 

@@ -168,9 +168,10 @@ def _check_form(tensor: onnx.ValueInfoProto, shape: Sequence[str | int], spec: I
         raise UserError(f"{what} {shape_words(shape)}; expected are images [n, {spec.channels}, h, w]")
     if shape[at] == spec.channels:
         return
-    if shape[4 - at] == spec.channels:
+    if shape[at] not in (1, 3) and shape[4 - at] in (1, 3):
+        channels = "" if shape[4 - at] == spec.channels else f" and model.spec.input.channels={shape[4 - at]}"
         words = "channels last" if other == "NHWC" else "channels first"
-        raise UserError(f"{what} {shape_words(shape)}, {words}; set model.spec.input.layout={other}")
+        raise UserError(f"{what} {shape_words(shape)}, {words}; set model.spec.input.layout={other}{channels}")
     if not isinstance(shape[at], int):
         return
     fix = f"; set model.spec.input.channels={shape[at]}" if shape[at] in (1, 3) else ""

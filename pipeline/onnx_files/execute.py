@@ -56,7 +56,7 @@ def computed_over(
             binding = session.io_binding()
             binding.bind_cpu_input(name, np.ascontiguousarray(images))
             for tensor, values in made.items():
-                binding.bind_output(tensor, "cpu", 0, np.float32, values.shape, values.ctypes.data)
+                binding.bind_output(tensor, "cpu", 0, values.dtype, values.shape, values.ctypes.data)
             session.run_with_iobinding(binding)
         yield {**made, name: images} if name in tensors else dict(made)
         if len(memory) > 4:  # with images of many sizes, save memory rather than time

@@ -118,10 +118,14 @@ def described(raw: object) -> NetworkSpec:
     elif isinstance(labels, Mapping) and "names" in labels and not {"sigmas", "colours"} & set(labels):
         raise UserError("model.spec.labels.sigmas is missing: add OKS's standard deviations, one a keypoint")
     try:
-        return NetworkSpec.from_dict(raw)
+        spec = NetworkSpec.from_dict(raw)
+        for place, field in enumerate(spec.fields):
+            if not field.axes:
+                raise ValueError(f"fields[{place}].axes=: choose CHW, CX, CY, CN, NC, HW")  # noqa: TRY301
     except ValueError as error:
         separator = "=" if not isinstance(raw, Mapping) else "."
         raise UserError(f"model.spec{separator}{error}; conf/model/onnx.yaml shows a description") from error
+    return spec
 
 
 def named(spec: NetworkSpec) -> tuple[NetworkSpec, dict[str, str]]:

@@ -24,13 +24,20 @@ from posepress.resolution import Resolution
 
 
 def field_errors(found: Iterable[Mapping[str, Any]], expected: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The relative root mean square error of each field, over images in the same order."""
+    """The relative root mean square error of each field, over images in the same order.
+
+    For class indices it is the root of the share that differs.
+    """
     wrong: dict[str, float] = {}
     power: dict[str, float] = {}
     for made, wanted in zip(found, expected, strict=True):
         for name, values in wanted.items():
-            wrong[name] = wrong.get(name, 0.0) + float(((made[name] - values) ** 2).sum())
-            power[name] = power.get(name, 0.0) + float((values**2).sum())
+            if np.asarray(values).dtype.kind == "f":
+                wrong[name] = wrong.get(name, 0.0) + float(((made[name] - values) ** 2).sum())
+                power[name] = power.get(name, 0.0) + float((values**2).sum())
+            else:  # class indices have no distance: an index is right or wrong
+                wrong[name] = wrong.get(name, 0.0) + float(np.sum(made[name] != values))
+                power[name] = power.get(name, 0.0) + float(np.size(values))
     return {name: float(np.sqrt(wrong[name] / max(power[name], 1e-30))) for name in wrong}
 
 

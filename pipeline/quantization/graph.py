@@ -158,6 +158,11 @@ def load(file: Path) -> onnx.ModelProto:
             node.name = f"{node.op_type}_{n}"
         names.add(node.name)
     _hold_constants(model)
+    if half := _halves(model):
+        raise UserError(
+            f"{file}: the network computes in 16 bits ('{half[0]}'), and precisions are written into float32 networks alone; "
+            "export it in float32, or choose precision=fp32, which takes it as it is"
+        )
     graph = Graph(model)
     left = [
         node.name
@@ -173,6 +178,13 @@ def load(file: Path) -> onnx.ModelProto:
             "export or simplify the network again (onnxsim folds them)"
         )
     return model
+
+
+def _halves(model: onnx.ModelProto) -> list[str]:
+    """Names of tensors of 16 bits that are no input of the network."""
+    narrow = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+    values = [v.name for v in (*model.graph.value_info, *model.graph.output) if v.type.tensor_type.elem_type in narrow]
+    return [*values, *(tensor.name for tensor in model.graph.initializer if tensor.data_type in narrow)]
 
 
 def _hold_constants(model: onnx.ModelProto) -> None:

@@ -15,6 +15,7 @@ _JOINING = ("Add", "Concat")
 
 
 _FEW_CHANNELS = 4  # ONNX Runtime's integer convolution over an image is slower than its float one (benchmarks/README.md)
+_POSITIONS = 8  # least number of bins that tell an expectation over them from trained weights
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def tail(graph: Graph) -> set[str]:
         if node.op_type in (*WEIGHTED, *_JOINING, *CARRIERS):
             found.add(node.name)
         weights = next((name for name in node.input[:2] if name in graph.constants), "")
-        if node.op_type in (*WEIGHTED, "Gemm", "MatMul") and weights and not _fixed(graph.value(weights)):
+        if node.op_type in (*WEIGHTED, "Gemm", "MatMul") and weights and not _fixed(node.op_type, graph.value(weights)):
             continue
         new = graph.floats.intersection(graph.activations(node)) - seen  # skips arithmetic on shapes
         seen |= new
@@ -189,20 +190,40 @@ def tail(graph: Graph) -> set[str]:
     return found
 
 
-def _fixed(weights: NDArray[Any]) -> bool:
+def _fixed(kind: str, weights: NDArray[Any]) -> bool:
     """Whether weights were written down rather than trained.
 
-    Such weights have one or two values (a mean, a selection), are evenly spaced without a repetition (the positions of an
-    expectation over bins), or are the same kernel for every channel (a bilinear resize).
+    Args:
+        kind: "Conv", "ConvTranspose", "Gemm" or "MatMul".
+        weights: of the operator.
+
+    Returns:
+        Whether the weights are a mean or a selection (0 and one value), the positions of an expectation over bins or over a
+        grid, or a resize (the same symmetrical kernel from each channel to itself). Zeros alone tell nothing.
     """
     values = np.asarray(weights, np.float64)
-    different = np.unique(values)
-    if not different.any():
-        return False  # pruned or untrained, which says nothing
-    if values.size > 2 and len(different) <= 2:
+    if not values.any():
+        return False
+    rows = values.reshape(len(values), -1) if kind.startswith("Conv") else np.atleast_2d(values).T
+    kept = values[values != 0]
+    if len(np.unique(kept)) == 1 and (kept[0] == 1 or ((rows != 0).sum(axis=1) != 1).all()) and values.size > 2:
         return True
+    if all(_evenly_spaced(row) for row in rows):
+        return True
+    if values.ndim != 4 or values.shape[2:] == (1, 1):
+        return False
+    kernels = values.reshape(-1, *values.shape[2:])
+    there = kernels[kernels.any(axis=(1, 2))]
+    alike = (
+        (there == there[0]).all() and np.array_equal(there[0], there[0][::-1]) and np.array_equal(there[0], there[0][:, ::-1])
+    )
+    return bool(alike) and len(there) == max(values.shape[:2])
+
+
+def _evenly_spaced(row: NDArray[np.float64]) -> bool:
+    """Whether values are positions: evenly spaced, each as often as the others, and too many to be so by chance."""
+    different, counts = np.unique(row, return_counts=True)
+    if len(row) < _POSITIONS or len(different) < 2 or len(set(counts)) > 1:
+        return False
     steps = np.diff(different)
-    if len(different) == values.size > 2 and np.allclose(steps, steps[0], rtol=1e-3):
-        return True
-    kernels = values.reshape(len(values), -1)
-    return len(kernels) > 1 and kernels.shape[1] > 1 and bool((kernels == kernels[0]).all())
+    return bool(np.allclose(steps, steps.mean(), rtol=0.02))

@@ -175,7 +175,7 @@ def norm_plot(norms: Mapping[str, Any], groups: Mapping[str, Any] | None) -> Any
             xs += [n, n + 1, None]
             ys += [max(float(least), 1e-6)] * 2 + [None]
         figure.add_scattergl(
-            x=xs, y=ys, mode="lines", line={"color": "#d1603d", "dash": "dot"}, name="threshold: channels below go"
+            x=xs, y=ys, mode="lines", line={"color": "#d1603d", "dash": "dot"}, name="threshold: channels below it are removed"
         )
     names = list(norms["after"])
     figure.update_layout(

@@ -102,7 +102,7 @@ def run(
             for _, sample, found in results("agreement"):
                 measures["agreement"].process(sample.id, reference[sample.id], found)
     (job.out / "pictures" / "captions.json").write_text(json.dumps(captions))
-    summary = _figures(job, measures, resamples, images)
+    summary = _figures(job, measures, resamples, images, data)
     (job.out / "details.json").write_text(json.dumps(measures[""].details(), indent=1))
     doubts = [*images.doubts(job.cache)]
     doubts += [doubt for name in ("", "agreement") if name in measures for doubt in measures[name].doubts()]
@@ -122,13 +122,16 @@ def run(
     return summary
 
 
-def _figures(job: Job, measures: Mapping[str, Metric[Any, Any]], resamples: int, images: Split[Any]) -> dict[str, Any]:
+def _figures(
+    job: Job, measures: Mapping[str, Metric[Any, Any]], resamples: int, images: Split[Any], data: Splits
+) -> dict[str, Any]:
     """The figures of every metric, with the interval of the primary one. Bootstrap samples and predictions are written."""
     summary: dict[str, Any] = {}
     for name, measure in measures.items():
         draws = bootstrap(measure.matches(), resamples)
         draws.save(job.out / f"draws{name and '.'}{name}.npz")
-        measure.write(job.out / f"predictions{name and '.'}{name}.json", images.named)
+        split = data.open("agreement") if name == "agreement" else images
+        measure.write(job.out / f"predictions{name and '.'}{name}.json", split.named)
         figures = {
             **measure.evaluate(),
             f"{measure.info.primary}_lo": draws.interval.low,

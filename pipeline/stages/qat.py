@@ -64,6 +64,8 @@ def run(
     torch.manual_seed(seed)
     exported, size = job.inputs["network"] / "model.onnx", Resolution.parse(resolution)
     spec = read_spec(exported)
+    if (spec.input.layout, spec.input.dtype) != ("NCHW", "float32"):
+        raise UserError("precision=int8_qat: training takes inputs in NCHW and float32 alone; choose precision=int8 or mixed")
     chosen = job.inputs["calibration"] / "calibration.json"
     feed = calibration_feed(chosen, data, image_dir, framing, spec.input, size, job.cache)
     quantizer = replace(quantizer, _where="precision.trained_with")

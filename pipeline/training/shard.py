@@ -1,7 +1,6 @@
 """Training images and labels as a few arrays on disk. The data set's code reads the images once; training reads rows."""
 
 import hashlib
-import inspect
 import json
 import os
 import shutil
@@ -15,9 +14,8 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from pipeline import datasets
 from pipeline.contracts import Objective, Split, Splits, Stored
-from pipeline.objectives import keypoints
+from pipeline.results.fingerprint import closure
 from pipeline.training.augment import Augmentation
 from posepress.contracts import Framing
 from posepress.errors import UserError
@@ -27,6 +25,8 @@ from posepress.resolution import Resolution
 from posepress.results import Boxes, Sample
 
 _VIEWS = ("rows", "places", "bases", "cropped")  # arrays with an entry for each base view
+_LABEL = "label."  # beginning of the names of files with labels
+_RESERVED = ("image", "row", "matrix", "tone", "flipped", "base", "labelled")  # other arrays of a batch
 _SPARE = 1.05  # required free disk space, relative to the size of the shard
 
 
@@ -85,7 +85,8 @@ class Shard:
         """Map a finished shard."""
         arrays = {file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))}
         views: dict[str, Any] = {name: arrays.pop(name) for name in _VIEWS}
-        return cls(arrays.pop("images"), arrays, **views, folder=folder)
+        images = arrays.pop("images")
+        return cls(images, {name.removeprefix(_LABEL): values for name, values in arrays.items()}, **views, folder=folder)
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,9 @@ class Material:
         return found[first]
 
     def _key(self, splits: Sequence[str], pad: int) -> str:
-        readers = sorted(Path(datasets.__file__).parent.glob("*.py"))
-        sources = [str(inspect.getsourcefile(part)) for part in (Shard, type(self.objective), keypoints, type(self.framing))]
-        code = [Path(file).read_text() for file in (*sources, *map(str, readers))]
-        options = [repr(self.framing), str(self.resolution), self._zoom, pad]
+        parts = (type(self), type(self.objective), type(self.framing), type(self.data))
+        code = [file.read_text() for file in closure(part.__module__ for part in parts)]
+        options = [repr(self.framing), repr(self.objective), str(self.resolution), self._zoom, pad]
         key = [code, self.data.digest(splits), list(splits), options]
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
@@ -185,8 +185,7 @@ class Material:
             images[row] = pad
             images[row, :h, :w] = image
             stored = Stored(sample.size, Resolution(h, w), Resolution(height, width), source)
-            kept = self.objective.labels(sample.truth, stored, most) | {"labelled": np.array(sample.truth is not None)}
-            return kept, self._bases(sample, stored.size)
+            return self.objective.labels(sample.truth, stored, most), self._bases(sample, stored.size)
 
         views: list[tuple[int, int, View]] = []
         with ThreadPoolExecutor() as pool:
@@ -194,8 +193,10 @@ class Material:
             arrays: dict[str, NDArray[Any]] = {}
             for row, (kept, bases) in enumerate(rows):
                 for name, value in kept.items():
+                    if name in _RESERVED:
+                        raise UserError(f"{type(self.objective).__name__}: a label cannot be called '{name}'; rename it")
                     if name not in arrays:
-                        arrays[name] = _mapped(folder / f"{name}.npy", value.dtype, (count, *value.shape))
+                        arrays[name] = _mapped(folder / f"{_LABEL}{name}.npy", value.dtype, (count, *value.shape))
                     arrays[name][row] = value
                 views += [(row, place, view) for place, view in enumerate(bases)]
         if not views:
@@ -207,6 +208,8 @@ class Material:
             ("cropped", np.array([view.box is not None for _, _, view in views])),
         ):
             np.save(folder / f"{name}.npy", values)
+        labelled = np.array([part.labelled for part in parts for _ in range(len(part))])
+        np.save(folder / f"{_LABEL}labelled.npy", labelled)
         images.flush()
 
     @property

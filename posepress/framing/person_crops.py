@@ -76,7 +76,10 @@ class PersonCrops:
             ValueError: as `views`.
         """
         if boxes is None:
-            raise ValueError("a top-down network needs a box for each person, and these images have none; add boxes")
+            raise ValueError(
+                "a top-down network needs a box for each person, and these images have none; add boxes, or train with "
+                "stages.retrain.distillation.unlabelled=false"
+            )
         if not np.isfinite(boxes.xywh).all():
             raise ValueError("a person's box is not finite; correct the annotation file")
         views = []

@@ -9,6 +9,7 @@ from annotated_types import Interval, MinLen
 
 from posepress.checks import number
 from posepress.contracts import Decoder, Result
+from posepress.errors import UserError
 from posepress.geometry import View, mirrored, resized
 from posepress.resolution import Resolution
 from posepress.results import Boxes
@@ -97,10 +98,18 @@ class WholeImage:
         return [View(np.column_stack((np.eye(2) * scale, target - scale * middle)), resolution)]
 
     def reader(self, decoder: Decoder[Result], spec: NetworkSpec) -> Decoder[Any]:
-        """The decoder itself, or one that averages the outputs of several views first."""
+        """The decoder itself, or one that averages the outputs of several views first.
+
+        Raises:
+            UserError: an output is no map, and several views are to be averaged.
+        """
         from posepress.decoders.averaged import AveragedFields
 
-        return AveragedFields(decoder, spec) if self.averaged else decoder
+        if not self.averaged:
+            return decoder
+        if other := [field.name for field in spec.fields if not field.is_map]:
+            raise UserError(f"scales and flip average maps alone, and '{other[0]}' is none; set 'scales=[1.0]' flip=false")
+        return AveragedFields(decoder, spec)
 
     def _view(self, size: Resolution, resolution: Resolution, spec: InputSpec) -> View:
         if self.keep_aspect_ratio_mode is None:

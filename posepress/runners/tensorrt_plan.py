@@ -10,7 +10,16 @@ from posepress.errors import UserError
 
 ENGINE, SIDE, WEIGHTS = "engine.plan", "engine.json", "weights.onnx"
 
-_KEYS = ("tensors", "nodes", "weights", "plugins", "version_compatible", "spec")  # required keys of a plan's description
+_KEYS = (
+    "tensors",
+    "nodes",
+    "weights",
+    "plugins",
+    "version_compatible",
+    "hardware_compatibility_level",
+    "tensorrt",
+    "spec",
+)  # required keys of a plan's description
 
 
 def check(engine: Path, version: str | None, gpu: Mapping[str, Any], kind: str = "tensorrt") -> tuple[dict[str, Any], bytes]:
@@ -30,6 +39,7 @@ def check(engine: Path, version: str | None, gpu: Mapping[str, Any], kind: str =
     try:
         content: dict[str, Any] = json.loads(side.read_text())
         size, digest, built_for, *_ = (content[key] for key in ("bytes", "sha256", "gpu", *_KEYS))
+        _ = built_for["name"], built_for["sm"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{side}: not the description of a plan ({error}); {again}") from error
     if (built_by := content.get("kind", "tensorrt")) != kind:
