@@ -209,7 +209,7 @@ def test_a_shard_follows_the_options_of_its_objective(tmp_path):
 
 
 def test_a_teacher_of_other_outputs_teaches_nothing():
-    with pytest.raises(UserError, match="the teacher has none of the outputs heatmaps"):
+    with pytest.raises(UserError, match="the teacher has none of the student's outputs .heatmaps"):
         HeatmapPafObjective().imitation({"heatmaps": torch.zeros(1, 1, 1, 1)}, {"lines": torch.zeros(1, 1, 1)})
 
 
