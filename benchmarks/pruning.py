@@ -28,7 +28,7 @@ from pipeline.backends.torch_fusion import fused
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.models.mobilenetv2_paf import MobileNetV2Paf
 from pipeline.onnx_files.files import Shapes
-from pipeline.probing.candidate import exported
+from pipeline.probing.exported import exported
 from pipeline.pruning.costs import Costs
 from pipeline.pruning.cycle import DIVISORS
 from pipeline.pruning.groups import remove, replay

@@ -26,7 +26,7 @@ from pipeline.launch import labels
 from pipeline.launch.cell import Cell
 from pipeline.models import store
 from pipeline.onnx_files.files import Shapes
-from pipeline.probing.candidate import exported
+from pipeline.probing.exported import exported
 from pipeline.pruning import semi_structured
 from pipeline.pruning.costs import Costs, macs
 from pipeline.pruning.criteria import importance, taylor_gates
@@ -349,7 +349,7 @@ def latency_of(monkeypatch, value, times, round_to=4):
     """The latency that a pruning to a target lands at."""
     network = trained(Chain)
     whole = macs(network, SIZE)
-    monkeypatch.setattr("pipeline.probing.candidate.exported", lambda net, size, *_: macs(net, size) / whole)
+    monkeypatch.setattr("pipeline.probing.exported.exported", lambda net, size, *_: macs(net, size) / whole)
     monkeypatch.setattr("pipeline.pruning.cycle.Candidate", float)
     pruner = Pruner(target="latency", value=value, round_to=round_to, min_num_filters=4, criterion="l1", max_pruning_ratio=0.8)
     cycle = Cycle(network, pruner, SIZE, SteppedProbe(times))
@@ -378,7 +378,7 @@ def test_a_latency_is_reached_closely_or_from_below(monkeypatch, capsys):
 
 
 def test_a_size_that_no_divisor_reaches_is_refused_with_what_single_channels_reach(monkeypatch):
-    monkeypatch.setattr("pipeline.probing.candidate.exported", lambda *_: 1.0)
+    monkeypatch.setattr("pipeline.probing.exported.exported", lambda *_: 1.0)
     pruner = Pruner(target="macs", value="0.01x", round_to=None, min_num_filters=4, criterion="l1")
     with pytest.raises(UserError, match=r"the nearest is pruner\.value=(\S+) with .*round_to=1: take that") as told:
         Cycle(trained(Chain), pruner, SIZE, SteppedProbe([(0.0, 10.0)])).run()

@@ -1,8 +1,11 @@
 """Completion of a configuration: automatic values, and the options that stages take from other places."""
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import ast
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -112,8 +115,7 @@ def wire(config: DictConfig, names: Iterable[str]) -> None:
                 for key in options if condition == "otherwise" or holds(config, str(condition)) else ():
                     if not has(node, key):
                         node[key] = options._get_node(key)._value()  # noqa: SLF001 - copies the reference, not its value
-        function = class_of(str(node.get("_target_")))
-        for key in _parameters(function) if callable(function) else ():
+        for key in _parameters(str(node.get("_target_"))):
             if key == "bases" and not has(node, key):
                 OmegaConf.set_struct(node, value=False)
                 node[key] = _bases(config)
@@ -128,8 +130,14 @@ def _bases(config: Config) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key == "_target_" or key in used}
 
 
-def _parameters(function: Callable[..., Any]) -> Iterable[str]:
+@cache
+def _parameters(target: str) -> list[str]:
+    """The names of a stage's parameters, read from its source: an import takes seconds, also where the stage is fresh."""
+    module, _, name = target.rpartition(".")
     try:
-        return list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
+        found = find_spec(module)
+        tree = ast.parse(Path(str(found.origin)).read_text()) if found is not None else ast.Module([], [])
+    except (ImportError, ValueError, OSError, SyntaxError):
         return []
+    function = next((node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name), None)
+    return [] if function is None else [argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)]

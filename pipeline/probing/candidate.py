@@ -1,19 +1,12 @@
 """A typed network that is not built yet, as quantizers and pruners make and measure it."""
 
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-import torch
-from torch import nn
 
-from pipeline.models.contract import duplicate
-from pipeline.onnx_files import export
 from pipeline.onnx_files.files import FLAVOURS, ModelFiles
-from posepress.resolution import Resolution
-from posepress.spec import NetworkSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,30 +40,3 @@ class Candidate:
         for flavour, file in files.onnx.items():
             onnx.save(self.models[flavour], file)
         return files
-
-
-_OPSET = 20
-
-
-def exported(
-    network: nn.Module,
-    size: Resolution,
-    checkpoint: Callable[[Path], None] | None = None,
-    any_shape: bool = False,
-    scratch: Path | None = None,
-    graphs: Path | None = None,
-) -> Candidate:
-    """Export a network for building an engine for one image, of this size only or of any. The runtime folds batch norms.
-
-    Intermediate files are written to the folder `scratch`; None is the system's temporary folder. For the folder `graphs`, see
-    `export.export`.
-    """
-    spec: NetworkSpec = network.spec  # type: ignore[assignment]
-    image = torch.zeros(spec.input.shape(1, size)).numpy()
-    if scratch is not None:
-        scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        file = Path(folder) / "model.onnx"
-        export.export(duplicate(network).cpu().eval(), image, _OPSET, file, any_shape, graphs)
-        export.stamp(file, spec)
-        return Candidate.of_file(file, checkpoint)

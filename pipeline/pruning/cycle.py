@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from pipeline.models.contract import duplicate, fold
-from pipeline.probing.candidate import Candidate, exported
+from pipeline.probing.candidate import Candidate
+from pipeline.probing.exported import exported
 from pipeline.probing.probe import Probe
 from pipeline.progress import say
 from pipeline.pruning.costs import Costs

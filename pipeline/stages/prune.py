@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.contracts import Backend, Objective, Splits
 from pipeline.decoder_options import decoder_options
 from pipeline.models import store
-from pipeline.probing.candidate import exported
+from pipeline.probing.exported import exported
 from pipeline.probing.probe import Probe
 from pipeline.pruning.costs import macs
 from pipeline.pruning.criteria import taylor_gates

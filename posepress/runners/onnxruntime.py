@@ -6,7 +6,6 @@ from typing import Any
 from numpy.typing import NDArray
 
 from posepress.errors import UserError, first_line
-from posepress.pixels import normalise
 from posepress.spec import Array, Fields, NetworkSpec
 
 ENGINE = "engine.onnx"
@@ -27,6 +26,8 @@ class OnnxRuntimeRunner:
 
     def upload(self, images: NDArray[Any]) -> Array:
         """Convert images to the network's input form, in host memory."""
+        from posepress.pixels import normalise  # numba, which only a run needs
+
         return normalise(images, self.spec.input)
 
     def download(self, fields: Fields) -> Mapping[str, NDArray[Any]]:

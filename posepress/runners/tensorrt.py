@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posepress.errors import UserError
-from posepress.pixels import normalise
 from posepress.resolution import Resolution
 from posepress.runners.device_memory import DeviceArray, DeviceMemory
 from posepress.runners.tensorrt_module import TensorRTModule, installed, load
@@ -138,6 +137,8 @@ class TensorRTRunner:
             made = on_gpu(images, self.spec.input, there).to(getattr(self._torch, kind)).contiguous()
             self._torch.cuda.current_stream(there).synchronize()
             return made
+        from posepress.pixels import normalise  # numba, which only a run needs
+
         with self._slot(next(self._turn)) as slot:
             size = Resolution(*images.shape[1:3])
             staged = slot.memory.pinned(self.spec.input.shape(len(images), size), np.dtype(self.spec.input.dtype))
