@@ -349,7 +349,7 @@ def latency_of(monkeypatch, value, times, round_to=4):
     """The latency that a pruning to a target lands at."""
     network = trained(Chain)
     whole = macs(network, SIZE)
-    monkeypatch.setattr("pipeline.probing.exported.exported", lambda net, size, *_: macs(net, size) / whole)
+    monkeypatch.setattr("pipeline.pruning.cycle.exported", lambda net, size, *_: macs(net, size) / whole)
     monkeypatch.setattr("pipeline.pruning.cycle.Candidate", float)
     pruner = Pruner(target="latency", value=value, round_to=round_to, min_num_filters=4, criterion="l1", max_pruning_ratio=0.8)
     cycle = Cycle(network, pruner, SIZE, SteppedProbe(times))
@@ -378,7 +378,7 @@ def test_a_latency_is_reached_closely_or_from_below(monkeypatch, capsys):
 
 
 def test_a_size_that_no_divisor_reaches_is_refused_with_what_single_channels_reach(monkeypatch):
-    monkeypatch.setattr("pipeline.probing.exported.exported", lambda *_: 1.0)
+    monkeypatch.setattr("pipeline.pruning.cycle.exported", lambda *_: 1.0)
     pruner = Pruner(target="macs", value="0.01x", round_to=None, min_num_filters=4, criterion="l1")
     with pytest.raises(UserError, match=r"the nearest is pruner\.value=(\S+) with .*round_to=1: take that") as told:
         Cycle(trained(Chain), pruner, SIZE, SteppedProbe([(0.0, 10.0)])).run()
@@ -691,7 +691,7 @@ def test_the_command_prunes_to_a_target_in_steps(smoke):
     manifest = json.loads((folder / "manifest.json").read_text())["summary"]
     assert manifest["train_macs"] > 0
     assert math.isclose(manifest["macs"], rows[3]["macs"])
-    labelled = [np.load(file) for file in (smoke / "outputs/cache/shards").glob("*/labelled.npy")]
+    labelled = [np.load(file) for file in (smoke / "outputs/cache/shards").glob("*/label.labelled.npy")]
     assert sorted(bool(some.all()) for some in labelled) == [False, True]  # the short training saw images without labels
 
 

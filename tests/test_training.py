@@ -23,6 +23,7 @@ from pipeline.pruning.graph import groups
 from pipeline.pruning.groups import folded, normalised
 from pipeline.pruning.semi_structured import is_sparse
 from pipeline.pruning.sparse24 import Sparse24
+from pipeline.results.fingerprint import closure
 from pipeline.training import steps as steps_module
 from pipeline.training.augment import NONE, Augmentation, cut
 from pipeline.training.distillation import Distillation
@@ -851,10 +852,17 @@ def test_a_disk_that_fills_while_a_shard_is_written_is_an_error(images, tmp_path
 
 def test_a_shard_is_read_again_by_other_code(images, tmp_path, monkeypatch):
     first = _views(images, tmp_path).shard.folder
-    (tmp_path / "datasets").mkdir()
-    (tmp_path / "datasets" / "coco.py").write_text("reads them in another way")
-    monkeypatch.setattr("pipeline.datasets.__file__", str(tmp_path / "datasets" / "__init__.py"))
+    (tmp_path / "reader.py").write_text("reads them in another way")
+    monkeypatch.setattr("pipeline.training.shard.closure", lambda modules: [*closure(modules), tmp_path / "reader.py"])
     assert _views(images, tmp_path).shard.folder != first
+
+
+def test_a_shard_follows_the_code_of_its_reader_and_its_objective():
+    names = {
+        file.stem
+        for file in closure(["pipeline.training.shard", "pipeline.objectives.heatmap_paf", "pipeline.datasets.synthetic"])
+    }
+    assert {"coco_split", "images", "annotations", "keypoints", "shard", "truth", "geometry"} <= names
 
 
 def test_a_shard_is_written_once_and_travels_as_its_folder(images, tmp_path, monkeypatch):
