@@ -52,6 +52,14 @@ def test_a_comma_is_a_sweep_or_is_quoted():
     assert command_line.read([hint]).options == ["weights='/data/a,b.pt'"]
 
 
+def test_the_command_that_the_help_names_shows_every_option(tmp_path):
+    shown = pipeline(
+        "experiment=smoke", "pruner=l1", "--cfg", "job", "--resolve", "tracking=none", cwd=tmp_path, check=0
+    ).stdout
+    assert "label: lwop" in shown
+    assert "${" not in shown.replace("${hydra", "")
+
+
 @pytest.mark.parametrize("words", [["--version"], ["stage=train", "--version"]])
 def test_the_version_is_ours(words, tmp_path):
     assert pipeline(*words, "tracking=none", cwd=tmp_path, check=0).stdout == f"posepress {VERSION}\n"

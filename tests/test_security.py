@@ -599,7 +599,7 @@ def test_the_end_of_a_large_list_is_found_behind_the_longest_comment(tmp_path):
 
 def test_a_large_manifest_is_not_read(zipped, monkeypatch):
     _, bring = zipped
-    monkeypatch.setattr(results_zip, "MOST_JSON", 5_000)
+    monkeypatch.setattr(device_figures, "MOST_JSON", 5_000)
     with pytest.raises(UserError, match=r"manifest\.json is missing or too large"):
         bring(**with_member(f"{BUILD}/manifest.json", b" " * 5_001))
 

@@ -188,7 +188,8 @@ _ADDRESSES: Mapping[str, Callable[[Config], Any]] = {
 
 def _label_of(what: str, *, _root_: Config) -> Any:
     """Return a label or address. OmegaConf calls this resolver."""
-    return _ADDRESSES[what](_root_)
+    value = _ADDRESSES[what](_root_)
+    return OmegaConf.create(value) if isinstance(value, dict) else value  # `--cfg job --resolve` takes no plain dict
 
 
 def _measuring(*, _root_: Config) -> Any:
@@ -196,7 +197,7 @@ def _measuring(*, _root_: Config) -> Any:
     root = deepcopy(_root_)
     root.rebuild = 0
     backend: Any = OmegaConf.to_container(root.backend, resolve=True)
-    return {**backend, "precision": "fp32"} if "precision" in backend else backend
+    return OmegaConf.create({**backend, "precision": "fp32"} if "precision" in backend else backend)
 
 
 def register() -> None:

@@ -88,6 +88,8 @@ def check_pruner(config: DictConfig) -> None:
             f"control=scratch: early stopping (patience={patience}) makes the compute of retraining unpredictable; set "
             "stages.retrain.training.patience=null"
         )
+    if labels.given(config) and config.weights is not None:
+        raise UserError(f"weights={config.weights}: a given file holds its own weights; leave weights out")
     if labels.prunes(config) and labels.given(config):
         raise UserError("pruner: a network that is given as ONNX cannot be pruned; choose pruner=none")
 

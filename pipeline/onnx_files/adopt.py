@@ -10,10 +10,10 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, inliner
+from onnx import helper, inliner
 
 from pipeline.onnx_files.files import described, named
-from pipeline.onnx_files.given import free_axes, read
+from pipeline.onnx_files.given import check_form, free_axes, read
 from pipeline.onnx_files.outputs import (
     Outputs,
     check_field,
@@ -28,9 +28,7 @@ from pipeline.onnx_files.outputs import (
 from posepress.errors import UserError, first_line
 from posepress.pixels import normalise
 from posepress.resolution import Resolution
-from posepress.spec import InputSpec, NetworkSpec
-
-_TYPES = {"float": "float32"}  # numpy's names of ONNX types that have another name
+from posepress.spec import NetworkSpec
 
 _LEAST_OPSET = 13  # the first opset with one quantization scale for each channel
 
@@ -108,7 +106,7 @@ def _input(
             f"{where}: its inputs are {', '.join(i.name for i in inputs) or 'none'}; give a network whose one input is images"
         )
     tensor, shape = inputs[0], shape_of(inputs[0])
-    _check_form(tensor, shape, spec.input, where)
+    check_form(tensor, shape, spec.input, where)
     axes = free_axes(model, spec.input)
     if axes["batch"] > 1:
         raise UserError(f"{where}: its batch is fixed at {axes['batch']}; export it with a free batch, or with batch 1")
@@ -145,38 +143,6 @@ def _input(
     graph.input.extend(kept)
     model.ir_version = max(model.ir_version, 4)  # before version 4, constants had to be inputs
     return spec, size
-
-
-def _check_form(tensor: onnx.ValueInfoProto, shape: Sequence[str | int], spec: InputSpec, where: str) -> None:
-    """Compare the type, the layout and the channels of a file's input with the description.
-
-    Raises:
-        UserError: a property differs. The message names the option to set.
-    """
-    kinds = {number: name.lower() for name, number in TensorProto.DataType.items()}
-    kind = _TYPES.get(raw := kinds.get(tensor.type.tensor_type.elem_type, "of an unknown type"), raw)
-    what = f"{where}: its input '{tensor.name}' is"
-    if kind not in ("float32", "float16", "uint8"):
-        raise UserError(f"{what} {raw}; export it with float32 images, [n, 3, h, w]")
-    if kind != spec.dtype:
-        more = " with range=255 mean=0 std=1, since such a network normalises pixels itself" if kind == "uint8" else ""
-        raise UserError(f"{what} {kind}, and model.spec says {spec.dtype}; set model.spec.input.dtype={kind}{more}")
-    if not shape:
-        return
-    at, other = spec.axes["channels"], {"NCHW": "NHWC", "NHWC": "NCHW"}[spec.layout]
-    if len(shape) != 4:
-        raise UserError(f"{what} {shape_words(shape)}; expected are images [n, {spec.channels}, h, w]")
-    if shape[at] == spec.channels:
-        return
-    if shape[at] not in (1, 3) and shape[4 - at] in (1, 3):
-        channels = "" if shape[4 - at] == spec.channels else f" and model.spec.input.channels={shape[4 - at]}"
-        words = "channels last" if other == "NHWC" else "channels first"
-        raise UserError(f"{what} {shape_words(shape)}, {words}; set model.spec.input.layout={other}{channels}")
-    if not isinstance(shape[at], int):
-        return
-    fix = f"; set model.spec.input.channels={shape[at]}" if shape[at] in (1, 3) else ""
-    expected = "n, C, h, w" if spec.layout == "NCHW" else "n, h, w, C"
-    raise UserError(f"{what} {shape_words(shape)}; expected are images [{expected.replace('C', str(spec.channels))}]{fix}")
 
 
 def _pin(tensor: onnx.ValueInfoProto, spec: NetworkSpec, size: Resolution) -> None:

@@ -7,6 +7,10 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
+from pipeline.onnx_files.outputs import (
+    shape_of,
+    shape_words,
+)
 from posepress.errors import UserError, first_line
 from posepress.resolution import Resolution
 from posepress.spec import SPEC_KEY, InputSpec, NetworkSpec
@@ -77,6 +81,9 @@ def check_request(
             f"{where}: already quantized ({len(integers)} nodes, the first is '{integers[0]}'), so that precision={precision} "
             f"would be wrong; give the float network as model.onnx, and this file as precision=external precision.file={file}"
         )
+    constants = {tensor.name for tensor in model.graph.initializer}
+    for tensor in [tensor for tensor in model.graph.input if tensor.name not in constants][:1]:
+        check_form(tensor, shape_of(tensor), spec.input, where)
     axes = free_axes(model, spec.input)
     alone = axes["batch"] or (0 if "batch" in spec.dynamic else 1)
     for option, batch in batches.items():
@@ -202,3 +209,38 @@ def free_axes(model: onnx.ModelProto, spec: InputSpec) -> dict[str, int]:
     dims = [] if tensor is None else tensor.type.tensor_type.shape.dim
     at = {name: place for name, place in spec.axes.items() if name != "channels"}
     return {name: max(dims[place].dim_value, 0) if len(dims) == 4 else 0 for name, place in at.items()}
+
+
+_TYPES = {"float": "float32"}  # numpy's names of ONNX types that have another name
+
+
+def check_form(tensor: onnx.ValueInfoProto, shape: Sequence[str | int], spec: InputSpec, where: str) -> None:
+    """Compare the type, the layout and the channels of a file's input with the description.
+
+    Raises:
+        UserError: a property differs. The message names the option to set.
+    """
+    kinds = {number: name.lower() for name, number in TensorProto.DataType.items()}
+    kind = _TYPES.get(raw := kinds.get(tensor.type.tensor_type.elem_type, "of an unknown type"), raw)
+    what = f"{where}: its input '{tensor.name}' is"
+    if kind not in ("float32", "float16", "uint8"):
+        raise UserError(f"{what} {raw}; export it with float32 images, [n, 3, h, w]")
+    if kind != spec.dtype:
+        more = " with range=255 mean=0 std=1, since such a network normalises pixels itself" if kind == "uint8" else ""
+        raise UserError(f"{what} {kind}, and model.spec says {spec.dtype}; set model.spec.input.dtype={kind}{more}")
+    if not shape:
+        return
+    at, other = spec.axes["channels"], {"NCHW": "NHWC", "NHWC": "NCHW"}[spec.layout]
+    if len(shape) != 4:
+        raise UserError(f"{what} {shape_words(shape)}; expected are images [n, {spec.channels}, h, w]")
+    if shape[at] == spec.channels:
+        return
+    if shape[at] not in (1, 3) and shape[4 - at] in (1, 3):
+        channels = "" if shape[4 - at] == spec.channels else f" and model.spec.input.channels={shape[4 - at]}"
+        words = "channels last" if other == "NHWC" else "channels first"
+        raise UserError(f"{what} {shape_words(shape)}, {words}; set model.spec.input.layout={other}{channels}")
+    if not isinstance(shape[at], int):
+        return
+    fix = f"; set model.spec.input.channels={shape[at]}" if shape[at] in (1, 3) else ""
+    expected = "n, C, h, w" if spec.layout == "NCHW" else "n, h, w, C"
+    raise UserError(f"{what} {shape_words(shape)}; expected are images [{expected.replace('C', str(spec.channels))}]{fix}")

@@ -26,7 +26,10 @@ def choices(table: Table) -> Iterator[str]:
         if figures[best] <= MOST_LOST:
             row = table.rows[best]
             highest = f"{figures[best]:.{digits(row)}f}, of {named(row)}"
-            yield f"No engine is recommended: the highest {row['metric'].short} is {highest}, which is nearly 0; train longer."
+            yield (
+                f"No engine is recommended: the highest {row['metric'].short} is {highest}, which is nearly 0; "
+                "train longer, or compare order, range, mean and std of a given network."
+            )
             continue
         lost = {n: _difference(table.results[n], table.results[best]) for n in timed if n != best}
         fit = [best, *(n for n, interval in lost.items() if interval is not None and interval.low >= -MOST_LOST)]

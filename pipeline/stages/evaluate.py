@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import cv2
 from annotated_types import Ge, Interval
 
-from evaluation.contracts import Metric
+from evaluation.contracts import Metric, checked
 from evaluation.statistics import bootstrap
 from pipeline.contracts import Backend, Split, Splits
 from pipeline.decoder_options import decoder_options
@@ -122,6 +122,13 @@ def run(
     return summary
 
 
+def _checked(measure: Metric[Any, Any]) -> Mapping[str, float]:
+    try:
+        return checked(measure)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def _figures(
     job: Job, measures: Mapping[str, Metric[Any, Any]], resamples: int, images: Split[Any], data: Splits
 ) -> dict[str, Any]:
@@ -133,7 +140,7 @@ def _figures(
         split = data.open("agreement") if name == "agreement" else images
         measure.write(job.out / f"predictions{name and '.'}{name}.json", split.named)
         figures = {
-            **measure.evaluate(),
+            **_checked(measure),
             f"{measure.info.primary}_lo": draws.interval.low,
             f"{measure.info.primary}_hi": draws.interval.high,
         }

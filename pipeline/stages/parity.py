@@ -63,8 +63,7 @@ def run(
     some = range(min(images, len(data.open("validation"))))
     frames = [batch.images for batch in batches(data.open("validation"), framing, spec.input, size, 1, some) if batch.views]
     typed = _typed(job.inputs["network"], backend.kind == "onnxruntime")
-    names = [field.name for field in spec.fields]
-    shapes = Shapes.of(framing, size, spec.input, 1)
+    names, shapes = [field.name for field in spec.fields], Shapes.of(framing, size, spec.input, 1)
     job.scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=job.scratch) as scratch:
         fp32 = ModelFiles(dict.fromkeys(FLAVOURS, exported), job.inputs.get("checkpoint"))

@@ -71,7 +71,7 @@ def run(
         Parameters and MACs before and after, and the multiply-accumulates of the short trainings ("train_macs").
     """
     network, make, history = store.load(job.inputs["network"])
-    size = Resolution.parse(resolution)
+    size, seen = Resolution.parse(resolution), Resolution.parse(training_resolution)
     before, dense_params = macs(network, size), sum(p.numel() for p in network.parameters())
     spent, summary = 0.0, {}
     if isinstance(pruner, Pruner):
@@ -80,19 +80,17 @@ def run(
             raise UserError("pruner: this family's networks are not trained here; choose another criterion, and one step")
         distillation = distillation if pruner.iterative_steps > 1 else None
         teacher = store.load(job.inputs["network"])[0] if distillation is not None else None
-        seen = Resolution.parse(training_resolution)
-
-        def material() -> Material:
-            assert objective is not None
-            return Material(data, objective, bases, seen, augment, job.cache)
+        material = None if objective is None else Material(data, objective, bases, seen, augment, job.cache)
 
         def gates(net: nn.Module) -> dict[nn.Module, Tensor]:
-            views = Views.of(material(), ["train"], net, seed)
+            assert material is not None
+            views = Views.of(material, ["train"], net, seed)
             return taylor_gates(net, replace(views, augment=NONE))
 
         def retrain(net: nn.Module, step: int) -> None:
             nonlocal spent
-            taught = Views.of(material(), splits(data, distillation), net, seed + step)
+            assert material is not None
+            taught = Views.of(material, splits(data, distillation), net, seed + step)
             checkpoint = job.scratch / f"step{step}.ckpt"
             done = train(net, taught, training, checkpoint, teacher, distillation)
             spent += done["train_macs"]

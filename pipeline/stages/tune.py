@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from evaluation.contracts import checked
 from evaluation.metrics import score_fit as scores
 from pipeline.contracts import Backend, Splits
 from pipeline.decoder_options import FITTED, candidates
@@ -69,7 +70,10 @@ def run(
             for measure, kept, poses in zip(measures, results, found, strict=True):
                 measure.process(sample.id, sample.truth, poses)
                 kept.append((sample.id, sample.truth, poses))
-        figures = [measure.evaluate()[measure.info.primary] for measure in measures]
+        try:
+            figures = [checked(measure)[measure.info.primary] for measure in measures]
+        except ValueError as error:
+            raise UserError(str(error)) from error
         best = max(range(len(tried)), key=lambda n: figures[n])
         chosen = {**tried[best], **plain}
         summary: dict[str, Any] = {**tried[best], "tune_images": len(results[best])}
