@@ -741,12 +741,12 @@ def test_a_training_on_a_gpu_that_was_killed_goes_on_within_noise(images, tmp_pa
     whole, _ = _train(images, tmp_path / "a.ckpt", steps=20, accelerator="cuda")
     targets, calls = HeatmapPafObjective.targets, 0
 
-    def interrupted(self, labels, size, spec):
+    def interrupted(self, labels, size, spec, source):
         nonlocal calls
         calls += 1
         if calls == 15:
             raise KeyboardInterrupt
-        return targets(self, labels, size, spec)
+        return targets(self, labels, size, spec, source)
 
     monkeypatch.setattr(HeatmapPafObjective, "targets", interrupted)
     with pytest.raises(KeyboardInterrupt):
