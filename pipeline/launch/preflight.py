@@ -18,6 +18,8 @@ from posepress.errors import UserError
 from posepress.resolution import Resolution
 from posepress.spec import InputSpec
 
+_LEARNS = ("train", "sensitivity", "prune", "retrain")  # stages that a given network does not have
+
 
 def planned(config: DictConfig, sweep: bool) -> tuple[list[str], list[str]]:
     """Return the stages to run, in order, and the requested stages that this cell of a sweep does not need.
@@ -57,6 +59,10 @@ def check_options(config: DictConfig, plan: Sequence[str], words: Sequence[str],
     keys = [word.lstrip("+~").partition("=")[0].split(".") for word in words]
     named = [key[1] for key in keys if key[0] == "stages" and len(key) > 1]
     named = [name for name in named if options.installed(config.stages.get(name))]
+    if labels.given(config) and (learns := [name for name in named if name in _LEARNS]):
+        if not sweep:
+            raise UserError(f"stages.{learns[0]}: a network that is given as a file is not trained here; leave this option out")
+        named = [name for name in named if name not in learns]  # they belong to other cells
     wiring.wire(config, named)
     options.check_stages(config, list(dict.fromkeys([*plan, *named])))
     for key in keys:
