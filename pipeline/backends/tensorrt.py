@@ -219,11 +219,7 @@ class TensorRT:
     def adopt(self, plan: Path, spec: NetworkSpec, tensors: Mapping[str, str], out: Path) -> Path:
         """Copy an engine that another program built, and write its description beside it.
 
-        Args:
-            plan: file of the engine.
-            spec: description of the network.
-            tensors: names of the engine's tensors by the name of input or field, where they differ.
-            out: output folder.
+        The arguments are those of `pipeline.contracts.Backend.adopt`.
 
         Raises:
             UserError: the file is no plan of this version and GPU, or its tensors do not fit the description.

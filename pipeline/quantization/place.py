@@ -12,8 +12,6 @@ from pipeline.quantization.graph import CARRIERS, LEAST_OPSET, WEIGHTED, Graph, 
 from posepress.errors import UserError
 
 _JOINING = ("Add", "Concat")
-
-
 _FEW_CHANNELS = 4  # ONNX Runtime's integer convolution over an image is slower than its float one (benchmarks/README.md)
 _POSITIONS = 8  # least number of bins that tell an expectation over them from trained weights
 
