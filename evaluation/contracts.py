@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from numpy.typing import NDArray
 
 from evaluation.statistics import Resampled
+from posepress.errors import UserError
 
 Truth_contra = TypeVar("Truth_contra", contravariant=True)
 
@@ -114,13 +115,13 @@ def checked(measure: Metric[Any, Any]) -> Mapping[str, float]:
     """The figures of a metric, after a check that they are what tables and comparisons expect.
 
     Raises:
-        ValueError: the primary figure is missing, or a figure lies outside -1 to 1.
+        UserError: the primary figure is missing, or a figure lies outside -1 to 1.
     """
     figures = measure.evaluate()
     kind, primary = type(measure).__name__, measure.info.primary
     if primary not in figures:
-        raise ValueError(f"metric {kind}: info.primary is '{primary}', and evaluate() returns {', '.join(figures)}")
+        raise UserError(f"metric {kind}: info.primary is '{primary}', and evaluate() returns {', '.join(figures)}")
     for name, value in figures.items():
         if not -1 <= value <= 1:
-            raise ValueError(f"metric {kind}: '{name}' is {value:g}; figures lie between -1 and 1, a higher one is better")
+            raise UserError(f"metric {kind}: '{name}' is {value:g}; figures lie between -1 and 1, a higher one is better")
     return figures

@@ -1,9 +1,14 @@
-"""Prediction over a data set, with a progress display; an interrupted pass can be resumed."""
+"""Prediction over a data set, with a progress display and pictures; an interrupted pass can be resumed."""
 
+import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from posepress.errors import UserError
 from posepress.predict import Watch
@@ -56,3 +61,42 @@ def resumed(
     finally:
         if len(kept) > start:
             save_results(file, kept)
+
+
+class Pictures:
+    """Pictures of some images' predictions, evenly spaced in the data set, and the address of each image's source.
+
+    Args:
+        folder: folder to write to; it is made.
+        count: number of pictures.
+        images: number of images in the data set.
+    """
+
+    def __init__(self, folder: Path, count: int, images: int) -> None:
+        folder.mkdir()
+        self._folder, self._captions = folder, dict[str, str]()
+        self._places = {round(n * (images - 1) / max(count - 1, 1)) for n in range(min(count, images))}
+        self._write()
+
+    def __contains__(self, place: int) -> bool:
+        """Whether the image of this index is drawn."""
+        return place in self._places
+
+    def add(self, place: int, picture: NDArray[np.uint8], credit: str) -> None:
+        """Write the picture of an image.
+
+        Args:
+            place: index of the image.
+            picture: RGB uint8 [H, W, 3].
+            credit: address of the image's source; anything but an http address is left out.
+        """
+        import cv2
+
+        name = f"{place + 1:06d}.jpg"
+        jpeg = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
+        (self._folder / name).write_bytes(jpeg.tobytes())
+        self._captions[name] = credit if re.fullmatch(r"https?://[^\s\"'<>\\]{1,2000}", credit) else ""
+        self._write()
+
+    def _write(self) -> None:
+        (self._folder / "captions.json").write_text(json.dumps(self._captions))

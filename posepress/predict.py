@@ -3,12 +3,12 @@
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from posepress.pixels import frame
 from posepress.resolution import Resolution
 from posepress.results import Sample
 from posepress.spec import InputSpec
+
+Made = TypeVar("Made")
 
 _READ_AHEAD = 16  # largest number of images being read or waiting, to bound the memory
 
@@ -73,13 +75,45 @@ class Watch:
         return max(self.busy, key=lambda name: self.busy[name] / self.workers.get(name, 1), default="")
 
 
+class Selection(Samples[Any]):
+    """Some images of a data set.
+
+    Args:
+        data: the images.
+        indices: their indices, in the order of the selection.
+    """
+
+    def __init__(self, data: Samples[Any], indices: Sequence[int]) -> None:
+        self._data, self._indices = data, indices
+
+    @classmethod
+    def spread(cls, data: Samples[Any], most: int) -> "Selection":
+        """At most `most` images, at even distances in the data set's order."""
+        return cls(data, sorted({round(k) for k in np.linspace(0, len(data) - 1, min(most, len(data)))}))
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int, /) -> Sample[Any]:
+        return self._data[self._indices[index]]
+
+
+@dataclass(frozen=True)
+class _Framed:
+    """One view of an image, as a network input uint8 [H, W, 3]; `last` if it is the last of its image."""
+
+    sample: Sample[Any]
+    view: View
+    pixels: NDArray[np.uint8]
+    last: bool
+
+
 def batches(
     data: Samples[Any],
     framing: Framing,
     spec: InputSpec,
     resolution: Resolution,
     batch: int = 1,
-    indices: Sequence[int] | None = None,
     watch: Watch | None = None,
 ) -> Iterator[Batch]:
     """Read and frame images ahead of the network, in order.
@@ -90,17 +124,14 @@ def batches(
         spec: the network's input.
         resolution: the network's input size.
         batch: largest number of views in a batch; views of different sizes never share a batch.
-        indices: which images; None is all.
         watch: counts the time of the steps "reading" and "framing".
+
+    Raises:
+        UserError: an image has no boxes although the framing needs them, or a box is not finite.
     """
-    import cv2
-
-    cv2.setNumThreads(1)  # the readers already run in parallel
     watch = watch or Watch()
-    readers = min(os.cpu_count() or 1, _MOST_READERS)
-    watch.workers |= {"reading": readers, "framing": readers}
 
-    def prepare(index: int) -> tuple[Sample[Any], list[View], list[NDArray[np.uint8]]]:
+    def prepare(index: int) -> tuple[Sample[Any], list[_Framed]]:
         with watch.step("reading"):
             sample = data[index]
             image = sample.read()
@@ -109,37 +140,46 @@ def batches(
                 views = framing.views(sample.size, resolution, spec, sample.boxes)
             except ValueError as error:  # the image has no boxes, or a box is not finite
                 raise UserError(f"image {sample.id}: {error}") from error
-            return sample, views, [frame(image, view, spec) for view in views]
+            return sample, [_Framed(sample, view, frame(image, view, spec), view is views[-1]) for view in views]
 
-    waiting: list[tuple[Sample[Any], View, NDArray[np.uint8], bool]] = []
+    waiting: list[_Framed] = []
+    for sample, framed in _ahead(prepare, range(len(data)), max(_READ_AHEAD, 2 * batch), watch):
+        if not framed:  # a top-down image without people needs no network
+            if waiting:
+                yield _batch(waiting)
+            yield Batch(np.zeros((0, 1, 1, 3), np.uint8), (), (sample,), ())
+        for one in framed:
+            if waiting and (len(waiting) == batch or waiting[0].view.size != one.view.size):
+                yield _batch(waiting)
+            waiting.append(one)
+    if waiting:
+        yield _batch(waiting)
 
-    def flush() -> Batch:
-        samples, views, inputs, last = zip(*waiting, strict=True)
-        waiting.clear()
-        images = inputs[0][None] if len(inputs) == 1 else np.stack(inputs)
-        return Batch(images, views, samples, last)
 
-    order = range(len(data)) if indices is None else indices
-    pool = ThreadPoolExecutor(readers)
+def _batch(waiting: list[_Framed]) -> Batch:
+    """The batch of the waiting views; afterwards none waits."""
+    pixels = [one.pixels for one in waiting]
+    images = pixels[0][None] if len(pixels) == 1 else np.stack(pixels)
+    made = Batch(images, [w.view for w in waiting], [w.sample for w in waiting], [w.last for w in waiting])
+    waiting.clear()
+    return made
+
+
+def _ahead(prepare: Callable[[int], Made], indices: Iterable[int], most: int, watch: Watch) -> Iterator[Made]:
+    """Prepare images in threads, at most `most` ahead, and yield them in order."""
+    import cv2
+
+    cv2.setNumThreads(1)  # the readers already run in parallel
+    readers = min(os.cpu_count() or 1, _MOST_READERS)
+    watch.workers |= {"reading": readers, "framing": readers}
+    pool, pending, todo = ThreadPoolExecutor(readers), deque[Future[Made]](), iter(indices)
     try:
-        pending: deque[Future[tuple[Sample[Any], list[View], list[NDArray[np.uint8]]]]] = deque()
-        todo = iter(order)
         while True:
-            while len(pending) < max(_READ_AHEAD, 2 * batch) and (index := next(todo, None)) is not None:
+            while len(pending) < most and (index := next(todo, None)) is not None:
                 pending.append(pool.submit(prepare, index))
             if not pending:
-                break
-            sample, views, inputs = pending.popleft().result()
-            if not views:  # a top-down image without people needs no network
-                if waiting:
-                    yield flush()
-                yield Batch(np.zeros((0, 1, 1, 3), np.uint8), (), (sample,), ())
-            for n, (view, made) in enumerate(zip(views, inputs, strict=True)):
-                if waiting and (len(waiting) == batch or waiting[0][1].size != view.size):
-                    yield flush()
-                waiting.append((sample, view, made, n == len(views) - 1))
-        if waiting:
-            yield flush()
+                return
+            yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -151,7 +191,6 @@ def predict(
     decoder: Decoder[Result],
     resolution: Resolution,
     batch: int = 1,
-    indices: Sequence[int] | None = None,
     watch: Watch | None = None,
 ) -> Iterator[tuple[Sample[Any], Result]]:
     """Predict the result of each image, in order.
@@ -166,14 +205,15 @@ def predict(
         decoder: turns the engine's fields into results.
         resolution: the network's input size.
         batch: largest number of views in a batch.
-        indices: which images; None is all.
         watch: counts the time of the steps "reading", "framing", "network" and "decoding".
+
+    Raises:
+        UserError: an image cannot be framed, or the engine's outputs differ from their description.
     """
     watch = watch or Watch()
     decoding = min(max((os.cpu_count() or 1) // 4, 1), _MOST_DECODERS)
     watch.workers |= {"network": runner.workers, "decoding": decoding}
-    parts: list[Result] = []
-    views: list[View] = []
+    merge = _Merge(decoder)
 
     def run(ready: Batch) -> Any:
         if not ready.views:
@@ -189,29 +229,37 @@ def predict(
             except ValueError as error:  # the fields differ from their description
                 raise UserError(str(error)) from error
 
-    def finished(done: Batch, found: list[Result]) -> Iterator[tuple[Sample[Any], Result]]:
-        if not done.views:
-            yield done.samples[0], decoder.merge([], [])
-            return
-        for sample, view, part, last in zip(done.samples, done.views, found, done.last, strict=True):
-            parts.append(part)
-            views.append(view)
-            if last:
-                yield sample, decoder.merge(parts, views)
-                parts.clear()
-                views.clear()
-
     networks, decoders = ThreadPoolExecutor(runner.workers), ThreadPoolExecutor(decoding)
     try:
         pending: deque[tuple[Batch, Future[list[Result]]]] = deque()
-        for ready in batches(data, framing, runner.spec.input, resolution, batch, indices, watch):
+        for ready in batches(data, framing, runner.spec.input, resolution, batch, watch):
             pending.append((ready, decoders.submit(decode, networks.submit(run, ready), ready)))
             if len(pending) > runner.workers + decoding:
                 done, future = pending.popleft()
-                yield from finished(done, future.result())
-        while pending:
-            done, future = pending.popleft()
-            yield from finished(done, future.result())
+                yield from merge.finished(done, future.result())
+        for done, future in pending:
+            yield from merge.finished(done, future.result())
     finally:
         networks.shutdown(cancel_futures=True)
         decoders.shutdown(cancel_futures=True)
+
+
+class _Merge(Generic[Result]):
+    """Joins the results of an image's views, which may lie in several batches."""
+
+    def __init__(self, decoder: Decoder[Result]) -> None:
+        self._decoder = decoder
+        self._parts: list[Result] = []
+        self._views: list[View] = []
+
+    def finished(self, batch: Batch, results: Sequence[Result]) -> Iterator[tuple[Sample[Any], Result]]:
+        """Yield the images whose last view is in the batch."""
+        if not batch.views:
+            yield batch.samples[0], self._decoder.merge([], [])
+            return
+        for sample, view, result, last in zip(batch.samples, batch.views, results, batch.last, strict=True):
+            self._parts.append(result)
+            self._views.append(view)
+            if last:
+                yield sample, self._decoder.merge(self._parts, self._views)
+                self._parts, self._views = [], []

@@ -104,9 +104,10 @@ def evaluated(tmp_path, monkeypatch):
         job = Job(tmp_path / "out", {"engine": tmp_path}, {}, tmp_path / "scratch", tmp_path / "cache")
         job.out.mkdir()
         size, metric = "64x64", CocoKeypoints
-        return evaluate.run(
-            job, data, Backend(), WholeImage(), partial(Knowing), metric, None, size, 1, {"data": "test"}, pictures, 5
-        ), job.out  # fmt: skip
+        stage = evaluate.Evaluate(
+            data, Backend(), WholeImage(), partial(Knowing), metric, None, size, 1, {"data": "test"}, pictures, 5
+        )
+        return stage.run(job), job.out
 
     return run
 
@@ -192,10 +193,8 @@ def test_thresholds_from_few_tune_images_are_doubted(splits, tmp_path, capsys, m
         data.parts["tune"] = data.parts.pop("validation")
         out = tmp_path / f"tuned{images}"
         out.mkdir()
-        tune.run(
-            Job(out, {"network": tmp_path}, {}, tmp_path / "scratch", tmp_path / "cache"),
-            data, Backend(), WholeImage(), partial(Knowing), CocoKeypoints, "64x64",
-        )  # fmt: skip
+        stage = tune.Tune(data, Backend(), WholeImage(), partial(Knowing), CocoKeypoints, "64x64")
+        stage.run(Job(out, {"network": tmp_path}, {}, tmp_path / "scratch", tmp_path / "cache"))
         return capsys.readouterr().err
 
     assert "thresholds chosen on 3 tune images may not fit other images; name more in data.splits" in tuned(3)

@@ -14,7 +14,8 @@ import yaml
 from conftest import ROOT
 from omegaconf import OmegaConf
 
-from pipeline.launch import cell, labels, options, wiring
+from pipeline.launch import cell, labels, wiring
+from pipeline.launch.components import build
 from pipeline.onnx_files import files
 from pipeline.results.fingerprint import closure
 from pipeline.results.stage import ABOUT, WIRING, Stage, _component, arguments
@@ -70,8 +71,6 @@ def test_every_choice_binds_to_its_signatures(group, choice):
                 signature = inspect.signature(function)
                 if some.get("_partial_"):
                     signature.bind_partial(**given)
-                elif target.startswith("pipeline.stages."):
-                    signature.bind(None, **given)
                 else:
                     signature.bind(**given)
                 bound += 1
@@ -113,7 +112,7 @@ def test_documented_commands_say_what_can_be_made(line):
     for group in ("pruner", "precision", "backend", "sampler"):
         component = OmegaConf.to_container(config[group], resolve=True)
         if "_target_" in component:
-            assert options.instances({"it": _component(component)})["it"] is not None
+            assert build(_component(component)) is not None
 
 
 @pytest.mark.parametrize(("group", "choice"), [c for c in CHOICES if c[0] not in ("tracking", "experiment", "family")])
@@ -122,7 +121,7 @@ def test_every_component_can_be_made(group, choice):
         return  # described by data alone
     config = composed(group, choice)
     component = OmegaConf.to_container(config[group], resolve=True)
-    made = options.instances({"it": _component(component)})["it"]
+    made = build(_component(component))
     assert made is not None
 
 
@@ -133,7 +132,7 @@ def test_the_multiple_in_the_file_is_the_networks(model):
         spec = files.described(OmegaConf.to_container(config.model.spec, resolve=True))
     else:
         plain = {k: v for k, v in cell.resolved(config.model).items() if k != ABOUT}
-        made = options.instances({"it": plain})["it"]
+        made = build(plain)
         assert isinstance(made, functools.partial)
         spec = made().spec
     assert isinstance(spec, NetworkSpec)

@@ -12,7 +12,8 @@ from pipeline.stages import doctor
 def looked(tmp_path, root):
     out = tmp_path / "out"
     out.mkdir()
-    doctor.run(Job(out, {}, {}, tmp_path / "scratch", tmp_path / "cache"), str(tmp_path / "outputs"), str(root), "now")
+    job = Job(out, {}, {}, tmp_path / "scratch", tmp_path / "cache")
+    doctor.Doctor(str(tmp_path / "outputs"), str(root), "now").run(job)
     return {found["what"]: found for found in json.loads((out / "doctor.json").read_text())}
 
 

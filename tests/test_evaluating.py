@@ -56,20 +56,9 @@ def exported(finished):
 
 
 def run(job, data, metric=CocoKeypoints, backend=None, agreement=None):
-    return evaluate.run(
-        job,
-        data,
-        backend or OnnxRuntime(),
-        WholeImage("pad_image_input"),
-        HeatmapPafDecoder,
-        metric,
-        agreement,
-        "64x80",
-        1,
-        {"data": "test"},
-        3,
-        40,
-    )
+    framing, on = WholeImage("pad_image_input"), backend or OnnxRuntime()
+    stage = evaluate.Evaluate(data, on, framing, HeatmapPafDecoder, metric, agreement, "64x80", 1, {"data": "test"}, 3, 40)
+    return stage.run(job)
 
 
 class Interrupted(CocoKeypoints):
@@ -145,7 +134,7 @@ def test_results_come_in_order_whatever_the_batch_and_the_threads(chain, finishe
             watch = Watch()
             decoder = HeatmapPafDecoder(runner.spec)
             size = evaluate.Resolution(64, 80)
-            results = list(predict(part, runner, WholeImage("pad_image_input"), decoder, size, batch, None, watch))
+            results = list(predict(part, runner, WholeImage("pad_image_input"), decoder, size, batch, watch))
         assert [sample.id for sample, _ in results] == [part[n].id for n in range(len(part))]
         assert set(watch.busy) == {"reading", "framing", "network", "decoding"}
         assert watch.bottleneck in watch.busy
@@ -234,15 +223,14 @@ def test_a_result_of_another_form_is_damaged(wrong, tmp_path):
 
 def test_agreement_of_fp32_with_itself_is_whole_or_undefined(chain, exported):
     job, data = chain
-    tuning = tune.run(
-        replace(job("tuned"), inputs={"network": exported}),
+    tuning = tune.Tune(
         data,
         OnnxRuntime(),
         WholeImage("pad_image_input"),
         partial(HeatmapPafDecoder, heatmap_threshold=[0.05, 0.1], paf_threshold=0.05, score_weights="tuned"),
         CocoKeypoints,
         "64x80",
-    )
+    ).run(replace(job("tuned"), inputs={"network": exported}))
     assert tuning["heatmap_threshold"] in (0.05, 0.1)
     made = job("again")
     made = replace(made, inputs={**made.inputs, "tuned": made.out.parent / "tuned"})
@@ -267,7 +255,7 @@ def test_what_scores_best_on_the_tune_images_is_chosen(chain, exported, wanted, 
         def plain(self, found):
             return found
 
-    def results(part, runner, framing, decoder, *_):
+    def results(part, runner, framing, decoder, *_, **__):
         for n in range(len(part)):
             sample = part[n]
             found = []
@@ -280,15 +268,14 @@ def test_what_scores_best_on_the_tune_images_is_chosen(chain, exported, wanted, 
 
     monkeypatch.setattr(tune, "predict", results)
     measured = partial(CocoKeypoints)
-    summary = tune.run(
-        replace(job("chosen"), inputs={"network": exported}),
+    summary = tune.Tune(
         data,
         OnnxRuntime(),
         WholeImage(),
         partial(Knowing, threshold=wanted),
         lambda labels, found_labels: measured(labels=labels, found_labels=labels),
         "64x80",
-    )
+    ).run(replace(job("chosen"), inputs={"network": exported}))
     assert summary["threshold"] == best
     assert summary["tune_ap"] > 0.9
     assert json.loads((job("x").out.parent / "chosen/decoder.json").read_text())["options"] == {"threshold": best}
@@ -302,7 +289,7 @@ def test_tune_images_without_people_measure_nothing(chain, exported):
     job, data = chain
     read = partial(HeatmapPafDecoder, heatmap_threshold=0.05, score_weights="tuned")
     where = replace(job("nothing"), inputs={"network": exported})
-    summary = tune.run(where, data, OnnxRuntime(), WholeImage(), read, Nothing, "64x80")
+    summary = tune.Tune(data, OnnxRuntime(), WholeImage(), read, Nothing, "64x80").run(where)
     assert summary == {"heatmap_threshold": 0.05, "tune_images": 4} or not any("ap" in name for name in summary)
     written = json.loads((where.out / "decoder.json").read_text())
     assert written["options"]["score_weights"] is None

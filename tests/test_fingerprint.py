@@ -36,7 +36,7 @@ def names(files):
 
 
 def stage(**options):
-    return Stage("train", "a", {"_target_": "pipeline.stages.train.run", **options})
+    return Stage("train", "a", {"_target_": "pipeline.stages.train.Train", **options})
 
 
 @pytest.mark.parametrize(
@@ -44,14 +44,14 @@ def stage(**options):
     ["pipeline/training/simcc.py", "posepress/decoders/simcc.py", "pipeline/backends/another.py", "pipeline/models/hrnet.py"],
 )
 def test_a_new_file_makes_nothing_stale(new, copy):
-    stages = [Stage(f.stem, "", {"_target_": f"pipeline.stages.{f.stem}.run"}) for f in copy.glob("pipeline/stages/*.py")]
+    stages = [Stage(f.stem, "", {"_target_": f"pipeline.stages.{f.stem}.x"}) for f in copy.glob("pipeline/stages/*.py")]
     before = [digest_of_code(source_files(each)) for each in stages]
     (copy / new).write_text("from pipeline.training import loop\n")
     assert [digest_of_code(source_files(each)) for each in stages] == before
 
 
 def test_a_changed_line_makes_those_stale_that_run_it(copy):
-    stages = {name: Stage(name, "", {"_target_": f"pipeline.stages.{name}.run"}) for name in ("train", "tune", "build")}
+    stages = {name: Stage(name, "", {"_target_": f"pipeline.stages.{name}.x"}) for name in ("train", "tune", "build")}
     before = {name: digest_of_code(source_files(each)) for name, each in stages.items()}
     changes = {"posepress/predict.py": {"tune"}, "pipeline/training/loop.py": {"train"}, "posepress/errors.py": set(stages)}
     for file, stale in changes.items():

@@ -14,6 +14,7 @@ from test_quantization import branches, fed, feed  # noqa: F401
 
 from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.probing.candidate import Candidate
+from pipeline.probing.judge import Judge
 from pipeline.probing.probe import Probe
 from pipeline.quantization import place as place_module
 from pipeline.quantization import writers
@@ -25,6 +26,7 @@ from pipeline.stages import quantize
 from pipeline.training.fake_quantization import FakeQuantized
 from posepress.errors import UserError
 from posepress.framing.whole_image import WholeImage
+from posepress.predict import Selection
 from posepress.resolution import Resolution
 from posepress.results import Sample
 
@@ -127,7 +129,9 @@ def test_a_candidates_engine_is_built_once_and_goes_with_it(smoke, images):
             return super().build(files, shapes, out)
 
     (export,) = (smoke / "outputs/smoke/export").glob("*_dense/model.onnx")
-    probe = Probe(images, 1, WholeImage(), Resolution(64, 80), Counting(), None, None, None, export, 1)
+    probe = Probe(
+        Selection.spread(images.open("tune"), 1), WholeImage(), Resolution(64, 80), Counting(), export, Judge(threads=1)
+    )
     candidate = Candidate.of_file(export)
     with probe.engine(candidate), probe.engine(candidate, 1):
         assert len(built) == 1
@@ -261,9 +265,6 @@ class Tune:
         noise = np.random.default_rng(index).integers(0, 255, (8, 8, 3)).astype(np.uint8)
         return Sample(str(index), Resolution(8, 8), lambda: noise, None)
 
-    def open(self, split):
-        return self
-
 
 def test_engines_lie_in_the_scratch_folder_and_what_a_killed_run_left_is_gone(branches, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
@@ -271,7 +272,7 @@ def test_engines_lie_in_the_scratch_folder_and_what_a_killed_run_left_is_gone(br
     scratch = tmp_path / "scratch"
     (scratch / "engines" / "left").mkdir(parents=True)
     size = Resolution(8, 8)
-    probe = Probe(Tune(), 2, WholeImage(None), size, OnnxRuntime(), None, None, None, tmp_path / "m.onnx", 1, scratch)
+    probe = Probe(Selection.spread(Tune(), 2), WholeImage(None), size, OnnxRuntime(), tmp_path / "m.onnx", None, scratch)
     assert not list((scratch / "engines").iterdir())
     candidate = quantizers.Int8("minmax").calibrate(tmp_path / "m.onnx", fed(feed())).written()
     assert probe.errors(candidate)["out"] < 0.2

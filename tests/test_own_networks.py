@@ -465,17 +465,16 @@ def training(**options):
 def trained(folder, images, make=None, weights=None, resolution="32x48", objective=None, **options):
     make = partial(Own) if make is None else make
     learns = HeatmapPafObjective() if objective is None else objective
-    return stage.run(
-        job(folder), None, make, weights, images, learns, resolution, 0, WholeImage(), NONE, training(**options), None
-    )
+    given = stage.Train(None, make, weights, images, learns, resolution, 0, WholeImage(), NONE, training(**options), None)
+    return given.run(job(folder))
 
 
 def pruning(folder, images, pruner):
-    given = job(folder, "prune", network=folder / "train")
     framing, learns = WholeImage(None), HeatmapPafObjective()
-    return prune.run(
-        given, pruner, images, None, framing, {}, 4, learns, "32x48", "32x48", 0, WholeImage(), NONE, training(steps=0), None
+    given = prune.Prune(
+        pruner, images, None, framing, None, 4, learns, "32x48", "32x48", 0, WholeImage(), NONE, training(steps=0), None
     )
+    return given.run(job(folder, "prune", network=folder / "train"))
 
 
 @pytest.mark.parametrize("kind", ["pixel_shuffle", "chunk", "multiplier", "tied", "weight_norm", "old_weight_norm", "frozen"])
@@ -558,17 +557,8 @@ def test_sensitivity_says_why_there_is_nothing_to_measure(images, tmp_path, monk
     trained(tmp_path, images)
     monkeypatch.setattr(sensitivity, "survey", lambda _: graph.Survey([], [graph.LeftOut(["stem"], "no reason")]))
     with pytest.raises(UserError, match=r"left out are stem \(no reason\)"):
-        sensitivity.run(
-            job(tmp_path, "s", network=tmp_path / "train"),
-            images,
-            HeatmapPafObjective(),
-            "32x48",
-            WholeImage(),
-            NONE,
-            "l1",
-            None,
-            "union",
-            4,
+        sensitivity.Sensitivity(images, HeatmapPafObjective(), "32x48", WholeImage(), NONE, "l1", None, "union", 4).run(
+            job(tmp_path, "s", network=tmp_path / "train")
         )
 
 

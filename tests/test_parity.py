@@ -108,7 +108,7 @@ def test_the_layer_that_differs_is_named(finished, images, exported, tmp_path):
     content = json.loads((typed / "manifest.json").read_text()) | {"summary": {"engine": built.name}}
     write_manifest(engine, {key: value for key, value in content.items() if key != "seal"})
     job = Job(tmp_path, {"engine": engine, "network": typed, "reference": exported.parent}, {}, tmp_path, tmp_path)
-    found = parity.run(job, images, Broken(), WholeImage("pad_image_input"), "64x80", 2, 1e-5)
+    found = parity.Parity(images, Broken(), WholeImage("pad_image_input"), "64x80", 2, 1e-5).run(job)
     model = onnx.load(typed / "model.onnxruntime.onnx")
     (victim,) = (node for node in model.graph.node if "network.refining_heads.0.heatmaps.0.0.weight" in node.input)
     assert found["first_apart"] == victim.output[0]

@@ -242,7 +242,7 @@ def zipped(tmp_path):
         file = packed(results, tmp_path / "results.zip", **changes)
         (tmp_path / "out").mkdir(exist_ok=True)
         job = Job(tmp_path / "out", {}, {}, tmp_path / "scratch", tmp_path / "cache")
-        return import_results.run(job, str(file), str(tmp_path / "outputs"), "x")
+        return import_results.ImportResults(str(file), str(tmp_path / "outputs"), "x").run(job)
 
     return results, bring
 
@@ -708,7 +708,7 @@ def test_no_text_of_a_device_is_more_than_text(text, zipped, tmp_path, capsys):
         tmp_path,
         tmp_path,
     )
-    report_stage.run(job, text)
+    report_stage.Report(text).run(job)
     assert text in capsys.readouterr().out
     written = (tmp_path / "report.html").read_text(encoding="utf-8")
     tags = Tags(written)

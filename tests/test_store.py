@@ -80,7 +80,7 @@ def make(results, stage, content="content", inputs=None):
 
 
 def test_a_result_is_fresh_until_something_it_follows_from_changes(results):
-    stage = Stage("train", "a", {"_target_": "pipeline.stages.train.run", "steps": 3})
+    stage = Stage("train", "a", {"_target_": "pipeline.stages.train.Train", "steps": 3})
     fingerprint = make(results, stage)
     assert results.fresh(stage, fingerprint)
     changes = [

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,15 +67,62 @@ def oks(found: F64, truth: F64, boxes: F64, areas: F64, sigmas: F64) -> F64:
     return out
 
 
+class Predictions(NamedTuple):
+    """Predictions of all images.
+
+    Attributes:
+        points: [D, K, 2], those of an image together and sorted by falling score.
+        starts: where each image's predictions begin, [I + 1].
+    """
+
+    points: F64
+    starts: I64
+
+
+class People(NamedTuple):
+    """Ground truth of all images.
+
+    Attributes:
+        keypoints: [G, K, 3].
+        starts: where each image's ground truth begins, [I + 1].
+        boxes: [G, 4].
+        areas: [G].
+        crowd: whether an entry is a crowd, [G].
+    """
+
+    keypoints: F64
+    starts: I64
+    boxes: F64
+    areas: F64
+    crowd: NDArray[np.bool_]
+
+
+@compiled
+def _best(similarity: F64, order: I64, open_to: NDArray[np.bool_], ignored: NDArray[np.bool_], least: float) -> int:
+    """The ground-truth person that a prediction matches; -1 if it matches none.
+
+    Args:
+        similarity: of the prediction with each person, [G].
+        order: the people, ignored ones last, [G].
+        open_to: whether a person can still be matched, [G].
+        ignored: [G].
+        least: OKS threshold.
+    """
+    best, at = min(least, 1 - 1e-10), -1
+    for g in order:
+        if not open_to[g]:
+            continue
+        if at > -1 and not ignored[at] and ignored[g]:
+            break
+        if similarity[g] >= best:
+            best, at = similarity[g], g
+    return at
+
+
 @compiled
 def match(
-    found: F64,
-    found_starts: I64,
-    truth: F64,
-    true_starts: I64,
-    boxes: F64,
-    areas: F64,
-    crowd: NDArray[np.bool_],
+    found: Predictions,
+    truth: People,
     sigmas: F64,
     ignored: NDArray[np.bool_],
     outside: NDArray[np.bool_],
@@ -84,13 +131,8 @@ def match(
     """Match predictions, the highest score first, to ground-truth people, image by image; ignored people come last.
 
     Args:
-        found: predictions of all images [D, K, 2], those of an image together and sorted by falling score.
-        found_starts: where each image's predictions begin, [I + 1].
-        truth: keypoints of the ground truth, [G, K, 3].
-        true_starts: where each image's ground truth begins, [I + 1].
-        boxes: boxes of the ground truth, [G, 4].
-        areas: areas of the ground truth, [G].
-        crowd: whether a ground-truth entry is a crowd, [G].
+        found: the predictions.
+        truth: the ground truth.
         sigmas: OKS standard deviations of the keypoints, [K].
         ignored: whether a ground-truth person lies outside a stratum, [S, G].
         outside: whether a prediction without a match is no false positive of a stratum, [S, D].
@@ -100,11 +142,11 @@ def match(
         [S, D, T]: HIT, MISS (a false positive) or 0 (does not count).
     """
     S, T = ignored.shape[0], thresholds.shape[0]
-    outcome = np.zeros((S, found.shape[0], T), np.uint8)
-    for image in range(found_starts.shape[0] - 1):
-        d0, d1, g0, g1 = found_starts[image], found_starts[image + 1], true_starts[image], true_starts[image + 1]
-        similarity = oks(found[d0:d1], truth[g0:g1], boxes[g0:g1], areas[g0:g1], sigmas)
-        D, G = d1 - d0, g1 - g0
+    outcome = np.zeros((S, found.points.shape[0], T), np.uint8)
+    for image in range(found.starts.shape[0] - 1):
+        d0, d1, g0, g1 = found.starts[image], found.starts[image + 1], truth.starts[image], truth.starts[image + 1]
+        similarity = oks(found.points[d0:d1], truth.keypoints[g0:g1], truth.boxes[g0:g1], truth.areas[g0:g1], sigmas)
+        crowd, D, G = truth.crowd[g0:g1], d1 - d0, g1 - g0
         order = np.empty(G, np.int64)
         for s in range(S):
             n = 0
@@ -114,19 +156,11 @@ def match(
                         order[n] = g
                         n += 1
             for t in range(T):
-                taken = np.zeros(G, np.bool_)
+                open_to = np.ones(G, np.bool_)
                 for d in range(D):
-                    best, at = min(thresholds[t], 1 - 1e-10), -1
-                    for g in order:
-                        if taken[g] and not crowd[g0 + g]:
-                            continue
-                        if at > -1 and not ignored[s, g0 + at] and ignored[s, g0 + g]:
-                            break
-                        if similarity[d, g] < best:
-                            continue
-                        best, at = similarity[d, g], g
+                    at = _best(similarity[d], order, open_to, ignored[s, g0:g1], thresholds[t])
                     if at > -1:
-                        taken[at] = True
+                        open_to[at] = crowd[at]
                         if not ignored[s, g0 + at]:
                             outcome[s, d0 + d, t] = HIT
                     elif not outside[s, d0 + d]:
@@ -286,19 +320,8 @@ class Everybody:
             }
         ignored = np.array([self.never | away for away, _ in strata.values()])
         outside = np.array([free for _, free in strata.values()])
-        outcome = match(
-            self.found,
-            self.found_starts,
-            self.truth,
-            self.true_starts,
-            self.boxes,
-            self.areas,
-            self.crowd,
-            self.sigmas,
-            ignored,
-            outside,
-            THRESHOLDS,
-        )
+        truth = People(self.truth, self.true_starts, self.boxes, self.areas, self.crowd)
+        outcome = match(Predictions(self.found, self.found_starts), truth, self.sigmas, ignored, outside, THRESHOLDS)
         I = len(self.images)  # noqa: E741 - the number of images
         image_of_true = np.repeat(np.arange(I), np.diff(self.true_starts))
         positives = np.array([np.bincount(image_of_true[~row], minlength=I) for row in ignored], np.int64)

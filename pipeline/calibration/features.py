@@ -14,7 +14,7 @@ from pipeline.quantization.graph import load
 from pipeline.quantization.place import place
 from posepress.contracts import Framing
 from posepress.pixels import normalise
-from posepress.predict import batches
+from posepress.predict import Selection, batches
 from posepress.resolution import Resolution
 
 
@@ -35,7 +35,7 @@ def features(onnx_file: Path, images: Sequence[tuple[Any, int]], framing: Framin
 
     def inputs() -> Iterator[NDArray[np.float32]]:
         for data, index in track(images, "measuring activations", unit="images"):
-            batch = next(iter(batches(data, framing, spec.input, size, 1, [index])))
+            batch = next(iter(batches(Selection(data, [index]), framing, spec.input, size)))
             shape = (1, size.height, size.width, 3)
             yield normalise(batch.images[:1] if batch.views else np.zeros(shape, np.uint8), spec.input)
 

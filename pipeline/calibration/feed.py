@@ -16,7 +16,7 @@ from pipeline.progress import track
 from posepress.contracts import Framing
 from posepress.errors import UserError
 from posepress.pixels import normalise
-from posepress.predict import batches
+from posepress.predict import Selection, batches
 from posepress.resolution import Resolution
 from posepress.spec import InputSpec
 
@@ -42,7 +42,7 @@ def calibration_feed(
     sources = list(_sources(images, data, image_dir, cache))
 
     def frames(most: int | None) -> Iterator[NDArray[np.uint8]]:
-        every = (batch for part, order in sources for batch in batches(part, framing, spec, size, 1, order))
+        every = (batch for images in sources for batch in batches(images, framing, spec, size))
         for batch in track(islice(every, most), "calibrating", min(len(images), most or len(images)), "images"):
             if batch.views:
                 yield batch.images
@@ -55,10 +55,8 @@ def calibration_feed(
     return CalibrationFeed(read, frames, sha256(listed.encode()).hexdigest(), sha256(form.encode()).hexdigest())
 
 
-def _sources(
-    images: list[Mapping[str, str]], data: Splits, image_dir: str | None, cache: Path
-) -> Iterator[tuple[Split[Any], list[int]]]:
-    """Yield each data set with the indices of its chosen images."""
+def _sources(images: list[Mapping[str, str]], data: Splits, image_dir: str | None, cache: Path) -> Iterator[Selection]:
+    """Yield the chosen images of each data set."""
     for split in dict.fromkeys(image["split"] for image in images):
         part: Split[Any] = data.open(split) if split != "image_dir" else Coco.folder(str(image_dir))
         contents = part.contents(cache)
@@ -67,4 +65,4 @@ def _sources(
         if changed:
             raise UserError(f"calibration image {changed[0]} changed since it was chosen; run stage=sample again")
         place = {record.file: n for n, record in enumerate(part.images)}
-        yield part, [place[image["file_name"]] for image in listed]
+        yield Selection(part, [place[image["file_name"]] for image in listed])

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.launch import labels, options, preflight, wiring
-from pipeline.launch.components import located
+from pipeline.launch.components import build
 from pipeline.models.trust import trust
 from pipeline.results.job import Job
 from pipeline.results.manifest import MANIFEST, SHOWN, absent, made_here, read_manifest
@@ -128,7 +128,7 @@ class Cell:
         for name in self.plan:
             preflight.check_packages(self.stages[name])
         for name in self.plan:
-            options.instances(arguments(self.stages[name]))
+            build({key: value for key, value in arguments(self.stages[name]).items() if key != "_target_"})
         for name in self.plan:
             stage = self.stages[name]
             for upstream in () if stage.collect else stage.inputs.values():
@@ -163,7 +163,7 @@ class Cell:
             )
         data = None
         if stage.options.get("data") is not None and stage.splits:
-            data = options.instances({"data": arguments(stage)["data"]})["data"].digest(stage.splits)
+            data = build(arguments(stage)["data"]).digest(stage.splits)
         device = this_device(self.results) if stage.device else {}
         fingerprint, parts = self.results.fingerprint(stage, inputs, data, device)
         folder = self.results.folder(stage)
@@ -180,8 +180,7 @@ class Cell:
                 return
             console.print(f"[bold]{stage.name:10}[/] ...    {escape(str(folder))}", soft_wrap=True)
             started = time.time()
-            given = options.instances(arguments(stage))
-            target = given.pop("_target_")
+            runs = build(arguments(stage))
             scratch = self.results.scratch(stage, fingerprint)
             if self.config.force:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -195,8 +194,8 @@ class Cell:
                     overrides=self.overrides,
                     config_dir=self.flags[1] if self.flags else None,
                 )
-                summary = located(target)(job, **given)
-                dropped = getattr(given.get("data"), "dropped", {})
+                summary = runs.run(job)
+                dropped = getattr(getattr(runs, "data", None), "dropped", {})
                 skipped = sum(len(names) for split, names in dropped.items() if split in stage.splits)
                 if skipped:
                     console.print(f"[yellow]{stage.name:10} skipped {skipped} images: missing, not whole or of another size[/]")

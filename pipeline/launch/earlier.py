@@ -51,6 +51,13 @@ _TARGETS: Mapping[str, str] = {
     "pipeline.quantization.quantizers.Int8": "pipeline.quantization.precisions.int8.Int8",
     "pipeline.quantization.quantizers.Retrained": "pipeline.quantization.precisions.int8_qat.Retrained",
     "pipeline.training.loop.Training": "pipeline.training.options.Training",
+    **{
+        f"pipeline.stages.{name}.run": f"pipeline.stages.{name}.{name.title().replace('_', '')}"
+        for name in (
+            *("train", "sensitivity", "prune", "export", "sample", "qat", "quantize", "build", "tune", "evaluate", "benchmark"),
+            *("report", "compare", "doctor", "parity", "package", "import_results"),
+        )
+    },
 }
 
 

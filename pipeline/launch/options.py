@@ -1,7 +1,7 @@
 """Check of every option's type and range before any work.
 
-The options of a stage are the arguments of its `run`. The options of a component are the arguments of its `_target_`. Their
-annotations state the allowed values, for example `Annotated[int, Ge(1)]`. All other options are declared in `Command`.
+The options of a stage and of a component are the arguments of its `_target_`. Their annotations
+state the allowed values, for example `Annotated[int, Ge(1)]`. All other options are declared in `Command`.
 """
 
 import re
@@ -12,7 +12,6 @@ from annotated_types import Ge, Interval, MinLen, Predicate, doc
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.launch.components import build
 from pipeline.launch.values import Check, parameters, refuse_unless, shown, target_of
 from pipeline.results.stage import ABOUT, WIRING
 from posepress.errors import UserError, nearest
@@ -58,7 +57,7 @@ class Command(TypedDict):
     debug: bool
     addresses: Mapping[str, object]
     axes: Mapping[str, object]
-    judged_by: Mapping[str, Any]
+    judged_by: Any
     stages: Mapping[str, object]
     data: Any
     model: Any
@@ -135,10 +134,10 @@ def check_command(config: DictConfig) -> None:
 
 
 def check_wiring(config: DictConfig) -> None:
-    """Check the function, inputs and address of every stage, from which the plan is made.
+    """Check the class, inputs and address of every stage, from which the plan is made.
 
     Raises:
-        UserError: a stage is no mapping, or lacks its function, inputs or address.
+        UserError: a stage is no mapping, or lacks its class, inputs or address.
     """
     check = Check()
     shape = "a stage is a mapping with _target_, inputs and address"
@@ -218,15 +217,6 @@ def check_added(config: DictConfig, words: Sequence[str]) -> None:
         wiring = WIRING if parts[0] == "stages" and place == 2 else ()
         if place == 0 or (parts[place] not in (*takes, *wiring) and "**" not in takes):
             raise UserError(f"{key}: no such option{nearest(parts[place], takes)}; `python -m pipeline --cfg job` lists them")
-
-
-def instances(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a stage, which are its options with their components built.
-
-    Raises:
-        UserError: a component rejects its options.
-    """
-    return {key: build(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
 
 def _component_at(config: DictConfig, parts: Sequence[str]) -> DictConfig | None:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pipeline.launch import labels, options, wiring
 from pipeline.launch.chain import needed, requested
+from pipeline.launch.components import build
 from pipeline.results.content import sha256
 from pipeline.results.manifest import read_manifest
 from pipeline.results.stage import ABOUT, Stage, arguments, option_of, targets, value_at
@@ -180,7 +181,7 @@ def check_images(stages: Mapping[str, Stage], plan: Sequence[str]) -> None:
     node = arguments(reading[0]).get("data") if reading else None
     if not isinstance(node, Mapping) or "counts" in node:
         return
-    data = options.instances({"data": node})["data"]
+    data = build(node)
     for split in splits:
         if split in data or split in ("train", "validation"):  # the other splits may be absent
             try:
@@ -212,7 +213,7 @@ def check_given(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[
     for doubt in spec.input.doubts:
         print(f"warning: model.spec.input.{doubt}", file=sys.stderr)
     given = arguments(stages["evaluate"])
-    parts = options.instances({key: given[key] for key in ("decoder", "framing")})
+    parts = build({key: given[key] for key in ("decoder", "framing")})
     try:
         parts["decoder"](spec, **decoder_options(None, parts["decoder"]))
         if getattr(parts["framing"], "flip", False):

@@ -14,6 +14,7 @@ from annotated_types import DocInfo, Ge, Gt, Interval, Le, Len, Lt, MinLen
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
+from pipeline.launch.components import located
 from pipeline.results.stage import ABOUT, WIRING, Stage
 from posepress.errors import UserError, nearest
 
@@ -37,7 +38,7 @@ class Check:
         self.seen: set[str] = set()
 
     def stage(self, node: DictConfig, name: str) -> None:
-        """Check a stage's wiring, and its options against the signature of its function."""
+        """Check a stage's wiring, and its options against the attributes of its class."""
         wiring = get_type_hints(Stage, include_extras=True) | {"inputs": Mapping[str, str | None]}  # null removes an input
         here = node.keys()
         for key in WIRING:
@@ -46,7 +47,10 @@ class Check:
         for key in node.get("files") or []:
             if key.partition(".")[0] not in node:
                 raise UserError(f"stages.{name}.files: {key} is no option of this stage{nearest(key, map(str, node))}")
-        self.arguments(node, target_of(node), given=("job",), skipped=WIRING, stage=name)
+        target = target_of(node)
+        if not callable(getattr(located(target), "run", None)):
+            raise UserError(f"{_name(node, '_target_')}={target}: no stage; choose a class with a method `run`")
+        self.arguments(node, target, skipped=WIRING, stage=name)
 
     def component(self, node: DictConfig, stage: str = "") -> None:
         """Check a component's options against the signature of its `_target_`."""
@@ -63,7 +67,6 @@ class Check:
         self,
         node: DictConfig,
         target: str,
-        given: Sequence[str] = (),
         skipped: Sequence[str] = (),
         partial: bool = False,
         stage: str = "",
@@ -82,7 +85,7 @@ class Check:
             hint = takes[key].hint if key in takes else Any
             tuned = node._get_full_key(None) == TUNED  # noqa: SLF001 - OmegaConf has no other way to a node's place
             self.option(node, key, _candidates(hint) if tuned else hint, stage=stage)
-        here = {*map(str, node), *given}
+        here = set(map(str, node))
         lost = [key for key, takes_it in takes.items() if takes_it.required and key not in here]
         if lost and not partial:
             raise UserError(f"{_name(node, lost[0])}: is not there, and {target} needs it")

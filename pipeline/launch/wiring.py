@@ -15,7 +15,7 @@ from pipeline.launch.earlier import has, move, remove
 from pipeline.launch.labels import GROUPS, Config, automatic, class_of, method, options_of, said
 from pipeline.launch.options import Command
 
-SHARED = tuple(Command.__annotations__)  # a stage gets these options if its function has parameters with their names
+SHARED = tuple(Command.__annotations__)  # a stage gets these options if its class has attributes with their names
 
 
 def holds(config: Config, condition: str) -> bool:
@@ -101,7 +101,7 @@ def _refer(node: DictConfig, key: str, place: str) -> None:
 
 
 def wire(config: DictConfig, names: Iterable[str]) -> None:
-    """Add to stages the options of the whole command that their functions take, and those that a condition requires."""
+    """Add to stages the options of the whole command that their classes take, and those that a condition requires."""
     for name in names:
         node: Any = config.stages.get(name)
         if not isinstance(node, DictConfig):
@@ -132,12 +132,13 @@ def _bases(config: Config) -> dict[str, Any]:
 
 @cache
 def _parameters(target: str) -> list[str]:
-    """The names of a stage's parameters, read from its source: an import takes seconds, also where the stage is fresh."""
+    """The names of a stage's options, read from its source: an import takes seconds, also where the stage is fresh."""
     module, _, name = target.rpartition(".")
     try:
         found = find_spec(module)
         tree = ast.parse(Path(str(found.origin)).read_text()) if found is not None else ast.Module([], [])
     except (ImportError, ValueError, OSError, SyntaxError):
         return []
-    function = next((node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name), None)
-    return [] if function is None else [argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)]
+    stage = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
+    fields = [] if stage is None else [node.target for node in stage.body if isinstance(node, ast.AnnAssign)]
+    return [field.id for field in fields if isinstance(field, ast.Name)]

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation import latency
-from evaluation.contracts import Metric
 from evaluation.statistics import Draws, bootstrap, paired
-from pipeline.contracts import Backend, Splits
+from pipeline.contracts import Backend
 from pipeline.onnx_files.execute import computed_over
 from pipeline.onnx_files.files import Shapes, read_spec
 from pipeline.probing.candidate import Candidate
-from posepress.contracts import Decoder, Framing, Runner
+from pipeline.probing.judge import Judge
+from posepress.contracts import Framing, Runner, Samples
 from posepress.resolution import Resolution
 
 
@@ -50,42 +50,33 @@ class Probe:
     """Measures candidates against the FP32 network, on one backend.
 
     Args:
-        data: the data set; its tune images are used.
-        count: largest number of tune images.
+        images: the images to measure on.
         framing: framing of the engines.
         size: size of the network's input.
         backend: backend that builds and runs the candidates.
-        decoder: decoder of the fields, with its tuned options. None: only the errors of the fields are measured.
-        metric: function that makes the metric from the labels of the data and of the network; None without a decoder.
-        agreement: function that makes the agreement metric from the network's labels. None: agreement is not measured.
         reference: the FP32 ONNX file.
-        threads: number of CPU threads while a candidate is timed.
+        judge: decoder and metrics, for these images. None: only the errors of the fields are measured.
         scratch: folder for engines, which are deleted with their candidates. None: the system's temporary folder.
     """
 
     def __init__(
         self,
-        data: Splits,
-        count: int,
+        images: Samples[Any],
         framing: Framing,
         size: Resolution,
         backend: Backend,
-        decoder: Decoder[Any] | None,
-        metric: Callable[..., Metric[Any, Any]] | None,
-        agreement: Callable[..., Metric[Any, Any]] | None,
         reference: Path,
-        threads: int,
+        judge: Judge | None = None,
         scratch: Path | None = None,
     ) -> None:
         self.scratch = None if scratch is None else scratch / "engines"
         if self.scratch is not None:  # a killed run may have left files here
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.scratch.mkdir(parents=True)
-        self.images = data.open("tune")
-        self.indices = sorted({round(k) for k in np.linspace(0, len(self.images) - 1, min(count, len(self.images)))})
-        self.framing, self.size, self.backend, self.decoder = framing, size, backend, decoder
-        self.metric, self.agreement, self.reference, self.threads = metric, agreement, reference, threads
+        self.images, self.framing, self.size, self.backend, self.reference = images, framing, size, backend, reference
+        self.judge = judge or Judge()
         self.spec = read_spec(reference)
+        self.decoder = self.judge.decoder(self.spec) if self.judge.decoder is not None else None
         self._built: WeakKeyDictionary[Candidate, Path] = WeakKeyDictionary()
 
     @cached_property
@@ -93,7 +84,7 @@ class Probe:
         """Framed images, uint8 [1, H, W, 3]."""
         from posepress.predict import batches
 
-        made = batches(self.images, self.framing, self.spec.input, self.size, 1, self.indices)
+        made = batches(self.images, self.framing, self.spec.input, self.size)
         return [batch.images for batch in made if batch.views]
 
     @cached_property
@@ -145,7 +136,7 @@ class Probe:
         from posepress.predict import predict
 
         read = self.framing.reader(self.decoder, self.spec)
-        return predict(self.images, runner, self.framing, read, self.size, 1, self.indices)
+        return predict(self.images, runner, self.framing, read, self.size)
 
     @staticmethod
     def summary(probe: "Probe | None", candidate: Candidate) -> dict[str, float]:
@@ -155,15 +146,16 @@ class Probe:
     @property
     def primary(self) -> str:
         """The key of the primary metric; empty if no metric is measured."""
-        made: Any = getattr(self.metric, "func", self.metric)  # a partial function holds the class in `func`
+        made: Any = getattr(self.judge.metric, "func", self.judge.metric)  # a partial function holds the class in `func`
         return "" if made is None else str(made.info.primary)
 
     def figures(self, candidate: Candidate) -> dict[str, float]:
         """The metric, its drop from FP32 with a paired 95 % interval, and the agreement with FP32's predictions."""
         assert self.decoder is not None
-        assert self.metric is not None
-        metric = self.metric(labels=self.images.labels, found_labels=self.spec.labels)
-        agreement = self.agreement(labels=self.spec.labels) if self.agreement is not None else None
+        assert self.judge.metric is not None
+        metric = self.judge.metric(found_labels=self.spec.labels)
+        agree = self.judge.agreement
+        agreement = agree(labels=self.spec.labels) if agree is not None else None
         with self.engine(candidate) as runner:
             for sample, found in self._predictions(runner):
                 metric.process(sample.id, sample.truth, found)
@@ -183,17 +175,16 @@ class Probe:
     @cached_property
     def baseline(self) -> Draws:
         """Bootstrap samples of the FP32 network's primary metric."""
-        assert self.metric is not None
-        metric = self.metric(labels=self.images.labels, found_labels=self.spec.labels)
-        for index in self.indices:
-            sample = self.images[index]
+        assert self.judge.metric is not None
+        metric = self.judge.metric(found_labels=self.spec.labels)
+        for sample in map(self.images.__getitem__, range(len(self.images))):
             metric.process(sample.id, sample.truth, self.people[sample.id])
         return bootstrap(metric.matches())
 
     def latencies(self, candidates: Sequence[Candidate], seconds: float) -> list[float]:
         """The median latency of each candidate's network alone, in ms. The candidates are timed in turns."""
         with ExitStack() as stack:
-            runners = [stack.enter_context(self.engine(candidate, self.threads)) for candidate in candidates]
+            runners = [stack.enter_context(self.engine(candidate, self.judge.threads)) for candidate in candidates]
             calls = [[partial(_call, runner, runner.upload(self.frames[0]))] for runner in runners]
             return [timing.percentile(50).value for timing in latency.in_turns(calls, seconds)]
 

@@ -1,6 +1,6 @@
 """Measure memory, time and energy of an engine with its pre- and post-processing, in a separate process."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import cycle
@@ -33,8 +33,7 @@ class Work:
         backend: backend that runs the engine.
         images: RGB images, uint8 [H, W, 3], with the boxes of their instances if known. Images without a view are skipped.
         framing: framing that makes an image an input; its first view is used.
-        decoder: function that makes the decoder from the network's description and `options`.
-        options: options of the decoder.
+        decoder: function that makes the decoder from the network's description.
         resolution: size of the input.
         batch: number of copies of a view in one call.
         threads: number of CPU threads.
@@ -44,14 +43,13 @@ class Work:
     images: Sequence[tuple[NDArray[np.uint8], Boxes | None]]
     framing: Framing
     decoder: Callable[..., Decoder[Any]]
-    options: Mapping[str, Any]
     resolution: Resolution
     batch: int
     threads: int
 
     def steps(self, runner: Runner) -> list[Callable[[Any], Any]]:
         """The steps of a call, in the order of `STEPS`; each call takes the next image."""
-        spec, decode = runner.spec.input, self.decoder(runner.spec, **self.options)
+        spec, decode = runner.spec.input, self.decoder(runner.spec)
         seen = [
             (image, view)
             for image, boxes in self.images

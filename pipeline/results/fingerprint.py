@@ -1,7 +1,7 @@
 """The fingerprint of a result: a digest of everything on which the result depends.
 
 It covers the stage's options, the content of its inputs, the versions of its toolchain, and the code that runs. This code is
-the import closure of the stage's function, of every `_target_` in its options, and of the network in an input's
+the import closure of the stage's class, of every `_target_` in its options, and of the network in an input's
 architecture.json. Modules outside this closure change no fingerprint.
 """
 
@@ -33,7 +33,7 @@ Manifests = Mapping[str, Sequence[tuple[Path, Mapping[str, Any]]]]
 
 
 def source_files(stage: Stage, networks: Iterable[str] = ()) -> list[Path]:
-    """Return the source files that a stage runs: the import closure of its function and components.
+    """Return the source files that a stage runs: the import closure of its class and components.
 
     Args:
         stage: a stage with resolved options.

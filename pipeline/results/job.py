@@ -1,4 +1,4 @@
-"""The first argument of a stage's function."""
+"""What a stage gets when it runs, beside its options."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Job:
-    """The first argument of a stage's function, which it gets beside its options.
+    """The argument of a stage's `run`.
 
     Attributes:
         out: an empty folder for the result.

@@ -19,7 +19,7 @@ class Stage:
     Attributes:
         name: name of the stage.
         address: name of its result's folder in outputs/<name>/<stage>/.
-        options: `_target_` and the arguments of its function.
+        options: `_target_` and the arguments of its class.
         inputs: the stage that makes each input, by role.
         toolchain: Python distributions that may change the result when their version changes.
         splits: splits of `options["data"]` that the stage reads.

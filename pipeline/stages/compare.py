@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,19 +14,11 @@ from pipeline.results.job import Job
 from posepress.errors import UserError
 
 
-def run(
-    job: Job,
-    data: Splits,
-    metric: Callable[..., Any],
-    engines: Sequence[str],
-    outputs: str,
-    name: str,
-    resamples: Annotated[int, Interval(ge=1, le=10**6)],
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Compare:
     """Print and write the figures of both sides and their paired differences. The next report also shows them.
 
-    Args:
-        job: the job. Its folder gets comparison.json.
+    Attributes:
         data: the data set. Results in COCO's format are scored on its validation images.
         metric: metric that scores results in COCO's format.
         engines: two of: an address under outputs/<name>/evaluate, NAME/ADDRESS, or a file of COCO results; or the names of two
@@ -33,29 +26,49 @@ def run(
         outputs: folder of the results.
         name: sweep of addresses that do not name one.
         resamples: number of bootstrap resamples, for files of results.
-
-    Raises:
-        UserError: a side is invalid, or the two were evaluated on different images. `comparison.check` has already refused
-            other mistakes.
     """
-    root = Path(outputs)
-    sweeps = [root / entry / "evaluate" for entry in engines]
-    if all(folder.is_dir() for folder in sweeps):
-        ours, theirs = ({f.parent.name for f in folder.glob("[!.]*/manifest.json")} for folder in sweeps)
-        if not ours & theirs:
-            raise UserError(f"engines={list(engines)}: the two sweeps share no address, so there is nothing to compare")
-        sides = {at: tuple(evaluated(folder / at) for folder in sweeps) for at in sorted(ours & theirs)}
-        alone = sorted(ours ^ theirs)
-    else:
-        both = tuple(
-            scored(Path(entry), data, metric, resamples) if entry.endswith(".json") else evaluated(find(root, name, entry))
-            for entry in engines
+
+    data: Splits
+    metric: Callable[..., Any]
+    engines: Sequence[str]
+    outputs: str
+    name: str
+    resamples: Annotated[int, Interval(ge=1, le=10**6)]
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Run the stage.
+
+        Args:
+            job: the job. Its folder gets comparison.json.
+
+        Raises:
+            UserError: a side is invalid, or the two were evaluated on different images. `comparison.check` has already refused
+                other mistakes.
+        """
+        root = Path(self.outputs)
+        sweeps = [root / entry / "evaluate" for entry in self.engines]
+        if all(folder.is_dir() for folder in sweeps):
+            ours, theirs = ({f.parent.name for f in folder.glob("[!.]*/manifest.json")} for folder in sweeps)
+            if not ours & theirs:
+                raise UserError(
+                    f"engines={list(self.engines)}: the two sweeps share no address, so there is nothing to compare"
+                )
+            sides = {at: tuple(evaluated(folder / at) for folder in sweeps) for at in sorted(ours & theirs)}
+            alone = sorted(ours ^ theirs)
+        else:
+            both = tuple(
+                scored(Path(entry), self.data, self.metric, self.resamples)
+                if entry.endswith(".json")
+                else evaluated(find(root, self.name, entry))
+                for entry in self.engines
+            )
+            sides, alone = {"": both}, []
+        pairs = [{"name": at, "figures": rows_of(first, second, self.engines)} for at, (first, second) in sides.items()]
+        (job.out / "comparison.json").write_text(
+            json.dumps({"engines": list(self.engines), "pairs": pairs, "alone": alone}, indent=1)
         )
-        sides, alone = {"": both}, []
-    pairs = [{"name": at, "figures": rows_of(first, second, engines)} for at, (first, second) in sides.items()]
-    (job.out / "comparison.json").write_text(json.dumps({"engines": list(engines), "pairs": pairs, "alone": alone}, indent=1))
-    _print(engines, pairs, alone)
-    return {"pairs": len(pairs), "alone": len(alone)}
+        _print(self.engines, pairs, alone)
+        return {"pairs": len(pairs), "alone": len(alone)}
 
 
 def _print(engines: Sequence[str], pairs: Sequence[dict[str, Any]], alone: Sequence[str]) -> None:

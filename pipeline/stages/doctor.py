@@ -37,22 +37,34 @@ class Finding:
     remedy: str = ""
 
 
-def run(job: Job, outputs: str, system: str, asked: str) -> dict[str, Any]:  # noqa: ARG001 - `asked` makes each run a new one
+@dataclass(frozen=True)
+class Doctor:
     """Check the machine, print a table and write doctor.json.
 
-    Args:
-        job: the job. Its folder gets doctor.json.
+    Attributes:
         outputs: folder of the results. The free space of its disk is checked.
         system: root of the file system.
         asked: time of the request, which makes each run a new one.
     """
-    findings = [*_computer(Path(outputs), Path(system)), *_packages(), *_gpu(Path(system)), *_tensorrt(Path(system))]
-    table = Table("what", "found", "what to do")
-    for finding in findings:
-        table.add_row(finding.what, finding.found, finding.remedy)
-    Console(stderr=True, highlight=False).print(table)
-    (job.out / "doctor.json").write_text(json.dumps([asdict(finding) for finding in findings], indent=1))
-    return {"findings": len(findings), "to_do": [finding.what for finding in findings if finding.remedy]}
+
+    outputs: str
+    system: str
+    asked: str
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Run the stage.
+
+        Args:
+            job: the job. Its folder gets doctor.json.
+        """
+        root = Path(self.system)
+        findings = [*_computer(Path(self.outputs), root), *_packages(), *_gpu(root), *_tensorrt(root)]
+        table = Table("what", "found", "what to do")
+        for finding in findings:
+            table.add_row(finding.what, finding.found, finding.remedy)
+        Console(stderr=True, highlight=False).print(table)
+        (job.out / "doctor.json").write_text(json.dumps([asdict(finding) for finding in findings], indent=1))
+        return {"findings": len(findings), "to_do": [finding.what for finding in findings if finding.remedy]}
 
 
 def _computer(outputs: Path, root: Path) -> Iterator[Finding]:

@@ -1,10 +1,12 @@
 """export: write an ONNX file, simplify and describe it, and compare it with its source."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
+import onnx
 from annotated_types import Gt, Interval
 from numpy.typing import NDArray
 
@@ -19,29 +21,18 @@ from pipeline.results.job import Job
 from posepress.contracts import Framing
 from posepress.errors import UserError
 from posepress.pixels import normalise
-from posepress.predict import batches
+from posepress.predict import Selection, batches
 from posepress.resolution import Resolution
 from posepress.spec import NetworkSpec
 
 MODEL = "model.onnx"
 
 
-def run(
-    job: Job,
-    onnx: str | None,
-    spec: Mapping[str, Any] | None,
-    outputs: Mapping[str, Any] | None,
-    data: Splits,
-    framing: Framing,
-    resolution: str,
-    opset: Annotated[int, Interval(ge=18, le=23)],
-    simplify_seconds: Annotated[float, Interval(gt=0, le=86400)],
-    tolerance: Annotated[float, Gt(0)],
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Export:
     """Export the input "network", or adopt a given ONNX file.
 
-    Args:
-        job: the job. Its inputs hold "network" unless `onnx` is given.
+    Attributes:
         onnx: a given ONNX file.
         spec: description of the given file.
         outputs: the given file's output for each field that has another name there.
@@ -51,47 +42,83 @@ def run(
         opset: opset version of the file.
         simplify_seconds: time limit of each simplifier, in seconds.
         tolerance: largest accepted difference, relative to a field's greatest value.
-
-    Returns:
-        The largest difference, the shapes compared, the simplifier, parameters and MACs.
     """
-    import onnx as onnx_library
 
-    file, size = job.out / MODEL, Resolution.parse(resolution)
-    if onnx is None:
+    onnx: str | None
+    spec: Mapping[str, Any] | None
+    outputs: Mapping[str, Any] | None
+    data: Splits
+    framing: Framing
+    resolution: str
+    opset: Annotated[int, Interval(ge=18, le=23)]
+    simplify_seconds: Annotated[float, Interval(gt=0, le=86400)]
+    tolerance: Annotated[float, Gt(0)]
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Run the stage.
+
+        Args:
+            job: the job. Its inputs hold "network" unless `onnx` is given.
+
+        Returns:
+            The largest difference, the shapes compared, the simplifier, parameters and MACs.
+        """
+        file = job.out / MODEL
+        source = self._exported(job, file) if self.onnx is None else self._adopted(Path(self.onnx), file)
+        simplifier = onnx_export.simplify(file, self.simplify_seconds)
+        onnx_export.stamp(file, source.spec)
+        compared = onnx_export.compare(file, source.spec, source.reference, source.inputs, self.tolerance)
+        graph = onnx.load(file).graph
+        summary: dict[str, Any] = dict(source.counted)
+        if source.sparse:
+            summary["sparse24_layers"] = sparse = len(sparse_layers(graph))
+            if sparse < source.sparse:
+                raise UserError(f"{MODEL}: {sparse} convolutions are 2:4 sparse, but {source.sparse} should be; prune again")
+        if not summary:
+            summary["params"] = int(sum(np.prod(i.dims) for i in graph.initializer if len(i.dims) > 1))
+        batch_norms = sum(node.op_type == "BatchNormalization" for node in graph.node)
+        return {**summary, **compared, "simplifier": simplifier, "nodes": len(graph.node), "batch_norms": batch_norms}
+
+    def _exported(self, job: Job, file: Path) -> "_Source":
+        """Write the input "network" as ONNX."""
         network, _, _ = store.load(job.inputs["network"])
         network.eval()
-        described: NetworkSpec = network.spec  # type: ignore[assignment]
-        inputs = _inputs(data, framing, described, size)
+        size, spec = Resolution.parse(self.resolution), cast("NetworkSpec", network.spec)
+        inputs = _inputs(self.data, self.framing, spec, size)
         with Progress("exporting", unit="s"):
-            onnx_export.export(network, inputs[0], opset, file, graphs=job.cache / "exports")
-        reference = onnx_export.torch_reference(network)
+            onnx_export.export(network, inputs[0], self.opset, file, graphs=job.cache / "exports")
         counted = {"params": sum(p.numel() for p in network.parameters()), "macs": macs(network, size)}
-        sparse = list(getattr(network, "sparse24", []))
-    else:
-        assert spec is not None
-        adopted = adopt(Path(onnx), spec, outputs, size)
-        described = adopted.spec
+        sparse = len(getattr(network, "sparse24", []))
+        return _Source(spec, onnx_export.torch_reference(network), inputs, counted, sparse)
+
+    def _adopted(self, given: Path, file: Path) -> "_Source":
+        """Write the given file with its inputs and outputs in the product's form."""
+        assert self.spec is not None
+        adopted = adopt(given, self.spec, self.outputs, Resolution.parse(self.resolution))
         if adopted.notes:
             say("; ".join(adopted.notes))
-        onnx_library.save(adopted.model, file)
-        reference = onnx_export.onnx_reference(Path(onnx), described, adopted.sources)
-        inputs = _inputs(data, framing, described, adopted.size)
-        counted, sparse = {}, []
-    simplifier = onnx_export.simplify(file, simplify_seconds)
-    onnx_export.stamp(file, described)
-    compared = onnx_export.compare(file, described, reference, inputs, tolerance)
-    graph = onnx_library.load(file).graph
-    if sparse:
-        counted["sparse24_layers"] = len(sparse_layers(graph))
-        if counted["sparse24_layers"] < len(sparse):
-            raise UserError(
-                f"{MODEL}: {counted['sparse24_layers']} convolutions are 2:4 sparse, but {len(sparse)} should be; prune again"
-            )
-    if not counted:
-        counted["params"] = int(sum(np.prod(i.dims) for i in graph.initializer if len(i.dims) > 1))
-    batch_norms = sum(node.op_type == "BatchNormalization" for node in graph.node)
-    return {**counted, **compared, "simplifier": simplifier, "nodes": len(graph.node), "batch_norms": batch_norms}
+        onnx.save(adopted.model, file)
+        inputs = _inputs(self.data, self.framing, adopted.spec, adopted.size)
+        return _Source(adopted.spec, onnx_export.onnx_reference(given, adopted.spec, adopted.sources), inputs)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What an ONNX file was made from.
+
+    Attributes:
+        spec: description of the network.
+        reference: function that computes the fields of the source.
+        inputs: inputs to compare at.
+        counted: parameters and MACs, if known.
+        sparse: number of layers that must be 2:4 sparse.
+    """
+
+    spec: NetworkSpec
+    reference: onnx_export.Reference
+    inputs: Sequence[NDArray[np.float32]]
+    counted: Mapping[str, float] = field(default_factory=dict)
+    sparse: int = 0
 
 
 def _inputs(data: Splits, framing: Framing, spec: NetworkSpec, size: Resolution) -> list[NDArray[np.float32]]:
@@ -109,7 +136,7 @@ def _inputs(data: Splits, framing: Framing, spec: NetworkSpec, size: Resolution)
     images = data.open("train")
     made = []
     for at in sizes:
-        few = batches(images, framing, spec.input, at, 1, range(min(2, len(images))))
+        few = batches(Selection(images, range(min(2, len(images)))), framing, spec.input, at)
         made += [normalise(batch.images, spec.input) for batch in few]
     if "batch" in spec.dynamic:
         made.append(np.concatenate([made[0], np.flip(made[0], spec.input.axes["height"])]))

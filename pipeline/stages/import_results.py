@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +16,52 @@ from pipeline.results.store import Results
 from posepress.errors import UserError
 
 
-def run(job: Job, results: str | None, outputs: str, name: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ImportResults:
     """Import results.zip.
 
-    Args:
-        job: the job. Its folder gets the package's description of itself.
+    Attributes:
         results: the file results.zip of a package.
         outputs: folder of the results.
         name: name of the sweep that the results belong to.
-
-    Returns:
-        The device, and for the tracker each cell with its axes, figures and stages.
-
-    Raises:
-        UserError: no file is given, the file is damaged, or it would replace results of this machine.
     """
-    if results is None:
-        raise UserError("results has no value, but stage=import needs it; give it as results=results.zip")
-    there, file = Results(Path(outputs), name, "import"), Path(results)
-    try:
-        brought = results_zip.unpack(file, there, job.scratch / "unpacked")
-        for place, manifest in brought.manifests.items():
-            kind, _, address = place.partition("/")
-            stage = Stage(kind, address, {})
-            with there.lock(stage), there.writing(stage) as new:
-                results_zip.check_place(file, there.folder(stage))
-                shutil.copytree(brought.folder / place, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
-                write_manifest(new, {**manifest, "imported": brought.device})
-    finally:
-        shutil.rmtree(job.scratch, ignore_errors=True)
-    (job.out / PACKAGE).write_text(results_zip.describe(brought))
-    evaluated = [m for place, m in brought.manifests.items() if place.startswith("evaluate/")]
-    cells = [_cell(manifest, brought) for manifest in evaluated]
-    for cell in cells:
-        say(f"{brought.device}: {cell['stages'][0]['address']}")
-    return {"device": brought.device, "cells": cells}
+
+    results: str | None
+    outputs: str
+    name: str
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Run the stage.
+
+        Args:
+            job: the job. Its folder gets the package's description of itself.
+
+        Returns:
+            The device, and for the tracker each cell with its axes, figures and stages.
+
+        Raises:
+            UserError: no file is given, the file is damaged, or it would replace results of this machine.
+        """
+        if self.results is None:
+            raise UserError("results has no value, but stage=import needs it; give it as results=results.zip")
+        there, file = Results(Path(self.outputs), self.name, "import"), Path(self.results)
+        try:
+            brought = results_zip.unpack(file, there, job.scratch / "unpacked")
+            for place, manifest in brought.manifests.items():
+                kind, _, address = place.partition("/")
+                stage = Stage(kind, address, {})
+                with there.lock(stage), there.writing(stage) as new:
+                    results_zip.check_place(file, there.folder(stage))
+                    shutil.copytree(brought.folder / place, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
+                    write_manifest(new, {**manifest, "imported": brought.device})
+        finally:
+            shutil.rmtree(job.scratch, ignore_errors=True)
+        (job.out / PACKAGE).write_text(results_zip.describe(brought))
+        evaluated = [m for place, m in brought.manifests.items() if place.startswith("evaluate/")]
+        cells = [_cell(manifest, brought) for manifest in evaluated]
+        for cell in cells:
+            say(f"{brought.device}: {cell['stages'][0]['address']}")
+        return {"device": brought.device, "cells": cells}
 
 
 def _cell(evaluated: Mapping[str, Any], brought: results_zip.Brought) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """quantize: write a precision into the network, for both runtimes."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import onnx
@@ -13,77 +14,73 @@ from pipeline.backends.macs import macs
 from pipeline.calibration.feed import calibration_feed
 from pipeline.contracts import Backend, Quantizer, Splits
 from pipeline.onnx_files.files import read_spec
+from pipeline.probing.judge import Judge
 from pipeline.probing.probe import Probe
 from pipeline.progress import say
 from pipeline.results.job import Job
 from posepress.contracts import Framing
 from posepress.errors import UserError
+from posepress.predict import Selection
 from posepress.resolution import Resolution
 
 
-def run(
-    job: Job,
-    data: Splits,
-    framing: Framing,
-    resolution: str,
-    quantizer: Quantizer,
-    backend: Backend | None,
-    judged_by: Mapping[str, Any] | None,
-    probe_images: Annotated[int, Interval(ge=1, le=10**6)],
-    image_dir: str | None,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Quantize:
     """Quantize the input "network" with the images of the input "calibration", if there is one.
 
-    Args:
-        job: the job. Its inputs hold "network", and "calibration" and "tuned" if the precision needs them.
+    Attributes:
         data: the data set. Calibration images come from it or from `image_dir`; candidates are measured on its tune images.
         framing: framing of the engines.
         resolution: size of the input.
         quantizer: quantizer that writes the files.
         backend: backend that measures candidates. None: nothing is measured.
-        judged_by: "decoder", "metric" and "agreement" for measuring candidates, and "threads" for timing them. None: only the
-            errors of the fields are measured.
+        judged_by: decoder and metrics for measuring candidates, and the threads for timing them. None: only the errors of the
+            fields are measured.
         probe_images: largest number of tune images for measuring candidates.
         image_dir: folder that the calibration images were sampled from.
-
-    Raises:
-        UserError: a calibration image is missing or changed, or the quantizer's options do not fit.
     """
-    model = job.inputs["network"] / "model.onnx"
-    spec, size = read_spec(model), Resolution.parse(resolution)
-    feed = None
-    if "calibration" in job.inputs:
-        chosen = job.inputs["calibration"] / "calibration.json"
-        feed = calibration_feed(chosen, data, image_dir, framing, spec.input, size, job.cache)
-    probe = None
-    if backend is not None and "tune" in data:
-        tuned = job.inputs.get("tuned")
-        options = json.loads((tuned / "decoder.json").read_text())["options"] if tuned else {}
-        judge = {"decoder": None, "metric": None, "agreement": None, "threads": 0, **(judged_by or {})}
-        if not getattr(quantizer, "judged", False):  # such a quantizer compares candidates only by fields and time
-            judge = {**judge, "decoder": None, "metric": None, "agreement": None}
-        decode = judge["decoder"](spec, **options) if judge["decoder"] else None
-        probe = Probe(
-            data,
-            probe_images,
-            framing,
-            size,
-            backend,
-            decode,
-            judge["metric"],
-            judge["agreement"],
-            model,
-            judge["threads"],
-            job.scratch,
-        )
-    try:
-        report = dict(quantizer.quantize(model, feed, probe, job.out))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    for note in _notes(report):
-        say(note)
-    report.pop("scales_from", None)  # a path does not belong in the manifest
-    return {**report, "macs": sum(macs(onnx.load(model), size, read_spec(model).input).values())}
+
+    data: Splits
+    framing: Framing
+    resolution: str
+    quantizer: Quantizer
+    backend: Backend | None
+    judged_by: Judge | None
+    probe_images: Annotated[int, Interval(ge=1, le=10**6)]
+    image_dir: str | None
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Run the stage.
+
+        Args:
+            job: the job. Its inputs hold "network", and "calibration" and "tuned" if the precision needs them.
+
+        Raises:
+            UserError: a calibration image is missing or changed, or the quantizer's options do not fit.
+        """
+        model = job.inputs["network"] / "model.onnx"
+        spec, size = read_spec(model), Resolution.parse(self.resolution)
+        feed = None
+        if "calibration" in job.inputs:
+            chosen = job.inputs["calibration"] / "calibration.json"
+            feed = calibration_feed(chosen, self.data, self.image_dir, self.framing, spec.input, size, job.cache)
+        try:
+            report = dict(self.quantizer.quantize(model, feed, self._probe(job, model, size), job.out))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        for note in _notes(report):
+            say(note)
+        report.pop("scales_from", None)  # a path does not belong in the manifest
+        return {**report, "macs": sum(macs(onnx.load(model), size, read_spec(model).input).values())}
+
+    def _probe(self, job: Job, model: Path, size: Resolution) -> Probe | None:
+        if self.backend is None or "tune" not in self.data:
+            return None
+        images, judge = self.data.open("tune"), self.judged_by or Judge()
+        if not getattr(self.quantizer, "judged", False):  # such a quantizer compares candidates only by fields and time
+            judge = Judge(threads=judge.threads)
+        some, judge = Selection.spread(images, self.probe_images), judge.on(images.labels, job.inputs.get("tuned"))
+        return Probe(some, self.framing, size, self.backend, model, judge, job.scratch)
 
 
 def _notes(report: Mapping[str, Any]) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """report: write all cells into one page, one table and one model card."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,28 @@ from posepress.errors import UserError
 _WIDTH = 100  # number of text columns if the output is a pipe
 
 
-def run(job: Job, name: str) -> dict[str, Any]:
-    """Write report.html, results.csv and model_card.md from every evaluation and benchmark, and print the table.
+@dataclass(frozen=True)
+class Report:
+    """Write report.html, results.csv and model_card.md from every evaluation and benchmark, and print the table."""
 
-    Raises:
-        UserError: every evaluation is stale.
-    """
-    evaluations, benchmarks = job.collected["evaluations"], job.collected["benchmarks"]
-    table = report.collect(evaluations, benchmarks, evaluations[0].parent.parent)
-    if table.stale and not table.rows:
-        raise UserError(f"name={name}: every evaluation is stale, so the earlier report stays; run their cells again")
-    if table.rows:
-        tables.write_csv(table, job.out / "results.csv")
-        page.write_html(table, name, job.out / "report.html", job.collected["comparisons"])
-        write_card(table, name, job.out / "model_card.md")
-    _print(table, name, job.out / SHOWN)
-    return {"engines": len(table.rows), "left_out": len(table.left_out)}
+    name: str
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Run the stage.
+
+        Raises:
+            UserError: every evaluation is stale.
+        """
+        evaluations, benchmarks = job.collected["evaluations"], job.collected["benchmarks"]
+        table = report.collect(evaluations, benchmarks, evaluations[0].parent.parent)
+        if table.stale and not table.rows:
+            raise UserError(f"name={self.name}: every evaluation is stale, so the earlier report stays; run their cells again")
+        if table.rows:
+            tables.write_csv(table, job.out / "results.csv")
+            page.write_html(table, self.name, job.out / "report.html", job.collected["comparisons"])
+            write_card(table, self.name, job.out / "model_card.md")
+        _print(table, self.name, job.out / SHOWN)
+        return {"engines": len(table.rows), "left_out": len(table.left_out)}
 
 
 def _print(table: report.Table, name: str, file: Path) -> None:

@@ -1,7 +1,7 @@
 """sensitivity: measure the effect of pruning each channel group alone on the fields and the loss."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -26,22 +26,11 @@ from posepress.resolution import Resolution
 _BATCH = 16
 
 
-def run(
-    job: Job,
-    data: Splits,
-    objective: Objective[Any] | None,
-    resolution: str,
-    bases: Framing,
-    augment: Augmentation,
-    criterion: Literal["l1", "l2", "bn_scale", "taylor", "group_l1"],
-    normalizer: Literal["max", "L2"] | None,
-    equalization_criterion: Literal["union", "intersection", "arithmetic_mean", "geometric_mean"],
-    images: Annotated[int, Interval(ge=1, le=10**6)],
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Sensitivity:
     """Measure the groups of the input "network" on tune images, and write curves.json.
 
-    Args:
-        job: the job. Its inputs hold "network".
+    Attributes:
         data: the data set. Its tune images are used, and some train images for the criterion "taylor".
         objective: objective that defines the loss.
         resolution: size of the views.
@@ -51,54 +40,79 @@ def run(
         normalizer: normalizer of the criterion, as for the pruner.
         equalization_criterion: how to combine the norms of tied layers, as for the pruner.
         images: largest number of images.
-
-    Returns:
-        The numbers of groups and images, and the most sensitive group.
-
-    Raises:
-        UserError: the family has no objective, or there are no tune images.
     """
-    if objective is None or "tune" not in data:
-        raise UserError("stage=sensitivity: needs a family that is trained here, and tune images (data.splits)")
-    network, _, _ = store.load(job.inputs["network"])
-    size, surveyed = Resolution.parse(resolution), survey(network)
-    if not (found := surveyed.groups):
-        raise UserError(nothing_to_prune(surveyed))
-    material = Material(data, objective, bases, size, augment, job.cache)
-    gates = None
-    if criterion == "taylor":
-        seen = Views.of(material, ["train"], network, 0)
-        gates = taylor_gates(network, replace(seen, augment=NONE))
-    ranked = importance(network, found, criterion, normalizer, equalization_criterion, gates)
-    views = Views.of(material, ["tune"], network, 0, NONE)
-    views = replace(views, shard=views.shard.first(images))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network.eval().to(device)
-    count = len(views.shard)
-    parts = [range(n, min(n + _BATCH, count)) for n in range(0, count, _BATCH)]
-    with torch.no_grad():
-        batches = [(x, targets, network(x)) for x, targets in views.batches(iter(parts), device)]
 
-    def measure(net: nn.Module) -> dict[str, float]:
-        """The objective's loss, and the relative root mean square distance of the fields from those of the whole network."""
-        loss, errors = 0.0, {name: [0.0, 0.0] for name in batches[0][2]}
-        for x, targets, whole in batches:
-            fields = net(x)
-            loss += float(torch.stack([*objective.loss(fields, targets).values()]).sum()) * len(x) / count
+    data: Splits
+    objective: Objective[Any] | None
+    resolution: str
+    bases: Framing
+    augment: Augmentation
+    criterion: Literal["l1", "l2", "bn_scale", "taylor", "group_l1"]
+    normalizer: Literal["max", "L2"] | None
+    equalization_criterion: Literal["union", "intersection", "arithmetic_mean", "geometric_mean"]
+    images: Annotated[int, Interval(ge=1, le=10**6)]
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Run the stage.
+
+        Args:
+            job: the job. Its inputs hold "network".
+
+        Returns:
+            The numbers of groups and images, and the most sensitive group.
+
+        Raises:
+            UserError: the family has no objective, or there are no tune images.
+        """
+        if self.objective is None or "tune" not in self.data:
+            raise UserError("stage=sensitivity: needs a family that is trained here, and tune images (data.splits)")
+        network, _, _ = store.load(job.inputs["network"])
+        surveyed = survey(network)
+        if not surveyed.groups:
+            raise UserError(nothing_to_prune(surveyed))
+        size = Resolution.parse(self.resolution)
+        material = Material(self.data, self.objective, self.bases, size, self.augment, job.cache)
+        gates = None
+        if self.criterion == "taylor":
+            gates = taylor_gates(network, replace(Views.of(material, ["train"], network, 0), augment=NONE))
+        ranked = importance(network, surveyed.groups, self.criterion, self.normalizer, self.equalization_criterion, gates)
+        views = Views.of(material, ["tune"], network, 0, NONE)
+        whole = _Whole(network, replace(views, shard=views.shard.first(self.images)))
+        before = whole.compared(network)["loss"]
+        with torch.no_grad():
+            measured = curves(network, surveyed.groups, ranked, whole.compared)
+        content = {"criterion": self.criterion, "whole": {"loss": before}, **measured}
+        (job.out / "curves.json").write_text(json.dumps(content, indent=1))
+        worst = max(measured["error"], key=lambda name: measured["error"][name]["0.5"])
+        return {
+            "groups": len(measured["error"]),
+            "left_out": surveyed.reasons(),
+            "images": whole.count,
+            "most_sensitive": worst,
+            "its_error_at_half": measured["error"][worst]["0.5"],
+        }
+
+
+class _Whole:
+    """The whole network's fields of some views, with which masked networks are compared."""
+
+    def __init__(self, network: nn.Module, views: Views) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        network.eval().to(device)
+        self.count, self._objective = len(views.shard), views.objective
+        parts = [range(n, min(n + _BATCH, self.count)) for n in range(0, self.count, _BATCH)]
+        with torch.no_grad():
+            self._batches = [(x, targets, network(x)) for x, targets in views.batches(iter(parts), device)]
+
+    @torch.no_grad()
+    def compared(self, network: nn.Module) -> dict[str, float]:
+        """The objective's loss, and the relative root mean square distance of the fields from the whole network's."""
+        loss, errors = 0.0, {name: [0.0, 0.0] for name in self._batches[0][2]}
+        for x, targets, whole in self._batches:
+            fields = network(x)
+            loss += float(torch.stack([*self._objective.loss(fields, targets).values()]).sum()) * len(x) / self.count
             for name, total in errors.items():
                 total[0] += float((fields[name] - whole[name]).square().sum())
                 total[1] += float(whole[name].square().sum())
-        return {"loss": loss, "error": float(np.sqrt(np.mean([wrong / max(power, 1e-30) for wrong, power in errors.values()])))}
-
-    with torch.no_grad():
-        before = measure(network)["loss"]
-        made = curves(network, found, ranked, measure)
-    (job.out / "curves.json").write_text(json.dumps({"criterion": criterion, "whole": {"loss": before}, **made}, indent=1))
-    worst = max(made["error"], key=lambda name: made["error"][name]["0.5"])
-    return {
-        "groups": len(made["error"]),
-        "left_out": surveyed.reasons(),
-        "images": count,
-        "most_sensitive": worst,
-        "its_error_at_half": made["error"][worst]["0.5"],
-    }
+        relative = [wrong / max(power, 1e-30) for wrong, power in errors.values()]
+        return {"loss": loss, "error": float(np.sqrt(np.mean(relative)))}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from posepress.checks import number, whole
 from posepress.decoders.averaged import mirrored_heatmaps
 from posepress.decoders.heatmap_paf.candidates import F32, I32, Candidates
-from posepress.decoders.heatmap_paf.grouping import FEATURES, finish, group
+from posepress.decoders.heatmap_paf.grouping import FEATURES, finish, join_limbs, kept_people
 from posepress.decoders.heatmap_paf.limbs import score_limbs
 from posepress.decoders.heatmap_paf.peaks import complete, find_peaks
 from posepress.draw import draw
@@ -157,18 +157,9 @@ class HeatmapPafDecoder:
         """Group the candidates of one image into people."""
         skeleton = self.spec.skeleton
         limbs, tree = limb_order(skeleton)
-        keypoints, limb_scores = group(
-            found.peaks,
-            found.counts,
-            limbs,
-            tree,
-            found.scores,
-            found.pairs,
-            found.starts,
-            self.assignment == "hungarian",
-            self.min_keypoints,
-            self.min_score,
-        )
+        optimal = self.assignment == "hungarian"
+        joined = join_limbs(found.counts, limbs, tree, found.scores, found.pairs, found.starts, optimal)
+        keypoints, limb_scores = kept_people(found.peaks, *joined, self.min_keypoints, self.min_score)
         present = np.isfinite(keypoints[..., 0])
         if self.complete_poses:
             complete(heatmaps, keypoints, self.box_margin)

@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from posepress.compiled import compiled
 
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]
 
 
@@ -28,6 +29,43 @@ def _greedy(scores: F32, pairs: I32, nA: int, nB: int) -> I32:
 
 
 @compiled
+def _shortest_path(cost: F64, u: F64, v: F64, owner: I32, before: I32) -> int:
+    """The free column at the end of the shortest augmenting path of the row in owner[0]; potentials and path are written.
+
+    Args:
+        cost: [rows, columns].
+        u: potentials of the rows, which count from 1, [rows + 1].
+        v: potentials of the columns, [columns + 1].
+        owner: the row of each column, 0 for a free one, [columns + 1].
+        before: the column before each column on the path, [columns + 1].
+    """
+    columns = cost.shape[1]
+    least = np.full(columns + 1, np.inf)
+    done = np.zeros(columns + 1, np.bool_)
+    at = 0
+    while True:
+        done[at] = True
+        step, following = np.inf, 0
+        for s in range(1, columns + 1):
+            if done[s]:
+                continue
+            reduced = cost[owner[at] - 1, s - 1] - u[owner[at]] - v[s]
+            if reduced < least[s]:
+                least[s], before[s] = reduced, at
+            if least[s] < step:
+                step, following = least[s], s
+        for s in range(columns + 1):
+            if done[s]:
+                u[owner[s]] += step
+                v[s] -= step
+            else:
+                least[s] -= step
+        at = following
+        if owner[at] == 0:
+            return at
+
+
+@compiled
 def _hungarian(scores: F32, pairs: I32, nA: int, nB: int) -> I32:
     """Choose the pairs [n, 2] with the greatest sum of scores; each peak is used at most once.
 
@@ -47,29 +85,7 @@ def _hungarian(scores: F32, pairs: I32, nA: int, nB: int) -> I32:
     before = np.zeros(columns + 1, np.int32)
     for row in range(1, rows + 1):
         owner[0] = row
-        at = 0
-        least = np.full(columns + 1, np.inf)
-        done = np.zeros(columns + 1, np.bool_)
-        while True:
-            done[at] = True
-            step, following = np.inf, 0
-            for s in range(1, columns + 1):
-                if done[s]:
-                    continue
-                reduced = cost[owner[at] - 1, s - 1] - u[owner[at]] - v[s]
-                if reduced < least[s]:
-                    least[s], before[s] = reduced, at
-                if least[s] < step:
-                    step, following = least[s], s
-            for s in range(columns + 1):
-                if done[s]:
-                    u[owner[s]] += step
-                    v[s] -= step
-                else:
-                    least[s] -= step
-            at = following
-            if owner[at] == 0:
-                break
+        at = _shortest_path(cost, u, v, owner, before)
         while at != 0:
             owner[at] = owner[before[at]]
             at = before[at]
@@ -104,22 +120,22 @@ def _join(members: I32, owner: I32, limb_scores: F32, alive: NDArray[np.bool_], 
 
 
 @compiled
-def group(
-    peaks: F32,
-    counts: I32,
-    limbs: I32,
-    tree: int,
-    scores: F32,
-    pairs: I32,
-    starts: I32,
-    optimal: bool,
-    min_keypoints: int,
-    min_score: float,
-) -> tuple[F32, F32]:
-    """Assemble people, limb by limb.
+def _attach(members: I32, owner: I32, person: int, keypoint: int, peak: int) -> bool:
+    """Give a person a keypoint, unless it has one of this name; tell whether it was given."""
+    if members[person, keypoint] >= 0:
+        return False
+    members[person, keypoint] = peak
+    owner[keypoint, peak] = person
+    return True
+
+
+@compiled
+def join_limbs(
+    counts: I32, limbs: I32, tree: int, scores: F32, pairs: I32, starts: I32, optimal: bool
+) -> tuple[I32, F32, NDArray[np.bool_]]:
+    """Join pairs of peaks into people, limb by limb.
 
     Args:
-        peaks: [K, P, 3] in cells.
         counts: peaks in each map, [K].
         limbs: [L, 3]: keypoint, keypoint, an unused number; limbs that close a cycle come last.
         tree: number of limbs that close no cycle. Only these limbs begin people; the others confirm and merge them.
@@ -127,28 +143,24 @@ def group(
         pairs: indices of the two peaks of each candidate pair, [n, 2].
         starts: where each limb's candidates begin, [L + 1].
         optimal: whether to choose the pairs of each limb with the greatest sum of scores, instead of greedily.
-        min_keypoints: people with fewer keypoints are dropped.
-        min_score: threshold of the sum of peak values and limb scores, divided by the keypoints; people below it are dropped.
 
     Returns:
-        Keypoints [N, K, 3] in cells with their peak values, NaN where missing; and sums of limb scores [N].
+        The index of each person's peaks [N, K], -1 where missing; sums of limb scores [N]; and whether the person still
+        exists [N], which those that were merged into others do not.
     """
-    K = peaks.shape[0]
-    owner = np.full((K, peaks.shape[1]), -1, np.int32)
-    room = 1
+    K, room, most = counts.shape[0], 1, 0
     for k in range(K):
         room += counts[k]
+        most = max(most, counts[k])
     room = room // 2 + 1  # a person begins with two peaks
-    members = np.full((room, K), -1, np.int32)
-    limb_scores = np.zeros(room, np.float32)
-    alive = np.zeros(room, np.bool_)
+    owner, members = np.full((K, most), -1, np.int32), np.full((room, K), -1, np.int32)
+    limb_scores, alive = np.zeros(room, np.float32), np.zeros(room, np.bool_)
     people = 0
     for at in range(limbs.shape[0]):
         A, B = limbs[at, 0], limbs[at, 1]
-        first, last = starts[at], starts[at + 1]
-        if first == last:
+        values, candidates = scores[starts[at] : starts[at + 1]], pairs[starts[at] : starts[at + 1]]
+        if values.shape[0] == 0:
             continue
-        values, candidates = scores[first:last], pairs[first:last]
         if optimal:
             kept = _hungarian(values, candidates, counts[A], counts[B])
         else:
@@ -162,41 +174,53 @@ def group(
                 p = people
                 people += 1
                 alive[p] = True
-                members[p, A], members[p, B] = a, b
-                owner[A, a], owner[B, b] = p, p
+                joined = _attach(members, owner, p, A, a) and _attach(members, owner, p, B, b)
             elif q < 0:
-                if members[p, B] >= 0:
-                    continue
-                members[p, B] = b
-                owner[B, b] = p
+                joined = _attach(members, owner, p, B, b)
             elif p < 0:
                 p = q
-                if members[p, A] >= 0:
-                    continue
-                members[p, A] = a
-                owner[A, a] = p
-            elif p != q and not _join(members, owner, limb_scores, alive, p, q):
-                continue
-            limb_scores[p] += values[c]
+                joined = _attach(members, owner, p, A, a)
+            else:
+                joined = p == q or _join(members, owner, limb_scores, alive, p, q)
+            if joined:
+                limb_scores[p] += values[c]
+    return members[:people], limb_scores[:people], alive[:people]
 
-    keypoints = np.full((people, K, 3), np.nan, np.float32)
+
+@compiled
+def kept_people(
+    peaks: F32, members: I32, limb_scores: F32, alive: NDArray[np.bool_], min_keypoints: int, min_score: float
+) -> tuple[F32, F32]:
+    """The people with enough keypoints and a sufficient score.
+
+    Args:
+        peaks: [K, P, 3] in cells.
+        members: the index of each person's peaks, [N, K], -1 where missing.
+        limb_scores: sums of limb scores, [N].
+        alive: whether the person still exists, [N].
+        min_keypoints: people with fewer keypoints are dropped.
+        min_score: threshold of the sum of peak values and limb scores, divided by the keypoints; people below it are dropped.
+
+    Returns:
+        Keypoints [M, K, 3] in cells with their peak values, NaN where missing; and sums of limb scores [M].
+    """
+    N, K = members.shape
+    keypoints, sums = np.full((N, K, 3), np.nan, np.float32), np.zeros(N, np.float32)
     n = 0
-    for p in range(people):
-        found, total = 0, limb_scores[p]
+    for p in range(N):
+        count, total = 0, limb_scores[p]
         for k in range(K):
-            if alive[p] and members[p, k] >= 0:
-                for c in range(3):
-                    keypoints[n, k, c] = peaks[k, members[p, k], c]
-                found += 1
-                total += keypoints[n, k, 2]
-        if alive[p] and found >= min_keypoints and total >= min_score * found:
-            limb_scores[n] = limb_scores[p]
-            n += 1
-        else:
-            for k in range(K):
-                for c in range(3):
-                    keypoints[n, k, c] = np.nan
-    return keypoints[:n], limb_scores[:n]
+            if members[p, k] >= 0:
+                count += 1
+                total += peaks[k, members[p, k], 2]
+        if not (alive[p] and count >= min_keypoints and total >= min_score * count):
+            continue
+        sums[n] = limb_scores[p]
+        for k in range(K):
+            for c in range(3 if members[p, k] >= 0 else 0):
+                keypoints[n, k, c] = peaks[k, members[p, k], c]
+        n += 1
+    return keypoints[:n], sums[:n]
 
 
 FEATURES = ("peak_sum", "found", "peak_mean", "limb_mean", "guessed_sum", "size", "one")

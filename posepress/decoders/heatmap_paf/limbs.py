@@ -28,11 +28,62 @@ def _sample(px: F32, py: F32, x: np.float32, y: np.float32) -> tuple[np.float32,
 
 
 @compiled
+def _ends(px: F32, py: F32, peaks: F32, shift: np.float32, out: F32) -> None:
+    """Write peaks [n, 3] and the PAF at each into `out` [at least n, 4]."""
+    for k in range(peaks.shape[0]):
+        out[k, 0], out[k, 1] = peaks[k, 0], peaks[k, 1]
+        out[k, 2], out[k, 3] = _sample(px, py, peaks[k, 0] + shift, peaks[k, 1] + shift)
+
+
+@compiled
+def _integral(px: F32, py: F32, a: F32, b: F32, shift: np.float32, threshold: np.float32) -> np.float32:
+    """The mean PAF along the line between two peaks; 0 if the pair is no limb.
+
+    The inner samples are taken in steps of three, so that wrong pairs fail early. The order does not change the result.
+
+    Args:
+        px: the PAF's x component, [H, W].
+        py: its y component.
+        a: the first peak: x and y in cells, and the PAF there, [4].
+        b: the second peak.
+        shift: offset from heatmap cells to PAF cells.
+        threshold: least projection of a PAF sample.
+    """
+    none = np.float32(0)
+    dx, dy = b[0] - a[0], b[1] - a[1]
+    length = np.float32(np.sqrt(dx * dx + dy * dy))
+    if not length > np.float32(1e-4):
+        return none
+    least, inner = threshold * length, SAMPLES - 2
+    total, missed = none, 0
+    for at_end in (a[2] * dx + a[3] * dy, b[2] * dx + b[3] * dy):
+        if at_end > least:
+            total += at_end
+        else:
+            missed += 1
+    step = 0
+    while missed <= MOST_MISSES and step < inner:
+        t = np.float32(1 + (step * 3 + inner // 2) % inner) / np.float32(SAMPLES - 1)
+        u, v = _sample(px, py, a[0] + shift + t * dx, a[1] + shift + t * dy)
+        dot = u * dx + v * dy
+        if dot > least:
+            total += dot
+        else:
+            missed += 1
+        step += 1
+    if missed > MOST_MISSES:
+        return none
+    # OpenPose's penalty for limbs longer than half the map's height.
+    long = min(none, np.float32(0.5) * np.float32(px.shape[0]) / length - np.float32(1))
+    score = total / (length * np.float32(SAMPLES - missed)) + long
+    return score if 0 < score < np.inf else none
+
+
+@compiled
 def score_limbs(pafs: F32, limbs: I32, peaks: F32, counts: I32, shift: float, threshold: float) -> tuple[F32, I32, I32]:
     """Score every pair of peaks that a limb can join: the mean PAF along their line.
 
-    The PAF at the peaks is sampled once for all pairs, because most wrong pairs fail there. The inner samples are taken in
-    steps of three, so that other wrong pairs fail early. Neither changes the result.
+    The PAF at the peaks is sampled once for all pairs, because most wrong pairs fail there.
 
     Args:
         pafs: [2 L, H, W].
@@ -45,8 +96,7 @@ def score_limbs(pafs: F32, limbs: I32, peaks: F32, counts: I32, shift: float, th
     Returns:
         Scores [n] of the pairs that are limbs, their peaks' indices [n, 2], and where each limb's pairs begin, [L + 1].
     """
-    H = pafs.shape[1]
-    offset, least_paf = np.float32(shift), np.float32(threshold)
+    offset, least = np.float32(shift), np.float32(threshold)
     L = limbs.shape[0]
     every = 0
     for at in range(L):
@@ -55,56 +105,18 @@ def score_limbs(pafs: F32, limbs: I32, peaks: F32, counts: I32, shift: float, th
     pairs = np.empty((every, 2), np.int32)
     starts = np.zeros(L + 1, np.int32)
     room = peaks.shape[1]
-    ends_a, ends_b = np.empty((room, 2), np.float32), np.empty((room, 2), np.float32)
-    inner = SAMPLES - 2
+    a, b = np.empty((room, 4), np.float32), np.empty((room, 4), np.float32)
     n = 0
     for at in range(L):
-        A, B = limbs[at, 0], limbs[at, 1]
-        nA, nB = counts[A], counts[B]
-        a, b = peaks[A], peaks[B]
+        nA, nB = counts[limbs[at, 0]], counts[limbs[at, 1]]
         px, py = pafs[2 * limbs[at, 2]], pafs[2 * limbs[at, 2] + 1]
         if nA > 0 and nB > 0:
-            for k in range(nA):
-                ends_a[k, 0], ends_a[k, 1] = _sample(px, py, a[k, 0] + offset, a[k, 1] + offset)
-            for k in range(nB):
-                ends_b[k, 0], ends_b[k, 1] = _sample(px, py, b[k, 0] + offset, b[k, 1] + offset)
+            _ends(px, py, peaks[limbs[at, 0], :nA], offset, a)
+            _ends(px, py, peaks[limbs[at, 1], :nB], offset, b)
         for i in range(nA):
-            ax, ay = a[i, 0], a[i, 1]
             for j in range(nB):
-                dx, dy = b[j, 0] - ax, b[j, 1] - ay
-                length = np.float32(np.sqrt(dx * dx + dy * dy))
-                if not length > np.float32(1e-4):
-                    continue
-                least = least_paf * length
-                total, good, missed = np.float32(0), 0, 0
-                at_a, at_b = ends_a[i, 0] * dx + ends_a[i, 1] * dy, ends_b[j, 0] * dx + ends_b[j, 1] * dy
-                if at_a > least:
-                    total += at_a
-                    good += 1
-                else:
-                    missed += 1
-                if at_b > least:
-                    total += at_b
-                    good += 1
-                else:
-                    missed += 1
-                step = 0
-                while missed <= MOST_MISSES and step < inner:
-                    t = np.float32(1 + (step * 3 + inner // 2) % inner) / np.float32(SAMPLES - 1)
-                    u, v = _sample(px, py, ax + offset + t * dx, ay + offset + t * dy)
-                    dot = u * dx + v * dy
-                    if dot > least:
-                        total += dot
-                        good += 1
-                    else:
-                        missed += 1
-                    step += 1
-                if missed > MOST_MISSES:
-                    continue
-                # OpenPose's penalty for limbs longer than half the map's height.
-                long = min(np.float32(0), np.float32(0.5) * np.float32(H) / length - np.float32(1))
-                score = total / (length * np.float32(good)) + long
-                if 0 < score < np.inf:
+                score = _integral(px, py, a[i], b[j], offset, least)
+                if score > 0:
                     scores[n] = score
                     pairs[n, 0], pairs[n, 1] = i, j
                     n += 1
