@@ -32,7 +32,7 @@ from pipeline.probing.exported import exported
 from pipeline.pruning.costs import Costs
 from pipeline.pruning.cycle import DIVISORS
 from pipeline.pruning.groups import remove, replay
-from pipeline.pruning.plan import UnreachableError, choose
+from pipeline.pruning.plan import Step, UnreachableError, choose
 from pipeline.pruning.pruner import Pruner
 from pipeline.pruning.torch_pruning_default import TorchPruningDefault
 from posepress.resolution import Resolution
@@ -58,7 +58,7 @@ def seconds_of(make: type[nn.Module], size: Resolution) -> list[str]:
     dense = Costs(network, [], size)([])["macs"]
     began = time.perf_counter()
     pruner = Pruner(target="macs", value="0.5x")
-    history = remove(network, choose(pruner, network, size, reach={"macs": 0.5 * dense}).dropped)
+    history = remove(network, choose(pruner, network, size, step=Step({"macs": 0.5 * dense})).dropped)
     pruned = time.perf_counter() - began
     again = make().eval()
     began = time.perf_counter()
@@ -167,7 +167,7 @@ def main() -> None:
         for divisor in DIVISORS:
             pruner = Pruner(target="macs", value="0.5x", min_num_filters=min(8, divisor), max_pruning_ratio=0.95)
             try:
-                plan = choose(pruner, network, size, reach={"macs": ratio * dense}, round_to=divisor)
+                plan = choose(pruner, network, size, step=Step({"macs": ratio * dense}, divisor))
             except UnreachableError:
                 continue
             pruned = deepcopy(network)

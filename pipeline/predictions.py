@@ -23,7 +23,8 @@ def shown(results: Iterator[Found], watch: Watch, what: str, total: int) -> Iter
     from pipeline.progress import Progress
 
     compiling = "the decoder is compiled or loaded before the first image"
-    with Progress(what, total, "images", stays=True, words=compiling) as progress:
+    with Progress(what, total, "images", stays=True) as progress:
+        progress.update(0, compiling)
         for n, result in enumerate(results, 1):
             yield result
             progress.update(n, f"held up by {watch.bottleneck}")

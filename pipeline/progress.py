@@ -61,7 +61,6 @@ class Progress:
         stays: whether the last line is also printed after a short step.
         done: number of items that were done before.
         lines: output and interval of the lines; None uses those of the process.
-        words: text that is shown until the first item is done.
     """
 
     def __init__(
@@ -73,14 +72,13 @@ class Progress:
         stays: bool = False,
         done: int = 0,
         lines: Lines | None = None,
-        words: str = "",
     ) -> None:
         self._what, self._total, self._unit, self._stays = what, total, unit, stays
         self._lines = _LINES if lines is None else lines
         self._shown = shown
         self._said: int | None = None  # number of items done at the last line
         self._from = self._done = done
-        self._words = words
+        self._words = ""
         console = Console(file=self._lines.stream or sys.stderr, soft_wrap=True, highlight=False)
         self._bar = Bar(
             TextColumn("{task.description}", markup=False),
@@ -93,7 +91,7 @@ class Progress:
             disable=not (shown and console.is_interactive) or bool(_bars),
         )
         self._interactive = console.is_interactive
-        self._task = self._bar.add_task(what, total=total, completed=done, words=words)
+        self._task = self._bar.add_task(what, total=total, completed=done, words="")
         self._ended = threading.Event()
 
     def __enter__(self: P) -> P:  # noqa: PYI019

@@ -33,7 +33,7 @@ from pipeline.pruning.criteria import importance, taylor_gates
 from pipeline.pruning.cycle import Cycle
 from pipeline.pruning.graph import groups
 from pipeline.pruning.groups import folded, mask, normalised, remove, replay
-from pipeline.pruning.plan import UnreachableError, choose
+from pipeline.pruning.plan import Step, UnreachableError, choose
 from pipeline.pruning.pruner import Criterion, Equalization, Pruner, Target
 from pipeline.pruning.sensitivity import curves
 from pipeline.pruning.sparse24 import Sparse24
@@ -420,7 +420,7 @@ def test_targets_are_met_closely_and_never_passed(make, kind, part):
     network = trained(make)
     dense = Costs(network, [], SIZE)([])[kind]
     pruner = Pruner(target=kind, value=f"{part}x", round_to=4, min_num_filters=4)
-    plan = choose(pruner, network, SIZE, reach={kind: part * dense})
+    plan = choose(pruner, network, SIZE, step=Step({kind: part * dense}))
     remove(network, plan.dropped)
     reached = Costs(network, [], SIZE)([])[kind] / dense
     assert 0.9 * part <= reached <= part
@@ -429,8 +429,8 @@ def test_targets_are_met_closely_and_never_passed(make, kind, part):
 def test_what_cannot_be_reached_says_what_can():
     network = trained(MAKERS[0])
     with pytest.raises(UnreachableError) as error:
-        choose(Pruner(target="macs", value="0.01x"), network, SIZE, reach={"macs": 0.01 * macs(network, SIZE)})
-    plan = choose(Pruner(target="macs", value="0.5x"), network, SIZE, reach={"macs": error.value.least})
+        choose(Pruner(target="macs", value="0.01x"), network, SIZE, step=Step({"macs": 0.01 * macs(network, SIZE)}))
+    plan = choose(Pruner(target="macs", value="0.5x"), network, SIZE, step=Step({"macs": error.value.least}))
     remove(network, plan.dropped)
     assert macs(network, SIZE) == error.value.least
 

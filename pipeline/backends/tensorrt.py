@@ -158,26 +158,16 @@ class TensorRT:
         """
         import onnx
 
-        from pipeline.backends.macs import macs
-
-        lib = load(self.kind)
-        trt = lib.trt
-        source, memory = files.onnx["tensorrt"], DeviceMemory(self.devices[0])
+        lib, source = load(self.kind), files.onnx["tensorrt"]
+        memory, spec = DeviceMemory(self.devices[0]), read_spec(source)
         memory.activate()
         model = onnx.load(source)
-        spec = read_spec(source)
-        check_types(trt, model, memory.gpu)
+        check_types(lib.trt, model, memory.gpu)
         lib.prepare(self.plugins)
-        check_plugins(trt, model, source.name)
-        builder = trt.Builder(lib.logger)
-        flags, typed = 0, files.calibration is None
-        if typed and int(trt.__version__.split(".")[0]) <= _LAST_WITH_FLAG:
-            flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        network = builder.create_network(flags)
-        parser = trt.OnnxParser(network, lib.logger)
-        if not parser.parse_from_file(str(source)):
-            reasons = "; ".join(reason_of(parser.get_error(i), model) for i in range(parser.num_errors))
-            raise UserError(f"{source.name}: TensorRT {trt.__version__} cannot parse it: {reasons}")
+        check_plugins(lib.trt, model, source.name)
+        builder = lib.trt.Builder(lib.logger)
+        typed = files.calibration is None
+        network, _parser = _parsed(lib, builder, source, model, typed)  # the network needs its parser until it is built
         config = self._config(lib, builder, memory.gpu, typed)
         profiles = [_shapes(one, spec.input) for one in (shapes, *shapes.more)]
         for wanted in profiles:
@@ -191,7 +181,7 @@ class TensorRT:
         if files.calibration is not None:
             empty = builder.create_optimization_profile()
             kept = None if self.cache is None else Path(self.cache)
-            finish = calibrate(trt, config, empty, files.calibration, spec.input, memory, kept)
+            finish = calibrate(lib.trt, config, empty, files.calibration, spec.input, memory, kept)
         plan = self._built(lib, builder, network, config, memory.gpu)
         if finish is not None:
             finish()
@@ -199,19 +189,16 @@ class TensorRT:
             fix = "lower backend.mem_pool_size_mb, batch or resolution if memory ran out; else try another precision"
             if self.error_on_timing_cache_miss:
                 fix = "build it once with backend.error_on_timing_cache_miss=false, which measures the missing kernels"
-            raise lib.failed(f"{source.name}: TensorRT {trt.__version__} cannot build it", fix)
+            raise lib.failed(f"{source.name}: TensorRT {lib.trt.__version__} cannot build it", fix)
         engine, content = out / ENGINE, bytes(memoryview(plan))
         engine.write_bytes(content)
         if self.strip_weights:
             shutil.copyfile(source, out / WEIGHTS)
-        made = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
-        quantized = {node.name for node in model.graph.node if made.issuperset(node.input[:2]) and len(node.input) > 1}
-        counted = macs(model, shapes.resolution[1], spec.input)
-        side = self._side(trt, spec, memory.gpu, content) | {
+        side = self._side(lib.trt, spec, memory.gpu, content) | {
             "tensors": {name: name for name in (spec.input.name, *(field.name for field in spec.fields))},
             "profiles": profiles,
             "weights": hashlib.sha256((out / WEIGHTS).read_bytes()).hexdigest() if self.strip_weights else None,
-            "nodes": {name: {"macs": count, "quantized": name in quantized} for name, count in counted.items()},
+            "nodes": _nodes(model, shapes.resolution[1], spec.input),
         }
         (out / SIDE).write_text(json.dumps(side, indent=1))
         return engine
@@ -359,3 +346,29 @@ class TensorRT:
             text, times, nodes = runner.inspected()
         found = layers(text, nodes, times)
         return [{**x, "precision": "tf32"} if self.tf32 and x["precision"] == "fp32" and x["macs"] else x for x in found]
+
+
+def _parsed(lib: TensorRTModule, builder: Any, source: Path, model: Any, typed: bool) -> tuple[Any, Any]:
+    """The network in an ONNX file, and its parser.
+
+    Raises:
+        UserError: TensorRT cannot parse the file.
+    """
+    trt, flags = lib.trt, 0
+    if typed and int(trt.__version__.split(".")[0]) <= _LAST_WITH_FLAG:
+        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, lib.logger)
+    if not parser.parse_from_file(str(source)):
+        reasons = "; ".join(reason_of(parser.get_error(i), model) for i in range(parser.num_errors))
+        raise UserError(f"{source.name}: TensorRT {trt.__version__} cannot parse it: {reasons}")
+    return network, parser
+
+
+def _nodes(model: Any, size: Resolution, spec: InputSpec) -> dict[str, dict[str, Any]]:
+    """The MACs of each node at a size, and whether it reads quantized data and weights."""
+    from pipeline.backends.macs import macs
+
+    made = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    quantized = {node.name for node in model.graph.node if made.issuperset(node.input[:2]) and len(node.input) > 1}
+    return {name: {"macs": count, "quantized": name in quantized} for name, count in macs(model, size, spec).items()}

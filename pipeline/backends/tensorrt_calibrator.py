@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.onnx_files.files import CALIBRATION, CALIBRATION_INPUTS
 from pipeline.progress import Progress
@@ -52,63 +53,90 @@ def calibrate(
     images = np.load(folder / CALIBRATION_INPUTS, mmap_mode="r")
     digest = sha256(json.dumps([about, trt.__version__], sort_keys=True).encode()).hexdigest()
     cache = None if kept is None else kept / f"calibration-{digest[:16]}.cache"
-    known = _kept(cache)
     shape = spec.shape(1, Resolution(*images.shape[1:3]))
     profile.set_shape(spec.name, shape, shape, shape)
     config.set_calibration_profile(profile)
     for flag in ("INT8", *(["FP16"] if about["high_precision_dtype"] == "fp16" else [])):
         config.set_flag(getattr(trt.BuilderFlag, flag))
-    progress = ExitStack()
-    bar = Progress("calibrating in TensorRT", len(images), "images")
+    feed = _Feed(images, spec, memory, memory.empty(shape, np.dtype(spec.dtype)), cache)
+    config.int8_calibrator = _calibrator(base)(feed)
+
+    def finish() -> None:
+        feed.progress.close()
+        if feed.failure is not None:
+            raise feed.failure
+
+    return finish
+
+
+class _Feed:
+    """The images that a calibrator gets one by one, and its cache.
+
+    TensorRT ignores exceptions raised while it calibrates, and continues with fewer images. Therefore the first exception is
+    kept, and raised again after the build.
+    """
+
+    def __init__(self, images: NDArray[Any], spec: InputSpec, memory: DeviceMemory, place: Any, cache: Path | None) -> None:
+        self.images, self.spec, self.memory, self.place, self.cache = images, spec, memory, place, cache
+        self.known = _kept(cache)
+        self.failure: Exception | None = None
+        self.at = 0
+        self.progress = ExitStack()
+        self.bar = Progress("calibrating in TensorRT", len(images), "images")
+
+    def following(self) -> int | None:
+        """The address of the next image; None at the end."""
+        if self.at >= len(self.images) or self.failure is not None:
+            self.progress.close()
+            return None
+        if not self.at:
+            self.progress.enter_context(self.bar)
+        try:
+            self.memory.copy(self.place, normalise(self.images[self.at : self.at + 1], self.spec))
+        except Exception as error:  # noqa: BLE001 - every error is raised again after the build
+            self.failure = error
+            return None
+        self.at += 1
+        self.bar.update(self.at)
+        address: int = self.place.address
+        return address
+
+    def keep(self, content: Any) -> None:
+        """Write the calibrator's cache."""
+        if self.cache is None or self.failure is not None:
+            return
+        try:
+            self.cache.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = self.cache.with_name(f".{self.cache.name}.{os.getpid()}.tmp")
+            blob = bytes(memoryview(content))
+            unfinished.write_bytes(sha256(blob).hexdigest().encode() + b"\n" + blob)
+            unfinished.replace(self.cache)
+        except Exception as error:  # noqa: BLE001 - every error is raised again after the build
+            self.failure = error
+
+
+def _calibrator(base: Any) -> Any:
+    """A subclass of one of TensorRT's calibrators, which takes a feed."""
 
     class Calibrator(base):  # type: ignore[misc] # the base exists only where TensorRT 10 does
-        def __init__(self) -> None:
+        def __init__(self, feed: _Feed) -> None:
             base.__init__(self)
-            self.failure: Exception | None = None
-            self.at = 0
-            self.input = memory.empty(shape, np.dtype(spec.dtype))
+            self.feed = feed
 
         def get_batch_size(self) -> int:
             return 1
 
         def get_batch(self, names: list[str]) -> list[int] | None:
-            if self.at >= len(images) or self.failure is not None:
-                progress.close()
-                return None
-            if not self.at:
-                progress.enter_context(bar)
-            try:  # TensorRT ignores exceptions raised here and continues with fewer images
-                memory.copy(self.input, normalise(images[self.at : self.at + 1], spec))
-            except Exception as error:  # noqa: BLE001 - every error is raised again after the build
-                self.failure = error
-                return None
-            self.at += 1
-            bar.update(self.at)
-            return [self.input.address for _ in names]
+            address = self.feed.following()
+            return None if address is None else [address for _ in names]
 
         def read_calibration_cache(self) -> bytes | None:
-            return known
+            return self.feed.known
 
         def write_calibration_cache(self, content: Any) -> None:
-            if cache is None or self.failure is not None:
-                return
-            try:
-                cache.parent.mkdir(parents=True, exist_ok=True)
-                unfinished = cache.with_name(f".{cache.name}.{os.getpid()}.tmp")
-                blob = bytes(memoryview(content))
-                unfinished.write_bytes(sha256(blob).hexdigest().encode() + b"\n" + blob)
-                unfinished.replace(cache)
-            except Exception as error:  # noqa: BLE001 - every error is raised again after the build
-                self.failure = error
+            self.feed.keep(content)
 
-    calibrator = config.int8_calibrator = Calibrator()
-
-    def finish() -> None:
-        progress.close()
-        if calibrator.failure is not None:
-            raise calibrator.failure
-
-    return finish
+    return Calibrator
 
 
 def _kept(cache: Path | None) -> bytes | None:

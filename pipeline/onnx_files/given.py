@@ -84,6 +84,32 @@ def check_request(
     constants = {tensor.name for tensor in model.graph.initializer}
     for tensor in [tensor for tensor in model.graph.input if tensor.name not in constants][:1]:
         check_form(tensor, shape_of(tensor), spec.input, where)
+    _check_sizes(model, spec, sizes, batches, one_size, where)
+    said = [f"{where} is quantized itself, so FP32 figures in comparisons are those of a quantized file"] if integers else []
+    if precision != "external" and (rounding := simulated(model)):
+        said.append(
+            f"{where} looks like simulated quantization ({len(rounding)} nodes, the first is '{rounding[0]}'), so that "
+            f"precision={precision} includes it; if that is not wanted, give the network without the simulation"
+        )
+    half = half_weights(model)
+    if half and precision != "external":
+        said.append(f"{where} has weights of 16 bits ('{half[0]}'), so that precision=fp32 means these 16-bit weights")
+    return said
+
+
+def _check_sizes(
+    model: onnx.ModelProto,
+    spec: NetworkSpec,
+    sizes: Mapping[str, Resolution],
+    batches: Mapping[str, int],
+    one_size: bool,
+    where: str,
+) -> None:
+    """Check that a model accepts sizes and batches.
+
+    Raises:
+        UserError: it accepts only others.
+    """
     axes = free_axes(model, spec.input)
     alone = axes["batch"] or (0 if "batch" in spec.dynamic else 1)
     for option, batch in batches.items():
@@ -103,16 +129,6 @@ def check_request(
             f"keep_aspect_ratio_mode or scales ask for inputs of several sizes, but {where} takes one size; choose "
             "keep_aspect_ratio_mode=pad_image_input 'scales=[1.0]'"
         )
-    said = [f"{where} is quantized itself, so FP32 figures in comparisons are those of a quantized file"] if integers else []
-    if precision != "external" and (rounding := simulated(model)):
-        said.append(
-            f"{where} looks like simulated quantization ({len(rounding)} nodes, the first is '{rounding[0]}'), so that "
-            f"precision={precision} includes it; if that is not wanted, give the network without the simulation"
-        )
-    half = half_weights(model)
-    if half and precision != "external":
-        said.append(f"{where} has weights of 16 bits ('{half[0]}'), so that precision=fp32 means these 16-bit weights")
-    return said
 
 
 def read(file: Path) -> onnx.ModelProto:

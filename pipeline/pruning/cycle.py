@@ -18,7 +18,7 @@ from pipeline.pruning.costs import Costs
 from pipeline.pruning.criteria import importance
 from pipeline.pruning.graph import survey
 from pipeline.pruning.groups import mask, remove
-from pipeline.pruning.plan import Curves, Plan, UnreachableError, choose, nothing, nothing_to_prune
+from pipeline.pruning.plan import Curves, Plan, Step, UnreachableError, choose, nothing, nothing_to_prune
 from pipeline.pruning.pruner import Pruner, Target
 from pipeline.pruning.trial import apart
 from posepress.errors import UserError, first_line
@@ -231,9 +231,8 @@ class Cycle:
 
     def _plan(self, reach: Mapping[str, float] | None, part: float = 1.0, round_to: int | None = None) -> Plan:
         gates = self.gates(self.network) if self.gates is not None and self.pruner.criterion == "taylor" else None
-        return choose(
-            self.pruner, self.network, self.size, gates, self.curves, reach, round_to or self.round_to, self.whole, part
-        )
+        step = Step(reach, round_to or self.round_to, self.whole, part)
+        return choose(self.pruner, self.network, self.size, gates, self.curves, step)
 
     def _pruned(self, plan: Plan) -> tuple[nn.Module, Candidate]:
         network = duplicate(self.network)

@@ -73,16 +73,31 @@ def _matched(found: Sequence[Group], patterns: Sequence[str], option: str) -> di
     return matched
 
 
+@dataclass(frozen=True)
+class Step:
+    """What one of several steps must reach.
+
+    Attributes:
+        reach: upper limit, {"macs": number} or {"params": number}, used instead of the ratio.
+        round_to: divisor that replaces the option `round_to`.
+        whole: number of channels of each group before the first step. Ratios refer to these numbers, and a step may remove
+            nothing. None for the only step.
+        part: fraction of the ratio that this step must reach.
+    """
+
+    reach: Mapping[str, float] | None = None
+    round_to: int | None = None
+    whole: Mapping[str, int] | None = None
+    part: float = 1.0
+
+
 def choose(
     pruner: Pruner,
     network: nn.Module,
     resolution: Resolution,
     gates: Any = None,
     curves: Curves | None = None,
-    reach: Mapping[str, float] | None = None,
-    round_to: int | None = None,
-    whole: Mapping[str, int] | None = None,
-    part: float = 1.0,
+    step: Step = Step(),
 ) -> Plan:
     """Choose the channels to remove.
 
@@ -92,73 +107,110 @@ def choose(
         resolution: input size for the MACs.
         gates: gates for the criterion "taylor".
         curves: sensitivity curves for the option `sensitivity`.
-        reach: upper limit, {"macs": number} or {"params": number}, used instead of the ratio.
-        round_to: divisor that replaces the option `round_to`.
-        whole: number of channels of each group before the first of several steps. Ratios refer to these numbers, and a step
-            may remove nothing.
-        part: fraction of the ratio that this step must reach.
+        step: what this step must reach.
 
     Raises:
         UserError: nothing can be removed, or everything would be.
         UnreachableError: the limit cannot be reached.
     """
     surveyed = survey(network)
-    found = surveyed.groups
-    if not found:
+    if not surveyed.groups:
         raise UserError(nothing_to_prune(surveyed))
-    others = [name for own in surveyed.left_out for name in own.layers]  # these layers are not pruned in any case
-    patterns = [p for p in pruner.excluded_layers if not fnmatch.filter(others, p) or _match(found, p)]
-    excluded = {n for own in _matched(found, patterns, "excluded_layers").values() for n in own}
-    ratios = pruner.pruning_ratio_dict or {}
-    own_ratio = {
-        n: ratios[pattern] * part
-        for pattern, matched in _matched(found, list(ratios), "pruning_ratio_dict").items()
-        for n in matched
-    }
-    ranked = importance(network, found, pruner.criterion, pruner.normalizer, pruner.equalization_criterion, gates)
-    divisor = round_to or pruner.divisor
-    if (pruner.sensitivity is not None) != (curves is not None):
-        raise UserError("pruner.sensitivity: the curves of the stage 'sensitivity' belong to it; give both or none")
-    sizes = [(whole or {}).get(group.name, group.size) for group in found]
-    wanted = _wanted(pruner, found, sizes, ranked, own_ratio, curves, excluded)
+    counts = _Counts.of(pruner, network, surveyed, gates, curves, step)
+    if pruner.pruning_threshold is not None:
+        level = float(pruner.pruning_threshold)
+        _check_threshold(counts.ranked, level, counts.open)
+        kept = counts.kept(level)
+    elif step.reach is None:
+        level = (pruner.pruning_ratio or 0.0) * step.part
+        if pruner.sensitivity is not None:
+            total = sum(counts.sizes[n] for n in counts.open)
+            level = _bisect(lambda x: sum(counts.kept(x)[n] for n in counts.open), total * (1 - level), *_span(curves))
+        kept = counts.kept(level)
+    else:
+        level, kept = _reached(counts, Costs(network, surveyed.groups, resolution), step.reach, _span(curves))
+    dropped = {}
+    for group, values, keep in zip(surveyed.groups, counts.ranked, kept, strict=True):
+        if keep < group.size and values is not None:
+            dropped[group.name] = sorted(torch.argsort(values, stable=True)[: group.size - keep].tolist())
+    if not dropped and step.whole is None:
+        raise UserError(nothing(pruner, counts.ranked))
+    return Plan(dropped, kept, counts.ranked, surveyed.groups, level)
 
-    def kept(level: float) -> list[int]:
+
+@dataclass(frozen=True)
+class _Counts:
+    """How many channels each group keeps at a level, which is a ratio, a threshold or a tolerated loss.
+
+    Attributes:
+        pruner: the options of pruning.
+        groups: all groups.
+        ranked: importance of each group's channels; None if the criterion cannot rank the group.
+        sizes: number of channels of each group before the first step.
+        excluded: groups that keep all channels.
+        own_ratio: ratios of single groups.
+        wanted: number of channels that each group keeps at a level, before rounding.
+        divisor: kept channels are a multiple of it.
+    """
+
+    pruner: Pruner
+    groups: Sequence[Group]
+    ranked: Sequence[Tensor | None]
+    sizes: Sequence[int]
+    excluded: Collection[int]
+    own_ratio: Mapping[int, float]
+    wanted: Callable[[float], list[float]]
+    divisor: int
+
+    @classmethod
+    def of(
+        cls, pruner: Pruner, network: nn.Module, surveyed: Survey, gates: Any, curves: Curves | None, step: Step
+    ) -> "_Counts":
+        """The counts of a network's groups."""
+        found = surveyed.groups
+        others = [name for own in surveyed.left_out for name in own.layers]  # these layers are not pruned in any case
+        patterns = [p for p in pruner.excluded_layers if not fnmatch.filter(others, p) or _match(found, p)]
+        excluded = {n for own in _matched(found, patterns, "excluded_layers").values() for n in own}
+        ratios = pruner.pruning_ratio_dict or {}
+        matched = _matched(found, list(ratios), "pruning_ratio_dict")
+        own_ratio = {n: ratios[pattern] * step.part for pattern, own in matched.items() for n in own}
+        ranked = importance(network, found, pruner.criterion, pruner.normalizer, pruner.equalization_criterion, gates)
+        if (pruner.sensitivity is not None) != (curves is not None):
+            raise UserError("pruner.sensitivity: the curves of the stage 'sensitivity' belong to it; give both or none")
+        sizes = [(step.whole or {}).get(group.name, group.size) for group in found]
+        wanted = _wanted(pruner, found, sizes, ranked, own_ratio, curves, excluded)
+        return cls(pruner, found, ranked, sizes, excluded, own_ratio, wanted, step.round_to or pruner.divisor)
+
+    @property
+    def open(self) -> list[int]:
+        """The groups that may lose channels."""
+        return [n for n in range(len(self.groups)) if n not in self.excluded]
+
+    def kept(self, level: float) -> list[int]:
+        """Number of channels that each group keeps."""
         counts = []
-        for n, (group, keep) in enumerate(zip(found, wanted(level), strict=True)):
-            least = max(pruner.min_num_filters, math.ceil(sizes[n] * (1 - pruner.max_pruning_ratio) - 1e-9))
-            stays = n in excluded or ranked[n] is None
-            rounded = -(-max(math.ceil(keep - 1e-9), least) // divisor) * divisor
+        for n, (group, keep) in enumerate(zip(self.groups, self.wanted(level), strict=True)):
+            least = max(self.pruner.min_num_filters, math.ceil(self.sizes[n] * (1 - self.pruner.max_pruning_ratio) - 1e-9))
+            stays = n in self.excluded or self.ranked[n] is None
+            rounded = -(-max(math.ceil(keep - 1e-9), least) // self.divisor) * self.divisor
             counts.append(group.size if stays or rounded >= group.size else int(rounded))
         return counts
 
-    if pruner.pruning_threshold is not None:
-        level = float(pruner.pruning_threshold)
-        _check_threshold(ranked, level, [n for n in range(len(found)) if n not in excluded])
-        counts = kept(level)
-    elif reach is None:
-        level = (pruner.pruning_ratio or 0.0) * part
-        if pruner.sensitivity is not None:
-            left = [n for n in range(len(found)) if n not in excluded]
-            total = sum(sizes[n] for n in left)
-            level = _bisect(lambda x: sum(kept(x)[n] for n in left), total * (1 - level), *_span(curves))
-        counts = kept(level)
-    else:
-        costs = Costs(network, found, resolution)
-        ((kind, value),) = reach.items()
-        span = _span(curves)
-        least = costs(kept(span[1]))[kind]
-        if least > value:
-            raise UnreachableError(least)
-        level = _bisect(lambda x: costs(kept(x))[kind], value, *span)
-        open_to = [g.size if n not in own_ratio else k for n, (g, k) in enumerate(zip(found, kept(level), strict=True))]
-        counts = _restored(kept(level), open_to, wanted(level), divisor, lambda c: costs(c)[kind], value)
-    dropped = {}
-    for group, values, keep in zip(found, ranked, counts, strict=True):
-        if keep < group.size and values is not None:
-            dropped[group.name] = sorted(torch.argsort(values, stable=True)[: group.size - keep].tolist())
-    if not dropped and whole is None:
-        raise UserError(nothing(pruner, ranked))
-    return Plan(dropped, counts, ranked, found, level)
+
+def _reached(counts: _Counts, costs: Costs, reach: Mapping[str, float], span: tuple[float, float]) -> tuple[float, list[int]]:
+    """The lowest level at which the network is small enough, and the channels kept there.
+
+    Raises:
+        UnreachableError: the network is never small enough.
+    """
+    ((kind, value),) = reach.items()
+    least = costs(counts.kept(span[1]))[kind]
+    if least > value:
+        raise UnreachableError(least)
+    level = _bisect(lambda x: costs(counts.kept(x))[kind], value, *span)
+    kept = counts.kept(level)
+    open_to = [g.size if n not in counts.own_ratio else k for n, (g, k) in enumerate(zip(counts.groups, kept, strict=True))]
+    return level, _restored(kept, open_to, counts.wanted(level), counts.divisor, lambda c: costs(c)[kind], value)
 
 
 def _span(curves: Curves | None) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """Where Q/DQ nodes are placed, and what stays in float."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,55 +74,66 @@ def place(model: onnx.ModelProto, exclude: Iterable[str] = ()) -> Placement:
             f"opset_version={LEAST_OPSET} or above"
         )
     graph = Graph(model)
-    heads = tail(graph)
-    skip = frozenset(exclude) | heads
-    inputs: dict[str, None] = {}
-    ends: dict[str, None] = {}
-    skips: dict[str, str] = {}
-    slow: set[str] = set()
-    groups: list[set[str]] = []
-    integer: set[str] = set()  # outputs of convolutions that compute in integers
+    marks = _Marks(graph, frozenset(exclude) | tail(graph))
+    marks.weighted()
     for node in graph.nodes:
-        computed = graph.activations(node)
-        if node.op_type not in WEIGHTED or node.name in skip:
-            continue
-        weights, made = graph.weights(node), graph.activated(node.output[0])
-        if weights is None:
-            continue
-        inputs[computed[0]] = None
-        integer.add(made)
-        few = weights.shape[1] < _FEW_CHANNELS and attribute(node, "group", 1) == 1
-        if node.op_type == "ConvTranspose" or few:
-            slow.add(node.name)
-        else:
-            ends[computed[0]] = ends[made] = None
-    read = set(inputs)
-    for node in graph.nodes:
-        computed = graph.activations(node)
-        if node.name in skip or not graph.floats.issuperset(computed):  # the second condition excludes arithmetic on shapes
-            continue
-        made = graph.activated(node.output[0])
-        if not integer.intersection(computed) and not read.intersection((node.output[0], made)):
-            continue  # all neighbouring layers are in float
-        if node.op_type == "Concat" and len(computed) == len(node.input) and node.output[0] not in graph.outputs:
-            for name in (*computed, node.output[0]):
-                inputs[name] = ends[name] = None
-            groups.append({*computed, node.output[0]})
-        elif node.op_type == "Add" and len(computed) == 2:
-            for name in (*computed, made):
-                if name not in graph.outputs:
-                    ends[name] = None
-            direct = [
-                n
-                for n in computed
-                if n in graph.producer and graph.producer[n].op_type == "Conv" and len(graph.consumers[n]) == 1
-            ]
-            skips[node.name] = next((n for n in computed if n not in direct[:1]), computed[1])
-        elif node.op_type in CARRIERS and node.output[0] not in graph.outputs:
-            for name in (computed[0], node.output[0]):
-                inputs[name] = ends[name] = None
-            groups.append({computed[0], node.output[0]})
-    return Placement(tuple(inputs), tuple(ends), skips, tuple(joined(groups)), skip, frozenset(slow))
+        marks.join(node)
+    return Placement(
+        tuple(marks.inputs), tuple(marks.ends), marks.skips, tuple(joined(marks.groups)), marks.skip, frozenset(marks.slow)
+    )
+
+
+class _Marks:
+    """The decisions for a placement, in the order of the nodes. Dictionaries without values keep the order of tensors."""
+
+    def __init__(self, graph: Graph, skip: frozenset[str]) -> None:
+        self.graph, self.skip = graph, skip
+        self.inputs: dict[str, None] = {}
+        self.ends: dict[str, None] = {}
+        self.skips: dict[str, str] = {}
+        self.slow: set[str] = set()
+        self.groups: list[set[str]] = []
+        self._integer: set[str] = set()  # outputs of convolutions that compute in integers
+        self._read: set[str] = set()  # their inputs
+
+    def weighted(self) -> None:
+        """Mark the inputs and outputs of the convolutions."""
+        for node in self.graph.nodes:
+            if node.op_type not in WEIGHTED or node.name in self.skip or (weights := self.graph.weights(node)) is None:
+                continue
+            read, computed = self.graph.activations(node)[0], self.graph.activated(node.output[0])
+            self.inputs[read] = None
+            self._integer.add(computed)
+            few = weights.shape[1] < _FEW_CHANNELS and attribute(node, "group", 1) == 1
+            if node.op_type == "ConvTranspose" or few:
+                self.slow.add(node.name)
+            else:
+                self.ends[read] = self.ends[computed] = None
+        self._read = set(self.inputs)
+
+    def join(self, node: onnx.NodeProto) -> None:
+        """Mark the tensors of a concatenation, an addition or a pooling beside layers that compute in integers."""
+        graph, read, out = self.graph, self.graph.activations(node), node.output[0]
+        if node.name in self.skip or not graph.floats.issuperset(read):  # the second condition excludes arithmetic on shapes
+            return
+        activated = graph.activated(out)
+        if not self._integer.intersection(read) and not self._read.intersection((out, activated)):
+            return  # all neighbouring layers are in float
+        if node.op_type == "Add" and len(read) == 2:
+            self.ends |= dict.fromkeys(name for name in (*read, activated) if name not in graph.outputs)
+            self.skips[node.name] = self._skip(read)
+        elif (node.op_type == "Concat" and len(read) == len(node.input)) or node.op_type in CARRIERS:
+            tied = dict.fromkeys((*(read if node.op_type == "Concat" else read[:1]), out))
+            if out not in graph.outputs:
+                self.inputs |= tied
+                self.ends |= tied
+                self.groups.append(set(tied))
+
+    def _skip(self, read: Sequence[str]) -> str:
+        """The input of an addition that TensorRT's variant quantizes: the one that no convolution alone computes."""
+        makers, readers = self.graph.producer, self.graph.consumers
+        direct = [n for n in read if n in makers and makers[n].op_type == "Conv" and len(readers[n]) == 1]
+        return next((n for n in read if n not in direct[:1]), read[1])
 
 
 def joined(groups: Iterable[set[str]]) -> list[frozenset[str]]:

@@ -69,11 +69,22 @@ class Scales:
 
 
 class _Writer:
-    """Rebuilds a model's node list with Q/DQ."""
+    """Rebuilds a model's node list with Q/DQ.
 
-    def __init__(self, model: onnx.ModelProto, scales: Scales, flavour: Flavour, fp8: bool) -> None:
-        self.graph = Graph(model)
+    Attributes:
+        chosen: the tensors that are quantized in this runtime variant.
+        operators: the types of operators that compute in integers.
+        held: nodes that stay in float.
+    """
+
+    def __init__(self, model: onnx.ModelProto, placement: Placement, scales: Scales, flavour: Flavour, fp8: bool) -> None:
+        self.graph, self.placement = Graph(model), placement
         self.scales, self.flavour, self.fp8 = scales, flavour, fp8
+        self.for_cpu = flavour == "onnxruntime"
+        self.chosen = set(placement.ends if self.for_cpu else (*placement.inputs, *placement.skips.values()))
+        more = ("Conv", "Add") if self.for_cpu else WEIGHTED
+        self.operators = {*more, "Concat", *CARRIERS}
+        self.held = placement.excluded | placement.slow if self.for_cpu else placement.excluded
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
         self.emitted: set[str] = set()
@@ -139,6 +150,47 @@ class _Writer:
             self.emitted.add(copy)
         return copy
 
+    def fuses(self, node: onnx.NodeProto) -> bool:
+        """Whether the runtime fuses a node with the Q and DQ around it into an integer operator."""
+        return node.op_type in self.operators and node.name not in self.held
+
+    def computed(self, tensor: str) -> None:
+        """Emit the Q/DQ pair of a tensor that has just been computed.
+
+        A float activation between an operator and its Q would keep the operator in float. With a zero point of 0, the Q
+        already acts as a ReLU; other activations clip the integers.
+        """
+        graph = self.graph
+        bounds = graph.bounds(tensor) if self.for_cpu else None
+        before = graph.producer[tensor].input[0] if bounds else tensor
+        maker = graph.producer.get(before)
+        done = bounds == (0.0, math.inf) and self.zero_point(tensor) == 0
+        fused = maker is not None and self.fuses(maker)
+        if bounds and not done and fused and tensor not in graph.outputs and len(graph.consumers[before]) == 1:
+            self.nodes.pop()  # removes the float activation
+            self.quantize(before, tensor, bounds)
+        else:
+            self.quantize(tensor, tensor, None)
+
+    def rewired(self, node: onnx.NodeProto) -> onnx.NodeProto:
+        """A copy of a node that reads dequantized tensors and weights."""
+        copy, fused = onnx.NodeProto(), self.fuses(node)
+        copy.CopyFrom(node)
+        for place_, name in enumerate(node.input):
+            if name not in self.chosen or (node.op_type in WEIGHTED and place_ > 0):
+                continue
+            residual = not self.for_cpu and node.op_type == "Add" and self.placement.skips.get(node.name) == name
+            if not (residual or fused or (self.for_cpu and name in self.emitted)):
+                continue
+            quantized_after = self.graph.activated(node.output[0]) in self.chosen
+            if not (self.for_cpu and node.op_type in WEIGHTED and quantized_after and not fused):
+                copy.input[place_] = f"{name}_dequantized"
+            elif name in self.graph.producer:  # the network's input is a float tensor without a Q/DQ pair
+                copy.input[place_] = self.in_float(name)
+        if fused and node.op_type in WEIGHTED and node.input[0] in self.placement.inputs:
+            copy.input[1] = self.weights(node)
+        return copy
+
     def finish(self) -> onnx.ModelProto:
         model = onnx.ModelProto()
         model.CopyFrom(self.graph.model)
@@ -169,53 +221,15 @@ def insert(
     Raises:
         ValueError: a concatenation would get inputs of different scales.
     """
-    writer = _Writer(model, scales, flavour, fp8)
-    graph = writer.graph
-    for_cpu = flavour == "onnxruntime"
-    chosen = set(placement.ends if for_cpu else (*placement.inputs, *placement.skips.values()))
-    operators = {"Conv", "Add", "Concat", *CARRIERS} if for_cpu else {*WEIGHTED, "Concat", *CARRIERS}
-    held = placement.excluded | placement.slow if for_cpu else placement.excluded
-
-    def quantize(tensor: str) -> None:
-        """Emit the Q/DQ pair of a tensor that has just been computed.
-
-        A float activation between an operator and its Q would keep the operator in float. With a zero point of 0, the Q
-        already acts as a ReLU; other activations clip the integers.
-        """
-        bounds = graph.bounds(tensor) if for_cpu else None
-        before = graph.producer[tensor].input[0] if bounds else tensor
-        maker = graph.producer.get(before)
-        done = bounds == (0.0, math.inf) and writer.zero_point(tensor) == 0
-        in_float = maker is None or maker.name in held or maker.op_type not in operators
-        if bounds and not done and not in_float and tensor not in graph.outputs and len(graph.consumers[before]) == 1:
-            writer.nodes.pop()  # removes the float activation
-            writer.quantize(before, tensor, bounds)
-        else:
-            writer.quantize(tensor, tensor, None)
-
+    writer = _Writer(model, placement, scales, flavour, fp8)
     for value in model.graph.input:
-        if value.name in chosen:
-            quantize(value.name)
-    for node in graph.nodes:
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        for place_, name in enumerate(node.input):
-            if name not in chosen or (node.op_type in WEIGHTED and place_ > 0):
-                continue
-            residual = not for_cpu and node.op_type == "Add" and placement.skips.get(node.name) == name
-            fused = node.op_type in operators and node.name not in held
-            if residual or fused or (for_cpu and name in writer.emitted):
-                alone = for_cpu and node.op_type in WEIGHTED and graph.activated(node.output[0]) in chosen and not fused
-                if not alone:
-                    copy.input[place_] = f"{name}_dequantized"
-                elif name in graph.producer:  # the network's input is a float tensor without a Q/DQ pair
-                    copy.input[place_] = writer.in_float(name)
-        if node.op_type in operators & set(WEIGHTED) and node.name not in held and node.input[0] in placement.inputs:
-            copy.input[1] = writer.weights(node)
-        writer.nodes.append(copy)
+        if value.name in writer.chosen:
+            writer.computed(value.name)
+    for node in writer.graph.nodes:
+        writer.nodes.append(writer.rewired(node))
         for name in node.output:
-            if name in chosen:
-                quantize(name)
+            if name in writer.chosen:
+                writer.computed(name)
     made = writer.finish()
     check_shared(made)
     return made

@@ -52,6 +52,22 @@ def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] 
     for n in sorted(best) or [0]:
         title = html.escape(f"{shown[n]['network']} · {shown[n]['precision']} · {shown[n]['input']}")
         sections.append(f"<h2>What {title} finds</h2>{_pictures(table.results[n])}{_details_html(table.results[n])}")
+    notes = [*_notes(table), *(html.escape(line) for line in table.left_out)]
+    doubts = "".join(f'<p class="doubt">{html.escape(line)}</p>' for line in table.doubts)
+    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)} · Posepress</title>
+<style>{_STYLE}</style></head><body><h1>{html.escape(name)}: accuracy against latency</h1>
+{doubts}<p>{html.escape(said(list(choices(table))))}</p>{plots}
+<h2>Engines</h2><p class="note">Green rows are on the Pareto front.</p><div class="wide">
+<table><thead><tr>{head}</tr></thead>
+<tbody>{body}</tbody></table></div>
+{"".join(f'<p class="note">{note}</p>' for note in notes)}{_waterfall_html(table)}
+{pruning}{engine_page.sections(table.results)}{quantization_page.sections(table.results)}{_comparisons_html(comparisons)}
+{"".join(sections)}</body></html>"""
+    file.write_text(page, encoding="utf-8")
+
+
+def _notes(table: Table) -> list[str]:
+    """The notes below the table, as HTML."""
     machines, short = devices(table.rows), shorts(table.rows)
     notes = [f"Latency: on {html.escape('; '.join(machines) or 'no machine yet')}. {' '.join(latency_notes(table.rows))}"]
     images = sorted({f"{row['images']} validation images, data {row['data_digest'][:12]}" for row in table.rows})
@@ -70,18 +86,7 @@ def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] 
         notes.append("Inputs with -x… or -flip average the fields of several views. This is a setting for research only.")
     if any(row["pruning"] != "dense" for row in table.rows):
         notes.append(MORE_STEPS)
-    notes += [html.escape(line) for line in table.left_out]
-    doubts = "".join(f'<p class="doubt">{html.escape(line)}</p>' for line in table.doubts)
-    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)} · Posepress</title>
-<style>{_STYLE}</style></head><body><h1>{html.escape(name)}: accuracy against latency</h1>
-{doubts}<p>{html.escape(said(list(choices(table))))}</p>{plots}
-<h2>Engines</h2><p class="note">Green rows are on the Pareto front.</p><div class="wide">
-<table><thead><tr>{head}</tr></thead>
-<tbody>{body}</tbody></table></div>
-{"".join(f'<p class="note">{note}</p>' for note in notes)}{_waterfall_html(table)}
-{pruning}{engine_page.sections(table.results)}{quantization_page.sections(table.results)}{_comparisons_html(comparisons)}
-{"".join(sections)}</body></html>"""
-    file.write_text(page, encoding="utf-8")
+    return notes
 
 
 class _Drawn:

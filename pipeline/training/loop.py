@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from pipeline.models.contract import duplicate
 from pipeline.pruning.costs import macs
 from pipeline.training.distillation import Distillation
 from pipeline.training.options import Training
-from pipeline.training.steps import Run, effective_precision
+from pipeline.training.steps import Run, Task, effective_precision
 from pipeline.training.views import Views
 from posepress.errors import UserError
 
@@ -55,6 +56,42 @@ def train(
         raise UserError(f"patience={training.patience}: stopping early needs tune images; choose patience=null")
     if training.compile and shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
         raise UserError("training.compile=true: torch.compile needs a C++ compiler; install g++ (or set CXX), or compile=false")
+    fabric = _fabric(network, training, distillation)
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    task = Task(network, views, training, checkpoint, teacher, distillation, tune)
+    if training.devices * training.num_nodes > 1:
+        complaint = checkpoint.with_suffix(".error")
+        complaint.unlink(missing_ok=True)
+        try:
+            fabric.launch(partial(_fit, task))
+        except Exception as error:  # an error of another process arrives as text
+            if not complaint.exists():
+                raise
+            text = complaint.read_text()
+            complaint.unlink()
+            raise UserError(text) from error
+    else:
+        _fit(task, fabric)
+    state = torch.load(checkpoint, "cpu", weights_only=True)
+    network.load_state_dict(state["best"] or state["averaged"])
+    network.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+    losses: dict[str, float] = state["losses"]
+    each = 3 * macs(network, views.resolution) + (macs(teacher, views.resolution) if teacher is not None else 0)
+    return {
+        **losses,
+        "loss": sum(losses.values()),
+        "steps": state["step"],
+        "train_macs": state["step"] * training.batch_size * each,
+        "curve": state["curve"],
+    }
+
+
+def _fabric(network: nn.Module, training: Training, distillation: Distillation | None) -> Any:
+    """The devices of a training.
+
+    Raises:
+        UserError: there are fewer devices than asked for, or the network or the distillation cannot be shared by several.
+    """
     from lightning_fabric import Fabric
     from lightning_fabric.strategies.ddp import DDPStrategy
 
@@ -77,49 +114,21 @@ def train(
         )
     if accelerator == "cuda" and training.devices > torch.cuda.device_count():
         raise UserError(f"devices={training.devices}: this machine has {torch.cuda.device_count()} GPUs; choose that or fewer")
-    fabric = Fabric(
+    return Fabric(
         accelerator=accelerator,
         devices=training.devices,
         num_nodes=training.num_nodes,
         strategy=DDPStrategy(start_method="spawn", broadcast_buffers=False) if several else "auto",
         precision=effective_precision(training, accelerator),  # type: ignore[arg-type]
     )
-    given = (network, views, training, checkpoint, teacher, distillation, tune)
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    if several:
-        complaint = checkpoint.with_suffix(".error")
-        complaint.unlink(missing_ok=True)
-        try:
-            fabric.launch(partial(_fit, given))
-        except Exception as error:  # an error of another process arrives as text
-            if not complaint.exists():
-                raise
-            text = complaint.read_text()
-            complaint.unlink()
-            raise UserError(text) from error
-    else:
-        _fit(given, fabric)
-    state = torch.load(checkpoint, "cpu", weights_only=True)
-    network.load_state_dict(state["best"] or state["averaged"])
-    network.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
-    losses: dict[str, float] = state["losses"]
-    each = 3 * macs(network, views.resolution) + (macs(teacher, views.resolution) if teacher is not None else 0)
-    return {
-        **losses,
-        "loss": sum(losses.values()),
-        "steps": state["step"],
-        "train_macs": state["step"] * training.batch_size * each,
-        "curve": state["curve"],
-    }
 
 
-def _fit(given: tuple[Any, ...], fabric: Any) -> None:
-    network, *others = given
+def _fit(task: Task, fabric: Any) -> None:
+    training = task.training
     try:
-        try:
-            Run(fabric, duplicate(network), *others).fit()  # the processes of this machine share the network's memory
+        try:  # the processes of this machine share the network's memory
+            Run(fabric, replace(task, network=duplicate(task.network))).fit()
         except torch.OutOfMemoryError as error:
-            training: Training = given[2]
             devices = training.devices * training.num_nodes
             own = training.batch_size // devices
             finer = next((parts for parts in range(training.accumulate + 1, own + 1) if own % parts == 0), None)
@@ -130,6 +139,5 @@ def _fit(given: tuple[Any, ...], fabric: Any) -> None:
             ) from error
     except UserError as error:
         if fabric.world_size > 1:  # between processes, the error would become the text of a traceback
-            checkpoint: Path = given[3]
-            checkpoint.with_suffix(".error").write_text(str(error))
+            task.checkpoint.with_suffix(".error").write_text(str(error))
         raise

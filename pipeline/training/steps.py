@@ -5,6 +5,7 @@ import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,33 +30,37 @@ class NotFiniteError(Exception):
     """A loss is not finite."""
 
 
+@dataclass(frozen=True)
+class Task:
+    """What every device trains; the arguments of `pipeline.training.loop.train`."""
+
+    network: nn.Module
+    views: Views
+    training: Training
+    checkpoint: Path
+    teacher: nn.Module | None
+    distillation: Distillation | None
+    tune: Views | None
+
+
 class Run:
     """The training on one of the devices: the state that a checkpoint holds, and the steps between two checkpoints."""
 
-    def __init__(
-        self,
-        fabric: Any,
-        network: nn.Module,
-        views: Views,
-        training: Training,
-        checkpoint: Path,
-        teacher: nn.Module | None,
-        distillation: Distillation | None,
-        tune: Views | None,
-    ) -> None:
+    def __init__(self, fabric: Any, task: Task) -> None:
+        views, training = task.views, task.training
         fabric.seed_everything(views.seed, verbose=False)
-        self.fabric, self.views, self.training, self.checkpoint, self.tune = fabric, views, training, checkpoint, tune
+        self.fabric, self.views, self.training, self.checkpoint, self.tune = fabric, views, training, task.checkpoint, task.tune
         on_gpu = fabric.device.type == "cuda"
-        network = network.to(fabric.device, memory_format=layout(fabric.device)).train()  # type: ignore[call-overload]
+        network = task.network.to(fabric.device, memory_format=layout(fabric.device)).train()  # type: ignore[call-overload]
         kind = training.regularization_type
         self.penalty = Penalty(network, kind, training.kernel_regularization_factor) if kind else None
         if on_gpu and fabric.world_size > 1:  # computes the statistics of the whole batch, as on one device
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         self.network = network
         self.teacher = None
-        if teacher is not None:
-            assert distillation is not None
-            self.teacher = Teacher(teacher, network, distillation, example(network))
+        if task.teacher is not None:
+            assert task.distillation is not None
+            self.teacher = Teacher(task.teacher, network, task.distillation, example(network))
         adapters = [*self.teacher.adapters.parameters()] if self.teacher else []
         trained = [*network.parameters(), *adapters]
         self.rate = torch.tensor(training.lr, device=fabric.device)
@@ -80,7 +85,7 @@ class Run:
             "step": 0, "stopped": False, "losses": {}, "curve": [], "lr_factor": 1.0, "returns": 0, "best": None,
             "best_loss": math.inf, "checks": 0,
         }  # fmt: skip
-        found = self._agreed(float(checkpoint.exists()))  # checked before any process writes a checkpoint
+        found = self._agreed(float(self.checkpoint.exists()))  # checked before any process writes a checkpoint
         if found:
             self._load()
         else:

@@ -191,13 +191,7 @@ class Int8:
         model = unshared(with_opset(model, 19, "high_precision_dtype=fp16") if in_half else model)
         placement = place(model, excluded)
         if not placement.quantized(model):
-            raise UserError(
-                f"{onnx_file.name}: no convolution is left to quantize with "
-                f"{self._where}.nodes_to_exclude={list(self.nodes_to_exclude)}; shorten it"
-                if self.nodes_to_exclude
-                else f"{onnx_file.name}: INT8 takes convolutions with constant weights, but for the last before each output, "
-                "and this network has none; choose precision=fp16 or fp32"
-            )
+            raise self._nothing_to_quantize(onnx_file)
         rescaled, left_out = {"channels": 0, "tensors": 0}, {}
         imported = _content(Path(self.tensorrt_cache), f"{self._where}.tensorrt_cache") if self.tensorrt_cache else None
         ranged = [self.equalize_concatenations, self.equalize_layers, sorted(excluded), imported]
@@ -233,6 +227,15 @@ class Int8:
         if kept is not None and not kept.exists():
             caches.write_scales(kept, key, made.rows(), sorted(placement.excluded), made.most_weight)
         return made
+
+    def _nothing_to_quantize(self, onnx_file: Path) -> UserError:
+        if self.nodes_to_exclude:
+            left = f"no convolution is left to quantize with {self._where}.nodes_to_exclude={list(self.nodes_to_exclude)}"
+            return UserError(f"{onnx_file.name}: {left}; shorten it")
+        return UserError(
+            f"{onnx_file.name}: INT8 takes convolutions with constant weights, but for the last before each output, and this "
+            "network has none; choose precision=fp16 or fp32"
+        )
 
     def _scales(self, thresholds: Mapping[str, float], found: Mapping[str, Histogram], placement: Placement) -> writers.Scales:
         most = 63 if self.reduce_range else 127
