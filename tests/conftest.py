@@ -308,7 +308,7 @@ def perfect_fields(truth, view, spec):
 
 def compiled_before(copy):
     """Give a copy of the project, whose files have the times of the originals, what numba has compiled here."""
-    for file in (file for package in ("evaluation", "pipeline") for file in (ROOT / package).rglob("__pycache__/*.nb[ci]")):
+    for file in [f for house in ("posepress", "evaluation", "pipeline") for f in (ROOT / house).rglob("__pycache__/*.nb[ci]")]:
         there = copy / file.relative_to(ROOT)
         if there.parent.parent.is_dir():
             there.parent.mkdir(exist_ok=True)

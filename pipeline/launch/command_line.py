@@ -82,6 +82,28 @@ def read(words: Sequence[str]) -> Words:
     Raises:
         UserError: a flag is unknown, flags exclude each other, an argument is no option, or a value is ambiguous.
     """
+    flags, options = _divided(words)
+    _check_flags(flags)
+    read_words = Words(flags, [])
+    for folder in read_words.config_folders:
+        check_config_dir(Path(folder))
+    readable = [_readable(word, read_words.sweep) for word in options]
+    folders = _folders(read_words.config_dir)
+    groups = _groups(folders)
+    for word in readable:
+        key = word.lstrip("+").partition("=")[0]
+        _check_hydras(word, key)
+        if key in groups and (wrong := _no_texts(word)):
+            raise UserError(f"{key}={wrong[0]}: choose one of {', '.join(_choices(key, folders))}")
+    return Words(flags, [part for word in readable for part in _for_hydra(word)])
+
+
+def _divided(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The flags, with their values, and the options.
+
+    Raises:
+        UserError: a flag is unknown or lacks its value.
+    """
     flags: list[str] = []
     options: list[str] = []
     waiting = iter(words)
@@ -98,29 +120,26 @@ def read(words: Sequence[str]) -> Words:
             flags += [word, *value]
         else:
             raise UserError(f"{word}: no such flag{nearest(flag, (*_ALONE, *_WITH_VALUE))}; options are OPTION=VALUE")
-    _check_flags(flags)
-    read_words = Words(flags, [])
-    for folder in read_words.config_folders:
-        check_config_dir(Path(folder))
-    readable = [_readable(word, read_words.sweep) for word in options]
-    folders = _folders(read_words.config_dir)
-    groups = _groups(folders)
-    for word in readable:
-        key = word.lstrip("+").partition("=")[0]
-        if key == "hydra" or key.startswith("hydra.searchpath"):
-            raise UserError(f"{word}: no option of this program; give a folder of further choices as --config-dir FOLDER")
-        if key == "hydra.mode":
-            raise UserError(f"{word}: add the flag --multirun for a sweep; without it the command runs one cell")
-        if key in ("hydra.launcher", "hydra.sweeper"):
-            part = key.rpartition(".")[2]
-            raise UserError(
-                f"{word}: takes no value; give its options one by one, as {key}.OPTION=VALUE, or choose hydra/{part}=NAME"
-            )
-        if key.startswith("hydra/") and _no_texts(word):
-            raise UserError(f"{word}: no name of a choice; give the name of one that is installed")
-        if key in groups and (wrong := _no_texts(word)):
-            raise UserError(f"{key}={wrong[0]}: choose one of {', '.join(_choices(key, folders))}")
-    return Words(flags, [part for word in readable for part in _for_hydra(word)])
+    return flags, options
+
+
+def _check_hydras(word: str, key: str) -> None:
+    """Refuse options of Hydra that this program sets, or that have another form here.
+
+    Raises:
+        UserError: the option is one of these.
+    """
+    if key == "hydra" or key.startswith("hydra.searchpath"):
+        raise UserError(f"{word}: no option of this program; give a folder of further choices as --config-dir FOLDER")
+    if key == "hydra.mode":
+        raise UserError(f"{word}: add the flag --multirun for a sweep; without it the command runs one cell")
+    if key in ("hydra.launcher", "hydra.sweeper"):
+        part = key.rpartition(".")[2]
+        raise UserError(
+            f"{word}: takes no value; give its options one by one, as {key}.OPTION=VALUE, or choose hydra/{part}=NAME"
+        )
+    if key.startswith("hydra/") and _no_texts(word):
+        raise UserError(f"{word}: no name of a choice; give the name of one that is installed")
 
 
 def _check_flags(flags: Sequence[str]) -> None:

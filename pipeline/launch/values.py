@@ -39,6 +39,9 @@ class Check:
 
     def stage(self, node: DictConfig, name: str) -> None:
         """Check a stage's wiring, and its options against the attributes of its class."""
+        target = target_of(node)
+        if not callable(getattr(located(target), "run", None)):
+            raise UserError(f"{_name(node, '_target_')}={target}: no stage; choose a class with a method `run`")
         wiring = get_type_hints(Stage, include_extras=True) | {"inputs": Mapping[str, str | None]}  # null removes an input
         here = node.keys()
         for key in WIRING:
@@ -47,9 +50,6 @@ class Check:
         for key in node.get("files") or []:
             if key.partition(".")[0] not in node:
                 raise UserError(f"stages.{name}.files: {key} is no option of this stage{nearest(key, map(str, node))}")
-        target = target_of(node)
-        if not callable(getattr(located(target), "run", None)):
-            raise UserError(f"{_name(node, '_target_')}={target}: no stage; choose a class with a method `run`")
         self.arguments(node, target, skipped=WIRING, stage=name)
 
     def component(self, node: DictConfig, stage: str = "") -> None:

@@ -134,36 +134,21 @@ class Pruner:
             if (given := getattr(self, option)) not in known:
                 names = ["null" if name is None else name for name in known]
                 raise UserError(f"pruner.{option}={given}{nearest(str(given), names)}; choose {', '.join(names)}")
+        self._check_numbers()
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Check options that exclude or need each other."""
         ways = [w for w in ("pruning_ratio", "pruning_threshold", "target") if getattr(self, w) is not None]
         if len(ways) != 1:
             raise UserError(
                 f"pruner: give one of pruning_ratio, pruning_threshold and target (the others null), not {len(ways)} of them"
             )
-        if self.target is not None:
-            Target.parse(self.target, self.value)
-        for option, least in (
-            ("round_to", 1),
-            ("pruning_granularity", 1),
-            ("unmeasured", 1),
-            ("min_num_filters", 1),
-            ("iterative_steps", 1),
-        ):
-            number = getattr(self, option)
-            if number is None and option in ("round_to", "pruning_granularity", "unmeasured"):
-                continue
-            if not isinstance(number, int) or number < least:
-                raise UserError(f"pruner.{option}={number}: choose a whole number, at least {least}")
-        ratios = {"pruning_ratio": self.pruning_ratio or 0.0, "max_pruning_ratio": self.max_pruning_ratio}
-        ratios |= {f"pruning_ratio_dict.{name}": ratio for name, ratio in (self.pruning_ratio_dict or {}).items()}
-        for option, ratio in ratios.items():
-            if not 0 <= ratio < 1:
-                raise UserError(f"pruner.{option}={ratio}: not a ratio; choose 0 to below 1 (1 would empty the layer)")
-        threshold = self.pruning_threshold
-        if threshold is not None and not threshold >= 0:
-            raise UserError(f"pruner.pruning_threshold={threshold}: not a threshold; choose 0 or more")
         if self.value is not None and self.target is None:
             raise UserError(f"pruner.value={self.value}: the kind is missing; add pruner.target=params, macs or latency")
-        if threshold is not None and (self.global_pruning or self.sensitivity or self.iterative_steps > 1):
+        if self.target is not None:
+            Target.parse(self.target, self.value)
+        if self.pruning_threshold is not None and (self.global_pruning or self.sensitivity or self.iterative_steps > 1):
             raise UserError(
                 "pruner.pruning_threshold decides alone: not with global_pruning, sensitivity or iterative_steps; give a "
                 "pruning_ratio or a target for these"
@@ -177,6 +162,21 @@ class Pruner:
             )
         if self.global_pruning and self.sensitivity:
             raise UserError("pruner.global_pruning=true and pruner.sensitivity both set the ratios; choose one")
+
+    def _check_numbers(self) -> None:
+        """Check the range of each number."""
+        optional = ("round_to", "pruning_granularity", "unmeasured")
+        for option in (*optional, "min_num_filters", "iterative_steps"):
+            number = getattr(self, option)
+            if (number is not None or option not in optional) and (not isinstance(number, int) or number < 1):
+                raise UserError(f"pruner.{option}={number}: choose a whole number, at least 1")
+        ratios = {"pruning_ratio": self.pruning_ratio or 0.0, "max_pruning_ratio": self.max_pruning_ratio}
+        ratios |= {f"pruning_ratio_dict.{name}": ratio for name, ratio in (self.pruning_ratio_dict or {}).items()}
+        for option, ratio in ratios.items():
+            if not 0 <= ratio < 1:
+                raise UserError(f"pruner.{option}={ratio}: not a ratio; choose 0 to below 1 (1 would empty the layer)")
+        if self.pruning_threshold is not None and not self.pruning_threshold >= 0:
+            raise UserError(f"pruner.pruning_threshold={self.pruning_threshold}: not a threshold; choose 0 or more")
 
     @property
     def multiple(self) -> int | None:

@@ -5,6 +5,8 @@ The few maps between the stages of a pose network often have such a number. The 
 channels of zeros, and the layers that read the concatenation get zero weights for them. The results do not change.
 """
 
+from collections import Counter
+
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -25,10 +27,7 @@ def align(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
         A network with equal results, and the number of channels that were added.
     """
     graph = Graph(model)
-    uses: dict[str, int] = {}
-    for node in graph.nodes:
-        for name in node.input:
-            uses[name] = uses.get(name, 0) + 1
+    uses = Counter(name for node in graph.nodes for name in node.input)
     changed: dict[str, NDArray[np.float32]] = {}
     groups: dict[str, int] = {}
     added = 0
@@ -50,6 +49,11 @@ def align(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
         for reader in plan[1]:
             _insert(graph, changed, reader, at, missing, 1)
         added += missing
+    return _with(model, changed, groups), added
+
+
+def _with(model: onnx.ModelProto, changed: dict[str, NDArray[np.float32]], groups: dict[str, int]) -> onnx.ModelProto:
+    """A copy of a model with other weights, and other groups of its depthwise convolutions."""
     made = onnx.ModelProto()
     made.CopyFrom(model)
     for constant in made.graph.initializer:
@@ -59,9 +63,9 @@ def align(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
         for option in node.attribute:
             if option.name == "group" and node.name in groups:
                 option.i = groups[node.name]
-    if added:
+    if changed:
         del made.graph.value_info[:]
-    return made, added
+    return made
 
 
 def _own(graph: Graph, node: onnx.NodeProto, uses: dict[str, int]) -> bool:

@@ -6,6 +6,7 @@ pooling, resizing and concatenation pass a factor on. Channels with small values
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -80,10 +81,7 @@ class _Channels:
 def _channels(graph: Graph) -> _Channels:
     """Follow channels through a graph."""
     made = _Channels(graph)
-    uses: dict[str, int] = {}
-    for node in graph.nodes:
-        for name in node.input:
-            uses[name] = uses.get(name, 0) + 1
+    uses = Counter(name for node in graph.nodes for name in node.input)
     for value in graph.model.graph.input:
         made.new(value.name, "the image")
     for node in graph.nodes:

@@ -59,19 +59,7 @@ def train(
     fabric = _fabric(network, training, distillation)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     task = Task(network, views, training, checkpoint, teacher, distillation, tune)
-    if training.devices * training.num_nodes > 1:
-        complaint = checkpoint.with_suffix(".error")
-        complaint.unlink(missing_ok=True)
-        try:
-            fabric.launch(partial(_fit, task))
-        except Exception as error:  # an error of another process arrives as text
-            if not complaint.exists():
-                raise
-            text = complaint.read_text()
-            complaint.unlink()
-            raise UserError(text) from error
-    else:
-        _fit(task, fabric)
+    _launch(task, fabric)
     state = torch.load(checkpoint, "cpu", weights_only=True)
     network.load_state_dict(state["best"] or state["averaged"])
     network.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
@@ -121,6 +109,27 @@ def _fabric(network: nn.Module, training: Training, distillation: Distillation |
         strategy=DDPStrategy(start_method="spawn", broadcast_buffers=False) if several else "auto",
         precision=effective_precision(training, accelerator),  # type: ignore[arg-type]
     )
+
+
+def _launch(task: Task, fabric: Any) -> None:
+    """Train on every device.
+
+    Raises:
+        UserError: what a process raised; between processes it travels in a file.
+    """
+    if task.training.devices * task.training.num_nodes == 1:
+        _fit(task, fabric)
+        return
+    complaint = task.checkpoint.with_suffix(".error")
+    complaint.unlink(missing_ok=True)
+    try:
+        fabric.launch(partial(_fit, task))
+    except Exception as error:  # an error of another process arrives as text
+        if not complaint.exists():
+            raise
+        text = complaint.read_text()
+        complaint.unlink()
+        raise UserError(text) from error
 
 
 def _fit(task: Task, fabric: Any) -> None:
