@@ -21,7 +21,10 @@ from pipeline.version import VERSION
 from posepress.errors import UserError
 
 
-def test_flags_stand_in_any_place():
+def test_flags_stand_in_any_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("my conf", "x"):
+        (tmp_path / folder).mkdir()
     words = command_line.read(["a=1", "--multirun", "b=2", "--config-dir", "my conf", "c=3", "--package=x"])
     assert words.flags == ["--multirun", "--config-dir", "my conf", "--package=x"]
     assert words.options == ["a=1", "b=2", "c=3"]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -233,8 +233,7 @@ def plain(value: Any) -> Any:
 
 def resolved(node: DictConfig) -> dict[str, Any]:
     """Convert a node to plain data, with references resolved. Missing values stay "???"."""
-    resolved: dict[str, Any] = OmegaConf.to_container(node, resolve=True, throw_on_missing=False)  # type: ignore[assignment]
-    return resolved
+    return cast("dict[str, Any]", OmegaConf.to_container(node, resolve=True, throw_on_missing=False))
 
 
 def run_folder(outputs: Path) -> Path:

@@ -197,9 +197,12 @@ def check_config_dir(folder: Path) -> None:
     """Check that the choices of a folder have a bounded size after their aliases are expanded, before they are loaded.
 
     Raises:
-        UserError: a file is too large, nested too deeply, or grows too large by its aliases.
+        UserError: there is no such folder, or a file is too large, nested too deeply, or grows too large by its aliases.
     """
     import yaml
+
+    if not folder.is_dir():
+        raise UserError(f"--config-dir {folder}: no such folder; give the one that holds your model/, family/ or experiment/")
 
     for file in sorted(folder.rglob("*.yaml")):
         try:

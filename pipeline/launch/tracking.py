@@ -23,6 +23,7 @@ from urllib.parse import quote, urlsplit
 from filelock import FileLock
 
 from pipeline.launch.cell import Cell, plain
+from pipeline.results.manifest import by_double
 from posepress.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -364,7 +365,7 @@ class Tracker:
     def _log_cell(
         self, axes: Mapping[str, Any], figures: Mapping[str, Any], stages: Sequence[Mapping[str, Any]], error: str | None
     ) -> None:
-        if str(figures.get("backend", "")).endswith("-double"):
+        if by_double(figures):
             figures = {"backend": figures["backend"]}
             stages = [{**stage, "summary": {}} for stage in stages]
         name = " ".join(str(axes[key]) for key in ("network", "pruning", "resolution", "precision", "backend") if key in axes)

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from pipeline.launch.components import located
+from pipeline.launch.protocols import check_members
 from pipeline.results.stage import ABOUT, WIRING, Stage
 from posepress.errors import UserError, nearest
 
@@ -61,6 +62,7 @@ class Check:
         if not isinstance(node.get("_partial_", False), bool):
             raise UserError(f"{_name(node, '_partial_')}={shown(node['_partial_'])}: choose true or false")
         target = target_of(node)
+        check_members(place, target, located(target))
         self.arguments(node, target, skipped=(ABOUT,), partial=bool(node.get("_partial_")), stage=stage)
 
     def arguments(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,11 @@ from posepress.spec import NetworkSpec, OutputSpec
 
 _SEE = "see docs/guides/own-network.md"
 _IMAGES = 2  # batch size of a forward pass; batch norm in training needs more than one image
+
+
+def spec_of(network: nn.Module) -> NetworkSpec:
+    """Return the description of a network, which `created` has checked."""
+    return cast("NetworkSpec", network.spec)
 
 
 def title(kind: Any) -> str:
@@ -104,7 +109,7 @@ def check(
         UserError: the forward pass fails, the objective does not fit, or a field is missing or has another shape than
             expected. The message states both shapes.
     """
-    spec: NetworkSpec = network.spec  # type: ignore[assignment]
+    spec = spec_of(network)
     name = title(type(network))
     if not spec.input.fits(resolution):
         raise UserError(

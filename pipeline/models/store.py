@@ -16,14 +16,13 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from pipeline.models.contract import created, tied
+from pipeline.models.contract import created, spec_of, tied
 from pipeline.models.trust import network_class
 from pipeline.progress import say
 from pipeline.pruning import semi_structured
 from pipeline.pruning.groups import History, replay
 from pipeline.results.content import parse_json
 from posepress.errors import UserError
-from posepress.spec import NetworkSpec
 
 _MOST_TIMES = 64  # largest ratio of a network's parameters to the bytes of its weights' file
 WEIGHTS, ARCHITECTURE = "model.safetensors", "architecture.json"
@@ -42,7 +41,7 @@ def save(network: nn.Module, out: Path, make: "partial[nn.Module]", history: lis
         history: the removed channels, in the form that `pipeline.pruning` records.
     """
     target = f"{make.func.__module__}.{make.func.__qualname__}"
-    spec: NetworkSpec = network.spec  # type: ignore[assignment]
+    spec = spec_of(network)
     architecture = {
         "target": target,
         "options": make.keywords,

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pipeline.models.contract import duplicate
+from pipeline.models.contract import duplicate, spec_of
 from pipeline.models.recording import Recording, record, tensors
 from pipeline.onnx_files.outputs import fields_of
 from pipeline.progress import say
@@ -45,7 +45,7 @@ class _Ordered(nn.Module):
     def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
         self.network, self.names = network, names
-        self.spec: NetworkSpec = network.spec  # type: ignore[assignment]
+        self.spec = spec_of(network)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         fields = self.network(images)
@@ -74,7 +74,7 @@ def export(
         any_shape: whether the axes that the description calls dynamic stay free. False exports for the example's shape only.
         graphs: folder that keeps graphs without weights, for networks of the same structure. None keeps no graphs.
     """
-    spec: NetworkSpec = network.spec  # type: ignore[assignment]
+    spec = spec_of(network)
     names = [field.name for field in spec.fields]
     free = {axis: name for axis, name in _AXES.items() if any_shape and name in spec.dynamic}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about torchvision's operators, which are not used
@@ -182,7 +182,7 @@ def _written(
     try:
         graph = make()
         _optimized(graph).save(out, external_data=False)
-        compare(out, network.spec, torch_reference(network), images, _SAME)  # type: ignore[arg-type]
+        compare(out, spec_of(network), torch_reference(network), images, _SAME)
     except Exception as error:  # noqa: BLE001 - torch, protobuf and ONNX Runtime raise many types; the next way is tried
         why.append(first_line(error))
         return None

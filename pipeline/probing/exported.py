@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipeline.models.contract import duplicate
+from pipeline.models.contract import duplicate, spec_of
 from pipeline.onnx_files import export
 from pipeline.probing.candidate import Candidate
 from posepress.resolution import Resolution
-from posepress.spec import NetworkSpec
 
 _OPSET = 20
 
@@ -29,7 +28,7 @@ def exported(
     Intermediate files are written to the folder `scratch`; None is the system's temporary folder. For the folder `graphs`, see
     `export.export`.
     """
-    spec: NetworkSpec = network.spec  # type: ignore[assignment]
+    spec = spec_of(network)
     image = torch.zeros(spec.input.shape(1, size)).numpy()
     if scratch is not None:
         scratch.mkdir(parents=True, exist_ok=True)

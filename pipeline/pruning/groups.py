@@ -9,10 +9,9 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from pipeline.models.contract import fold
+from pipeline.models.contract import fold, spec_of
 from posepress.errors import UserError
 from posepress.resolution import Resolution
-from posepress.spec import NetworkSpec
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
@@ -174,7 +173,7 @@ def mask(network: nn.Module, group: Group, dropped: Iterable[int]) -> None:
 
 def example(network: nn.Module, resolution: Resolution | None = None) -> Tensor:
     """An input [1, 3, H, W] that the network accepts: of the given resolution, or else of a small default size."""
-    spec: NetworkSpec = network.spec  # type: ignore[assignment]
+    spec = spec_of(network)
     device = next(network.parameters()).device
     side = spec.input.fit(8 * spec.input.multiple)
     size = resolution or Resolution(side, side)

@@ -9,7 +9,7 @@ from typing import Any
 
 from evaluation.contracts import MetricInfo
 from evaluation.statistics import Draws, Interval, paired
-from pipeline.results.manifest import current, made_here
+from pipeline.results.manifest import by_double, current, made_here
 from posepress.spec import NetworkSpec
 
 _CELL = (
@@ -150,7 +150,7 @@ def collect(evaluations: Sequence[Path], benchmarks: Sequence[Path], root: Path)
     doubles = stale = 0
     for folder in evaluations:
         manifest = _manifest(folder)
-        if str(manifest["summary"]["backend"]).endswith("-double"):
+        if by_double(manifest["summary"]):
             doubles += 1
             continue
         if not current(manifest, root):

@@ -9,7 +9,7 @@ from evaluation.contracts import MetricInfo
 from evaluation.statistics import Draws, Interval, bootstrap, paired
 from pipeline.contracts import Splits
 from pipeline.datasets.results import load_results
-from pipeline.results.manifest import current, read_manifest
+from pipeline.results.manifest import by_double, current, read_manifest
 from posepress.errors import UserError, nearest
 
 _SHOWN = 20  # largest number of addresses in an error message
@@ -104,7 +104,7 @@ def evaluated(folder: Path) -> Side:
     manifest, root = read_manifest(folder) or {}, folder.parent.parent
     if not current(manifest, root):
         raise UserError(f"{folder}: stale: its inputs have changed since; run its cell again")
-    if str(manifest["summary"]["backend"]).endswith("-double"):
+    if by_double(manifest["summary"]):
         raise UserError(f"{folder}: evaluated with the TensorRT test double, so its figures are invalid; choose another")
     draws = {file.stem.partition(".")[2]: Draws.load(file) for file in folder.glob("draws*.npz")}
     (engine,) = manifest["inputs"]["engine"]

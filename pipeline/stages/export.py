@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import numpy as np
 import onnx
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.contracts import Splits
 from pipeline.models import store
+from pipeline.models.contract import spec_of
 from pipeline.onnx_files import export as onnx_export
 from pipeline.onnx_files.adopt import adopt
 from pipeline.progress import Progress, say
@@ -83,7 +84,7 @@ class Export:
         """Write the input "network" as ONNX."""
         network, _, _ = store.load(job.inputs["network"])
         network.eval()
-        size, spec = Resolution.parse(self.resolution), cast("NetworkSpec", network.spec)
+        size, spec = Resolution.parse(self.resolution), spec_of(network)
         inputs = _inputs(self.data, self.framing, spec, size)
         with Progress("exporting", unit="s"):
             onnx_export.export(network, inputs[0], self.opset, file, graphs=job.cache / "exports")

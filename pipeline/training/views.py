@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.contracts import Objective
+from pipeline.models.contract import spec_of
 from pipeline.training.augment import DRAWS, Augmentation, cut
 from pipeline.training.shard import Material, Shard
 from posepress.labels import Palette, Skeleton
@@ -67,7 +68,7 @@ class Views:
             seed: seed of the order and of the views.
             augment: another augmentation than the material's.
         """
-        spec: NetworkSpec = network.spec  # type: ignore[assignment]
+        spec = spec_of(network)
         if augment is not None:
             material = replace(material, augment=augment)
         images = material.shard(splits, spec.input.pad)
