@@ -8,6 +8,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -16,6 +17,8 @@ import yaml
 from pipeline.launch import options, values
 from pipeline.launch.wiring import SHARED
 from pipeline.results.stage import WIRING
+from posepress.labels import Palette, Skeleton
+from posepress.spec import InputSpec, OutputSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "reference" / "options.md"
@@ -47,7 +50,7 @@ def shown(value: Any) -> str:
     """A default in the form of the command line. For a reference, the text names the option that it refers to."""
     if isinstance(value, str) and (found := re.fullmatch(r"\$\{(?:oc\.select:)?([\w.]+)(?:,[^{}]*)?\}", value)):
         return f"that of `{found[1]}`"
-    return f"`{values.shown(value)}`"  # error messages use this form, too
+    return f"`{values.shown(value)}`" if value != "" else "empty"  # error messages use this form, too
 
 
 def rows(place: str, node: Mapping[str, Any], skipped: tuple[str, ...] = ()) -> Iterator[str]:
@@ -82,6 +85,23 @@ def command() -> Iterator[str]:
             yield f"| `{name}` | {values.described(hint).replace('|', chr(92) + '|')} | {shown(value)} | {remark} |"
 
 
+def description() -> Iterator[str]:
+    """The keys of a network's description, from the classes that read it."""
+    for place, kind in (
+        ("model.spec.input", InputSpec),
+        ("model.spec.fields[N]", OutputSpec),
+        ("model.spec.labels", Skeleton),
+        ("model.spec.labels", Palette),
+    ):
+        title = {Skeleton: " of a pose network", Palette: " of a segmentation network"}.get(kind, "")
+        yield from ("", f"### {place}{title}")
+        target = f"{kind.__module__}.{kind.__name__}"
+        known = {option.name: option.default for option in fields(kind) if option.default is not MISSING}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in known.items()}
+        lines = rows(place, {**plain, "_target_": target})
+        yield from table(line.replace("a component, by its group", "HEIGHTxWIDTH") for line in lines)
+
+
 def page() -> str:
     """The whole page."""
     lines = ["# Options", "", "`make docs` writes this page from the signatures. An option is given as OPTION=VALUE.", ""]
@@ -98,6 +118,8 @@ def page() -> str:
                 body += table(rows(place, node, skipped))
             if body:
                 lines += ["", f"### {file.stem if group == 'stages' else f'{group}={file.stem}'}", *body]
+    lines += ["", "## Of a description, for model=onnx and model=plan", *description()]
+    lines += ["", "`model.spec.dynamic` lists the free axes: batch, height, width. All are free by default."]
     return "\n".join(lines) + "\n"
 
 

@@ -4,7 +4,7 @@ Points are (x, y) in pixels, with the centre of the first pixel at (0, 0).
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,18 +41,23 @@ class View:
         return mapped
 
 
-def cells_to_input(points: NDArray[np.float64], spec: OutputSpec) -> NDArray[np.float64]:
-    """Map points of a field's grid [..., 2], in cells, to input pixels.
+Points = TypeVar("Points")  # a numpy array, or a torch tensor
+
+
+def cells_to_input(points: Points, spec: OutputSpec) -> Points:
+    """Map points of a field's grid [..., 2], or coordinates along one axis, in cells, to input pixels.
 
     A cell covers `stride` pixels, so its centre lies at (cell + 0.5) * stride - 0.5 (align_corners=False); `shift` moves
     the sample inside the cell.
     """
-    return (points + spec.shift + 0.5) * spec.stride - 0.5
+    given: Any = points  # both kinds of arrays have the same operators
+    return cast("Points", (given + spec.shift + 0.5) * spec.stride - 0.5)
 
 
-def input_to_cells(points: NDArray[np.float64], spec: OutputSpec) -> NDArray[np.float64]:
+def input_to_cells(points: Points, spec: OutputSpec) -> Points:
     """The inverse of `cells_to_input`."""
-    return (points + 0.5) / spec.stride - 0.5 - spec.shift
+    given: Any = points
+    return cast("Points", (given + 0.5) / spec.stride - 0.5 - spec.shift)
 
 
 def resized(size: Resolution, to: tuple[float, float]) -> NDArray[np.float64]:

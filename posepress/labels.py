@@ -91,7 +91,12 @@ def _mirrored(name: str) -> str:
 
 @dataclass(frozen=True)
 class Palette:
-    """Names and colours (RGB, 0..255) of segmentation classes."""
+    """The classes of a segmentation network.
+
+    Attributes:
+        names: one for each class, in the order of the class indices.
+        colours: red, green and blue of each class in pictures, 0 to 255.
+    """
 
     names: tuple[str, ...]
     colours: tuple[tuple[int, int, int], ...]

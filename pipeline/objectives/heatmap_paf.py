@@ -13,6 +13,7 @@ from evaluation.truth import People
 from pipeline.contracts import Stored
 from pipeline.objectives import keypoints
 from posepress.errors import UserError
+from posepress.geometry import input_to_cells
 from posepress.labels import Palette, Skeleton
 from posepress.resolution import Resolution
 from posepress.spec import NetworkSpec, OutputSpec
@@ -64,8 +65,8 @@ class HeatmapPafObjective:
         points, seen = keypoints.joined(labels, source, spec.skeleton)
         cells, K = heat.cells(size), len(spec.skeleton.names)
         return {
-            "heatmaps": self._heatmaps(_cells(points, heat), seen, cells, heat.channels > K),
-            "pafs": self._pafs(_cells(points, paf), seen, spec.skeleton, cells),
+            "heatmaps": self._heatmaps(input_to_cells(points, heat), seen, cells, heat.channels > K),
+            "pafs": self._pafs(input_to_cells(points, paf), seen, spec.skeleton, cells),
             "background": (torch.arange(heat.channels, device=points.device) >= K).float().expand(len(points), -1),
             "mask": keypoints.mask(labels, cells, heat),
         }
@@ -153,8 +154,3 @@ def _fields(spec: NetworkSpec) -> tuple[OutputSpec, OutputSpec]:
     if len({named[name].stride for name in wanted}) > 1:
         raise UserError("spec says different strides for 'heatmaps' and 'pafs'; give both the same stride for training")
     return named["heatmaps"], named["pafs"]
-
-
-def _cells(points: Tensor, spec: OutputSpec) -> Tensor:
-    """`posepress.geometry.input_to_cells` for tensors, on their device."""
-    return (points + 0.5) / spec.stride - 0.5 - spec.shift

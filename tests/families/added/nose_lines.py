@@ -19,7 +19,7 @@ from evaluation.contracts import MetricInfo
 from evaluation.truth import People
 from pipeline.contracts import Stored
 from pipeline.objectives import keypoints
-from posepress.geometry import View
+from posepress.geometry import View, cells_to_input, input_to_cells
 from posepress.labels import Skeleton
 from posepress.resolution import Resolution
 from posepress.spec import InputSpec, NetworkSpec, OutputSpec
@@ -67,7 +67,7 @@ class LineObjective:
     def targets(self, labels: Mapping[str, Tensor], size: Resolution, spec: NetworkSpec, source: Any) -> dict[str, Tensor]:
         points, seen = keypoints.joined(labels, source, spec.skeleton)
         line = spec.field("lines")
-        cells = (points[..., 0] + 0.5) / line.stride - 0.5 - line.shift
+        cells = input_to_cells(points[..., 0], line)
         at = torch.arange(line.shape(size)[1], device=cells.device)
         bumps = torch.exp(-0.5 * ((at - cells[..., None]) / self.sigma) ** 2) * seen[..., None]
         return {"lines": bumps.amax(dim=1), "counted": labels["labelled"].float()}
@@ -106,8 +106,8 @@ class ColumnDecoder:
     def _columns(self, line: NDArray[np.float64], view: View) -> Columns:
         left, right = np.r_[-np.inf, line[:-1]], np.r_[line[1:], -np.inf]
         cells = np.flatnonzero((line >= left) & (line > right) & (line > self.threshold))
-        stride = self.spec.field("lines").stride
-        x = view.to_image(np.column_stack(((cells + 0.5) * stride - 0.5, np.zeros(len(cells)))))[:, 0]
+        columns = cells_to_input(cells.astype(np.float64), self.spec.field("lines"))
+        x = view.to_image(np.column_stack((columns, np.zeros(len(cells)))))[:, 0]
         return Columns(x, line[cells])
 
     def merge(self, parts: Sequence[Columns], views: Sequence[View]) -> Columns:
