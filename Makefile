@@ -24,7 +24,7 @@ test: install
 
 # Parsers of what users give, with 10,000 examples each; `make test` tries 200.
 fuzz: install
-	POSEPRESS_FUZZ=1 $(BIN)/python -m pytest -n auto -o faulthandler_timeout=0 tests/test_fuzz_*.py
+	POSEPRESS_FUZZ=1 $(BIN)/python -m pytest -n auto -o faulthandler_timeout=0 $$(find tests -name "test_fuzz_*.py")
 
 # Ends a smoke chain at 300 random moments and compares its results; `make test` at 3. The same command goes on where it was stopped.
 kills: install
@@ -39,7 +39,7 @@ rtx: install
 test-gpu: install
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e .[tensorrt]
 	PYTHONPATH=. $(BIN)/python tests/gpu/certify.py
-	$(BIN)/python -m pytest tests/test_training.py -k on_a_gpu
+	$(BIN)/python -m pytest tests/pipeline/training/test_training.py -k on_a_gpu
 
 lint: install
 	$(BIN)/ruff check .
@@ -49,7 +49,7 @@ lint: install
 
 # The source files that each stage of dvc.yaml runs, by the function that makes fingerprints.
 dvc.yaml: install
-	PYTHONPATH=.:tests $(BIN)/python tests/test_dvc.py
+	PYTHONPATH=. $(BIN)/python tests/pipeline/launch/test_dvc.py
 
 # The reference of options, from signatures and docstrings.
 docs: install

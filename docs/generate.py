@@ -1,6 +1,6 @@
 """Write docs/reference/options.md from the signatures and docstrings of components, stages and the command.
 
-`make docs` runs it. tests/test_docs.py checks that the page is up to date.
+`make docs` runs it. tests/docs/test_docs.py checks that the page is up to date.
 """
 
 import importlib

@@ -22,7 +22,6 @@ from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
 
-import forks
 import omegaconf.base
 import pytest
 from filelock import FileLock
@@ -33,6 +32,7 @@ from hypothesis import settings
 from omegaconf import OmegaConf
 
 from pipeline.probing import processes
+from tests import forks
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKES = ROOT / "tests" / "fakes"

@@ -22,8 +22,8 @@ from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-from forks import leave, load_libraries
+sys.path.insert(0, str(ROOT))
+from tests.forks import leave, load_libraries
 
 WORDS = ["experiment=smoke", "tracking=none", "pruner=l1", "precision=int8"]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

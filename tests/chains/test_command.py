@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from conftest import ROOT, SMOKE, command, pipeline, refused, snapshot
+from tests.conftest import ROOT, SMOKE, command, pipeline, refused, snapshot
 
 
 def test_help_helps_and_loads_nothing_heavy(tmp_path):

@@ -5,8 +5,8 @@ import os
 import subprocess
 import sys
 
-from conftest import SMOKE, command, pipeline
-from test_edge import on_device, packaged
+from tests.conftest import SMOKE, command, pipeline
+from tests.pipeline.deploy.test_edge import on_device, packaged
 
 
 def test_a_device_without_torch_builds_evaluates_and_brings_results_home(smoke):

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from conftest import ROOT
+from tests.conftest import ROOT
 
 
 def test_a_killed_chain_goes_on_to_the_same_results_and_leaves_nothing(smoke):

@@ -4,8 +4,9 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from conftest import SMOKE, command
 from safetensors.torch import load_file
+
+from tests.conftest import SMOKE, command
 
 
 def test_two_machines_train_one_network(tmp_path):

@@ -7,10 +7,11 @@ import shutil
 import subprocess
 import sys
 
-import forks
 import pytest
 import yaml
-from conftest import ROOT, compiled_before, shared_exports
+
+from tests import forks
+from tests.conftest import ROOT, compiled_before, shared_exports
 
 
 @pytest.fixture
@@ -45,8 +46,8 @@ def project(tmp_path, finished):
 
 PYTHON = """#!{python} -IS
 import os, sys
-sys.path.insert(0, {tests!r})
-import forks
+sys.path.insert(0, {root!r})
+from tests import forks
 assert sys.argv[1:3] == ["-m", "pipeline"], sys.argv
 sys.exit(forks.ask({server!r}, sys.argv[3:], os.getcwd(), os.environ, None))
 """
@@ -57,7 +58,7 @@ def python(project, tmp_path_factory):
     """A folder with a `python` that forks the commands of the project, instead of importing all of it for each."""
     folder = tmp_path_factory.mktemp("bin")
     with forks.serving(project) as server:
-        text = PYTHON.format(python=sys.executable, tests=str(ROOT / "tests"), server=str(server))
+        text = PYTHON.format(python=sys.executable, root=str(ROOT), server=str(server))
         (folder / "python").write_text(text)
         (folder / "python").chmod(0o755)
         yield folder

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMOKE, pipeline
 
 from pipeline.results.content import sha256
+from tests.conftest import ROOT, SMOKE, pipeline
 
 ADDED = Path(__file__).parent / "added"
 WORDS = ["family=nose_lines", "model=nose_lines", "name=lines"]
