@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from posepress.compiled import compiled
+from posepress.compiled import compiled, inlined
 
 F64 = NDArray[np.float64]
 
@@ -97,12 +97,15 @@ class People(NamedTuple):
     crowd: NDArray[np.bool_]
 
 
-@compiled
-def _best(similarity: F64, order: I64, open_to: NDArray[np.bool_], ignored: NDArray[np.bool_], least: float) -> int:
+@inlined
+def _best(
+    similarity: F64, d: int, order: I64, open_to: NDArray[np.bool_], ignored: NDArray[np.bool_], least: float
+) -> int:
     """The ground-truth person that a prediction matches; -1 if it matches none.
 
     Args:
-        similarity: of the prediction with each person, [G].
+        similarity: of each prediction with each person, [D, G].
+        d: index of the prediction.
         order: the people, ignored ones last, [G].
         open_to: whether a person can still be matched, [G].
         ignored: [G].
@@ -114,8 +117,9 @@ def _best(similarity: F64, order: I64, open_to: NDArray[np.bool_], ignored: NDAr
             continue
         if at > -1 and not ignored[at] and ignored[g]:
             break
-        if similarity[g] >= best:
-            best, at = similarity[g], g
+        if similarity[d, g] < best:
+            continue
+        best, at = similarity[d, g], g
     return at
 
 
@@ -149,19 +153,19 @@ def match(
         crowd, D, G = truth.crowd[g0:g1], d1 - d0, g1 - g0
         order = np.empty(G, np.int64)
         for s in range(S):
-            n = 0
+            n, far = 0, ignored[s, g0:g1]
             for last in range(2):
                 for g in range(G):
-                    if ignored[s, g0 + g] == (last == 1):
+                    if far[g] == (last == 1):
                         order[n] = g
                         n += 1
             for t in range(T):
                 open_to = np.ones(G, np.bool_)
                 for d in range(D):
-                    at = _best(similarity[d], order, open_to, ignored[s, g0:g1], thresholds[t])
+                    at = _best(similarity, d, order, open_to, far, thresholds[t])
                     if at > -1:
                         open_to[at] = crowd[at]
-                        if not ignored[s, g0 + at]:
+                        if not far[at]:
                             outcome[s, d0 + d, t] = HIT
                     elif not outside[s, d0 + d]:
                         outcome[s, d0 + d, t] = MISS

@@ -3,10 +3,11 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from posepress.compiled import compiled
+from posepress.compiled import compiled, inlined
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
+F = np.float32
 
 SAMPLES = 10  # number of PAF samples on a limb, as in OpenPose
 MOST_MISSES = 1  # largest number of samples below the threshold: the 9-of-10 rule
@@ -35,48 +36,32 @@ def _ends(px: F32, py: F32, peaks: F32, shift: np.float32, out: F32) -> None:
         out[k, 2], out[k, 3] = _sample(px, py, peaks[k, 0] + shift, peaks[k, 1] + shift)
 
 
-@compiled
-def _integral(px: F32, py: F32, a: F32, b: F32, shift: np.float32, threshold: np.float32) -> np.float32:
-    """The mean PAF along the line between two peaks; 0 if the pair is no limb.
+@inlined
+def _inner(px: F32, py: F32, start: tuple[F, F], along: tuple[F, F], least: F, total: F, missed: int) -> tuple[F, int]:
+    """The sum of a limb's samples of the PAF that lie above a threshold, and how many do not.
 
-    The inner samples are taken in steps of three, so that wrong pairs fail early. The order does not change the result.
+    The samples are taken in steps of three, so that wrong pairs fail early. The order does not change the result.
 
     Args:
         px: the PAF's x component, [H, W].
         py: its y component.
-        a: the first peak: x and y in cells, and the PAF there, [4].
-        b: the second peak.
-        shift: offset from heatmap cells to PAF cells.
-        threshold: least projection of a PAF sample.
+        start: the first peak, in cells of the PAF.
+        along: from the first peak to the second.
+        least: threshold of a projection, times the limb's length.
+        total: the sum of the projections at the peaks that lie above it.
+        missed: how many of the two samples at the peaks do not.
     """
-    none = np.float32(0)
-    dx, dy = b[0] - a[0], b[1] - a[1]
-    length = np.float32(np.sqrt(dx * dx + dy * dy))
-    if not length > np.float32(1e-4):
-        return none
-    least, inner = threshold * length, SAMPLES - 2
-    total, missed = none, 0
-    for at_end in (a[2] * dx + a[3] * dy, b[2] * dx + b[3] * dy):
-        if at_end > least:
-            total += at_end
-        else:
-            missed += 1
-    step = 0
+    inner, step = SAMPLES - 2, 0
     while missed <= MOST_MISSES and step < inner:
         t = np.float32(1 + (step * 3 + inner // 2) % inner) / np.float32(SAMPLES - 1)
-        u, v = _sample(px, py, a[0] + shift + t * dx, a[1] + shift + t * dy)
-        dot = u * dx + v * dy
+        u, v = _sample(px, py, start[0] + t * along[0], start[1] + t * along[1])
+        dot = u * along[0] + v * along[1]
         if dot > least:
             total += dot
         else:
             missed += 1
         step += 1
-    if missed > MOST_MISSES:
-        return none
-    # OpenPose's penalty for limbs longer than half the map's height.
-    long = min(none, np.float32(0.5) * np.float32(px.shape[0]) / length - np.float32(1))
-    score = total / (length * np.float32(SAMPLES - missed)) + long
-    return score if 0 < score < np.inf else none
+    return total, missed
 
 
 @compiled
@@ -96,7 +81,7 @@ def score_limbs(pafs: F32, limbs: I32, peaks: F32, counts: I32, shift: float, th
     Returns:
         Scores [n] of the pairs that are limbs, their peaks' indices [n, 2], and where each limb's pairs begin, [L + 1].
     """
-    offset, least = np.float32(shift), np.float32(threshold)
+    offset, least_paf, none = np.float32(shift), np.float32(threshold), np.float32(0)
     L = limbs.shape[0]
     every = 0
     for at in range(L):
@@ -114,9 +99,25 @@ def score_limbs(pafs: F32, limbs: I32, peaks: F32, counts: I32, shift: float, th
             _ends(px, py, peaks[limbs[at, 0], :nA], offset, a)
             _ends(px, py, peaks[limbs[at, 1], :nB], offset, b)
         for i in range(nA):
+            x, y = a[i, 0], a[i, 1]
             for j in range(nB):
-                score = _integral(px, py, a[i], b[j], offset, least)
-                if score > 0:
+                dx, dy = b[j, 0] - x, b[j, 1] - y
+                length = np.float32(np.sqrt(dx * dx + dy * dy))
+                if not length > np.float32(1e-4):
+                    continue
+                least = least_paf * length
+                at_a, at_b = a[i, 2] * dx + a[i, 3] * dy, b[j, 2] * dx + b[j, 3] * dy
+                missed = int(not at_a > least) + int(not at_b > least)
+                if missed > MOST_MISSES:
+                    continue
+                total = (at_a if at_a > least else none) + (at_b if at_b > least else none)
+                total, missed = _inner(px, py, (x + offset, y + offset), (dx, dy), least, total, missed)
+                if missed > MOST_MISSES:
+                    continue
+                # OpenPose's penalty for limbs longer than half the map's height.
+                long = min(none, np.float32(0.5) * np.float32(px.shape[0]) / length - np.float32(1))
+                score = total / (length * np.float32(SAMPLES - missed)) + long
+                if 0 < score < np.inf:
                     scores[n] = score
                     pairs[n, 0], pairs[n, 1] = i, j
                     n += 1
