@@ -114,7 +114,7 @@ def page() -> str:
             body: list[str] = []
             for place, node in places:
                 stage = group == "stages" and place.count(".") == 1
-                skipped = ("job", *WIRING, *(name for name in SHARED if name not in node)) if stage else ()
+                skipped = (*WIRING, *(name for name in SHARED if name not in node)) if stage else ()
                 body += table(rows(place, node, skipped))
             if body:
                 lines += ["", f"### {file.stem if group == 'stages' else f'{group}={file.stem}'}", *body]

@@ -16,6 +16,9 @@ Truth_contra = TypeVar("Truth_contra", contravariant=True)
 Found_contra = TypeVar("Found_contra", contravariant=True)
 
 
+FIRST = "ap"  # primary figure of results of version 0.1, which knew one metric and did not name it
+
+
 @dataclass(frozen=True)
 class MetricInfo:
     """Names of a metric's figures in tables, pages and results.csv.
@@ -120,7 +123,8 @@ def checked(measure: Metric[Any, Any]) -> Mapping[str, float]:
     figures = measure.evaluate()
     kind, primary = type(measure).__name__, measure.info.primary
     if primary not in figures:
-        raise UserError(f"metric {kind}: info.primary is '{primary}', and evaluate() returns {', '.join(figures)}")
+        listed = ", ".join(figures)
+        raise UserError(f"metric {kind}: info.primary is '{primary}', but evaluate() returns {listed}; correct one of them")
     for name, value in figures.items():
         if not -1 <= value <= 1:
             raise UserError(f"metric {kind}: '{name}' is {value:g}; figures lie between -1 and 1, a higher one is better")

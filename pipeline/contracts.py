@@ -288,5 +288,9 @@ class Sampler(Protocol):
     """Chooses calibration images."""
 
     def sample(self, table: Mapping[str, NDArray[Any]]) -> Any:
-        """Choose rows of a data set's table."""
+        """Choose rows of a data set's table.
+
+        Returns:
+            A `calib_samplers.stratified.CalibrationSet`. It is not imported here: what every stage imports makes all stale.
+        """
         ...

@@ -19,9 +19,9 @@ from posepress.geometry import View
 from posepress.pixels import frame
 from posepress.resolution import Resolution
 from posepress.results import Sample
-from posepress.spec import InputSpec
+from posepress.spec import Fields, InputSpec
 
-Made = TypeVar("Made")
+Item = TypeVar("Item")
 
 _READ_AHEAD = 16  # largest number of images being read or waiting, to bound the memory
 
@@ -140,7 +140,7 @@ def batches(
                 views = framing.views(sample.size, resolution, spec, sample.boxes)
             except ValueError as error:  # the image has no boxes, or a box is not finite
                 raise UserError(f"image {sample.id}: {error}") from error
-            return sample, [_Framed(sample, view, frame(image, view, spec), view is views[-1]) for view in views]
+            return sample, [_Framed(sample, v, frame(image, v, spec), n == len(views)) for n, v in enumerate(views, 1)]
 
     waiting: list[_Framed] = []
     for sample, framed in _ahead(prepare, range(len(data)), max(_READ_AHEAD, 2 * batch), watch):
@@ -160,19 +160,19 @@ def _batch(waiting: list[_Framed]) -> Batch:
     """The batch of the waiting views; afterwards none waits."""
     pixels = [one.pixels for one in waiting]
     images = pixels[0][None] if len(pixels) == 1 else np.stack(pixels)
-    made = Batch(images, [w.view for w in waiting], [w.sample for w in waiting], [w.last for w in waiting])
+    batch = Batch(images, [w.view for w in waiting], [w.sample for w in waiting], [w.last for w in waiting])
     waiting.clear()
-    return made
+    return batch
 
 
-def _ahead(prepare: Callable[[int], Made], indices: Iterable[int], most: int, watch: Watch) -> Iterator[Made]:
+def _ahead(prepare: Callable[[int], Item], indices: Iterable[int], most: int, watch: Watch) -> Iterator[Item]:
     """Prepare images in threads, at most `most` ahead, and yield them in order."""
     import cv2
 
     cv2.setNumThreads(1)  # the readers already run in parallel
     readers = min(os.cpu_count() or 1, _MOST_READERS)
     watch.workers |= {"reading": readers, "framing": readers}
-    pool, pending, todo = ThreadPoolExecutor(readers), deque[Future[Made]](), iter(indices)
+    pool, pending, todo = ThreadPoolExecutor(readers), deque[Future[Item]](), iter(indices)
     try:
         while True:
             while len(pending) < most and (index := next(todo, None)) is not None:
@@ -215,13 +215,13 @@ def predict(
     watch.workers |= {"network": runner.workers, "decoding": decoding}
     merge = _Merge(decoder)
 
-    def run(ready: Batch) -> Any:
+    def run(ready: Batch) -> Fields:
         if not ready.views:
             return {}
         with watch.step("network"):
             return runner(runner.upload(ready.images))
 
-    def decode(fields: Future[Any], ready: Batch) -> list[Result]:
+    def decode(fields: Future[Fields], ready: Batch) -> list[Result]:
         returned = fields.result()
         with watch.step("decoding"):
             try:
@@ -237,7 +237,8 @@ def predict(
             if len(pending) > runner.workers + decoding:
                 done, future = pending.popleft()
                 yield from merge.finished(done, future.result())
-        for done, future in pending:
+        while pending:
+            done, future = pending.popleft()
             yield from merge.finished(done, future.result())
     finally:
         networks.shutdown(cancel_futures=True)

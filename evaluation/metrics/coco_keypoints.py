@@ -70,7 +70,7 @@ class CocoKeypoints:
         """Add the predictions and the ground truth of an image.
 
         Raises:
-            ValueError: the image was added before, its labels have another skeleton, or a score or a point is not finite.
+            ValueError: the image was added before, its labels have another skeleton, or a number is not finite.
         """
         if id in self._rows:
             raise ValueError(f"image {id} is evaluated twice")
@@ -79,6 +79,8 @@ class CocoKeypoints:
         keypoints = self.keypoints(found)
         if not (np.isfinite(found.scores).all() and np.isfinite(keypoints).all()):
             raise ValueError(f"image {id}: a predicted person has a score or a point that is not finite")
+        if not all(np.isfinite(values).all() for values in (truth.keypoints, truth.boxes, truth.areas)):
+            raise ValueError(f"image {id}: the ground truth has a keypoint, a box or an area that is not finite")
         order = np.argsort(-found.scores, kind="mergesort")[: self.most_found]
         self._rows[id] = (truth, keypoints[order], found.scores[order].astype(np.float64))
         for name, count in found.counts.items():

@@ -98,9 +98,7 @@ class People(NamedTuple):
 
 
 @inlined
-def _best(
-    similarity: F64, d: int, order: I64, open_to: NDArray[np.bool_], ignored: NDArray[np.bool_], least: float
-) -> int:
+def _best(similarity: F64, d: int, order: I64, open_to: NDArray[np.bool_], ignored: NDArray[np.bool_], least: float) -> int:
     """The ground-truth person that a prediction matches; -1 if it matches none.
 
     Args:

@@ -122,7 +122,8 @@ class OnnxRuntime:
         try:
             session = self._session(engine, 1 if workers > 1 else threads)
         except Exception as error:
-            raise UserError(f"{engine}: ONNX Runtime cannot load it ({first_line(error)})") from error
+            what = first_line(error)
+            raise UserError(f"{engine}: ONNX Runtime cannot load it ({what}); build it again with force=true") from error
         metadata = session.get_modelmeta().custom_metadata_map
         if SPEC_KEY not in metadata:
             raise UserError(f"{engine}: no network description in its metadata; build it with the stage 'build'")

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Interval, MinLen
 from filelock import FileLock
@@ -23,6 +23,9 @@ from posepress.runners.tensorrt import TensorRTRunner
 from posepress.runners.tensorrt_module import TensorRTModule, load
 from posepress.runners.tensorrt_plan import ENGINE, SIDE, WEIGHTS
 from posepress.spec import InputSpec, NetworkSpec
+
+if TYPE_CHECKING:
+    import onnx
 
 _LAST_WITH_FLAG = 10  # later versions make only strongly typed networks and have no flag for them
 
@@ -348,7 +351,7 @@ class TensorRT:
         return [{**x, "precision": "tf32"} if self.tf32 and x["precision"] == "fp32" and x["macs"] else x for x in found]
 
 
-def _parsed(lib: TensorRTModule, builder: Any, source: Path, model: Any, typed: bool) -> tuple[Any, Any]:
+def _parsed(lib: TensorRTModule, builder: Any, source: Path, model: "onnx.ModelProto", typed: bool) -> tuple[Any, Any]:
     """The network in an ONNX file, and its parser.
 
     Raises:
@@ -361,11 +364,12 @@ def _parsed(lib: TensorRTModule, builder: Any, source: Path, model: Any, typed: 
     parser = trt.OnnxParser(network, lib.logger)
     if not parser.parse_from_file(str(source)):
         reasons = "; ".join(reason_of(parser.get_error(i), model) for i in range(parser.num_errors))
-        raise UserError(f"{source.name}: TensorRT {trt.__version__} cannot parse it: {reasons}")
+        what = f"{source.name}: TensorRT {trt.__version__} cannot parse it: {reasons}"
+        raise UserError(f"{what}; choose another precision, or change these nodes")
     return network, parser
 
 
-def _nodes(model: Any, size: Resolution, spec: InputSpec) -> dict[str, dict[str, Any]]:
+def _nodes(model: "onnx.ModelProto", size: Resolution, spec: InputSpec) -> dict[str, dict[str, Any]]:
     """The MACs of each node at a size, and whether it reads quantized data and weights."""
     from pipeline.backends.macs import macs
 

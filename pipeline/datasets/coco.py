@@ -166,7 +166,8 @@ class CocoSplits:
             raise UserError(f"no split '{split}' in this data; it has {', '.join(self.parts)}{nearest(split, self.parts)}")
         part = self._present(split, self.parts[split])
         if len(part) == 0:
-            raise UserError(f"{part.annotations or part.root}: no images for the split '{split}'")
+            where = part.annotations or part.root
+            raise UserError(f"{where}: no images for the split '{split}'; give some, or leave the split out")
         if part.annotations is not None and not part.table()["persons"].any():
             others, truth = "", part.truth
             if truth is not None and truth.left_out:

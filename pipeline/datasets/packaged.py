@@ -92,7 +92,8 @@ class Packaged:
             UserError: the images were not packaged, or have changed since.
         """
         if split not in self:
-            raise UserError(f"{self.folder}: holds no {split} images, but {', '.join(self._listed['splits'])}")
+            listed = ", ".join(self._listed["splits"])
+            raise UserError(f"{self.folder}: holds no {split} images, but {listed}; package them on the main machine")
         annotations = Path(self.folder) / split / "annotations.json"
         images, inside = annotations.parent / "images", f"{split}/images/"
         names = tuple(sorted(name.removeprefix(inside) for name in self._listed["files"] if name.startswith(inside)))

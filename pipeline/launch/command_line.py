@@ -80,11 +80,14 @@ def read(words: Sequence[str]) -> Words:
     """Divide the arguments of a command into flags, which may stand anywhere, and options.
 
     Raises:
-        UserError: a flag is unknown, flags exclude each other, an argument is no option, or a value is ambiguous.
+        UserError: a flag or an argument is unknown, flags exclude each other, --config-dir names no folder, or a value is
+            ambiguous.
     """
     flags, options = _divided(words)
     _check_flags(flags)
     read_words = Words(flags, [])
+    if (own := read_words.config_dir) is not None and not Path(own).is_dir():
+        raise UserError(f"--config-dir {own}: no such folder; give the one that holds your model/, family/ or experiment/")
     for folder in read_words.config_folders:
         check_config_dir(Path(folder))
     readable = [_readable(word, read_words.sweep) for word in options]
@@ -197,12 +200,9 @@ def check_config_dir(folder: Path) -> None:
     """Check that the choices of a folder have a bounded size after their aliases are expanded, before they are loaded.
 
     Raises:
-        UserError: there is no such folder, or a file is too large, nested too deeply, or grows too large by its aliases.
+        UserError: a file is too large, nested too deeply, or grows too large by its aliases.
     """
     import yaml
-
-    if not folder.is_dir():
-        raise UserError(f"--config-dir {folder}: no such folder; give the one that holds your model/, family/ or experiment/")
 
     for file in sorted(folder.rglob("*.yaml")):
         try:

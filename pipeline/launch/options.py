@@ -122,7 +122,7 @@ def check_command(config: DictConfig) -> None:
             raise UserError(f"{key}: is not there, but it is needed; do not take it out of the configuration")
         if hint is not Any:
             check.option(config, key, hint)
-    for key in ("data", "model", "pruner", "precision", "backend"):  # every chain needs these
+    for key in ("data", "model", "pruner", "precision", "backend", "judged_by"):  # every chain needs these
         refuse_unless(isinstance(config[key], DictConfig), key, config[key], DictConfig)
     for key in config.model if "_target_" not in config.model else ():
         if OmegaConf.is_missing(config.model, key):

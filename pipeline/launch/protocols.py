@@ -1,7 +1,9 @@
 """Check of a component's class against the protocol of its group, before any work."""
 
 from collections.abc import Mapping
-from typing import Any, Generic, Protocol
+from functools import cache
+from inspect import isfunction
+from typing import Any, ClassVar, Generic, Protocol, get_origin, get_type_hints
 
 from evaluation.contracts import Metric
 from pipeline.contracts import Backend, Objective, Quantizer, Sampler, Splits
@@ -22,29 +24,38 @@ PROTOCOLS: Mapping[str, type] = {
 
 
 def check_members(place: str, target: str, kind: Any) -> None:
-    """Check that a class has every public member of the protocol of its group. Other groups are not checked.
+    """Check that a class has every method and every class variable of the protocol of its group.
+
+    Other attributes may be set when an object is made, so they are not checked. Other groups have no protocol.
 
     Args:
-        place: the group, as "decoder"; also the name of the option.
+        place: the option that holds the component. Its last part is the group, as in "decoder" and "stages.tune.backend".
         target: import path of the class.
         kind: the class.
 
     Raises:
         UserError: a member is missing.
     """
-    protocol = PROTOCOLS.get(place)
-    if protocol is None or not isinstance(kind, type):
+    protocol = PROTOCOLS.get(place.rpartition(".")[2])
+    if protocol is None or not isinstance(kind, type) or hasattr(kind, "__getattr__"):
         return
-    there = {*dir(kind), *(name for base in kind.__mro__ for name in vars(base).get("__annotations__", ()))}
-    wanted = {
-        name
-        for base in protocol.__mro__
-        if base not in (object, Protocol, Generic)
-        for name in (*vars(base), *vars(base).get("__annotations__", ()))
-        if not name.startswith("_")
-    }
-    if missing := sorted(wanted - there):
+    own = [base for base in kind.__mro__ if base not in protocol.__mro__]
+    there = {name for base in own for name in (*vars(base), *vars(base).get("__annotations__", ()))}
+    if missing := sorted(_members(protocol) - there):
         raise UserError(
             f"{place}._target_={target}: the class has no `{missing[0]}`; add all members of "
             f"{protocol.__module__}.{protocol.__name__} (docs/extend.md)"
         )
+
+
+@cache
+def _members(protocol: type) -> set[str]:
+    """The names of a protocol's methods and class variables."""
+    bases = [base for base in protocol.__mro__ if base not in (object, Protocol, Generic)]
+    functions = {
+        name
+        for base in bases
+        for name, value in vars(base).items()
+        if isfunction(value) and value.__module__ == base.__module__
+    }
+    return functions | {name for name, hint in get_type_hints(protocol).items() if get_origin(hint) is ClassVar}

@@ -90,7 +90,7 @@ class Check:
         here = set(map(str, node))
         lost = [key for key, takes_it in takes.items() if takes_it.required and key not in here]
         if lost and not partial:
-            raise UserError(f"{_name(node, lost[0])}: is not there, and {target} needs it")
+            raise UserError(f"{_name(node, lost[0])}: is not there, and {target} needs it; add it")
 
     def option(self, node: DictConfig, key: str, hint: Any, stage: str = "") -> None:
         """Check one value against its annotation."""
@@ -160,12 +160,12 @@ def target_of(node: DictConfig) -> str:
             raise UserError(
                 f"{_name(node, '_target_')}={target}: needs the Python package '{error.name}', which is not installed here"
             ) from error
-        raise UserError(f"{_name(node, '_target_')}={target}: no such class or function ({error})") from error
+        raise UserError(f"{_name(node, '_target_')}={target}: no such class or function ({error}); correct it") from error
     except Exception as error:  # a module's own code raises anything
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         if "." not in str(target):
-            raise UserError(f"{_name(node, '_target_')}={target}: no such class or function ({what})") from error
-        raise UserError(f"{_name(node, '_target_')}={target}: its module cannot be imported ({what})") from error
+            raise UserError(f"{_name(node, '_target_')}={target}: no such class or function ({what}); correct it") from error
+        raise UserError(f"{_name(node, '_target_')}={target}: its module cannot be imported ({what}); correct it") from error
     return str(target)
 
 
@@ -318,7 +318,7 @@ def _in_words(kind: Any) -> str:
     if texts:
         return texts[0]
     if get_origin(kind) is Literal:
-        return ", ".join(map(shown, get_args(kind)))
+        return ", ".join(shown(word) or "empty" for word in get_args(kind))
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path", Any: "a value"}
     if kind in names:
         return names[kind] + _bounds(markers)

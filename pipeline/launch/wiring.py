@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.launch.earlier import has, move, remove
 from pipeline.launch.labels import GROUPS, Config, automatic, class_of, method, options_of, said
 from pipeline.launch.options import Command
+from pipeline.launch.values import parameters
 
 SHARED = tuple(Command.__annotations__)  # a stage gets these options if its class has attributes with their names
 
@@ -140,5 +141,9 @@ def _parameters(target: str) -> list[str]:
     except (ImportError, ValueError, OSError, SyntaxError):
         return []
     stage = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
-    fields = [] if stage is None else [node.target for node in stage.body if isinstance(node, ast.AnnAssign)]
-    return [field.id for field in fields if isinstance(field, ast.Name)]
+    if stage is None:
+        return []
+    if stage.bases or any(isinstance(node, ast.FunctionDef) and node.name == "__init__" for node in stage.body):
+        return list(parameters(target))  # its own source does not tell
+    fields = [node for node in stage.body if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation)]
+    return [field.target.id for field in fields if isinstance(field.target, ast.Name)]

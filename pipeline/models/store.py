@@ -155,7 +155,7 @@ def read_weights(file: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # an archive that causes warnings is refused below
             raw: Any = load_file(file) if _is_safetensors(file) else torch.load(file, "cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"weights={file}: cannot read the file ({error.strerror or error})") from error
+        raise UserError(f"weights={file}: cannot read the file ({error.strerror or error}); give a readable one") from error
     except Exception as error:
         raise UserError(f"weights={file}: {_no_state(file, str(error).strip() or type(error).__name__)}") from error
     if isinstance(raw, (list, tuple)):

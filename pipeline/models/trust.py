@@ -88,4 +88,4 @@ def _imported(target: str, where: str) -> Any:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
             return None
         what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{where}: its module cannot be imported ({what})") from error
+        raise UserError(f"{where}: its module cannot be imported ({what}); correct it") from error

@@ -54,9 +54,9 @@ class HeatmapPafObjective:
             source: skeleton of the data.
 
         Returns:
-            "heatmaps" [B, K, h, w], or [B, K + 1, h, w] with a last map of the background where the network has one; "pafs"
-            [B, 2 L, h, w]; "background" [B, K or K + 1], 1 for the background's map, else 0; and "mask" [B, 1, h, w]: 0 on
-            crowds, on people without labels and on images without labels, else 1.
+            "heatmaps" [B, K, h, w], or [B, K + 1, h, w] where the network has a map of the background, the last one. "pafs"
+            [B, 2 L, h, w]. "background" [B, K or K + 1]: 1 for the background's map, else 0. "mask" [B, 1, h, w]: 0 on crowds,
+            on people without labels and on images without labels, else 1.
 
         Raises:
             UserError: the network's fields differ, or the data does not label its keypoints.

@@ -62,9 +62,9 @@ def export(
 ) -> None:
     """Write a network as ONNX with torch's dynamo exporter.
 
-    Faster ways are tried first: a kept graph, batch norms folded before the export, and the export of a single shape if the
-    operators are equal at every shape. Their results are compared with torch at two shapes, on random images. The plain
-    export is the last resort.
+    Faster ways are tried first: a kept graph, and batch norms folded before the export. If the operators are equal at every
+    shape, a single shape is exported. The results are compared with torch at two shapes, on random images. The plain export
+    is the last resort.
 
     Args:
         network: a network in evaluation mode, with a `spec`.

@@ -1,7 +1,7 @@
 """How candidates are judged: by their decoded predictions, and by their latency."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,13 +15,12 @@ from posepress.labels import Palette, Skeleton
 
 
 @dataclass(frozen=True)
-class Judge:
-    """What measures a candidate beside the errors of its fields.
+class Scoring:
+    """What measures candidates beside the errors of their fields, on images with known labels.
 
     Attributes:
-        decoder: function that makes the decoder from the network's description. None: only the errors of the fields are
-            measured.
-        metric: function that makes the metric from the labels of the data and of the network; None without a decoder.
+        decoder: function that makes the decoder from the network's description. None: predictions are not compared.
+        metric: function that makes the metric from the network's labels (`found_labels`); None without a decoder.
         agreement: function that makes the agreement metric from the network's labels. None: agreement is not measured.
         threads: number of CPU threads while a candidate is timed.
     """
@@ -29,17 +28,31 @@ class Judge:
     decoder: Callable[..., Decoder[Any]] | None = None
     metric: Callable[..., Metric[Any, Any]] | None = None
     agreement: Callable[..., Metric[Any, Any]] | None = None
-    threads: Annotated[int, Ge(0)] = 0
+    threads: int = 0
 
-    def on(self, labels: Skeleton | Palette, tuned: Path | None) -> "Judge":
-        """Return the judge for images with these labels.
+
+@dataclass(frozen=True)
+class Judge:
+    """The family's decoder and metrics, for candidates.
+
+    Attributes:
+        decoder: function that makes the decoder from the network's description and options, which may be lists of candidates.
+        metric: function that makes the metric from the labels of the data and of the network.
+        agreement: function that makes the agreement metric from the network's labels. None: agreement is not measured.
+        threads: number of CPU threads while a candidate is timed.
+    """
+
+    decoder: Callable[..., Decoder[Any]]
+    metric: Callable[..., Metric[Any, Any]]
+    agreement: Callable[..., Metric[Any, Any]] | None
+    threads: Annotated[int, Ge(0)]
+
+    def on(self, labels: Skeleton | Palette, tuned: Path | None) -> Scoring:
+        """Return what measures candidates on images with these labels.
 
         Args:
             labels: labels of the data.
             tuned: result folder of the stage `tune`, which chose the decoder's options; None if it did not run.
         """
-        return replace(
-            self,
-            decoder=None if self.decoder is None else partial(self.decoder, **decoder_options(tuned, self.decoder)),
-            metric=None if self.metric is None else partial(self.metric, labels=labels),
-        )
+        decoder = partial(self.decoder, **decoder_options(tuned, self.decoder))
+        return Scoring(decoder, partial(self.metric, labels=labels), self.agreement, self.threads)

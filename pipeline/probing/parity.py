@@ -38,7 +38,7 @@ class Forms:
     shapes: Shapes
     scratch: Path
 
-    def written(self) -> list[dict[str, Any]]:
+    def written(self) -> list[dict[str, NDArray[Any]]]:
         """The outputs for each image, computed node by node without any optimisation."""
         return [dict(outputs) for outputs in self._written(self.typed, [field.name for field in self.spec.fields])]
 
@@ -47,13 +47,13 @@ class Forms:
         for outputs in computed_over(model, names, inputs, optimise=False):
             yield {name: np.array(values) for name, values in outputs.items()}
 
-    def built(self, backend: Backend, files: ModelFiles, folder: str) -> list[dict[str, Any]]:
+    def built(self, backend: Backend, files: ModelFiles, folder: str) -> list[dict[str, NDArray[Any]]]:
         """The outputs for each image of an engine that is built into a folder of the scratch."""
         (self.scratch / folder).mkdir(exist_ok=True)
         with backend.load(backend.build(files, self.shapes, self.scratch / folder)) as runner:
             return self.loaded(runner)
 
-    def loaded(self, runner: Runner) -> list[dict[str, Any]]:
+    def loaded(self, runner: Runner) -> list[dict[str, NDArray[Any]]]:
         """The outputs for each image of an engine."""
         found = (runner.download(runner(runner.upload(frame))) for frame in self.frames)
         return [{name: np.array(values) for name, values in outputs.items()} for outputs in found]

@@ -18,7 +18,7 @@ from pipeline.contracts import Backend
 from pipeline.onnx_files.execute import computed_over
 from pipeline.onnx_files.files import Shapes, read_spec
 from pipeline.probing.candidate import Candidate
-from pipeline.probing.judge import Judge
+from pipeline.probing.judge import Scoring
 from posepress.contracts import Framing, Runner, Samples
 from posepress.resolution import Resolution
 
@@ -55,7 +55,7 @@ class Probe:
         size: size of the network's input.
         backend: backend that builds and runs the candidates.
         reference: the FP32 ONNX file.
-        judge: decoder and metrics, for these images. None: only the errors of the fields are measured.
+        scoring: decoder and metrics, for these images. None: only the errors of the fields are measured.
         scratch: folder for engines, which are deleted with their candidates. None: the system's temporary folder.
     """
 
@@ -66,7 +66,7 @@ class Probe:
         size: Resolution,
         backend: Backend,
         reference: Path,
-        judge: Judge | None = None,
+        scoring: Scoring | None = None,
         scratch: Path | None = None,
     ) -> None:
         self.scratch = None if scratch is None else scratch / "engines"
@@ -74,9 +74,9 @@ class Probe:
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.scratch.mkdir(parents=True)
         self.images, self.framing, self.size, self.backend, self.reference = images, framing, size, backend, reference
-        self.judge = judge or Judge()
+        self.scoring = scoring or Scoring()
         self.spec = read_spec(reference)
-        self.decoder = self.judge.decoder(self.spec) if self.judge.decoder is not None else None
+        self.decoder = self.scoring.decoder(self.spec) if self.scoring.decoder is not None else None
         self._built: WeakKeyDictionary[Candidate, Path] = WeakKeyDictionary()
 
     @cached_property
@@ -146,15 +146,15 @@ class Probe:
     @property
     def primary(self) -> str:
         """The key of the primary metric; empty if no metric is measured."""
-        made: Any = getattr(self.judge.metric, "func", self.judge.metric)  # a partial function holds the class in `func`
+        made: Any = getattr(self.scoring.metric, "func", self.scoring.metric)  # a partial function holds the class in `func`
         return "" if made is None else str(made.info.primary)
 
     def figures(self, candidate: Candidate) -> dict[str, float]:
         """The metric, its drop from FP32 with a paired 95 % interval, and the agreement with FP32's predictions."""
         assert self.decoder is not None
-        assert self.judge.metric is not None
-        metric = self.judge.metric(found_labels=self.spec.labels)
-        agree = self.judge.agreement
+        assert self.scoring.metric is not None
+        metric = self.scoring.metric(found_labels=self.spec.labels)
+        agree = self.scoring.agreement
         agreement = agree(labels=self.spec.labels) if agree is not None else None
         with self.engine(candidate) as runner:
             for sample, found in self._predictions(runner):
@@ -175,8 +175,8 @@ class Probe:
     @cached_property
     def baseline(self) -> Draws:
         """Bootstrap samples of the FP32 network's primary metric."""
-        assert self.judge.metric is not None
-        metric = self.judge.metric(found_labels=self.spec.labels)
+        assert self.scoring.metric is not None
+        metric = self.scoring.metric(found_labels=self.spec.labels)
         for sample in map(self.images.__getitem__, range(len(self.images))):
             metric.process(sample.id, sample.truth, self.people[sample.id])
         return bootstrap(metric.matches())
@@ -184,7 +184,7 @@ class Probe:
     def latencies(self, candidates: Sequence[Candidate], seconds: float) -> list[float]:
         """The median latency of each candidate's network alone, in ms. The candidates are timed in turns."""
         with ExitStack() as stack:
-            runners = [stack.enter_context(self.engine(candidate, self.judge.threads)) for candidate in candidates]
+            runners = [stack.enter_context(self.engine(candidate, self.scoring.threads)) for candidate in candidates]
             calls = [[partial(_call, runner, runner.upload(self.frames[0]))] for runner in runners]
             return [timing.percentile(50).value for timing in latency.in_turns(calls, seconds)]
 

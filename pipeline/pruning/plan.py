@@ -17,6 +17,7 @@ from pipeline.pruning.pruner import Pruner
 from posepress.errors import UserError, nearest
 from posepress.resolution import Resolution
 
+Gates = Mapping[nn.Module, Tensor] | None  # of the criterion "taylor"
 Curves = Mapping[str, Mapping[str, float]]  # for each group, the loss by ratio ("0.25"), measured by the stage "sensitivity"
 
 
@@ -95,7 +96,7 @@ def choose(
     pruner: Pruner,
     network: nn.Module,
     resolution: Resolution,
-    gates: Any = None,
+    gates: Gates = None,
     curves: Curves | None = None,
     step: Step = Step(),
 ) -> Plan:
@@ -164,7 +165,7 @@ class _Counts:
 
     @classmethod
     def of(
-        cls, pruner: Pruner, network: nn.Module, surveyed: Survey, gates: Any, curves: Curves | None, step: Step
+        cls, pruner: Pruner, network: nn.Module, surveyed: Survey, gates: Gates, curves: Curves | None, step: Step
     ) -> "_Counts":
         """The counts of a network's groups."""
         found = surveyed.groups

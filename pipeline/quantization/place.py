@@ -207,8 +207,8 @@ def _fixed(kind: str, weights: NDArray[Any]) -> bool:
         weights: of the operator.
 
     Returns:
-        Whether the weights are a mean or a selection (0 and one value), the positions of an expectation over bins or over a
-        grid, or a resize (the same symmetrical kernel from each channel to itself). Zeros alone tell nothing.
+        Whether the weights are one of these: a mean or a selection (0 and one value); the positions of an expectation over
+        bins or a grid; a resize (the same symmetrical kernel from each channel to itself). Zeros alone tell nothing.
     """
     values = np.asarray(weights, np.float64)
     if not values.any():

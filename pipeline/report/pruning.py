@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.contracts import FIRST
 from pipeline.report.collect import Result, primary
 from pipeline.report.tables import between, digits, shorts
 
@@ -188,17 +189,17 @@ def norm_plot(norms: Mapping[str, Any], groups: Mapping[str, Any] | None) -> Any
 
 
 def _steps(content: Mapping[str, Any]) -> str:
-    dense = content["steps"][0]
+    dense, primary = content["steps"][0], content.get("primary", FIRST)
     rows = []
     for row in content["steps"]:
         cells = [row["step"], f"{row['params'] / 1e6:.3f}", f"{row['macs'] / 1e9:.3f} ({row['macs'] / dense['macs']:.3f}x)"]
         cells.append(f"{row['latency_ms']:.2f} ({row['latency_ratio']:.3f}x)" if "latency_ms" in row else "–")
-        figure = row.get(content.get("primary", "ap"))  # version 0.1 knew one metric
+        figure = row.get(primary)
         cells.append("–" if figure is None else f"{figure:.3f}")
         cells.append(f"{row['agreement']:.3f}" if "agreement" in row else "–")
         rows.append(cells)
     made = _table(["step", "M parameters", "GMACs", "p50 ms", "metric on tune images", "agreement with dense"], rows)
-    if not any({content.get("primary", "ap"), "latency_ms"} & row.keys() for row in content["steps"]):
+    if not any({primary, "latency_ms"} & row.keys() for row in content["steps"]):
         made += "<p>–: not measured. To measure it, set a target or several steps, and stages.prune.backend.</p>"
     flatters = "; removing them makes any pruner look good" if content["near_dead"] else ""
     made += (

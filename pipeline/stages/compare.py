@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from annotated_types import Interval
 
+from evaluation.contracts import Metric
 from pipeline.contracts import Splits
 from pipeline.report.comparison import evaluated, find, rows_of, scored
 from pipeline.results.job import Job
@@ -21,15 +22,15 @@ class Compare:
     Attributes:
         data: the data set. Results in COCO's format are scored on its validation images.
         metric: metric that scores results in COCO's format.
-        engines: two of: an address under outputs/<name>/evaluate, NAME/ADDRESS, or a file of COCO results; or the names of two
-            sweeps, which are compared at all addresses that both have.
+        engines: two of: an address under outputs/<name>/evaluate, NAME/ADDRESS, or a file of COCO results. The names of two
+            sweeps compare them at all addresses that both have.
         outputs: folder of the results.
         name: sweep of addresses that do not name one.
         resamples: number of bootstrap resamples, for files of results.
     """
 
     data: Splits
-    metric: Callable[..., Any]
+    metric: Callable[..., Metric[Any, Any]]
     engines: Sequence[str]
     outputs: str
     name: str

@@ -74,7 +74,7 @@ def _computer(outputs: Path, root: Path) -> Iterator[Finding]:
     yield Finding("machine", board or f"{machine['cpu']}, {machine['cores']} cores, {platform.machine()}")
     isa = machine["isa"]
     fast = any(name in isa for name in ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"))
-    slow = "this processor has no VNNI: INT8 is slower, and weights get 7 bits, which costs some accuracy (precision.reduce_range)"
+    slow = "this processor has no VNNI: INT8 is slower, and weights get 7 bits, which costs accuracy (precision.reduce_range)"
     yield Finding("instructions", ", ".join(isa) or "no relevant ones", "" if fast else slow)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     little = f"less than {_LEAST_MEMORY} GiB: keep batch=1 and stages.train.training.workers low"

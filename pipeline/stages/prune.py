@@ -138,5 +138,5 @@ class Prune:
         reference.parent.mkdir(parents=True, exist_ok=True)
         exported(network, size, None, not self.framing.one_size, job.scratch, job.cache / "exports").save(reference)
         images = self.data.open("tune")
-        some, judge = Selection.spread(images, self.probe_images), self.judged_by.on(images.labels, None)
-        return Probe(some, self.framing, size, self.backend.in_fp32(), reference, judge, job.scratch)
+        some, scoring = Selection.spread(images, self.probe_images), self.judged_by.on(images.labels, None)
+        return Probe(some, self.framing, size, self.backend.in_fp32(), reference, scoring, job.scratch)

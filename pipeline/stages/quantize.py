@@ -14,7 +14,7 @@ from pipeline.backends.macs import macs
 from pipeline.calibration.feed import calibration_feed
 from pipeline.contracts import Backend, Quantizer, Splits
 from pipeline.onnx_files.files import read_spec
-from pipeline.probing.judge import Judge
+from pipeline.probing.judge import Judge, Scoring
 from pipeline.probing.probe import Probe
 from pipeline.progress import say
 from pipeline.results.job import Job
@@ -76,11 +76,12 @@ class Quantize:
     def _probe(self, job: Job, model: Path, size: Resolution) -> Probe | None:
         if self.backend is None or "tune" not in self.data:
             return None
-        images, judge = self.data.open("tune"), self.judged_by or Judge()
-        if not getattr(self.quantizer, "judged", False):  # such a quantizer compares candidates only by fields and time
-            judge = Judge(threads=judge.threads)
-        some, judge = Selection.spread(images, self.probe_images), judge.on(images.labels, job.inputs.get("tuned"))
-        return Probe(some, self.framing, size, self.backend, model, judge, job.scratch)
+        images, judge = self.data.open("tune"), self.judged_by
+        scoring = Scoring(threads=0 if judge is None else judge.threads)
+        if judge is not None and getattr(self.quantizer, "judged", False):  # others compare candidates by fields and time alone
+            scoring = judge.on(images.labels, job.inputs.get("tuned"))
+        some = Selection.spread(images, self.probe_images)
+        return Probe(some, self.framing, size, self.backend, model, scoring, job.scratch)
 
 
 def _notes(report: Mapping[str, Any]) -> Iterator[str]:
@@ -97,5 +98,5 @@ def _notes(report: Mapping[str, Any]) -> Iterator[str]:
             "(equalization_left_out in manifest.json)"
         )
     if "tune_error" in report and "tune_agreement" not in report:
-        yield "agreement was not used: in the tune images the FP32 network finds no person above its threshold"
+        yield "agreement was not used: the FP32 network predicts nothing above its threshold in the tune images"
     yield from report.get("missed", ())

@@ -18,7 +18,11 @@ _WIDTH = 100  # number of text columns if the output is a pipe
 
 @dataclass(frozen=True)
 class Report:
-    """Write report.html, results.csv and model_card.md from every evaluation and benchmark, and print the table."""
+    """Write report.html, results.csv and model_card.md from every evaluation and benchmark, and print the table.
+
+    Attributes:
+        name: name of the sweep.
+    """
 
     name: str
 

@@ -3,12 +3,13 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 
-from evaluation.contracts import checked
+from evaluation.contracts import Metric, checked
 from evaluation.metrics import score_fit as scores
+from evaluation.metrics.coco_keypoints import CocoKeypoints
 from pipeline.contracts import Backend, Splits
 from pipeline.decoder_options import FITTED, candidates
 from pipeline.predictions import shown
@@ -41,7 +42,7 @@ class Tune:
     backend: Backend
     framing: Framing
     decoder: Callable[..., Decoder[Any]]
-    metric: Callable[..., Any]
+    metric: Callable[..., Metric[Any, Any]]
     resolution: str
 
     def run(self, job: Job) -> dict[str, Any]:
@@ -63,7 +64,7 @@ class Tune:
             chosen, info = {**best.options, **plain}, best.measure.info
             if best.figure != info.nothing:
                 summary[f"tune_{info.primary}"] = best.figure
-                weights = scores.fit(best.measure, [(truth, poses) for _, truth, poses in best.results]) if fitted else None
+                weights = best.fit() if fitted else None
                 if weights is not None:
                     refitted = best.refitted(weights)
                     summary[f"tune_{info.primary}_fitted"] = refitted
@@ -92,7 +93,7 @@ class Tune:
             trial.figure = checked(trial.measure)[trial.measure.info.primary]
         return trials
 
-    def _passed(self, split: str, runner: Runner, decode: Any) -> Iterator[tuple[Any, Any]]:
+    def _passed(self, split: str, runner: Runner, decode: Decoder[Any]) -> Iterator[tuple[Any, Any]]:
         """Sample and predictions of every image of a split."""
         watch, images, read = Watch(), self.data.open(split), self.framing.reader(decode, runner.spec)
         found = predict(images, runner, self.framing, read, Resolution.parse(self.resolution), watch=watch)
@@ -104,13 +105,17 @@ class _Trial:
     """One candidate of the decoder's options, and what it predicted."""
 
     options: Mapping[str, Any]
-    measure: Any
+    measure: Metric[Any, Any]
     results: list[tuple[str, Any, Any]] = field(default_factory=list)
     figure: float = 0.0
 
     def add(self, image: str, truth: Any, poses: Any) -> None:
         self.measure.process(image, truth, poses)
         self.results.append((image, truth, poses))
+
+    def fit(self) -> list[float] | None:
+        """Weights of the persons' score, fitted to the results; None if they are too few."""
+        return scores.fit(cast("CocoKeypoints", self.measure), [(truth, poses) for _, truth, poses in self.results])
 
     def refitted(self, weights: Sequence[float]) -> float:
         """The primary figure with the fitted scores, on the images that they were fitted to."""

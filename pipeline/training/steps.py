@@ -32,7 +32,17 @@ class NotFiniteError(Exception):
 
 @dataclass(frozen=True)
 class Task:
-    """What every device trains; the arguments of `pipeline.training.loop.train`."""
+    """What every device trains.
+
+    Attributes:
+        network: a network with a `spec` and `ignored_layers`.
+        views: the views for training.
+        training: the options of the training.
+        checkpoint: the file to write, and to resume from if it exists.
+        teacher: the dense network; None without distillation.
+        distillation: the options of distillation from the teacher.
+        tune: the views for early stopping; None without it.
+    """
 
     network: nn.Module
     views: Views

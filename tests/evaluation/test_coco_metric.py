@@ -1,6 +1,7 @@
 import contextlib
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -122,6 +123,17 @@ def test_bad_detections_are_refused():
     poses = Poses(np.zeros((1, 17, 3), np.float32), np.array([np.nan], np.float32))
     with pytest.raises(ValueError, match="not finite"):
         metric.process("1", people(truth[1]), poses)
+
+
+@pytest.mark.parametrize("part", ["keypoints", "boxes", "areas"])
+def test_ground_truth_that_is_not_finite_is_refused(part):
+    truth, found = world(3)
+    image = next(n for n, one in truth.items() if one)
+    person = people(truth[image], 17)
+    values = getattr(person, part).copy()
+    values.flat[0] = np.nan
+    with pytest.raises(ValueError, match="image 1: the ground truth has a keypoint, a box or an area that is not finite"):
+        CocoKeypoints(COCO_17, COCO_17).process("1", replace(person, **{part: values}), found[image])
 
 
 def test_skeletons_are_joined_by_name():

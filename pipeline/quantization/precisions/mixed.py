@@ -104,9 +104,7 @@ class Mixed:
         if not self.seconds > 0:
             raise ValueError(f"precision.seconds={self.seconds}: choose more than 0")
         if not 0 <= self.max_drop <= 1:
-            raise ValueError(
-                f"precision.max_drop={self.max_drop}: choose 0 to 1, a part of the figure (0.002 is .2 points of AP)"
-            )
+            raise ValueError(f"precision.max_drop={self.max_drop}: choose 0 to 1, a part of the figure (0.002 is .2 points)")
         if not 0 <= self.min_agreement <= 1:
             raise ValueError(f"precision.min_agreement={self.min_agreement}: choose 0 to 1")
         if self.units < 1 or self.finalists < 2:

@@ -146,7 +146,7 @@ def join_limbs(
 
     Returns:
         The index of each person's peaks [N, K], -1 where missing; sums of limb scores [N]; and whether the person still
-        exists [N], which those that were merged into others do not.
+        exists [N]. A person that was merged into another does not.
     """
     K, room, most = counts.shape[0], 1, 0
     for k in range(K):

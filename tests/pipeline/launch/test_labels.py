@@ -8,6 +8,7 @@ from pipeline.launch import command_line, labels, wiring
 from pipeline.launch.cell import resolved
 from pipeline.quantization.precisions import int8 as quantizers
 from pipeline.results.stage import Stage, arguments
+from pipeline.stages.evaluate import Evaluate
 from tests.conftest import ROOT
 
 FLAT = {
@@ -106,6 +107,27 @@ def test_files_of_version_0_1_are_read_and_said(own, capsys):
     assert arguments(stage(config, "prune"))["pruner"]["unmeasured"] == 16
     assert labels.grid(config) == (8, 0)
     assert config.decoder["_target_"] == "posepress.decoders.heatmap_paf.decoder.HeatmapPafDecoder"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "pipeline" / "stages").glob("[a-z]*.py")), ids=lambda file: file.stem)
+def test_the_function_of_a_stage_is_read_as_its_class(file, capsys):
+    """Version 0.1 had a function `run` in each file."""
+    config = command_line.compose([], None)
+    name = {"import_results": "import"}.get(file.stem, file.stem)
+    now, config.stages[name]["_target_"] = config.stages[name]["_target_"], f"pipeline.stages.{file.stem}.run"
+    wiring.settle(config)
+    assert config.stages[name]["_target_"] == now
+    assert f"stages.{name}._target_=pipeline.stages.{file.stem}.run: write {now}" in capsys.readouterr().err
+
+
+class Wider(Evaluate):
+    """A stage with an option more."""
+
+    note: str
+
+
+def test_an_own_stage_may_extend_another():
+    assert wiring._parameters(f"{__name__}.Wider") == [*Evaluate.__dataclass_fields__]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.probing.candidate import Candidate
-from pipeline.probing.judge import Judge
+from pipeline.probing.judge import Scoring
 from pipeline.probing.probe import Probe
 from pipeline.quantization import place as place_module
 from pipeline.quantization import writers
@@ -130,7 +130,7 @@ def test_a_candidates_engine_is_built_once_and_goes_with_it(smoke, images):
 
     (export,) = (smoke / "outputs/smoke/export").glob("*_dense/model.onnx")
     probe = Probe(
-        Selection.spread(images.open("tune"), 1), WholeImage(), Resolution(64, 80), Counting(), export, Judge(threads=1)
+        Selection.spread(images.open("tune"), 1), WholeImage(), Resolution(64, 80), Counting(), export, Scoring(threads=1)
     )
     candidate = Candidate.of_file(export)
     with probe.engine(candidate), probe.engine(candidate, 1):

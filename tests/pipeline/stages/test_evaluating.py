@@ -242,6 +242,28 @@ def test_agreement_of_fp32_with_itself_is_whole_or_undefined(chain, exported):
     assert {"as_found_ap", "as_found_ap_lo", "ap_hi", "agreement_people"} <= set(summary)
 
 
+class Twice(WholeImage):
+    """A framing that shows each image twice, by the same view."""
+
+    def views(self, *given):
+        return 2 * super().views(*given)
+
+
+def test_an_image_ends_with_its_last_view(chain, exported):
+    _, data = chain
+    part, merged = data.open("validation"), []
+
+    class Counting(HeatmapPafDecoder):
+        def merge(self, parts, views):
+            merged.append(len(parts))
+            return parts[0]
+
+    with OnnxRuntime().load(exported / "model.onnx") as runner:
+        found = list(predict(part, runner, Twice("pad_image_input"), Counting(runner.spec), evaluate.Resolution(64, 80), 3))
+    assert [sample.id for sample, _ in found] == [part[n].id for n in range(len(part))]
+    assert set(merged) == {2}
+
+
 @pytest.mark.parametrize(("wanted", "best"), [([0.1, 0.9], 0.1), ([0.9, 0.1], 0.1)])
 def test_what_scores_best_on_the_tune_images_is_chosen(chain, exported, wanted, best, monkeypatch):
     """A decoder that knows the truth unless its threshold is .9."""
