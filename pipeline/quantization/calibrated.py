@@ -76,7 +76,7 @@ class Calibrated:
             model = equalization.corrected(self.model, {n: shift for n, shift in shifts.items() if n in rounded})
             if flavour == "onnxruntime":
                 model, _ = alignment.align(model)
-            made[flavour] = writers.insert(model, chosen, self.scales[flavour], flavour)  # type: ignore[arg-type]
+            made[flavour] = writers.insert(model, chosen, self.scales[flavour], flavour)
         if self.kept is not None:
             made["tensorrt"] = half.convert(made["tensorrt"], self.kept.nodes)
         return Candidate(made)

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from posepress.errors import UserError, first_line, nearest
-
-Flavour = Literal["tensorrt", "onnxruntime"]
 
 WEIGHTED = ("Conv", "ConvTranspose")
 

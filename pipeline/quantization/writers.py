@@ -15,7 +15,7 @@ from ml_dtypes import float8_e4m3fn
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from pipeline.quantization.graph import CARRIERS, WEIGHTED, Flavour, Graph
+from pipeline.quantization.graph import CARRIERS, WEIGHTED, Graph
 from pipeline.quantization.place import Placement, check_shared
 from pipeline.quantization.weights import LEAST_SCALE, WeightScale, quantized
 
@@ -77,7 +77,7 @@ class _Writer:
         held: nodes that stay in float.
     """
 
-    def __init__(self, model: onnx.ModelProto, placement: Placement, scales: Scales, flavour: Flavour, fp8: bool) -> None:
+    def __init__(self, model: onnx.ModelProto, placement: Placement, scales: Scales, flavour: str, fp8: bool) -> None:
         self.graph, self.placement = Graph(model), placement
         self.scales, self.flavour, self.fp8 = scales, flavour, fp8
         self.for_cpu = flavour == "onnxruntime"
@@ -203,9 +203,7 @@ class _Writer:
         return model
 
 
-def insert(
-    model: onnx.ModelProto, placement: Placement, scales: Scales, flavour: Flavour, fp8: bool = False
-) -> onnx.ModelProto:
+def insert(model: onnx.ModelProto, placement: Placement, scales: Scales, flavour: str, fp8: bool = False) -> onnx.ModelProto:
     """Write one runtime variant of an INT8 or FP8 network.
 
     Args:

@@ -298,7 +298,7 @@ class Int8:
 
         def error(thresholds: Mapping[str, float], flavour: str) -> float:
             scales = self._scales(thresholds, found, placement)
-            written = writers.insert(model, placement, scales, flavour)  # type: ignore[arg-type]
+            written = writers.insert(model, placement, scales, flavour)
             # Only ONNX Runtime's variant ships with this CPU's integer kernels; TensorRT's is computed without fusion.
             return of_all_fields(field_errors(computed(written, flavour == "onnxruntime"), expected))
 
