@@ -16,6 +16,7 @@ import yaml
 
 from pipeline.launch import options, values
 from pipeline.launch.wiring import SHARED
+from pipeline.onnx_files.files import SKELETONS
 from pipeline.results.stage import WIRING
 from posepress.labels import Palette, Skeleton
 from posepress.spec import InputSpec, OutputSpec
@@ -86,7 +87,8 @@ def command() -> Iterator[str]:
 
 
 def description() -> Iterator[str]:
-    """The keys of a network's description, from the classes that read it."""
+    """The keys of a network's description, from the classes that read it, with the defaults of conf/model/onnx.yaml."""
+    given = yaml.safe_load((ROOT / "conf" / "model" / "onnx.yaml").read_text())["spec"]["input"]
     for place, kind in (
         ("model.spec.input", InputSpec),
         ("model.spec.fields[N]", OutputSpec),
@@ -98,6 +100,7 @@ def description() -> Iterator[str]:
         target = f"{kind.__module__}.{kind.__name__}"
         known = {option.name: option.default for option in fields(kind) if option.default is not MISSING}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in known.items()}
+        plain |= given if kind is InputSpec else {}
         lines = rows(place, {**plain, "_target_": target})
         yield from table(line.replace("a component, by its group", "HEIGHTxWIDTH") for line in lines)
 
@@ -119,6 +122,11 @@ def page() -> str:
             if body:
                 lines += ["", f"### {file.stem if group == 'stages' else f'{group}={file.stem}'}", *body]
     lines += ["", "## Of a description, for model=onnx and model=plan", *description()]
+    lines += ["", "### Known skeletons", "", "`model.spec.labels=NAME` takes one of these. Indices count from 0."]
+    for name, skeleton in SKELETONS.items():
+        names = ", ".join(f"{n} {keypoint}" for n, keypoint in enumerate(skeleton.names))
+        limbs = ", ".join(f"{a}-{b}" for a, b in skeleton.limbs)
+        lines += ["", f"- `{name}`: keypoints {names}; limbs, in the order of the PAF channels, {limbs}."]
     lines += ["", "`model.spec.dynamic` lists the free axes: batch, height, width. All are free by default."]
     return "\n".join(lines) + "\n"
 

@@ -160,7 +160,8 @@ def target_of(node: DictConfig) -> str:
             raise UserError(
                 f"{_name(node, '_target_')}={target}: needs the Python package '{error.name}', which is not installed here"
             ) from error
-        raise UserError(f"{_name(node, '_target_')}={target}: no such class or function ({error}); correct it") from error
+        fix = "put the folder that holds it on PYTHONPATH" if isinstance(error, ModuleNotFoundError) else "correct it"
+        raise UserError(f"{_name(node, '_target_')}={target}: no such class or function ({error}); {fix}") from error
     except Exception as error:  # a module's own code raises anything
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         if "." not in str(target):

@@ -39,8 +39,12 @@ def created(make: "partial[nn.Module]") -> nn.Module:
     """Make a network from its class and options, and check that it has `spec` and `ignored_layers`.
 
     Raises:
-        UserError: the class is no network, does not take the options or fails, or the network lacks an attribute.
+        UserError: the network is made already, the class is no network, does not take the options or fails, or the network
+            lacks an attribute.
     """
+    given: Any = make
+    if isinstance(given, nn.Module):
+        raise UserError(f"model: add `_partial_: true` to the yaml of {title(type(given))}; stages make the network ({_SEE})")
     kind: Any = make.func
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise UserError(f"model: {title(kind)} is no torch.nn.Module; give a network's class as model._target_ ({_SEE})")

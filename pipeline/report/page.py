@@ -56,7 +56,7 @@ def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] 
     doubts = "".join(f'<p class="doubt">{html.escape(line)}</p>' for line in table.doubts)
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)} · Posepress</title>
 <style>{_STYLE}</style></head><body><h1>{html.escape(name)}: accuracy against latency</h1>
-{doubts}<p>{html.escape(said(list(choices(table))))}</p>{plots}
+<p>{html.escape(said(list(choices(table))))}</p>{doubts}{plots}
 <h2>Engines</h2><p class="note">Green rows are on the Pareto front.</p><div class="wide">
 <table><thead><tr>{head}</tr></thead>
 <tbody>{body}</tbody></table></div>

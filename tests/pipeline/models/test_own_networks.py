@@ -553,6 +553,13 @@ def test_a_pruning_that_changes_the_network_is_refused(images, tmp_path, monkeyp
         pruning(tmp_path, images, Pruner(**SMALL))
 
 
+def test_a_yaml_that_makes_the_network_itself_is_refused(images, tmp_path):
+    with pytest.raises(
+        UserError, match=r"model: add `_partial_: true` to the yaml of .*Own; stages make the network"
+    ):
+        trained(tmp_path, images, Own())
+
+
 def test_sensitivity_says_why_there_is_nothing_to_measure(images, tmp_path, monkeypatch):
     trained(tmp_path, images)
     monkeypatch.setattr(sensitivity, "survey", lambda _: graph.Survey([], [graph.LeftOut(["stem"], "no reason")]))

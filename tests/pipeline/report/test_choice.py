@@ -58,6 +58,18 @@ def test_an_interval_that_reaches_further_disqualifies(tmp_path):
     (sentence,) = choices(made)
     assert sentence.startswith("Ship slow")
     assert "AP 0.800, the highest here." in sentence
+    assert "unsure dense 64x80 fp32 takes 4.00 ms. It differs by -0.0000, but may lose up to 0.0171: more" in sentence
+
+
+def test_an_engine_that_is_slower_than_its_fp32_is_not_chosen(tmp_path):
+    slower = {"speedup_vs_fp32": 0.88, "speedup_vs_fp32_lo": 0.87, "speedup_vs_fp32_hi": 0.89, "precision": "int8"}
+    fp32 = engine(tmp_path, "fp32", 0.800, 7.0, SPREAD * 10)
+    (sentence,) = choices(table(fp32, engine(tmp_path, "int8", 0.805, 8.0, **slower)))
+    assert sentence.startswith("Ship fp32")
+    assert "It is the fastest" in sentence
+    (alone,) = choices(table(engine(tmp_path, "alone", 0.805, 8.0, **slower)))
+    assert alone.startswith("Ship alone")
+    assert "It is the fastest" not in alone
 
 
 def test_research_settings_and_other_machines_are_told_apart(tmp_path):
