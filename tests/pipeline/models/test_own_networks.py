@@ -554,9 +554,7 @@ def test_a_pruning_that_changes_the_network_is_refused(images, tmp_path, monkeyp
 
 
 def test_a_yaml_that_makes_the_network_itself_is_refused(images, tmp_path):
-    with pytest.raises(
-        UserError, match=r"model: add `_partial_: true` to the yaml of .*Own; stages make the network"
-    ):
+    with pytest.raises(UserError, match=r"model: add `_partial_: true` to the yaml of .*Own; stages make the network"):
         trained(tmp_path, images, Own())
 
 
