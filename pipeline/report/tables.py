@@ -72,7 +72,7 @@ def tabulated(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     shown = []
     for row in rows:
         cells = list(_cells(row, shorts(rows)).items())
-        cells[4:4] = [(name, str(row[column]) or "–") for name, column in varied.items()]
+        cells[3:3] = [(name, str(row[column]) or "–") for name, column in varied.items()]
         shown.append(dict(cells))
     return shown
 
@@ -126,18 +126,18 @@ def _cells(row: Mapping[str, Any], short: str) -> dict[str, str]:
         "network": f"{row['network']} {row['pruning']}",
         "input": f"{row['resolution']} {row['keep_aspect_ratio_mode']}",
         "precision": str(row["precision"]),
-        "ran": str(row["ran"]),
-        "GMACs": _number(row["macs"], 3, 1e-9),
         f"{short} [95 %]": between(row, name, places),
+        f"{short} − FP32": between(row, f"{name}_vs_fp32", places, "+"),
+        "p50 ms": _p50(row),
+        "× FP32": between(row, "speedup_vs_fp32", 2),
+        f"{short} − dense FP32": between(row, f"{name}_vs_dense", places, "+"),
+        "GMACs": _number(row["macs"], 3, 1e-9),
+        "MiB": _number(row["engine_mb"], 2),
+        "ran": str(row["ran"]),
+        "decoding ms": _number(row["decoding_p50_ms"], 3),
+        "p95 ms": _number(row["latency_p95_ms"], 2),
         "as found": _number(row[f"as_found_{name}"], places),
         "agreement (people)": f"{agreed:.{places}f} ({row['agreement_people']})" if agreed != "" else "–",
-        f"{short} − FP32": between(row, f"{name}_vs_fp32", places, "+"),
-        f"{short} − dense FP32": between(row, f"{name}_vs_dense", places, "+"),
-        "p50 ms": _p50(row),
-        "p95 ms": _number(row["latency_p95_ms"], 2),
-        "decoding ms": _number(row["decoding_p50_ms"], 3),
-        "× FP32": between(row, "speedup_vs_fp32", 2),
-        "MiB": _number(row["engine_mb"], 2),
     }
 
 
