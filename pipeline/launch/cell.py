@@ -14,11 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from pipeline.launch import labels, options, preflight, wiring
 from pipeline.launch.components import build
+from pipeline.launch.messages import own_code
 from pipeline.models.trust import trust
 from pipeline.results.job import Job
 from pipeline.results.manifest import MANIFEST, SHOWN, absent, made_here, read_manifest
 from pipeline.results.stage import Stage, arguments
 from pipeline.results.store import Results
+from posepress.errors import UserError
 
 RUN_VARIABLE = "POSEPRESS_RUN"
 os.environ.setdefault(RUN_VARIABLE, f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
@@ -194,7 +196,7 @@ class Cell:
                     overrides=self.overrides,
                     config_dir=self.flags[1] if self.flags else None,
                 )
-                summary = runs.run(job)
+                summary = self._ran(stage, runs, job)
                 dropped = getattr(getattr(runs, "data", None), "dropped", {})
                 skipped = sum(len(names) for split, names in dropped.items() if split in stage.splits)
                 if skipped:
@@ -206,6 +208,23 @@ class Cell:
             console.print(
                 f"[bold green]{stage.name:10}[/] done   {escape(str(folder))}  ({time.time() - started:.1f} s)", soft_wrap=True
             )
+
+    def _ran(self, stage: Stage, runs: Any, job: Job) -> Mapping[str, Any]:
+        """Run a stage, and say where a module of the user failed.
+
+        Raises:
+            UserError: the stage failed, or a component from outside the project did.
+        """
+        try:
+            summary: Mapping[str, Any] = runs.run(job)
+        except (UserError, OSError):
+            raise
+        except Exception as error:
+            if self.config.debug or not (place := own_code(error)):
+                raise
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(f"stage={stage.name}: {place}: {what}; correct it (debug=true shows all calls)") from error
+        return summary
 
     def _note(self, stage: Stage, fingerprint: str, started: float, ended: float) -> None:
         """Record a stage for the log."""

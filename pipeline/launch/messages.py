@@ -2,9 +2,12 @@
 
 import errno
 import re
+import traceback
 from pathlib import Path
 
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from pipeline.results.fingerprint import of_a_library, of_the_project
 
 
 def message_of(error: BaseException, outputs: Path) -> str:
@@ -22,6 +25,19 @@ def message_of(error: BaseException, outputs: Path) -> str:
         fix = "; free some space and run the same command again" if full else "; make it again with force=true" if gone else ""
         return f"{where}{error.strerror or error}{fix}"
     return lost(error) or str(error) if isinstance(error, OmegaConfBaseException) else str(error)
+
+
+def own_code(error: BaseException) -> str:
+    """Return where a module of the user failed, as "nets.py, line 7"; empty if the project's code failed.
+
+    An error in a library belongs to the module that called the library.
+    """
+    files = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    calls = [(file, line) for file, line in files if file.is_file() and not of_a_library(file)]
+    if not calls or of_the_project(calls[-1][0]):
+        return ""
+    file, line = calls[-1]
+    return f"{file.name}, line {line}"
 
 
 def lost(error: Exception) -> str | None:

@@ -55,9 +55,9 @@ def closure(modules: Iterable[str]) -> list[Path]:
         name = waiting.pop()
         for file in set(_files(name, places)) - files:
             files.add(file)
-            if _of_the_project(file) or not _of_a_library(file):
+            if of_the_project(file) or not of_a_library(file):
                 names = _imports(file, _package(file, places), file.stat().st_mtime_ns)
-                if not _of_the_project(file):
+                if not of_the_project(file):
                     places |= _neighbours(names, places)
                 waiting += names
     return sorted(files)
@@ -67,7 +67,7 @@ def _neighbours(names: Iterable[str], known: Mapping[str, Path]) -> dict[str, Pa
     """Return the places of modules that a user's module imports from outside its package, without libraries."""
     tops = {name.partition(".")[0] for name in names} - set(known) - sys.stdlib_module_names
     places = {top: place for top in tops if (place := _place(top)) is not None}
-    return {top: place for top, place in places.items() if not _of_a_library(place)}
+    return {top: place for top, place in places.items() if not of_a_library(place)}
 
 
 def _place(top: str) -> Path | None:
@@ -83,11 +83,13 @@ def _place(top: str) -> Path | None:
     return Path(str(spec.origin)).with_suffix("")
 
 
-def _of_the_project(file: Path) -> bool:
+def of_the_project(file: Path) -> bool:
+    """Whether a file is one of the project's modules."""
     return any(file.is_relative_to(ROOT / package) for package in PACKAGES)
 
 
-def _of_a_library(file: Path) -> bool:
+def of_a_library(file: Path) -> bool:
+    """Whether a file is part of Python or of an installed package."""
     return any(file.is_relative_to(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib"))
 
 
@@ -145,7 +147,7 @@ def networks_of(inputs: Manifests) -> list[str]:
 
 def digest_of_code(files: Iterable[Path]) -> str:
     """Return one digest of source files, with their paths in the project. A file outside the project counts by its name."""
-    return digest_of([[str(f.relative_to(ROOT)) if _of_the_project(f) else f.name, sha256(f)] for f in files])
+    return digest_of([[str(f.relative_to(ROOT)) if of_the_project(f) else f.name, sha256(f)] for f in files])
 
 
 def _external(file: Path) -> dict[str, str]:

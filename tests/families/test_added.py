@@ -93,3 +93,33 @@ def test_no_file_of_the_project_is_touched_and_no_older_result_is_stale(chain, p
     assert "fresh" in done.stdout + done.stderr
     changed = [file for file, before in kept.items() if file.stat().st_mtime_ns != before and "/report" not in str(file)]
     assert not changed
+
+
+FAILING = """from nose_lines import ColumnDecoder
+
+
+class Failing(ColumnDecoder):
+    def decode(self, fields, views):
+        return [][0]
+"""
+
+
+def test_an_error_in_its_code_names_the_line(chain, tmp_path, monkeypatch):
+    folder, _ = chain
+    (folder / "mine" / "failing.py").write_text(FAILING)
+    shutil.copytree(folder / "outputs", tmp_path / "outputs", symlinks=True)
+    monkeypatch.syspath_prepend(str(folder / "mine"))
+    words = [
+        "--config-dir",
+        str(folder / "mine" / "conf"),
+        *SMOKE,
+        *WORDS,
+        "stage=evaluate",
+        "decoder._target_=failing.Failing",
+    ]
+    before = snapshot(tmp_path)
+    said = pipeline(*words, "stages.train.training.steps=60", "stages.train.training.lr=1e-2", cwd=tmp_path, check=2).stderr
+    assert "error: stage=evaluate: failing.py, line 6: IndexError: list index out of range; correct it (debug=true" in said
+    assert "Traceback" not in said
+    assert before == {file: sha256(file) for file in files}, "earlier results stay"
+    assert before
