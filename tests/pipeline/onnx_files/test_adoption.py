@@ -130,6 +130,9 @@ def test_tensors_inside_make_way_for_the_fields(file):
         outputs=("h", "p"), body=[helper.make_node("Relu", ["x"], ["pafs"]), helper.make_node("Relu", ["pafs"], ["y"])]
     )
     made = adopted(file, model)
+    assert [output.name for output in made.model.graph.output] == ["heatmaps", "pafs"]
+    inside = {name for node in made.model.graph.node if node.op_type == "Relu" for name in node.output}
+    assert not inside & {"heatmaps", "pafs"}
     same_function(made, model, ["h", "p"])
 
 
