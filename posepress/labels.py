@@ -10,20 +10,24 @@ from posepress.checks import (
     whole,
 )
 
+SIGMA = 0.05  # OKS standard deviation of a keypoint without a known one; COCO's lie between .025 and .107
+
 
 @dataclass(frozen=True)
 class Skeleton:
     """Names of keypoints, and the limbs that join them.
 
     Attributes:
-        names: one for each keypoint; the prefixes `left_` and `right_` mark mirrored keypoints.
+        names: one for each keypoint; the prefixes `left_` and `right_` mark mirrored keypoints, unless `mirror` is given.
         limbs: index pairs, counted from 0; a PAF field holds two channels (x, y) for each, in this order.
         sigmas: OKS standard deviations, one for each keypoint (COCO's `sigmas`); empty if they are unknown.
+        mirror: index pairs of keypoints that change places in a mirrored image; empty: the names tell.
     """
 
     names: tuple[str, ...]
     limbs: tuple[tuple[int, int], ...] = ()
     sigmas: tuple[float, ...] = ()
+    mirror: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         """Check the values; compiled code relies on limbs that join existing keypoints.
@@ -32,36 +36,58 @@ class Skeleton:
             ValueError: a name occurs twice, a limb joins an unknown keypoint, the sigmas do not match the keypoints, or a sigma
                 is not above 0. The message begins with the option.
         """
-        for option in ("names", "limbs", "sigmas"):
+        for option in ("names", "limbs", "sigmas", "mirror"):
             if not isinstance(getattr(self, option), tuple):
                 raise ValueError(f"{option}={shown(getattr(self, option))}: give a list")  # noqa: TRY004
         unique("names", self.names)
         K = len(self.names)
         if not K:
             raise ValueError("names=[]: give the name of each keypoint")
-        limbs = []
-        for place, given in enumerate(self.limbs):
-            limb = listed(given)
-            if len(limb) != 2 or not all(isinstance(end, int) and not isinstance(end, bool) for end in limb):
-                raise ValueError(f"limbs[{place}]={shown(given)}: give two indices of keypoints, counted from 0")
-            if not all(0 <= end < K for end in limb):
-                raise ValueError(
-                    f"limbs[{place}]={list(limb)}: there are {K} keypoints, 0 to {K - 1}; count from 0 (COCO counts from 1)"
-                )
-            if limb[0] == limb[1]:
-                raise ValueError(f"limbs[{place}]={list(limb)}: joins '{self.names[limb[0]]}' with itself; give two keypoints")
-            limbs.append(limb)
-        object.__setattr__(self, "limbs", tuple(limbs))
+        object.__setattr__(self, "limbs", self._pairs("limbs"))
+        object.__setattr__(self, "mirror", self._pairs("mirror"))
+        ends = [end for pair in self.mirror for end in pair]
+        if twice := [self.names[end] for end in ends if ends.count(end) > 1]:
+            raise ValueError(f"mirror: '{twice[0]}' is in two pairs; give each keypoint one mirror image")
         for place, sigma in enumerate(self.sigmas):
             number(f"sigmas[{place}]", sigma, 1e-6, 1e3)
         if len(self.sigmas) not in (0, K):
             raise ValueError(f"sigmas: {len(self.sigmas)} numbers for {K} keypoints; give one for each")
 
+    def _pairs(self, option: str) -> tuple[tuple[int, int], ...]:
+        """The index pairs of an option.
+
+        Raises:
+            ValueError: a pair is none, names an unknown keypoint, or one keypoint twice.
+        """
+        K, pairs = len(self.names), []
+        for place, given in enumerate(getattr(self, option)):
+            pair = listed(given)
+            if len(pair) != 2 or not all(isinstance(end, int) and not isinstance(end, bool) for end in pair):
+                raise ValueError(f"{option}[{place}]={shown(given)}: give two indices of keypoints, counted from 0")
+            if not all(0 <= end < K for end in pair):
+                raise ValueError(
+                    f"{option}[{place}]={list(pair)}: there are {K} keypoints, 0 to {K - 1}; count from 0 (COCO counts from 1)"
+                )
+            if pair[0] == pair[1]:
+                raise ValueError(
+                    f"{option}[{place}]={list(pair)}: joins '{self.names[pair[0]]}' with itself; give two keypoints"
+                )
+            pairs.append((pair[0], pair[1]))
+        return tuple(pairs)
+
     @property
     def flip(self) -> tuple[int, ...]:
         """Index of each keypoint's mirror image; its own index if it has none."""
+        if self.mirror:
+            other = {a: b for pair in self.mirror for a, b in (pair, pair[::-1])}
+            return tuple(other.get(n, n) for n in range(len(self.names)))
         at = {name: n for n, name in enumerate(self.names)}
         return tuple(at.get(_mirrored(name), n) for n, name in enumerate(self.names))
+
+    @property
+    def oks_sigmas(self) -> tuple[float, ...]:
+        """OKS standard deviations, one for each keypoint; `SIGMA` for all if they are unknown."""
+        return self.sigmas or (SIGMA,) * len(self.names)
 
     @property
     def limb_flip(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

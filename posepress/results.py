@@ -30,12 +30,14 @@ class Poses:
         notes: arrays with a row for each person that the decoder adds: "guessed" bool [N, K], whether a missing keypoint was
             filled in; "features" float32 [N, F], the inputs of a fitted score, of which the first is the plain score.
         counts: counts of problems in the image, for example "dropped_peaks" and "images_not_finite"; metrics sum them.
+        boxes: float32 [N, 4], x, y, width and height of each person's box in image pixels; None where no network gives boxes.
     """
 
     keypoints: NDArray[np.float32]
     scores: NDArray[np.float32]
     notes: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
+    boxes: NDArray[np.float32] | None = None
 
     def as_found(self) -> "Poses":
         """The same poses without filled-in keypoints, and with their plain scores."""
@@ -89,7 +91,7 @@ class Sample(Generic[T]):
     boxes: Boxes | None = None
 
 
-_KINDS: Mapping[str, type] = {kind.__name__: kind for kind in (Poses, SemanticMask)}
+_KINDS: Mapping[str, type] = {kind.__name__: kind for kind in (Poses, SemanticMask, Boxes)}
 _IN_0_1 = {  # fields of poses in files of version 0.1, and where their values are now
     "guessed": "notes.guessed",
     "features": "notes.features",

@@ -1,5 +1,9 @@
 """The skeletons that public pose networks and data sets use."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from posepress.checks import part, shown
 from posepress.labels import Skeleton
 
 # Names, limbs and sigmas of COCO keypoints: https://cocodataset.org/#keypoints-eval and person_keypoints_val2017.json.
@@ -36,3 +40,41 @@ OPENPOSE_18 = Skeleton(
         0.035, 0.035,
     ),
 )  # fmt: skip
+
+SKELETONS: Mapping[str, Skeleton] = {"coco_17": COCO_17, "openpose_18": OPENPOSE_18}
+
+
+def skeleton_of(given: str | Mapping[str, Any] | Skeleton) -> Skeleton:
+    """A skeleton, from a name, the content of a file, or itself.
+
+    Args:
+        given: "coco_17", "openpose_18", or a mapping in one of two forms. Ours: {names, limbs, sigmas, mirror}, indices from
+            0; `edges` stands for limbs. A COCO category, which trt_pose's topology files have, too: {keypoints, skeleton,
+            sigmas}, whose pairs count from 1.
+
+    Raises:
+        ValueError: the name is unknown, a key is unknown, or a value is wrong.
+    """
+    if isinstance(given, Skeleton):
+        return given
+    if isinstance(given, str):
+        if given not in SKELETONS:
+            raise ValueError(f"skeleton={given}: choose {', '.join(SKELETONS)}, or give a file FILE.json")
+        return SKELETONS[given]
+    content = dict(given)
+    if "keypoints" in content:
+        pairs = content.get("skeleton") or []
+        if not isinstance(pairs, (list, tuple)) or not all(_whole(pair) for pair in pairs):
+            raise ValueError(f"skeleton={shown(pairs)}: give pairs of keypoints, counted from 1")
+        edges = [[end - 1 for end in pair] for pair in pairs]
+        content = {"names": content["keypoints"], "limbs": edges, **{k: content[k] for k in _MORE if k in content}}
+    if "edges" in content:
+        content["limbs"] = content.pop("edges")
+    return part(Skeleton, "skeleton", content, ("names", "limbs", "sigmas", "mirror"))
+
+
+_MORE = ("sigmas", "mirror")  # keys that a category may have beside COCO's
+
+
+def _whole(pair: object) -> bool:
+    return isinstance(pair, (list, tuple)) and all(isinstance(end, int) for end in pair)

@@ -199,7 +199,10 @@ class OutputSpec:
         name: the output's name in our ONNX files: "heatmaps", "pafs", ...
         stride: size of a cell in input pixels; below 1 for lines that are finer than the input. Sets ignore it.
         channels: number of maps, of lines, or of values of each entry of a set; 1 for a class map.
-        shift: offset of a cell's sampling point from the cell's centre, in cells; heatmaps and PAFs can differ.
+        shift: offset of a cell's sampling point from the cell's centre, in cells; heatmaps and PAFs can differ. For points and
+            boxes of a set: what to add for pixel coordinates in which the centre of the first pixel is 0.
+        udp: whether the first and the last cell lie on the first and the last pixel, as in networks trained with unbiased data
+            processing (UDP, arXiv:1911.07524): cell c of n is pixel c (side - 1) / (n - 1).
         axes: the axes after the batch: "CHW" a map for each channel, "CX" or "CY" a line along the width or the height for each
             channel, "CN" or "NC" a set of N entries, "HW" a map of class indices; empty where a network was cut at a tensor.
         dtype: "float32" or "float16"; for a class map or indices "uint8", "int32" or "int64".
@@ -213,6 +216,7 @@ class OutputSpec:
     axes: Literal["CHW", "CX", "CY", "CN", "NC", "HW", ""] = "CHW"
     dtype: Literal["float32", "float16", "uint8", "int32", "int64"] = "float32"
     tensor: str = ""
+    udp: bool = False
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -221,6 +225,8 @@ class OutputSpec:
             ValueError: a value is of another type or out of range; the message begins with its name.
         """
         text("name", self.name)
+        if not isinstance(self.udp, bool):
+            raise ValueError(f"udp={shown(self.udp)}: choose true or false")  # noqa: TRY004
         if self.axes:
             choice("axes", self.axes, _AXES)
         choice("dtype", self.dtype, _TYPES)
@@ -239,6 +245,11 @@ class OutputSpec:
     def is_map(self) -> bool:
         """Whether the output has a map for each channel."""
         return self.axes == "CHW"
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the output is a set of entries."""
+        return self.axes in ("CN", "NC")
 
     def cells(self, size: Resolution) -> Resolution:
         """Height and width of the output's maps for an input of `size`; lines and sets have none."""
@@ -317,14 +328,15 @@ class NetworkSpec:
         """Make sure that the network has the outputs that a decoder or an objective needs.
 
         Args:
-            needs: axes of each output by name, as `OutputSpec.axes`.
+            needs: axes of each output by name, as `OutputSpec.axes`. A set may have its axes in either order.
 
         Raises:
             ValueError: an output is missing, or has other axes.
         """
         for name, axes in needs.items():
-            if self.field(name).axes != axes:
-                raise ValueError(f"the network's output '{name}' has the axes {self.field(name).axes}, and {axes} is needed")
+            own = self.field(name)
+            if own.axes != axes and not (own.is_set and axes in ("CN", "NC")):
+                raise ValueError(f"the network's output '{name}' has the axes {own.axes}, and {axes} is needed")
 
     @property
     def skeleton(self) -> Skeleton:
@@ -340,8 +352,10 @@ class NetworkSpec:
     def to_json(self) -> str:
         """The description as one line of JSON; equal descriptions give equal text."""
         written = {**asdict(self), "dynamic": sorted(self.dynamic)}
+        if not written["labels"].get("mirror", True):
+            del written["labels"]["mirror"]
         parts: list[tuple[dict[str, Any], Any, Sequence[str]]] = [(written["input"], InputSpec, ("channels", "size"))]
-        parts += [(one, OutputSpec, ("axes", "dtype", "tensor")) for one in written["fields"]]
+        parts += [(one, OutputSpec, ("axes", "dtype", "tensor", "udp")) for one in written["fields"]]
         for values, kind, since_0_2 in parts:  # version 0.1 reads descriptions that need nothing newer
             usual = {option.name: option.default for option in fields(kind)}
             for name in since_0_2:
@@ -394,6 +408,6 @@ class NetworkSpec:
             fields=tuple(part(OutputSpec, f"fields[{n}]", one) for n, one in enumerate(outputs)),
             labels=part(Palette, "labels", labels, ("names", "colours"))
             if palette
-            else part(Skeleton, "labels", labels, ("names", "limbs", "sigmas")),
+            else part(Skeleton, "labels", labels, ("names", "limbs", "sigmas", "mirror")),
             dynamic=frozenset(_FREE if dynamic is None else dynamic),
         )

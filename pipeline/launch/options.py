@@ -46,6 +46,7 @@ class Command(TypedDict):
     quantized: str | None
     tuned_by: str | None
     weights: str | None
+    skeleton: str | Mapping[str, object]
     trusted_modules: Sequence[str]
     engines: Sequence[str]
     target: Literal["tensorrt", "onnxruntime"]

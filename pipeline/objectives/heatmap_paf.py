@@ -65,8 +65,8 @@ class HeatmapPafObjective:
         points, seen = keypoints.joined(labels, source, spec.skeleton)
         cells, K = heat.cells(size), len(spec.skeleton.names)
         return {
-            "heatmaps": self._heatmaps(input_to_cells(points, heat), seen, cells, heat.channels > K),
-            "pafs": self._pafs(input_to_cells(points, paf), seen, spec.skeleton, cells),
+            "heatmaps": self._heatmaps(input_to_cells(points, heat, size), seen, cells, heat.channels > K),
+            "pafs": self._pafs(input_to_cells(points, paf, size), seen, spec.skeleton, cells),
             "background": (torch.arange(heat.channels, device=points.device) >= K).float().expand(len(points), -1),
             "mask": keypoints.mask(labels, cells, heat),
         }

@@ -88,6 +88,44 @@ def joined(labels: Mapping[str, Tensor], source: Skeleton | Palette, skeleton: S
     return (points[:, :, first] + points[:, :, second]) / 2, seen[:, :, first] & seen[:, :, second]
 
 
+def of_view(labels: Mapping[str, Tensor], source: Skeleton | Palette, skeleton: Skeleton) -> tuple[Tensor, Tensor]:
+    """The keypoints of the one person that each view was cut around, in a network's skeleton.
+
+    Args:
+        labels: as `joined`, and "instances" [B, P] and "base" [B].
+        source: skeleton of the data.
+        skeleton: skeleton of the network.
+
+    Returns:
+        Points in pixels of the views [B, K, 2], and which of them are labelled [B, K]. None is in a view without such a person.
+
+    Raises:
+        UserError: as `joined`.
+    """
+    points, seen = joined(labels, source, skeleton)
+    own = (labels["instances"] == labels["base"][:, None]) & labels["labelled"][:, None]
+    person = own.int().argmax(dim=1)
+    rows = torch.arange(len(person), device=person.device)
+    return points[rows, person], seen[rows, person] & own.any(dim=1)[:, None]
+
+
+def inside(points: Tensor, size: Resolution) -> Tensor:
+    """Which points [..., 2] lie on a pixel of a view."""
+    most = torch.tensor([size.width - 0.5, size.height - 0.5], device=points.device)
+    return ((points >= -0.5) & (points < most)).all(dim=-1)
+
+
+def expected(fields: Mapping[str, Tensor], name: str) -> Tensor:
+    """An output of the teacher, for distillation.
+
+    Raises:
+        UserError: the teacher does not have it.
+    """
+    if name not in fields:
+        raise UserError(f"distillation: the teacher has no output '{name}' ({', '.join(fields)}); give another teacher")
+    return fields[name].float()
+
+
 def _sources(name: str, source: Skeleton) -> tuple[int, int]:
     """Indices of the one or two keypoints of the data that make a network's keypoint.
 

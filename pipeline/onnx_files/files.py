@@ -9,15 +9,12 @@ from posepress.contracts import Framing
 from posepress.errors import UserError, nearest
 from posepress.labels import Skeleton
 from posepress.resolution import Resolution
-from posepress.skeletons import COCO_17, OPENPOSE_18
+from posepress.skeletons import SKELETONS
 from posepress.spec import FIELDS, SPEC_KEY, InputSpec, NetworkSpec
 
 FLAVOURS = ("tensorrt", "onnxruntime")
 
 CALIBRATION, CALIBRATION_INPUTS = "calibrator.json", "calibration_inputs.npy"  # files beside a network that TensorRT calibrates
-
-
-SKELETONS: Mapping[str, Skeleton] = {"openpose_18": OPENPOSE_18, "coco_17": COCO_17}
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class Prune:
         material = Material(self.data, self.objective, self.bases, size, self.augment, job.cache)
         distillation = self.distillation if several else None
         teacher = store.load(job.inputs["network"])[0] if distillation is not None else None
-        learnt = splits(self.data, distillation)
+        learnt = splits(self.data, distillation, self.bases, size)
         return Lessons(material, learnt, self.seed, self.training, distillation, teacher, job.scratch)
 
     def _probe(self, job: Job, network: nn.Module, size: Resolution) -> Probe | None:

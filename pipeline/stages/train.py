@@ -110,7 +110,7 @@ class Train:
         check(model, size, self.objective, partial(material.source, ["train"]))
         norms = {"before": _norms(model)} if training.regularization_type else None
         teacher = store.load(job.inputs["teacher"])[0] if distillation is not None else None
-        views = Views.of(material, splits(self.data, distillation), model, self.seed)
+        views = Views.of(material, splits(self.data, distillation, self.bases, size), model, self.seed)
         tune = None
         if training.patience is not None and "tune" in self.data:
             tune = Views.of(material, ["tune"], model, self.seed, NONE)

@@ -18,7 +18,7 @@ from pipeline.results.job import Job
 from posepress.contracts import Decoder, Framing, Runner
 from posepress.decoders.several import Together
 from posepress.errors import UserError
-from posepress.predict import Watch, predict
+from posepress.predict import Watch, predict, unframed
 from posepress.resolution import Resolution
 from posepress.results import save_results
 
@@ -35,6 +35,7 @@ class Tune:
         framing: framing of the engines.
         decoder: decoder to tune. A list as value of an option means candidates; `score_weights=tuned` is fitted.
         metric: metric with the primary figure that decides.
+        agreement: metric that uses FP32's predictions as ground truth. None: they are not needed.
         resolution: size of the input.
     """
 
@@ -43,6 +44,7 @@ class Tune:
     framing: Framing
     decoder: Callable[..., Decoder[Any]]
     metric: Callable[..., Metric[Any, Any]]
+    agreement: Callable[..., Metric[Any, Any]] | None
     resolution: str
 
     def run(self, job: Job) -> dict[str, Any]:
@@ -69,7 +71,7 @@ class Tune:
                     refitted = best.refitted(weights)
                     summary[f"tune_{info.primary}_fitted"] = refitted
                     chosen |= {"score_weights": weights} if refitted >= best.figure else {}
-            if "agreement" in self.data:
+            if self.agreement is not None and self._framed("agreement"):
                 reference = self.decoder(runner.spec, **chosen)
                 found = [(sample.id, reference.plain(poses)) for sample, poses in self._passed("agreement", runner, reference)]
                 save_results(job.out / "reference.npz", found)
@@ -77,6 +79,14 @@ class Tune:
         (job.out / "decoder.json").write_text(json.dumps({"options": chosen, "tried": tried}, indent=1))
         _say(summary, best.measure.doubts())
         return summary
+
+    def _framed(self, split: str) -> bool:
+        """Whether there are such images, and the framing has what it needs; if it has not, the reason is said."""
+        if split not in self.data:
+            return False
+        if why := unframed(self.data.open(split), self.framing, Resolution.parse(self.resolution)):
+            say(f"agreement is not measured: {why}")
+        return not why
 
     def _tried(self, runner: Runner, tried: Sequence[Mapping[str, Any]], more: Mapping[str, Any]) -> list["_Trial"]:
         """Every candidate with its figure on the tune images; one pass of the network serves all."""

@@ -11,8 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.contracts import Objective, Splits
+from pipeline.progress import say
 from pipeline.training.augment import layout
+from posepress.contracts import Framing
 from posepress.errors import UserError, nearest
+from posepress.predict import unframed
+from posepress.resolution import Resolution
 
 
 @dataclass(frozen=True)
@@ -25,14 +29,15 @@ class Distillation:
         features: weight of the squared error to the teacher's features, relative to their power. For each layer, a 1x1
             convolution adapts the student's features. It is trained with the network and then removed (arXiv:1412.6550).
         layers: name patterns of the layers that return the features.
-        unlabelled: whether the network also learns from images without labels.
+        unlabelled: whether the network also learns from images without labels. None: if the framing does not need boxes that
+            these images lack.
     """
 
     fields: Annotated[float, Ge(0)] = 1.0
     labels: Annotated[float, Ge(0)] = 1.0
     features: Annotated[float, Ge(0)] = 0.0
     layers: Sequence[str] = ()
-    unlabelled: bool = True
+    unlabelled: bool | None = None
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -51,10 +56,21 @@ class Distillation:
             raise UserError("distillation.layers are compared with a weight of 0; give distillation.features too, like 0.1")
 
 
-def splits(data: Splits, how: Distillation | None) -> list[str]:
-    """The splits for training: the train images, and with a teacher also the images without labels."""
-    unlabelled = how is not None and how.unlabelled and "unlabelled" in data
-    return ["train", "unlabelled"] if unlabelled else ["train"]
+def splits(data: Splits, how: Distillation | None, framing: Framing, size: Resolution) -> list[str]:
+    """The splits for training: the train images, and with a teacher also the images without labels.
+
+    Args:
+        data: the data set.
+        how: options of distillation; None without a teacher.
+        framing: framing of the images.
+        size: size of the network's input.
+    """
+    if how is None or how.unlabelled is False or "unlabelled" not in data:
+        return ["train"]
+    why = unframed(data.open("unlabelled"), framing, size) if how.unlabelled is None else ""
+    if why:
+        say(f"the images without labels are left out of the distillation: {why}")
+    return ["train"] if why else ["train", "unlabelled"]
 
 
 class Teacher:

@@ -65,8 +65,8 @@ class AveragedFields:
             for part, view in zip(parts, views, strict=True):
                 source = part[field.name]
                 grid = np.stack((np.arange(max(h, w)) % w, np.arange(max(h, w)) % h), axis=-1).astype(np.float64)
-                image = largest.to_image(cells_to_input(grid, field))
-                cells = input_to_cells(view.to_input(image), field)
+                image = largest.to_image(cells_to_input(grid, field, largest.size))
+                cells = input_to_cells(view.to_input(image), field, view.size)
                 across = _interpolation(cells[:w, 0], source.shape[2])
                 down = _interpolation(cells[:h, 1], source.shape[1])
                 read: F32 = (down @ source @ across.T).astype(np.float32)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from posepress.checks import number
 from posepress.compiled import compiled
 from posepress.decoders.averaged import mirrored_heatmaps
+from posepress.decoders.one_person import merged, poses
 from posepress.draw import draw
 from posepress.geometry import View, cells_to_input
 from posepress.results import Poses
@@ -87,6 +88,49 @@ def _offset(heatmap: F32, i: int, j: int, refinement: int, kernel: F32) -> tuple
     return dx, dy
 
 
+@compiled
+def _peaks(
+    maps: NDArray[np.float32], K: int, refinement: int, kernel: F32
+) -> tuple[NDArray[np.float64], F32, NDArray[np.bool_]]:
+    """The highest cell of each map, refined.
+
+    Args:
+        maps: [B, K or more, h, w].
+        K: number of keypoints.
+        refinement: as in `_offset`.
+        kernel: as in `_offset`.
+
+    Returns:
+        x and y in cells [B, K, 2], the greatest values [B, K], and which views have a value that is not finite [B].
+    """
+    B, w = maps.shape[0], maps.shape[3]
+    at, values, odd = np.zeros((B, K, 2)), np.zeros((B, K), np.float32), np.zeros(B, np.bool_)
+    for b in range(B):
+        for k in range(K):
+            one = maps[b, k]
+            flat = one.reshape(-1)
+            total = np.float32(0)
+            best = np.float32(-np.inf)
+            for n in range(flat.shape[0]):  # two reductions without branches, which the compiler vectorises
+                total += flat[n] * np.float32(0)
+                best = max(best, flat[n])
+            if not np.isfinite(total):
+                odd[b] = True
+                best = np.float32(-np.inf)
+                for n in range(flat.shape[0]):
+                    if np.isfinite(flat[n]):
+                        best = max(best, flat[n])
+                if best == -np.inf:
+                    continue
+            place = 0
+            while flat[place] != best:
+                place += 1
+            i, j = place // w, place % w
+            dx, dy = _offset(one, i, j, refinement, kernel)
+            at[b, k, 0], at[b, k, 1], values[b, k] = j + dx, i + dy, best
+    return at, values, odd
+
+
 @dataclass(frozen=True)
 class TopDownDecoder:
     """Decoder of networks that see one person in each view and return the field "heatmaps".
@@ -98,6 +142,7 @@ class TopDownDecoder:
             (Zhang et al., arXiv:1910.06278).
         sigma: standard deviation, in cells, of the Gaussians that the network was trained on; "dark" smooths with it.
         keypoint_threshold: threshold below which a keypoint's value does not count in the person's score.
+        nms_oks: of two people whose OKS is greater, the one with the lower score is left out; 1 keeps all.
     """
 
     spec: NetworkSpec
@@ -106,6 +151,7 @@ class TopDownDecoder:
     refinement: Literal["none", "shift", "dark"] = "dark"
     sigma: Annotated[float, Interval(ge=0.3, le=16)] = 2.0
     keypoint_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.2
+    nms_oks: Annotated[float, Interval(gt=0, le=1)] = 0.9
 
     def __post_init__(self) -> None:
         """Check the options, and that each keypoint has a heatmap.
@@ -117,6 +163,7 @@ class TopDownDecoder:
             raise ValueError(f"decoder.refinement={self.refinement}: unknown; use {', '.join(_REFINEMENTS)}")
         number("decoder.sigma", self.sigma, 0.3, 16)
         number("decoder.keypoint_threshold", self.keypoint_threshold, -1e6, 1e6)
+        number("decoder.nms_oks", self.nms_oks, 1e-6, 1)
         self.spec.offers(self.needs)
         maps, names = self.spec.field("heatmaps").channels, self.spec.skeleton.names
         if maps < len(names):
@@ -130,45 +177,22 @@ class TopDownDecoder:
             views: B views.
 
         Returns:
-            For each view, the poses of at most one person, in image pixels. A person's score is the mean value of the
-            keypoints above the threshold. A view without such keypoints has no person.
+            For each view, the poses of at most one person; see `posepress.decoders.one_person.poses`.
         """
         heatmaps: Any = fields["heatmaps"]
         if hasattr(heatmaps, "is_cuda"):
             heatmaps = heatmaps.float().cpu().numpy()
-        return [self._person(np.ascontiguousarray(maps, np.float32), view) for maps, view in zip(heatmaps, views, strict=True)]
+        K, heat = len(self.spec.skeleton.names), self.spec.field("heatmaps")
+        maps = np.ascontiguousarray(heatmaps, np.float32)
+        if maps.ndim != 4 or maps.shape[1] < K or not maps.size:
+            raise ValueError(f"heatmaps {list(maps.shape[1:])} are not the maps [C, h, w] of {K} keypoints; correct model.spec")
+        at, values, odd = _peaks(maps, K, _REFINEMENTS.index(self.refinement), _gaussian(self.sigma))
+        points = cells_to_input(at, heat, views[0].size)
+        return poses(points, values, views, self.keypoint_threshold, odd)
 
-    def _person(self, maps: F32, view: View) -> Poses:
-        K = len(self.spec.skeleton.names)
-        if maps.ndim != 3 or maps.shape[0] < K or not maps.size:
-            raise ValueError(f"heatmaps {list(maps.shape)} are not the maps [C, h, w] of {K} keypoints; correct model.spec")
-        maps = maps[:K]
-        strange = not np.isfinite(maps.sum())
-        if strange:
-            maps = np.where(np.isfinite(maps), maps, np.float32(0))
-        flat = maps.reshape(K, -1)
-        cells = flat.argmax(axis=1)
-        values = flat[np.arange(K), cells]
-        sure = values > self.keypoint_threshold
-        rows, columns = np.divmod(cells, maps.shape[2])
-        refinement, kernel = _REFINEMENTS.index(self.refinement), _gaussian(self.sigma)
-        offsets = [_offset(maps[k], rows[k], columns[k], refinement, kernel) for k in range(K)]
-        at = np.column_stack((columns, rows)) + np.array(offsets)
-        points = view.to_image(cells_to_input(at, self.spec.field("heatmaps")))
-        keypoints = np.where(values[:, None] > 0, np.column_stack((points, values)), 0).astype(np.float32)
-        counts = {"images_not_finite": int(strange)}
-        if not sure.any():
-            return Poses(np.zeros((0, K, 3), np.float32), np.zeros(0, np.float32), counts=counts)
-        return Poses(keypoints[None], np.array([values[sure].mean()], np.float32), counts=counts)
-
-    def merge(self, parts: Sequence[Poses], views: Sequence[View]) -> Poses:  # noqa: ARG002 - the boxes were chosen before
+    def merge(self, parts: Sequence[Poses], views: Sequence[View]) -> Poses:
         """All people of an image."""
-        K = len(self.spec.skeleton.names)
-        return Poses(
-            np.concatenate([np.zeros((0, K, 3), np.float32), *(part.keypoints for part in parts)]),
-            np.concatenate([np.zeros(0, np.float32), *(part.scores for part in parts)]),
-            counts={"images_not_finite": int(any(part.counts["images_not_finite"] for part in parts))},
-        )
+        return merged(parts, views, self.spec.skeleton, self.nms_oks)
 
     def draw(self, image: NDArray[np.uint8], found: Poses) -> NDArray[np.uint8]:
         """The people drawn over their image [H, W, 3]."""

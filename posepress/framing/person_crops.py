@@ -77,19 +77,19 @@ class PersonCrops:
         """
         if boxes is None:
             raise ValueError(
-                "a top-down network needs a box for each person, and these images have none; add boxes, or train with "
-                "stages.retrain.distillation.unlabelled=false"
+                "a top-down network needs a box for each person, and these images have none; give detector=FILE or data.boxes"
             )
         if not np.isfinite(boxes.xywh).all():
             raise ValueError("a person's box is not finite; correct the annotation file")
         views = []
-        for x, y, width, height in boxes.xywh.tolist():
+        scores = np.ones(len(boxes.xywh)) if boxes.scores is None else boxes.scores
+        for (x, y, width, height), score in zip(boxes.xywh.tolist(), scores.tolist(), strict=True):
             across = max(width, height * resolution.width / resolution.height, 1.0) * self.padding
             scale = resolution.width / across
             middle = np.array([x + (width - 1) / 2, y + (height - 1) / 2])
             target = np.array([(resolution.width - 1) / 2, (resolution.height - 1) / 2])
             matrix = np.column_stack((np.eye(2) * scale, target - scale * middle))
-            views.append(View(matrix, resolution, (x, y, width, height)))
+            views.append(View(matrix, resolution, (x, y, width, height), score=score))
         return views
 
     def reader(self, decoder: Decoder[Result], spec: NetworkSpec) -> Decoder[Result]:  # noqa: ARG002

@@ -177,7 +177,7 @@ class HeatmapPafDecoder:
 
     def _to_image(self, view: View) -> NDArray[np.float64]:
         """The matrix [2, 3] from heatmap cells to image pixels."""
-        origin, x, y = view.to_image(cells_to_input(_CORNERS, self.spec.field("heatmaps")))
+        origin, x, y = view.to_image(cells_to_input(_CORNERS, self.spec.field("heatmaps"), view.size))
         return np.column_stack((x - origin, y - origin, origin))
 
     def decode(self, fields: Mapping[str, Array], views: Sequence[View]) -> list[Poses]:

@@ -1,0 +1,145 @@
+"""A one-stage pose network: boxes, scores and keypoints at three strides, without anchors and without post-processing."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+import torch
+from annotated_types import Interval
+from torch import Tensor, nn
+
+from pipeline.models.resnet import conv, initialise, scaled
+from posepress.skeletons import skeleton_of
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec
+
+STRIDES = (8, 16, 32)
+_STAGES = ((64, 1), (128, 2), (256, 2), (512, 1))  # channels before width, and blocks, of the stages at strides 4 to 32
+_GREATEST = 6.0  # greatest logarithm of a side of a box, in strides
+
+
+class _Csp(nn.Module):
+    """A cross-stage partial block (arXiv:1911.11929): half of the channels pass residual blocks, and both halves are joined."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int) -> None:
+        super().__init__()
+        half = outputs // 2
+        self.one, self.other = conv(inputs, half, 1), conv(inputs, half, 1)
+        self.blocks = nn.ModuleList(nn.Sequential(conv(half, half), conv(half, half)) for _ in range(blocks))
+        self.join = conv(2 * half, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        for block in self.blocks:
+            y = torch.add(y, block(y))
+        return self.join(torch.cat((y, self.other(x)), dim=1))
+
+
+class OneStagePose(nn.Module):
+    """A network that returns the sets "boxes", "scores" and "keypoints", one entry for each cell at strides 8, 16 and 32.
+
+    Every convolution but the last of each head has batch norm and ReLU, so that INT8 kernels fuse them. A box is given by the
+    distances of its sides from the cell's middle, a keypoint by its displacement from there.
+
+    Args:
+        width: factor of all channel counts; no layer has fewer than 16 channels.
+        skeleton: the keypoints: a name (coco_17), or the content of a skeleton file.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        width: Annotated[float, Interval(ge=0.1, le=4)] = 1.0,
+        skeleton: str | Mapping[str, object] = "coco_17",
+    ) -> None:
+        super().__init__()
+        labels = skeleton_of(skeleton)
+        K = len(labels.names)
+        self.spec = NetworkSpec(
+            InputSpec("image", mean=(0.5,) * 3, std=(0.5,) * 3, pad=114, multiple=32),
+            (
+                OutputSpec("boxes", 1, 4, axes="NC"),
+                OutputSpec("scores", 1, 1, axes="NC"),
+                OutputSpec("keypoints", 1, 3 * K, axes="NC"),
+            ),
+            labels,
+        )
+        channels = [scaled(count, width) for count, _ in _STAGES]
+        self.stem = conv(3, scaled(32, width), 3, 2)
+        inputs, stages = scaled(32, width), []
+        for outputs, (_, blocks) in zip(channels, _STAGES, strict=True):
+            stages.append(nn.Sequential(conv(inputs, outputs, 3, 2), _Csp(outputs, outputs, blocks)))
+            inputs = outputs
+        self.stages = nn.ModuleList(stages)
+        small, middle, large = channels[1:]
+        self.up = nn.Upsample(scale_factor=2.0, mode="nearest")
+        self.down_middle, self.down_small = _Csp(large + middle, middle, 1), _Csp(middle + small, small, 1)
+        self.to_middle, self.to_large = conv(small, small, 3, 2), conv(middle, middle, 3, 2)
+        self.up_middle, self.up_large = _Csp(small + middle, middle, 1), _Csp(middle + large, large, 1)
+        features = (small, middle, large)
+        hidden = scaled(64, width)
+        self.scores = nn.ModuleList(_head(count, hidden, 1) for count in features)
+        self.boxes = nn.ModuleList(_head(count, hidden, 4) for count in features)
+        self.keypoints = nn.ModuleList(_head(count, max(hidden, K), 3 * K) for count in features)
+        initialise(self)
+        for head in (*self.scores, *self.boxes, *self.keypoints):
+            nn.init.normal_(head[-1].weight, std=0.01)
+        for head in self.scores:
+            nn.init.constant_(head[-1].bias, -4.6)  # a person in one of 100 cells
+        for head in self.boxes:
+            nn.init.constant_(head[-1].bias, 1.0)
+
+    @property
+    def ignored_layers(self) -> Sequence[nn.Module]:
+        """The convolutions that compute the outputs."""
+        return [head[-1] for heads in (self.scores, self.boxes, self.keypoints) for head in heads]
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """The sets of images [B, 3, H, W]; N is the number of cells of all strides.
+
+        Returns:
+            "boxes" [B, N, 4], corners in pixels; "scores" [B, N, 1], 0 to 1; "keypoints" [B, N, 3 K], x, y and a score of 0 to
+            1 each. In training also "scores.0", the logits of the scores.
+        """
+        x = self.stem(images)
+        levels = []
+        for stage in self.stages:
+            x = stage(x)
+            levels.append(x)
+        small, middle, large = levels[1:]
+        middle = self.down_middle(torch.cat((self.up(large), middle), dim=1))
+        small = self.down_small(torch.cat((self.up(middle), small), dim=1))
+        middle = self.up_middle(torch.cat((self.to_middle(small), middle), dim=1))
+        large = self.up_large(torch.cat((self.to_large(middle), large), dim=1))
+        boxes, scores, points = [], [], []
+        for level, features in enumerate((small, middle, large)):
+            stride = float(STRIDES[level])
+            at = _middles(features) * stride - 0.5  # [1, 2, h, w]
+            sides = self.boxes[level](features).clamp(max=_GREATEST).exp() * stride
+            boxes.append(torch.cat((at - sides[:, :2], at + sides[:, 2:]), dim=1).flatten(2))
+            scores.append(self.scores[level](features).flatten(2))
+            points.append(self._points(self.keypoints[level](features), at, stride).flatten(2))
+        logits = torch.cat(scores, dim=2).transpose(1, 2)
+        made = {
+            "boxes": torch.cat(boxes, dim=2).transpose(1, 2),
+            "scores": logits.sigmoid(),
+            "keypoints": torch.cat(points, dim=2).transpose(1, 2),
+        }
+        return {**made, "scores.0": logits} if self.training else made
+
+    def _points(self, raw: Tensor, at: Tensor, stride: float) -> Tensor:
+        """Keypoints [B, 3 K, h, w] from a head's output: x, y and a score for each."""
+        K = len(self.spec.skeleton.names)
+        columns, rows, seen = (raw[:, start : start + K] for start in (0, K, 2 * K))
+        x, y = columns * (4 * stride) + at[:, :1], rows * (4 * stride) + at[:, 1:]
+        return torch.stack((x, y, seen.sigmoid()), dim=2).flatten(1, 2)
+
+
+def _head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(conv(inputs, hidden), conv(hidden, hidden), nn.Conv2d(hidden, outputs, 1))
+
+
+def _middles(features: Tensor) -> Tensor:
+    """X and y of the cells' middles in cells, [1, 2, h, w]; sums, so that an exported graph serves every size."""
+    ones = torch.ones_like(features[:1, :1])
+    return torch.cat((ones.cumsum(3), ones.cumsum(2)), dim=1) - 0.5

@@ -1,0 +1,155 @@
+"""Decoder of detectors: boxes of one class from a set of candidates."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from annotated_types import Interval
+from numpy.typing import NDArray
+
+from posepress.checks import choice, number, whole
+from posepress.decoders.suppression import suppress
+from posepress.draw import draw_boxes
+from posepress.geometry import View, cells_to_input
+from posepress.results import Boxes
+from posepress.spec import Array, Fields, NetworkSpec, OutputSpec
+
+F32 = NDArray[np.float32]
+Form = Literal["xyxy", "cxcywh"]
+
+
+def entries(fields: Fields, spec: OutputSpec, views: int) -> F32:
+    """A set output in host memory, float32 [B, N, channels].
+
+    Args:
+        fields: the outputs.
+        spec: description of the set.
+        views: B.
+
+    Raises:
+        ValueError: the output has another shape.
+    """
+    values: Any = fields[spec.name]
+    if hasattr(values, "is_cuda"):
+        values = values.float().cpu().numpy()
+    at = 1 if spec.axes == "CN" else 2
+    if values.ndim != 3 or values.shape[0] != views or values.shape[at] != spec.channels:
+        raise ValueError(f"'{spec.name}' is {list(values.shape)}, not a set {spec.form}; correct model.spec")
+    ordered: F32 = np.asarray(values.transpose(0, 2, 1) if spec.axes == "CN" else values, np.float32)
+    return ordered
+
+
+def to_image(boxes: F32, field: OutputSpec, view: View) -> NDArray[np.float64]:
+    """Corners [N, 4] in the network's pixels as x, y, width and height in pixels of the image, cut at the view's edges."""
+    most = (view.size.width - 0.5, view.size.height - 0.5)
+    ends = np.clip(cells_to_input(boxes.reshape(-1, 2, 2).astype(np.float64), field, view.size), -0.5, most)
+    low, high = np.sort(view.to_image(ends), axis=1).transpose(1, 0, 2)  # a mirrored view exchanges left and right
+    return np.concatenate((low + 0.5, high - low), axis=1)  # COCO counts from the corner of the first pixel
+
+
+@dataclass(frozen=True)
+class BoxDecoder:
+    """Decoder of detectors that return the sets "boxes" [4] and "scores", one for each class.
+
+    Attributes:
+        spec: the network's description.
+        form: "xyxy" for corners, "cxcywh" for middle and size.
+        category: class to find: its name in the network's labels, or its number.
+        score_threshold: least score of a box.
+        nms_iou: greatest intersection over union with a better box; 1 for networks that suppress boxes themselves.
+        max_candidates: greatest number of boxes that are compared; it bounds the time.
+        max_detections: greatest number of boxes of an image.
+    """
+
+    spec: NetworkSpec
+    needs: ClassVar[Mapping[str, str]] = {"boxes": "NC", "scores": "NC"}
+    result: ClassVar[type] = Boxes
+    form: Form = "xyxy"
+    category: str | int = 0
+    score_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.05
+    nms_iou: Annotated[float, Interval(gt=0, le=1)] = 0.6
+    max_candidates: Annotated[int, Interval(ge=1, le=100000)] = 1000
+    max_detections: Annotated[int, Interval(ge=1, le=10000)] = 100
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            ValueError: an option is unknown or out of range, or the network lacks an output or the class.
+        """
+        choice("decoder.form", self.form, ("xyxy", "cxcywh"))
+        number("decoder.score_threshold", self.score_threshold, 0, 1)
+        number("decoder.nms_iou", self.nms_iou, 1e-6, 1)
+        whole("decoder.max_candidates", self.max_candidates, 1, 100000)
+        whole("decoder.max_detections", self.max_detections, 1, 10000)
+        self.spec.offers(self.needs)
+        if (given := self.spec.field("boxes").channels) != 4:
+            raise ValueError(f"'boxes' has {given} values an entry, and a box has 4; correct model.spec")
+        _ = self._class
+
+    @property
+    def _class(self) -> int:
+        """Number of the class.
+
+        Raises:
+            ValueError: the network has no such class.
+        """
+        names, classes = self.spec.labels.names, self.spec.field("scores").channels
+        known = isinstance(self.category, str)
+        if known and self.category not in names:
+            raise ValueError(f"decoder.category={self.category}: the network's classes are {', '.join(names[:8])}; choose one")
+        number_of = names.index(str(self.category)) if known else int(self.category)
+        if not 0 <= number_of < classes:
+            raise ValueError(f"decoder.category={self.category}: 'scores' has {classes} classes; choose 0 to {classes - 1}")
+        return number_of
+
+    def decode(self, fields: Mapping[str, Array], views: Sequence[View]) -> list[Boxes]:
+        """Find the boxes in each view.
+
+        Args:
+            fields: "boxes" [B, N, 4] and "scores" [B, N, classes]; numpy arrays or torch tensors.
+            views: B views.
+
+        Returns:
+            Boxes in image pixels, best first.
+
+        Raises:
+            ValueError: a field has another shape.
+        """
+        field = self.spec.field("boxes")
+        every = entries(fields, field, len(views))
+        scores = entries(fields, self.spec.field("scores"), len(views))[..., self._class]
+        found = []
+        for boxes, score, view in zip(every, scores, views, strict=True):
+            most = (self.max_candidates, self.max_detections)
+            rows, corners = suppress(boxes, score, self.form == "cxcywh", self.score_threshold, self.nms_iou, most)
+            found.append(Boxes(to_image(corners, field, view), score[rows].astype(np.float64)))
+        return found
+
+    def merge(self, parts: Sequence[Boxes], views: Sequence[View]) -> Boxes:  # noqa: ARG002 - there is one view
+        """All boxes of an image."""
+        return Boxes(
+            np.concatenate([np.zeros((0, 4)), *(part.xywh for part in parts)]),
+            np.concatenate([np.zeros(0), *(part.scores for part in parts if part.scores is not None)]),
+        )
+
+    def draw(self, image: NDArray[np.uint8], found: Boxes) -> NDArray[np.uint8]:
+        """The boxes drawn over their image [H, W, 3]."""
+        return draw_boxes(image, found)
+
+    def readings(self, found: Boxes) -> dict[str, Boxes]:  # noqa: ARG002 - there are no other readings
+        """No alternative versions of a prediction."""
+        return {}
+
+    def plain(self, found: Boxes) -> Boxes:
+        """The prediction itself: nothing is added to it."""
+        return found
+
+    def mirror(self, name: str, field: F32) -> F32:  # noqa: ARG002 - sets have no mirror image
+        """Sets cannot be averaged over mirrored views.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"'{name}' is a set, which has no mirror image; set flip=false")

@@ -1,0 +1,104 @@
+"""The part that all top-down decoders share: one person in each view becomes poses of an image."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from posepress.compiled import compiled
+from posepress.geometry import View
+from posepress.labels import Skeleton
+from posepress.results import Poses
+
+F32, F64 = NDArray[np.float32], NDArray[np.float64]
+
+
+def poses(
+    points: F64, values: F32, views: Sequence[View], threshold: float, odd: NDArray[np.bool_] | None = None
+) -> list[Poses]:
+    """The person in each view.
+
+    Args:
+        points: keypoints in pixels of their view, [B, K, 2].
+        values: scores of the keypoints, [B, K]. Keypoints at 0 or less are missing.
+        views: B views.
+        threshold: score above which a keypoint counts in the person's score.
+        odd: which views have outputs that are not finite, [B]; None: those with such values.
+
+    Returns:
+        For each view, the poses of at most one person, in image pixels. A person's score is the mean score of the keypoints
+        above the threshold, times the score of the box. A view without such keypoints has no person.
+    """
+    matrices = np.array([view.matrix for view in views])
+    a, b, c, d = matrices[:, 0, 0], matrices[:, 0, 1], matrices[:, 1, 0], matrices[:, 1, 1]
+    inverse = np.array([[d, -c], [-b, a]]).transpose(2, 0, 1) / (a * d - b * c)[:, None, None]  # transposed
+    image = (points - matrices[:, None, :, 2]) @ inverse
+    finite = np.isfinite(values)
+    strange = ~finite.all(axis=1) if odd is None else odd
+    values = np.where(finite, values, np.float32(0))
+    there = values > 0
+    keypoints = np.zeros((*values.shape, 3), np.float32)
+    keypoints[..., :2] = np.where(there[..., None], image, 0)
+    keypoints[..., 2] = np.where(there, values, 0)
+    sure = values > threshold
+    counts = sure.sum(axis=1)
+    boxes = np.array([view.score for view in views])
+    scores = (np.where(sure, values, 0).sum(axis=1) / np.maximum(counts, 1) * boxes).astype(np.float32)
+    found, bad = (counts > 0).tolist(), strange.tolist()
+    return [
+        Poses(keypoints[n : n + found[n]], scores[n : n + found[n]], counts={"images_not_finite": int(bad[n])})
+        for n in range(len(views))
+    ]
+
+
+@compiled
+def _suppressed(points: F64, areas: F64, order: NDArray[np.int64], variances: F64, most: float) -> NDArray[np.bool_]:
+    """Which poses a better one resembles with an OKS above `most`.
+
+    Args:
+        points: keypoints, [N, K, 3].
+        areas: of the people's boxes, [N].
+        order: the poses, best first, [N].
+        variances: squares of the keypoints' doubled OKS deviations, [K].
+        most: greatest OKS of two people.
+    """
+    N, K = points.shape[:2]
+    gone = np.zeros(N, np.bool_)
+    for i in range(N):
+        better = order[i]
+        if gone[better]:
+            continue
+        for j in range(i + 1, N):
+            other = order[j]
+            if gone[other]:
+                continue
+            area = (areas[better] + areas[other]) / 2 + 1e-9
+            total = 0.0
+            for k in range(K):
+                dx, dy = points[better, k, 0] - points[other, k, 0], points[better, k, 1] - points[other, k, 1]
+                total += np.exp(-(dx * dx + dy * dy) / variances[k] / area / 2)
+            gone[other] = total / K > most
+    return gone
+
+
+def merged(parts: Sequence[Poses], views: Sequence[View], skeleton: Skeleton, nms_oks: float) -> Poses:
+    """All people of an image; of two that resemble each other the one with the lower score is left out.
+
+    Args:
+        parts: the poses of each view, at most one person.
+        views: the views.
+        skeleton: the network's skeleton.
+        nms_oks: greatest OKS of two people, 0 to 1; the mean area of their boxes is the OKS's area. 1 keeps all.
+    """
+    K = len(skeleton.names)
+    keypoints = np.concatenate([np.zeros((0, K, 3), np.float32), *(part.keypoints for part in parts)])
+    scores = np.concatenate([np.zeros(0, np.float32), *(part.scores for part in parts)])
+    boxes = [view.box or (0.0, 0.0, 0.0, 0.0) for part, view in zip(parts, views, strict=True) if len(part.scores)]
+    rows = np.array(boxes, np.float32).reshape(-1, 4)
+    counts = {"images_not_finite": int(any(part.counts["images_not_finite"] for part in parts))}
+    if nms_oks < 1 and len(scores) > 1:
+        order = np.argsort(-scores, kind="stable")
+        areas = (rows[:, 2] * rows[:, 3]).astype(np.float64)
+        kept = ~_suppressed(keypoints.astype(np.float64), areas, order, (2 * np.array(skeleton.oks_sigmas)) ** 2, nms_oks)
+        keypoints, scores, rows = keypoints[kept], scores[kept], rows[kept]
+    return Poses(keypoints, scores, counts=counts, boxes=rows)
