@@ -176,7 +176,7 @@ def example(network: nn.Module, resolution: Resolution | None = None) -> Tensor:
     spec = spec_of(network)
     device = next(network.parameters()).device
     side = spec.input.fit(8 * spec.input.multiple)
-    size = resolution or Resolution(side, side)
+    size = resolution or spec.input.size or Resolution(side, side)
     return torch.zeros(1, 3, size.height, size.width, device=device)
 
 
