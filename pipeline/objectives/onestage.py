@@ -26,7 +26,7 @@ _AREA = 0.53  # area of a person's mask relative to its box, with which OKS is c
 class OneStageObjective:
     """Scores, boxes and keypoints of the cells that are assigned to people.
 
-    A person is learnt by the cells inside its box with the best score and box together. The score's target is the overlap of the
+    A person is learnt by the cells inside its box with the best score and box together. A score's target is the overlap of the
     predicted box with the person's, relative to the best.
 
     Attributes:
@@ -67,15 +67,15 @@ class OneStageObjective:
 
         Returns:
             In pixels of the views: "people" [B, P, 4], corners of the boxes, 0 where there are fewer; "points" [B, P, K, 2];
-            "seen" [B, P, K], which are labelled and inside. "middles" [N, 2] of the cells, "stride" [N], and "counted" [B, N]: 0
-            where an unlabelled person or crowd is, and in images without labels, else 1. "variances" [K] of OKS.
+            "seen" [B, P, K], which are labelled and inside. "middles" [N, 2] of the cells, and "counted" [B, N]: 0 where an
+            unlabelled person or crowd is, and in images without labels, else 1. "variances" [K] of OKS.
 
         Raises:
             UserError: the network's input is no multiple of its strides, or the data does not label its keypoints.
         """
         points, seen = keypoints.joined(labels, source, spec.skeleton)
         seen = seen & keypoints.inside(points, size)
-        middles, stride, counted = [], [], []
+        middles, counted = [], []
         for step in self.strides:
             if size.height % step or size.width % step:
                 raise UserError(f"training_resolution={size}: no multiple of the objective's stride {step}; choose one")
@@ -83,7 +83,6 @@ class OneStageObjective:
                 *(torch.arange(side // step, device=points.device) for side in (size.height, size.width)), indexing="ij"
             )
             middles.append((torch.stack((xs, ys), dim=-1).reshape(-1, 2) + 0.5) * step - 0.5)
-            stride.append(torch.full((len(middles[-1]),), float(step), device=points.device))
             grid = OutputSpec("cells", step, 1)
             counted.append(keypoints.mask(labels, grid.cells(size), grid).flatten(1))
         people = _boxes(labels, size)
@@ -93,7 +92,6 @@ class OneStageObjective:
             "points": points,
             "seen": (seen & alive[..., None]).float(),
             "middles": torch.cat(middles),
-            "stride": torch.cat(stride),
             "counted": torch.cat(counted, dim=1),
             "variances": (2 * torch.tensor(spec.skeleton.oks_sigmas, device=points.device)) ** 2,
         }
@@ -102,28 +100,25 @@ class OneStageObjective:
         """Losses of scores, boxes, keypoints and the keypoints' scores, relative to the sum of the scores' targets."""
         boxes, points = fields["boxes"].float(), fields["keypoints"].float()
         scores = fields["scores"].float()[..., 0]
-        if boxes.shape[1] != len(targets["stride"]):
+        if boxes.shape[1] != len(targets["middles"]):
             raise UserError(
                 f"the network returns {boxes.shape[1]} entries, but objective.strides={list(self.strides)} make "
-                f"{len(targets['stride'])} cells; correct objective.strides"
+                f"{len(targets['middles'])} cells; correct objective.strides"
             )
         with torch.no_grad():
             owner, wanted = self._assigned(boxes, scores, targets)
         losses = {"scores": self.score * _cross_entropy(fields, wanted, targets["counted"])}
         total = wanted.sum().clamp(min=1)
-        image, cell = (wanted > 0).nonzero(as_tuple=True)
-        person, weight = owner[image, cell], wanted[image, cell]
-        true, box = targets["people"][image, person], boxes[image, cell]
-        losses["boxes"] = self.box * ((1 - _giou(box, true)) * weight).sum() / total
-        found = points[image, cell].unflatten(-1, (-1, 3))
-        seen, labelled = targets["seen"][image, person], targets["seen"].sum(dim=-1)[image, person]
-        area = ((true[:, 2] - true[:, 0]) * (true[:, 3] - true[:, 1]) * _AREA).clamp(min=1)
-        away = (found[..., :2] - targets["points"][image, person]).square().sum(dim=-1)
-        oks = torch.exp(-away / (targets["variances"] * area[:, None] * 2))
-        each = ((1 - oks) * seen).sum(dim=-1) / labelled.clamp(min=1)
-        losses["keypoints"] = self.pose * (each * weight).sum() / total
+        true = _of(targets["people"], owner)  # one shape for every batch, so that a GPU need not wait
+        losses["boxes"] = self.box * ((1 - _giou(boxes, true)) * wanted).sum() / total
+        found, seen = points.unflatten(-1, (-1, 3)), _of(targets["seen"], owner)
+        area = ((true[..., 2] - true[..., 0]) * (true[..., 3] - true[..., 1]) * _AREA).clamp(min=1)
+        away = (found[..., :2] - _of(targets["points"].flatten(2), owner).unflatten(-1, (-1, 2))).square().sum(dim=-1)
+        oks = torch.exp(-away / (targets["variances"] * area[..., None] * 2))
+        each = ((1 - oks) * seen).sum(dim=-1) / seen.sum(dim=-1).clamp(min=1)
+        losses["keypoints"] = self.pose * (each * wanted).sum() / total
         visible = F.binary_cross_entropy(found[..., 2].clamp(_TINY, 1 - _TINY), seen, reduction="none").mean(dim=-1)
-        losses["visible"] = self.visible * (visible * weight).sum() / total
+        losses["visible"] = self.visible * (visible * wanted).sum() / total
         return losses
 
     def _assigned(self, boxes: Tensor, scores: Tensor, targets: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -160,12 +155,10 @@ class OneStageObjective:
         wanted = keypoints.expected(expected, "scores")
         losses = _cross_entropy(fields, wanted[..., 0], torch.ones_like(wanted[..., 0]))
         weight = wanted[..., 0] / wanted.sum().clamp(min=1)
-        box = keypoints.expected(expected, "boxes")
+        box, point = (keypoints.expected(expected, name) for name in ("boxes", "keypoints"))
         size = (box[..., 2:] - box[..., :2]).clamp(min=1).mean(dim=-1, keepdim=True)
         away = ((fields["boxes"].float() - box) / size).abs().mean(dim=-1)
-        ours, theirs = (
-            values.unflatten(-1, (-1, 3)) for values in (fields["keypoints"].float(), keypoints.expected(expected, "keypoints"))
-        )
+        ours, theirs = (values.unflatten(-1, (-1, 3)) for values in (fields["keypoints"].float(), point))
         apart = ((ours[..., :2] - theirs[..., :2]) / size[..., None]).abs().mean(dim=(-1, -2))
         seen = (ours[..., 2] - theirs[..., 2]).square().mean(dim=-1)
         return losses + (weight * (self.box * away + self.pose * apart + self.visible * seen)).sum()
@@ -185,6 +178,11 @@ def _boxes(labels: Mapping[str, Tensor], size: Resolution) -> Tensor:
     return torch.cat((low, high), dim=-1) * (box[..., 2:3] > 0)
 
 
+def _of(values: Tensor, owner: Tensor) -> Tensor:
+    """The values [B, P, ...] of each cell's person, [B, N, ...]; `owner` [B, N]."""
+    return values.gather(1, owner[..., None].expand(-1, -1, values.shape[-1]))
+
+
 def _cross_entropy(fields: Mapping[str, Tensor], wanted: Tensor, counted: Tensor) -> Tensor:
     """Cross entropy of the scores [B, N], summed over cells and relative to the sum of the targets."""
     if "scores.0" in fields:  # the logits are more precise than the scores
@@ -194,11 +192,16 @@ def _cross_entropy(fields: Mapping[str, Tensor], wanted: Tensor, counted: Tensor
     return (each * torch.maximum(counted, (wanted > 0).float())).sum() / wanted.sum().clamp(min=1)
 
 
+def _area(sides: Tensor) -> Tensor:
+    """Areas of boxes from their sides [..., 2]; unlike `prod`, its gradient need not wait for a GPU."""
+    return sides[..., 0] * sides[..., 1]
+
+
 def _shared(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
     """Areas of the intersection and of the union of boxes."""
     sides = (torch.minimum(ours[..., 2:], theirs[..., 2:]) - torch.maximum(ours[..., :2], theirs[..., :2])).clamp(min=0)
-    areas = [(box[..., 2:] - box[..., :2]).clamp(min=0).prod(dim=-1) for box in (ours, theirs)]
-    shared = sides.prod(dim=-1)
+    areas = [_area((box[..., 2:] - box[..., :2]).clamp(min=0)) for box in (ours, theirs)]
+    shared = _area(sides)
     return shared, areas[0] + areas[1] - shared
 
 
@@ -210,5 +213,5 @@ def _iou(ours: Tensor, theirs: Tensor) -> Tensor:
 def _giou(ours: Tensor, theirs: Tensor) -> Tensor:
     """Generalised intersection over union (arXiv:1902.09630)."""
     shared, union = _shared(ours, theirs)
-    around = (torch.maximum(ours[..., 2:], theirs[..., 2:]) - torch.minimum(ours[..., :2], theirs[..., :2])).prod(dim=-1)
+    around = _area(torch.maximum(ours[..., 2:], theirs[..., 2:]) - torch.minimum(ours[..., :2], theirs[..., :2]))
     return shared / union.clamp(min=_TINY) - (around - union) / around.clamp(min=_TINY)
