@@ -3,14 +3,16 @@
 Points are (x, y) in pixels, with the centre of the first pixel at (0, 0).
 """
 
-from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from posepress.resolution import Resolution
 from posepress.spec import OutputSpec
+
+Interpolation = Literal["linear", "cubic"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class View:
         box: the shown part of the image, (x, y, width, height) in image pixels; None is the whole image.
         flipped: whether the skeleton's left and right are swapped in this view.
         score: a detector's confidence in the box, 0 to 1; 1 for annotated boxes and whole images.
+        interpolation: how its pixels are computed from the image's.
     """
 
     matrix: NDArray[np.float64]
@@ -30,6 +33,7 @@ class View:
     box: tuple[float, float, float, float] | None = None
     flipped: bool = False
     score: float = 1.0
+    interpolation: Interpolation = "linear"
 
     def to_input(self, points: NDArray[Any]) -> NDArray[np.float64]:
         """Map image points [..., 2] to input points."""
@@ -98,4 +102,4 @@ def mirrored(view: View, size: Resolution) -> View:
     turned = view.matrix.copy()
     turned[:, 0] = -view.matrix[:, 0]
     turned[:, 2] = view.matrix[:, 2] + view.matrix[:, 0] * (size.width - 1)
-    return View(turned, view.size, view.box, not view.flipped)
+    return replace(view, matrix=turned, flipped=not view.flipped)

@@ -24,13 +24,14 @@ def frame(image: NDArray[np.uint8], view: View, spec: InputSpec) -> NDArray[np.u
         view = mirrored(view, Resolution(*image.shape[:2]))
     (sx, skew_y, x), (skew_x, sy, y) = view.matrix
     whole = skew_x == skew_y == 0 and abs(x - (0.5 * sx - 0.5)) < 1e-9 and abs(y - (0.5 * sy - 0.5)) < 1e-9
+    how = cv2.INTER_CUBIC if view.interpolation == "cubic" else cv2.INTER_LINEAR
     if not whole:
         pad = (spec.pad,) * 3
-        warped = cv2.warpAffine(image, view.matrix, (width, height), flags=cv2.INTER_LINEAR, borderValue=pad)
+        warped = cv2.warpAffine(image, view.matrix, (width, height), flags=how, borderValue=pad)
         return np.asarray(warped, np.uint8)
     # A resize has more precise coefficients than a warp.
     inside = (round(image.shape[1] * sx), round(image.shape[0] * sy))
-    resized = cv2.resize(image, inside, interpolation=cv2.INTER_LINEAR)
+    resized = cv2.resize(image, inside, interpolation=how)
     if inside == (width, height):
         return np.asarray(resized, np.uint8)
     out = np.full((height, width, 3), spec.pad, np.uint8)

@@ -121,6 +121,46 @@ def _best(similarity: F64, d: int, order: I64, open_to: NDArray[np.bool_], ignor
     return at
 
 
+@inlined
+def assign(
+    similarity: F64,
+    crowd: NDArray[np.bool_],
+    ignored: NDArray[np.bool_],
+    outside: NDArray[np.bool_],
+    thresholds: F64,
+    outcome: NDArray[np.uint8],
+) -> None:
+    """Match the predictions of an image, the highest score first; ignored people come last.
+
+    Args:
+        similarity: of each prediction with each person, [D, G].
+        crowd: whether a person is a crowd, which several predictions may match, [G].
+        ignored: whether a person lies outside a stratum, [S, G].
+        outside: whether a prediction without a match is no false positive of a stratum, [S, D].
+        thresholds: of the similarity, [T].
+        outcome: [S, D, T], of zeros; gets HIT and MISS.
+    """
+    D, G = similarity.shape
+    order = np.empty(G, np.int64)
+    for s in range(ignored.shape[0]):
+        n, far = 0, ignored[s]
+        for last in range(2):
+            for g in range(G):
+                if far[g] == (last == 1):
+                    order[n] = g
+                    n += 1
+        for t in range(thresholds.shape[0]):
+            open_to = np.ones(G, np.bool_)
+            for d in range(D):
+                at = _best(similarity, d, order, open_to, far, thresholds[t])
+                if at > -1:
+                    open_to[at] = crowd[at]
+                    if not far[at]:
+                        outcome[s, d, t] = HIT
+                elif not outside[s, d]:
+                    outcome[s, d, t] = MISS
+
+
 @compiled
 def match(
     found: Predictions,
@@ -143,30 +183,11 @@ def match(
     Returns:
         [S, D, T]: HIT, MISS (a false positive) or 0 (does not count).
     """
-    S, T = ignored.shape[0], thresholds.shape[0]
-    outcome = np.zeros((S, found.points.shape[0], T), np.uint8)
+    outcome = np.zeros((ignored.shape[0], found.points.shape[0], thresholds.shape[0]), np.uint8)
     for image in range(found.starts.shape[0] - 1):
         d0, d1, g0, g1 = found.starts[image], found.starts[image + 1], truth.starts[image], truth.starts[image + 1]
         similarity = oks(found.points[d0:d1], truth.keypoints[g0:g1], truth.boxes[g0:g1], truth.areas[g0:g1], sigmas)
-        crowd, D, G = truth.crowd[g0:g1], d1 - d0, g1 - g0
-        order = np.empty(G, np.int64)
-        for s in range(S):
-            n, far = 0, ignored[s, g0:g1]
-            for last in range(2):
-                for g in range(G):
-                    if far[g] == (last == 1):
-                        order[n] = g
-                        n += 1
-            for t in range(T):
-                open_to = np.ones(G, np.bool_)
-                for d in range(D):
-                    at = _best(similarity, d, order, open_to, far, thresholds[t])
-                    if at > -1:
-                        open_to[at] = crowd[at]
-                        if not far[at]:
-                            outcome[s, d0 + d, t] = HIT
-                    elif not outside[s, d0 + d]:
-                        outcome[s, d0 + d, t] = MISS
+        assign(similarity, truth.crowd[g0:g1], ignored[:, g0:g1], outside[:, d0:d1], thresholds, outcome[:, d0:d1])
     return outcome
 
 
@@ -261,7 +282,7 @@ class Matches:
         figures = {}
         for name in names:
             suffix = name[2:].lstrip("_")
-            area = suffix if suffix in AREAS else "all"
+            area = suffix if suffix in self.strata else "all"
             if area not in curves:
                 curves[area] = self.curves(area, counts)
             steps = {"50": [0], "75": [5]}.get(suffix, list(range(len(THRESHOLDS))))

@@ -5,15 +5,19 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
 from pipeline.datasets.annotations import read_file, read_json
 from pipeline.datasets.coco_split import Coco
+from pipeline.datasets.detections import check_inside, read_boxes
 from pipeline.datasets.records import file_name, plain
+from pipeline.progress import say
+from pipeline.results.content import sha256
 from posepress.errors import UserError, nearest
+from posepress.results import Boxes
 from posepress.skeletons import COCO_17
 
 SPLITS = ("train", "unlabelled", "tune", "agreement", "validation")
@@ -26,6 +30,19 @@ class Labelled(TypedDict):
 
     images: str | Path
     annotations: str | Path
+
+
+class Finder(Protocol):
+    """What finds the boxes of people, as `pipeline.datasets.detector.Detector`."""
+
+    @property
+    def identity(self) -> str:
+        """Digest of everything that its boxes depend on."""
+        ...
+
+    def boxes(self, images: Coco, digest: str, cache: Path) -> dict[str, Boxes]:
+        """The boxes of each image, by its id."""
+        ...
 
 
 class Unlabelled(TypedDict):
@@ -53,6 +70,9 @@ class CocoSplits:
             named person of several. If no category names keypoints, it is the only category or the one named person.
         upright: true if the annotations belong to the images after the rotation that EXIF's orientation asks for, false if
             they belong to the pixels as stored; None decides it by the sizes in the annotations.
+        boxes: where the boxes of people come from, for networks that see one person at a time: "annotations", or a file in
+            COCO's result format with scores. The file serves every split that it has an image of; training takes annotations.
+        detector: finds the boxes of all images that are not trained on, instead of `boxes`.
     """
 
     train: Labelled
@@ -63,8 +83,11 @@ class CocoSplits:
     strict: bool = True
     category: int | str | None = None
     upright: bool | None = None
+    boxes: str = "annotations"
+    detector: Finder | None = None
     dropped: dict[str, list[str]] = field(default_factory=dict, compare=False, init=False)
     _kept: dict[str, Coco] = field(default_factory=dict, compare=False, repr=False, init=False)
+    _boxed: dict[str, Coco] = field(default_factory=dict, compare=False, repr=False, init=False)
 
     def _named(self, file: str) -> dict[str, dict[str, Any]]:
         """Read the splits file {split: {any name: [file names] or "all"}}. Keys that are unlike a split's name are ignored."""
@@ -176,7 +199,32 @@ class CocoSplits:
                 f"{part.annotations}: no person with keypoints in the split '{split}'{others}; label some, or give others"
             )
         self._check_disjoint()
-        return part
+        if split not in self._boxed:
+            self._boxed[split] = self._with_boxes(split, part)
+        return self._boxed[split]
+
+    def _with_boxes(self, split: str, part: Coco) -> Coco:
+        """The images of a split with the boxes of the detector or the file."""
+        if split == "train":
+            return part
+        if self.detector is not None:
+            return replace(part, boxes=self.detector.boxes(part, self._content([split]), Path(self.cache)))
+        if self.boxes == "annotations":
+            return part
+        sizes = {record.id: record.size for record in part.images}
+        found = {image: boxes for image, boxes in self._file.items() if image in sizes}
+        if not found and split != "validation":
+            return part
+        check_inside(found, sizes, Path(self.boxes))
+        if without := len(sizes) - len(found):
+            say(f"{self.boxes}: no box for {without} of {len(sizes)} {split} images; their people are missed")
+        return replace(part, boxes=found)
+
+    @cached_property
+    def _file(self) -> dict[str, Boxes]:
+        """The boxes of the file, by image id."""
+        truth = self.parts["validation"].truth
+        return read_boxes(Path(self.boxes), None if truth is None else truth.category.id)
 
     def _present(self, split: str, part: Coco) -> Coco:
         if self.strict:
@@ -210,7 +258,16 @@ class CocoSplits:
         return split in self.parts and len(self.parts[split]) > 0
 
     def digest(self, splits: Sequence[str]) -> str:
-        """Return a SHA-256 over the names, contents and labels of some splits."""
+        """Return a SHA-256 over the names, contents, labels and boxes of some splits."""
+        total = self._content(splits)
+        if self.detector is not None and set(splits) - {"train"}:
+            total = hashlib.sha256(f"{total} {self.detector.identity}".encode()).hexdigest()
+        if self.boxes != "annotations" and set(splits) - {"train"}:
+            total = hashlib.sha256(f"{total} {sha256(Path(self.boxes))}".encode()).hexdigest()
+        return total
+
+    def _content(self, splits: Sequence[str]) -> str:
+        """A SHA-256 over the names, contents and labels of some splits."""
         total = hashlib.sha256()
         for split in splits:
             if split not in self.parts:

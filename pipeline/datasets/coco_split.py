@@ -1,7 +1,7 @@
 """The images of one split in COCO's format, with their labels."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class Coco:
         category: name or id of the category to read; None chooses the one with keypoints, or person.
         upright: whether the annotations belong to the images after the rotation that EXIF's orientation asks for; None
             decides it by the size of each image.
+        boxes: boxes by image id, from a detector or a file; an image without an entry has none. None takes the annotations'.
     """
 
     root: Path
@@ -52,6 +53,7 @@ class Coco:
     remedy: str = "restore them, or pass strict=false to skip and count them"
     category: int | str | None = None
     upright: bool | None = None
+    boxes: Mapping[str, Boxes] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def folder(cls, images: str) -> "Coco":
@@ -171,7 +173,12 @@ class Coco:
             read: Callable[[], NDArray[np.uint8]] = partial(read_sized, file, size, self.upright)
         else:
             size, read = shown_size(file), partial(read_image, file, upright=True)
-        return Sample(str(record["id"]), size, read, truth, None if truth is None else Boxes(truth.boxes[~truth.crowd]))
+        return Sample(str(record["id"]), size, read, truth, self._boxes(str(record["id"]), truth))
+
+    def _boxes(self, image: str, truth: People | None) -> Boxes | None:
+        if self.boxes is not None:
+            return self.boxes.get(image, Boxes(np.zeros((0, 4)), np.zeros(0)))
+        return None if truth is None else Boxes(truth.boxes[~truth.crowd])
 
     def _people(self, records: Sequence[Mapping[str, Any]]) -> People:
         try:

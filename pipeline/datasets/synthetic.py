@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from annotated_types import Interval
 
-from pipeline.datasets.coco import SPLITS, CocoSplits
+from pipeline.datasets.coco import SPLITS, CocoSplits, Finder
 from pipeline.datasets.coco_split import Coco
 from pipeline.datasets.drawing import VERSION, Preset, generate
 from pipeline.probing import processes
@@ -51,12 +51,14 @@ class Synthetic:
         counts: number of images of each split: train, unlabelled, tune, agreement, validation.
         seed: seed of the whole data set.
         cache: folder that holds the data set, in a subfolder named after `identity`.
+        detector: finds the boxes of images that are not trained on; None takes the annotations'.
     """
 
     preset: Preset
     counts: dict[str, Annotated[int, Interval(ge=1, le=10**7)]]
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
     cache: str = "outputs/cache"
+    detector: Finder | None = None
 
     def __post_init__(self) -> None:
         """Check the counts.
@@ -83,7 +85,8 @@ class Synthetic:
 
     def digest(self, splits: Sequence[str]) -> str:
         """Return a digest of some splits. It depends on the generator's version and options only, so no file need exist."""
-        return hashlib.sha256(f"{self.identity} {' '.join(splits)}".encode()).hexdigest()
+        by = self.detector.identity if self.detector is not None and set(splits) - {"train"} else ""
+        return hashlib.sha256(f"{self.identity} {' '.join(splits)}{by}".encode()).hexdigest()
 
     @cached_property
     def _splits(self) -> CocoSplits:
@@ -95,6 +98,7 @@ class Synthetic:
             {"images": root / "images/unlabelled"},
             str(root / "splits.json"),
             self.cache,
+            detector=self.detector,
         )
 
     def __contains__(self, split: str) -> bool:

@@ -61,6 +61,7 @@ class Command(TypedDict):
     judged_by: Any
     stages: Mapping[str, object]
     data: Any
+    detector: Any
     model: Any
     pruner: Any
     sampler: Any

@@ -6,11 +6,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from annotated_types import Interval, MinLen
+from numpy.typing import NDArray
 
-from posepress.checks import number
+from posepress.checks import choice, number
 from posepress.contracts import Decoder, Result
 from posepress.errors import UserError
-from posepress.geometry import View, mirrored, resized
+from posepress.geometry import Interpolation, View, mirrored, resized
 from posepress.resolution import Resolution
 from posepress.results import Boxes
 from posepress.spec import InputSpec, NetworkSpec
@@ -30,12 +31,14 @@ class WholeImage:
             the width by the image, padded on the right to a width that the network accepts.
         scales: sizes of the views, as factors of the resolution. Several scales are a research setting that no engine offers.
         flip: whether the mirrored image is a further view; a research setting.
+        interpolation: "linear" or "cubic", how pixels are computed.
     """
 
     bases_use: ClassVar[tuple[str, ...]] = ()  # options on which `bases` depends
     keep_aspect_ratio_mode: KeepAspectRatioMode | None = "pad_image_input"
     scales: Annotated[Sequence[Annotated[float, Interval(ge=0.1, le=8)]], MinLen(1)] = (1.0,)
     flip: bool = False
+    interpolation: Interpolation = "linear"
 
     def __post_init__(self) -> None:
         """Check the mode's name and the scales."""
@@ -54,6 +57,7 @@ class WholeImage:
             number(f"scales[{place}]", scale, 0.1, 8)
         if not isinstance(self.flip, bool):
             raise ValueError(f"flip={self.flip}: choose true or false")  # noqa: TRY004
+        choice("framing.interpolation", self.interpolation, ("linear", "cubic"))
 
     @staticmethod
     def label_of(options: Mapping[str, Any], _: Mapping[str, str]) -> str:
@@ -61,7 +65,9 @@ class WholeImage:
         mode, scales = options.get("keep_aspect_ratio_mode"), options.get("scales", [1])
         scales = scales if isinstance(scales, Sequence) else [scales]  # a wrong type is refused later
         several = "" if list(scales) == [1] else "-x" + "-".join(f"{scale:g}" for scale in scales)
-        return f"{_LABELS.get(mode, mode)}{several}{'-flip' if options.get('flip') else ''}"
+        pixels = options.get("interpolation", "linear")
+        words = [f"{_LABELS.get(mode, mode)}{several}", *(["flip"] if options.get("flip") else [])]
+        return "-".join([*words, *([str(pixels)] if pixels != "linear" else [])])
 
     @property
     def one_size(self) -> bool:
@@ -113,10 +119,13 @@ class WholeImage:
 
     def _view(self, size: Resolution, resolution: Resolution, spec: InputSpec) -> View:
         if self.keep_aspect_ratio_mode is None:
-            return View(resized(size, (resolution.height, resolution.width)), resolution)
+            return self._of(resized(size, (resolution.height, resolution.width)), resolution)
         if self.keep_aspect_ratio_mode == "pad_image_input":
             scale = min(resolution.height / size.height, resolution.width / size.width)
             inside = (max(round(size.height * scale), 1), max(round(size.width * scale), 1))
-            return View(resized(size, inside), resolution)
+            return self._of(resized(size, inside), resolution)
         width = max(round(size.width * resolution.height / size.height), 1)
-        return View(resized(size, (resolution.height, width)), Resolution(resolution.height, spec.fit(width)))
+        return self._of(resized(size, (resolution.height, width)), Resolution(resolution.height, spec.fit(width)))
+
+    def _of(self, matrix: NDArray[np.float64], size: Resolution) -> View:
+        return View(matrix, size, interpolation=self.interpolation)

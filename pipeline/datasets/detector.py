@@ -1,0 +1,149 @@
+"""A detector that runs, for networks that see one person at a time."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Interval
+
+from pipeline.results.content import sha256
+from posepress.contracts import Samples
+from posepress.decoders.boxes import BoxDecoder, Form
+from posepress.errors import UserError
+from posepress.framing.whole_image import Interpolation, KeepAspectRatioMode, WholeImage
+from posepress.resolution import Resolution
+from posepress.results import Boxes
+from posepress.spec import NetworkSpec
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A network that finds people's boxes, for networks that see one person at a time.
+
+    Attributes:
+        file: an ONNX file, or the folder of a network that the stage `build` or `export` wrote.
+        spec: description of the file, as model.spec; None reads it from the file's metadata.
+        outputs: names of outputs in the file that differ from the description's.
+        resolution: size of the detector's input; None takes the file's own, if it has one.
+        keep_aspect_ratio_mode: as the option of this name for whole images.
+        interpolation: "linear" or "cubic".
+        form: "xyxy" for boxes by corners, "cxcywh" by middle and size.
+        category: class to find, by name or number.
+        score_threshold: least score of a box.
+        nms_iou: greatest intersection over union with a better box; 1 if the network suppresses boxes itself.
+        max_detections: greatest number of boxes in an image.
+    """
+
+    file: str
+    spec: Mapping[str, Any] | None = None
+    outputs: Mapping[str, Any] | None = None
+    resolution: str | None = None
+    keep_aspect_ratio_mode: KeepAspectRatioMode | None = "pad_image_input"
+    interpolation: Interpolation = "linear"
+    form: Form = "xyxy"
+    category: int | str = 0
+    score_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.05
+    nms_iou: Annotated[float, Interval(gt=0, le=1)] = 0.6
+    max_detections: Annotated[int, Interval(ge=1, le=10000)] = 100
+
+    @property
+    def path(self) -> Path:
+        """The detector's ONNX file.
+
+        Raises:
+            UserError: there is none.
+        """
+        given = Path(self.file)
+        files = [given] if given.is_file() else [given / name for name in ("engine.onnx", "model.onnx")]
+        there = next((file for file in files if file.is_file()), None)
+        if there is None:
+            raise UserError(
+                f"detector.file={self.file}: no such file; give an ONNX file, or the folder of a result of build or export"
+            )
+        return there
+
+    @property
+    def identity(self) -> str:
+        """Digest of the file and of all options."""
+        options = {name: value for name, value in vars(self).items() if name != "file"}
+        return hashlib.sha256(json.dumps([sha256(self.path), options], sort_keys=True, default=str).encode()).hexdigest()
+
+    @property
+    def framing(self) -> WholeImage:
+        """How an image becomes the detector's input."""
+        return WholeImage(self.keep_aspect_ratio_mode, interpolation=self.interpolation)
+
+    def decoder(self, spec: NetworkSpec) -> BoxDecoder:
+        """The decoder of the detector's outputs.
+
+        Raises:
+            UserError: the outputs do not fit.
+        """
+        try:
+            return BoxDecoder(
+                spec, self.form, self.category, self.score_threshold, self.nms_iou, max_detections=self.max_detections
+            )
+        except ValueError as error:
+            raise UserError(f"detector.file={self.file}: {error}") from error
+
+    def prepared(self, cache: Path) -> tuple[Path, Resolution]:
+        """The detector in the form of our exports, with its description in the metadata, and its input size.
+
+        Args:
+            cache: folder that keeps adopted files.
+
+        Raises:
+            UserError: the file does not fit its description, or has no size of its own and none is given.
+        """
+        from pipeline.onnx_files.files import read_spec
+
+        if self.spec is None:
+            file, spec = self.path, read_spec(self.path)
+            size = spec.input.size or (None if self.resolution is None else Resolution.parse(self.resolution))
+            if size is None:
+                raise UserError(
+                    f"detector.file={self.file}: takes inputs of every size; give detector.resolution=HEIGHTxWIDTH, the size that "
+                    "it was trained for"
+                )
+            return file, size
+        import onnx
+
+        from pipeline.onnx_files.adopt import adopt
+        from pipeline.onnx_files.export import stamp
+
+        adopted = adopt(self.path, self.spec, self.outputs, Resolution.parse(self.resolution or "640x640"))
+        kept = cache / "detectors" / f"{self.identity[:16]}.onnx"
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = kept.with_suffix(".tmp.onnx")
+            onnx.save(adopted.model, unfinished)
+            stamp(unfinished, adopted.spec)
+            unfinished.replace(kept)
+        return kept, adopted.size
+
+    def boxes(self, images: Samples[Any], digest: str, cache: Path) -> dict[str, Boxes]:
+        """The boxes in each image, from the cache or found now.
+
+        Args:
+            images: the images.
+            digest: of the images.
+            cache: folder that keeps boxes and adopted files.
+        """
+        from pipeline.backends.onnxruntime import OnnxRuntime
+        from pipeline.predictions import shown as progress
+        from posepress.predict import Watch, predict
+        from posepress.results import load_results, save_results
+
+        kept = cache / "boxes" / f"{hashlib.sha256(f'{self.identity} {digest}'.encode()).hexdigest()[:16]}.npz"
+        if kept.exists():
+            return load_results(kept, Boxes)
+        file, size = self.prepared(cache)
+        watch = Watch()
+        with OnnxRuntime().load(file) as runner:
+            found = predict(images, runner, self.framing, self.decoder(runner.spec), size, watch=watch)
+            boxes = [(sample.id, own) for sample, own in progress(found, watch, "detecting people", len(images))]
+        save_results(kept, boxes)
+        return dict(boxes)
