@@ -201,6 +201,7 @@ class OutputSpec:
         channels: number of maps, of lines, or of values of each entry of a set; 1 for a class map.
         shift: offset of a cell's sampling point from the cell's centre, in cells; heatmaps and PAFs can differ. For points and
             boxes of a set: what to add for pixel coordinates in which the centre of the first pixel is 0.
+        activation: "sigmoid" for a given file whose output is a logit; the stage `export` appends it.
         udp: whether the first and the last cell lie on the first and the last pixel, as in networks trained with unbiased data
             processing (UDP, arXiv:1911.07524): cell c of n is pixel c (side - 1) / (n - 1).
         axes: the axes after the batch: "CHW" a map for each channel, "CX" or "CY" a line along the width or the height for each
@@ -217,6 +218,7 @@ class OutputSpec:
     dtype: Literal["float32", "float16", "uint8", "int32", "int64"] = "float32"
     tensor: str = ""
     udp: bool = False
+    activation: Literal["", "sigmoid"] = ""
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -227,6 +229,8 @@ class OutputSpec:
         text("name", self.name)
         if not isinstance(self.udp, bool):
             raise ValueError(f"udp={shown(self.udp)}: choose true or false")  # noqa: TRY004
+        if self.activation:
+            choice("activation", self.activation, ("sigmoid",))
         if self.axes:
             choice("axes", self.axes, _AXES)
         choice("dtype", self.dtype, _TYPES)
@@ -355,7 +359,7 @@ class NetworkSpec:
         if not written["labels"].get("mirror", True):
             del written["labels"]["mirror"]
         parts: list[tuple[dict[str, Any], Any, Sequence[str]]] = [(written["input"], InputSpec, ("channels", "size"))]
-        parts += [(one, OutputSpec, ("axes", "dtype", "tensor", "udp")) for one in written["fields"]]
+        parts += [(one, OutputSpec, ("axes", "dtype", "tensor", "udp", "activation")) for one in written["fields"]]
         for values, kind, since_0_2 in parts:  # version 0.1 reads descriptions that need nothing newer
             usual = {option.name: option.default for option in fields(kind)}
             for name in since_0_2:

@@ -49,8 +49,8 @@ def read_boxes(file: Path, category: int | str | None = None) -> dict[str, Boxes
         kept.setdefault(str(row["image_id"]), []).append([*box, score])
     if not kept and others:
         raise UserError(
-            f"{file}: no detection has the category_id {category}, but {sum(others.values())} have {', '.join(others)}; correct "
-            "category_id, or choose data.category"
+            f"{file}: no detection has the category_id {category}, but {sum(others.values())} have {', '.join(others)}; "
+            "correct category_id, or choose data.category"
         )
     values = {image: np.array(rows, np.float64) for image, rows in kept.items()}
     return {image: Boxes(rows[:, :4], rows[:, 4]) for image, rows in values.items()}
@@ -78,6 +78,6 @@ def check_inside(found: Found, sizes: Mapping[str, Resolution | None], file: Pat
     outside = float(np.concatenate(ends).mean()) if ends else 0.0
     if outside > _OUTSIDE:
         raise UserError(
-            f"{file}: {outside:.0%} of the boxes end outside of their images, so bbox seems to hold two corners; give x, y, width "
-            "and height"
+            f"{file}: {outside:.0%} of the boxes end outside of their images, so bbox seems to hold two corners; give x, y, "
+            "width and height"
         )

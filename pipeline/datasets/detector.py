@@ -61,7 +61,7 @@ class Detector:
         there = next((file for file in files if file.is_file()), None)
         if there is None:
             raise UserError(
-                f"detector.file={self.file}: no such file; give an ONNX file, or the folder of a result of build or export"
+                f"detector.file={self.file}: no such file; give an ONNX file, or a folder that build or export wrote"
             )
         return there
 
@@ -105,8 +105,8 @@ class Detector:
             size = spec.input.size or (None if self.resolution is None else Resolution.parse(self.resolution))
             if size is None:
                 raise UserError(
-                    f"detector.file={self.file}: takes inputs of every size; give detector.resolution=HEIGHTxWIDTH, the size that "
-                    "it was trained for"
+                    f"detector.file={self.file}: takes inputs of every size; give detector.resolution=HEIGHTxWIDTH, the size "
+                    "that it was trained for"
                 )
             return file, size
         import onnx

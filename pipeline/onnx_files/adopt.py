@@ -44,7 +44,7 @@ class Adopted:
     Attributes:
         model: the network. Its outputs are the fields, by name and in order.
         spec: the description, completed with properties that were read from the file.
-        sources: for each field, the name of its output in the given file. Empty if one output holds all fields.
+        sources: for each field, the name of its output in the given file; several fields may share one.
         size: the input size of the trial run.
         notes: sentences on properties that were read from the file and are not in `model.spec`.
     """
@@ -80,7 +80,7 @@ def adopt(file: Path, raw: object, outputs: Mapping[str, Any] | None, resolution
     for name, values in fields_of(spec, sources, returned).items():
         check_field(spec.field(name), values, declared(model, sources.get(name, name), values), size, where)
     _check_freedom(model, where, spec, sources, images, returned)
-    name_outputs(model, spec, sources)
+    name_outputs(model, spec, sources, returned)
     try:
         onnx.checker.check_model(model)
     except Exception as error:

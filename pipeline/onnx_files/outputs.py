@@ -1,6 +1,8 @@
 """Assign the outputs of a given ONNX file to the fields of its description."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -54,27 +56,27 @@ def _listed(returned: Outputs) -> str:
 def sources_of(spec: NetworkSpec, chosen: Mapping[str, str], returned: Outputs, where: str, notes: list[str]) -> dict[str, str]:
     """For each field, its output in the file: the chosen one, the one of that name, or the only one of that shape.
 
-    The result is empty if one output holds all fields.
+    Fields whose output is the same one share its channels, in the order of the description.
 
     Raises:
         UserError: no output, or more than one, fits a field.
     """
     sources = {field.name: chosen.get(field.name, field.tensor or field.name) for field in spec.fields}
     sources = {field: output for field, output in sources.items() if output in returned}
+    for output in dict.fromkeys(sources.values()):
+        _check_shared(spec, [field for field in spec.fields if sources.get(field.name) == output], output, returned, where)
     left = [field for field in spec.fields if field.name not in sources]
     others = [name for name in returned if name not in sources.values()]
     if not left:
         return sources
     if len(spec.fields) > 1 and len(returned) == 1:
-        (values,) = returned.values()
-        every = sum(field.channels for field in spec.fields)
-        maps = all(field.is_map for field in spec.fields)
-        if maps and values.ndim == 4 and values.shape[1] == every and not sources:
-            return {}
+        (output,) = returned
+        if not sources and _holds_all(spec.fields, returned[output]):
+            return {field.name: output for field in spec.fields}
         asked = " + ".join(f"{field.channels} {field.name}" for field in spec.fields)
         raise UserError(
-            f"{where}: its one output {_listed(returned)} does not hold the fields of model.spec ({asked} have {every} "
-            "channels, [n, C, h, w]); correct model.spec.fields"
+            f"{where}: its one output {_listed(returned)} does not hold the fields of model.spec ({asked} have "
+            f"{sum(field.channels for field in spec.fields)} channels, {_joined(spec.fields).form}); correct model.spec.fields"
         )
     fitting = {field.name: [name for name in others if field.holds(returned[name].shape)] for field in left}
     if len(left) == len(others) == 1:
@@ -98,13 +100,53 @@ def sources_of(spec: NetworkSpec, chosen: Mapping[str, str], returned: Outputs, 
     return sources
 
 
+def _joined(fields: Sequence[OutputSpec]) -> OutputSpec:
+    """The description of one output with the channels of several fields."""
+    return replace(fields[0], channels=sum(field.channels for field in fields))
+
+
+def _holds_all(fields: Sequence[OutputSpec], values: NDArray[Any]) -> bool:
+    """Whether an output has the channels of several fields, one after the other."""
+    alike = len({field.axes for field in fields}) == 1 and fields[0].axes != "HW"
+    return alike and _joined(fields).holds(values.shape)
+
+
+def _check_shared(spec: NetworkSpec, fields: Sequence[OutputSpec], output: str, returned: Outputs, where: str) -> None:
+    """Check an output that several fields share.
+
+    Raises:
+        UserError: their axes differ, or it has another number of channels than they have together.
+    """
+    if len(fields) > 1 and not _holds_all(fields, returned[output]):
+        listed = " + ".join(f"{field.channels} {field.name}" for field in fields)
+        raise UserError(
+            f"{where}: its output '{output}' is {shape_words(['n', *returned[output].shape[1:]])}, and model.spec.fields shares it "
+            f"among {listed}, {_joined(fields).form}; correct their channels and axes"
+        )
+
+
+def _unlike(field: OutputSpec, values: NDArray[Any]) -> bool:
+    """Whether an output is a set of another rank, whose values only need another shape."""
+    return field.axes == "NC" and values.ndim != 3 and values.ndim > 1 and values[0].size % field.channels == 0
+
+
 def fields_of(spec: NetworkSpec, sources: Mapping[str, str], returned: Outputs) -> Outputs:
-    """The outputs of a file, by field."""
-    if sources:
-        return {field.name: returned[sources[field.name]] for field in spec.fields}
-    (values,) = returned.values()
-    ends = np.cumsum([field.channels for field in spec.fields])[:-1]
-    return dict(zip((field.name for field in spec.fields), np.split(values, ends, axis=1), strict=True))
+    """The outputs of a file, by field: parts of shared outputs, sets in their own shape, and activations applied."""
+    made, begun = {}, Counter[str]()
+    shared = Counter(sources.values())
+    for field in spec.fields:
+        output = sources[field.name]
+        values = returned[output]
+        if shared[output] > 1:
+            start = begun[output]
+            begun[output] += field.channels
+            values = np.take(values, range(start, start + field.channels), axis=field.axes.index("C") + 1)
+        if _unlike(field, values):
+            values = values.reshape(len(values), -1, field.channels)
+        if field.activation == "sigmoid":
+            values = (1 / (1 + np.exp(-values.astype(np.float64)))).astype(values.dtype)
+        made[field.name] = values
+    return made
 
 
 def declared(model: onnx.ModelProto, output: str, values: NDArray[Any]) -> str:
@@ -175,28 +217,33 @@ def _check_cells(field: OutputSpec, sides: Sequence[int], size: Resolution, what
         )
 
 
-def name_outputs(model: onnx.ModelProto, spec: NetworkSpec, sources: Mapping[str, str]) -> None:
-    """Make the fields the outputs of a model, in order; one output that holds all of them is split."""
-    graph, wanted = model.graph, [field.name for field in spec.fields]
-    joined = "" if sources else graph.output[0].name
+def name_outputs(model: onnx.ModelProto, spec: NetworkSpec, sources: Mapping[str, str], returned: Outputs) -> None:
+    """Make the fields the outputs of a model, in order, as `fields_of` computes them."""
+    graph, shared = model.graph, Counter(sources.values())
     made = {name for node in graph.node for name in node.output}
-    new = {source: name for name, source in sources.items() if source != name and source in made}
-    inner = {
-        name: f"inner_{name}" for name in wanted if name in made and name not in sources.values()
-    }  # other tensors with the name of a field are renamed
+    plain = {
+        sources[field.name]: field.name
+        for field in spec.fields
+        if shared[sources[field.name]] == 1 and not field.activation and not _unlike(field, returned[sources[field.name]])
+    }
+    new = {source: name for source, name in plain.items() if source != name and source in made}
+    inner = {  # other tensors with the name of a field are renamed
+        field.name: f"inner_{field.name}" for field in spec.fields if field.name in made and field.name not in plain
+    }
     _rename(graph, {**inner, **new})
-    for name, source in sources.items():
+    for source, name in plain.items():
         if source not in made:  # the source is the input itself, or a constant
             graph.node.append(helper.make_node("Identity", [source], [name], name=f"posepress_{name}"))
+    for source in dict.fromkeys(sources.values()):
+        fields = [field for field in spec.fields if sources[field.name] == source]
+        if source not in plain:
+            _append_parts(graph, fields, inner.get(source, source), returned[source])
     kinds = {output.name: output for output in graph.output}
-    values = [kinds.get(name) or kinds.get(source) for name, source in sources.items()]
+    values = [kinds.get(field.name) or kinds.get(sources[field.name]) for field in spec.fields]
+    kept = [None if field.name not in plain.values() else value for field, value in zip(spec.fields, values, strict=True)]
+    copies = [None if value is None else onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in kept]
     del graph.output[:]
-    if joined:
-        joined = inner.get(joined, joined)
-        sizes = onnx.numpy_helper.from_array(np.array([field.channels for field in spec.fields], np.int64), "posepress_split")
-        graph.initializer.append(sizes)
-        graph.node.append(helper.make_node("Split", [joined, sizes.name], wanted, axis=1, name="posepress_split"))
-    for field, value in zip(spec.fields, values or [None] * len(wanted), strict=True):
+    for field, value in zip(spec.fields, copies, strict=True):
         if value is None or len(value.type.tensor_type.shape.dim) != len(field.axes) + 1:
             free = {"H": "field_height", "W": "field_width", "X": "line_x", "Y": "line_y", "N": "entries"}
             shape: list[str | int] = ["batch", *(free.get(letter, field.channels) for letter in field.axes)]
@@ -205,6 +252,37 @@ def name_outputs(model: onnx.ModelProto, spec: NetworkSpec, sources: Mapping[str
         else:
             graph.output.append(value)
             graph.output[-1].name = field.name
+
+
+def _append_parts(graph: onnx.GraphProto, fields: Sequence[OutputSpec], source: str, values: NDArray[Any]) -> None:
+    """Append the nodes that compute fields from one output: its split, another shape of a set, and activations.
+
+    Args:
+        graph: the graph.
+        fields: the fields that share the output.
+        source: name of the output in the graph.
+        values: the output for one image.
+    """
+
+    def constant(name: str, numbers: Sequence[int]) -> str:
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array(numbers, np.int64), name))
+        return name
+
+    names = {field.name: source for field in fields}
+    if len(fields) > 1:
+        names = {field.name: f"posepress_part_{field.name}" for field in fields}
+        sizes = constant(f"posepress_split_{fields[0].name}", [field.channels for field in fields])
+        axis = fields[0].axes.index("C") + 1
+        graph.node.append(helper.make_node("Split", [source, sizes], [*names.values()], axis=axis, name=f"posepress_{source}"))
+    for field in fields:
+        name = names[field.name]
+        if len(fields) == 1 and _unlike(field, values):
+            shape = constant(f"posepress_shape_{field.name}", [0, -1, field.channels])
+            reshaped = f"posepress_reshaped_{field.name}"
+            graph.node.append(helper.make_node("Reshape", [name, shape], [reshaped], name=reshaped))
+            name = reshaped
+        kind = "Sigmoid" if field.activation else "Identity"
+        graph.node.append(helper.make_node(kind, [name], [field.name], name=f"posepress_{field.name}"))
 
 
 def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:

@@ -14,7 +14,12 @@ F32, F64 = NDArray[np.float32], NDArray[np.float64]
 
 
 def poses(
-    points: F64, values: F32, views: Sequence[View], threshold: float, odd: NDArray[np.bool_] | None = None
+    points: F64,
+    values: F32,
+    views: Sequence[View],
+    threshold: float,
+    odd: NDArray[np.bool_] | None = None,
+    certainty: F32 | float = 1.0,
 ) -> list[Poses]:
     """The person in each view.
 
@@ -23,6 +28,7 @@ def poses(
         values: scores of the keypoints, [B, K]. Keypoints at 0 or less are missing.
         views: B views.
         threshold: score above which a keypoint counts in the person's score.
+        certainty: factors of the people's scores, [B] or one number.
         odd: which views have outputs that are not finite, [B]; None: those with such values.
 
     Returns:
@@ -43,7 +49,7 @@ def poses(
     sure = values > threshold
     counts = sure.sum(axis=1)
     boxes = np.array([view.score for view in views])
-    scores = (np.where(sure, values, 0).sum(axis=1) / np.maximum(counts, 1) * boxes).astype(np.float32)
+    scores = (np.where(sure, values, 0).sum(axis=1) / np.maximum(counts, 1) * boxes * certainty).astype(np.float32)
     found, bad = (counts > 0).tolist(), strange.tolist()
     return [
         Poses(keypoints[n : n + found[n]], scores[n : n + found[n]], counts={"images_not_finite": int(bad[n])})
