@@ -16,9 +16,9 @@ import yaml
 
 from pipeline.launch import options, values
 from pipeline.launch.wiring import SHARED
-from pipeline.onnx_files.files import SKELETONS
 from pipeline.results.stage import WIRING
 from posepress.labels import Palette, Skeleton
+from posepress.skeletons import SKELETONS
 from posepress.spec import InputSpec, OutputSpec
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -74,7 +74,8 @@ def check_inside(found: Found, sizes: Mapping[str, Resolution | None], file: Pat
     ends: list[NDArray[np.bool_]] = []
     for image, boxes in known.items():
         if (size := sizes[image]) is not None:
-            ends.append((boxes.xywh[:, :2] + boxes.xywh[:, 2:] > np.array([size.width, size.height]) + 2).any(axis=1))
+            beyond = boxes.xywh[:, :2] + boxes.xywh[:, 2:] > np.array([size.width, size.height]) + 2
+            ends.append(np.asarray(beyond.any(axis=1)))
     outside = float(np.concatenate(ends).mean()) if ends else 0.0
     if outside > _OUTSIDE:
         raise UserError(

@@ -13,7 +13,8 @@ from pipeline.results.content import sha256
 from posepress.contracts import Samples
 from posepress.decoders.boxes import BoxDecoder, Form
 from posepress.errors import UserError
-from posepress.framing.whole_image import Interpolation, KeepAspectRatioMode, WholeImage
+from posepress.framing.whole_image import KeepAspectRatioMode, WholeImage
+from posepress.geometry import Interpolation
 from posepress.resolution import Resolution
 from posepress.results import Boxes
 from posepress.spec import NetworkSpec
@@ -60,9 +61,7 @@ class Detector:
         files = [given] if given.is_file() else [given / name for name in ("engine.onnx", "model.onnx")]
         there = next((file for file in files if file.is_file()), None)
         if there is None:
-            raise UserError(
-                f"detector.file={self.file}: no such file; give an ONNX file, or a folder that build or export wrote"
-            )
+            raise UserError(f"detector.file={self.file}: no such file; give an ONNX file, or a folder of build or export")
         return there
 
     @property

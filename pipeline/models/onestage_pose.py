@@ -30,7 +30,8 @@ class _Csp(nn.Module):
         y = self.one(x)
         for block in self.blocks:
             y = torch.add(y, block(y))
-        return self.join(torch.cat((y, self.other(x)), dim=1))
+        joined: Tensor = self.join(torch.cat((y, self.other(x)), dim=1))
+        return joined
 
 
 class OneStagePose(nn.Module):
@@ -82,17 +83,17 @@ class OneStagePose(nn.Module):
         self.boxes = nn.ModuleList(_head(count, hidden, 4) for count in features)
         self.keypoints = nn.ModuleList(_head(count, max(hidden, K), 3 * K) for count in features)
         initialise(self)
-        for head in (*self.scores, *self.boxes, *self.keypoints):
-            nn.init.normal_(head[-1].weight, std=0.01)
-        for head in self.scores:
-            nn.init.constant_(head[-1].bias, -4.6)  # a person in one of 100 cells
-        for head in self.boxes:
-            nn.init.constant_(head[-1].bias, 1.0)
+        for last in self.ignored_layers:
+            nn.init.normal_(last.weight, std=0.01)
+        for biases, value in ((self.scores, -4.6), (self.boxes, 1.0)):  # a person in one of 100 cells, boxes of 5 cells
+            for head in biases:
+                nn.init.constant_(list(head.children())[-1].bias, value)  # type: ignore[arg-type]
 
     @property
-    def ignored_layers(self) -> Sequence[nn.Module]:
+    def ignored_layers(self) -> Sequence[nn.Conv2d]:
         """The convolutions that compute the outputs."""
-        return [head[-1] for heads in (self.scores, self.boxes, self.keypoints) for head in heads]
+        heads = [head for heads in (self.scores, self.boxes, self.keypoints) for head in heads]
+        return [layer for head in heads for layer in head.children() if isinstance(layer, nn.Conv2d)]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """The sets of images [B, 3, H, W]; N is the number of cells of all strides.

@@ -111,9 +111,9 @@ class OneStageObjective:
         total = wanted.sum().clamp(min=1)
         true = _of(targets["people"], owner)  # one shape for every batch, so that a GPU need not wait
         losses["boxes"] = self.box * ((1 - _giou(boxes, true)) * wanted).sum() / total
-        found, seen = points.unflatten(-1, (-1, 3)), _of(targets["seen"], owner)
+        found, seen = _each(points, 3), _of(targets["seen"], owner)
         area = ((true[..., 2] - true[..., 0]) * (true[..., 3] - true[..., 1]) * _AREA).clamp(min=1)
-        away = (found[..., :2] - _of(targets["points"].flatten(2), owner).unflatten(-1, (-1, 2))).square().sum(dim=-1)
+        away = (found[..., :2] - _each(_of(targets["points"].flatten(2), owner), 2)).square().sum(dim=-1)
         oks = torch.exp(-away / (targets["variances"] * area[..., None] * 2))
         each = ((1 - oks) * seen).sum(dim=-1) / seen.sum(dim=-1).clamp(min=1)
         losses["keypoints"] = self.pose * (each * wanted).sum() / total
@@ -158,10 +158,11 @@ class OneStageObjective:
         box, point = (keypoints.expected(expected, name) for name in ("boxes", "keypoints"))
         size = (box[..., 2:] - box[..., :2]).clamp(min=1).mean(dim=-1, keepdim=True)
         away = ((fields["boxes"].float() - box) / size).abs().mean(dim=-1)
-        ours, theirs = (values.unflatten(-1, (-1, 3)) for values in (fields["keypoints"].float(), point))
+        ours, theirs = (_each(values, 3) for values in (fields["keypoints"].float(), point))
         apart = ((ours[..., :2] - theirs[..., :2]) / size[..., None]).abs().mean(dim=(-1, -2))
         seen = (ours[..., 2] - theirs[..., 2]).square().mean(dim=-1)
-        return losses + (weight * (self.box * away + self.pose * apart + self.visible * seen)).sum()
+        total: Tensor = losses + (weight * (self.box * away + self.pose * apart + self.visible * seen)).sum()
+        return total
 
 
 def _boxes(labels: Mapping[str, Tensor], size: Resolution) -> Tensor:
@@ -176,6 +177,11 @@ def _boxes(labels: Mapping[str, Tensor], size: Resolution) -> Tensor:
     most = torch.tensor([size.width - 0.5, size.height - 0.5], device=box.device)
     low, high = (torch.minimum(end, most).clamp(min=-0.5) for end in (ends.amin(dim=2), ends.amax(dim=2)))
     return torch.cat((low, high), dim=-1) * (box[..., 2:3] > 0)
+
+
+def _each(values: Tensor, size: int) -> Tensor:
+    """The last axis divided into rows of a size, [..., M, size]."""
+    return values.reshape(*values.shape[:-1], -1, size)
 
 
 def _of(values: Tensor, owner: Tensor) -> Tensor:

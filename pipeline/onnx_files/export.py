@@ -329,7 +329,8 @@ def onnx_reference(file: Path, spec: NetworkSpec, sources: Mapping[str, str]) ->
     names = [output.name for output in session.get_outputs()]
 
     def run(images: NDArray[Any]) -> Mapping[str, NDArray[Any]]:
-        return fields_of(spec, sources, dict(zip(names, session.run(names, {spec.input.name: images}), strict=True)))
+        returned = dict(zip(names, session.run(names, {spec.input.name: images}), strict=True))
+        return fields_of(spec, sources, returned, len(images))
 
     return run
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from posepress.classes import COCO_80, COCO_91
 from posepress.contracts import Framing
 from posepress.errors import UserError, nearest
 from posepress.labels import Skeleton
@@ -106,12 +107,13 @@ def described(raw: object) -> NetworkSpec:
     """
     labels = raw.get("labels") if isinstance(raw, Mapping) else None
     if isinstance(raw, Mapping) and isinstance(labels, str):
-        if labels not in SKELETONS:
+        known = {**SKELETONS, "coco_80": COCO_80, "coco_91": COCO_91}
+        if labels not in known:
             raise UserError(
-                f"model.spec.labels={labels}: unknown{nearest(labels, SKELETONS)}; choose {', '.join(SKELETONS)} or give "
+                f"model.spec.labels={labels}: unknown{nearest(labels, known)}; choose {', '.join(known)} or give "
                 "names, limbs and sigmas"
             )
-        raw = {**raw, "labels": SKELETONS[labels].__dict__}
+        raw = {**raw, "labels": known[labels].__dict__}
     elif isinstance(labels, Mapping) and "names" in labels and not {"sigmas", "colours"} & set(labels):
         raise UserError("model.spec.labels.sigmas is missing: add OKS's standard deviations, one a keypoint")
     try:

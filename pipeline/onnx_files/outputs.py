@@ -64,7 +64,7 @@ def sources_of(spec: NetworkSpec, chosen: Mapping[str, str], returned: Outputs, 
     sources = {field.name: chosen.get(field.name, field.tensor or field.name) for field in spec.fields}
     sources = {field: output for field, output in sources.items() if output in returned}
     for output in dict.fromkeys(sources.values()):
-        _check_shared(spec, [field for field in spec.fields if sources.get(field.name) == output], output, returned, where)
+        _check_shared([field for field in spec.fields if sources.get(field.name) == output], output, returned, where)
     left = [field for field in spec.fields if field.name not in sources]
     others = [name for name in returned if name not in sources.values()]
     if not left:
@@ -111,7 +111,7 @@ def _holds_all(fields: Sequence[OutputSpec], values: NDArray[Any]) -> bool:
     return alike and _joined(fields).holds(values.shape)
 
 
-def _check_shared(spec: NetworkSpec, fields: Sequence[OutputSpec], output: str, returned: Outputs, where: str) -> None:
+def _check_shared(fields: Sequence[OutputSpec], output: str, returned: Outputs, where: str) -> None:
     """Check an output that several fields share.
 
     Raises:
@@ -120,18 +120,24 @@ def _check_shared(spec: NetworkSpec, fields: Sequence[OutputSpec], output: str, 
     if len(fields) > 1 and not _holds_all(fields, returned[output]):
         listed = " + ".join(f"{field.channels} {field.name}" for field in fields)
         raise UserError(
-            f"{where}: its output '{output}' is {shape_words(['n', *returned[output].shape[1:]])}, and model.spec.fields shares it "
-            f"among {listed}, {_joined(fields).form}; correct their channels and axes"
+            f"{where}: its output '{output}' is {shape_words(['n', *returned[output].shape[1:]])}, and model.spec.fields "
+            f"shares it among {listed}, {_joined(fields).form}; correct their channels and axes"
         )
 
 
 def _unlike(field: OutputSpec, values: NDArray[Any]) -> bool:
     """Whether an output is a set of another rank, whose values only need another shape."""
-    return field.axes == "NC" and values.ndim != 3 and values.ndim > 1 and values[0].size % field.channels == 0
+    entries = values.size if values.ndim == 1 else values[:1].size
+    return field.axes == "NC" and values.ndim not in (0, 3) and entries % field.channels == 0
 
 
-def fields_of(spec: NetworkSpec, sources: Mapping[str, str], returned: Outputs) -> Outputs:
-    """The outputs of a file, by field: parts of shared outputs, sets in their own shape, and activations applied."""
+def _batched(values: NDArray[Any], images: int) -> bool:
+    """Whether the first axis of a set of another rank is the batch: detectors of single images return none."""
+    return values.ndim > 1 and len(values) == images
+
+
+def fields_of(spec: NetworkSpec, sources: Mapping[str, str], returned: Outputs, images: int = 1) -> Outputs:
+    """The outputs of a file for some images, by field: parts of shared outputs, sets in their shape, activations applied."""
     made, begun = {}, Counter[str]()
     shared = Counter(sources.values())
     for field in spec.fields:
@@ -142,7 +148,7 @@ def fields_of(spec: NetworkSpec, sources: Mapping[str, str], returned: Outputs) 
             begun[output] += field.channels
             values = np.take(values, range(start, start + field.channels), axis=field.axes.index("C") + 1)
         if _unlike(field, values):
-            values = values.reshape(len(values), -1, field.channels)
+            values = values.reshape(images if _batched(values, images) else 1, -1, field.channels)
         if field.activation == "sigmoid":
             values = (1 / (1 + np.exp(-values.astype(np.float64)))).astype(values.dtype)
         made[field.name] = values
@@ -277,7 +283,7 @@ def _append_parts(graph: onnx.GraphProto, fields: Sequence[OutputSpec], source: 
     for field in fields:
         name = names[field.name]
         if len(fields) == 1 and _unlike(field, values):
-            shape = constant(f"posepress_shape_{field.name}", [0, -1, field.channels])
+            shape = constant(f"posepress_shape_{field.name}", [0 if _batched(values, 1) else 1, -1, field.channels])
             reshaped = f"posepress_reshaped_{field.name}"
             graph.node.append(helper.make_node("Reshape", [name, shape], [reshaped], name=reshaped))
             name = reshaped

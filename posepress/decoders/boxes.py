@@ -52,6 +52,8 @@ def to_image(boxes: F32, field: OutputSpec, view: View) -> NDArray[np.float64]:
 class BoxDecoder:
     """Decoder of detectors that return the sets "boxes" [4] and "scores", one for each class.
 
+    A network with the set "classes" [1] has one score an entry, of the class whose number stands there.
+
     Attributes:
         spec: the network's description.
         form: "xyxy" for corners, "cxcywh" for middle and size.
@@ -89,19 +91,25 @@ class BoxDecoder:
         _ = self._class
 
     @property
+    def _classes(self) -> bool:
+        """Whether each entry names its class."""
+        return any(field.name == "classes" for field in self.spec.fields)
+
+    @property
     def _class(self) -> int:
         """Number of the class.
 
         Raises:
             ValueError: the network has no such class.
         """
-        names, classes = self.spec.labels.names, self.spec.field("scores").channels
+        names = self.spec.labels.names
+        classes = len(names) if self._classes else self.spec.field("scores").channels
         known = isinstance(self.category, str)
         if known and self.category not in names:
             raise ValueError(f"decoder.category={self.category}: the network's classes are {', '.join(names[:8])}; choose one")
         number_of = names.index(str(self.category)) if known else int(self.category)
         if not 0 <= number_of < classes:
-            raise ValueError(f"decoder.category={self.category}: 'scores' has {classes} classes; choose 0 to {classes - 1}")
+            raise ValueError(f"decoder.category={self.category}: there are {classes} classes; choose 0 to {classes - 1}")
         return number_of
 
     def decode(self, fields: Mapping[str, Array], views: Sequence[View]) -> list[Boxes]:
@@ -119,13 +127,21 @@ class BoxDecoder:
         """
         field = self.spec.field("boxes")
         every = entries(fields, field, len(views))
-        scores = entries(fields, self.spec.field("scores"), len(views))[..., self._class]
+        scores = self._scores(fields, len(views))
         found = []
         for boxes, score, view in zip(every, scores, views, strict=True):
             most = (self.max_candidates, self.max_detections)
             rows, corners = suppress(boxes, score, self.form == "cxcywh", self.score_threshold, self.nms_iou, most)
             found.append(Boxes(to_image(corners, field, view), score[rows].astype(np.float64)))
         return found
+
+    def _scores(self, fields: Fields, views: int) -> F32:
+        """Scores of the class, [B, N]."""
+        scores = entries(fields, self.spec.field("scores"), views)
+        if not self._classes:
+            return scores[..., self._class]
+        own = entries(fields, self.spec.field("classes"), views)[..., 0] == self._class
+        return np.where(own, scores[..., 0], np.float32(0))
 
     def merge(self, parts: Sequence[Boxes], views: Sequence[View]) -> Boxes:  # noqa: ARG002 - there is one view
         """All boxes of an image."""

@@ -16,7 +16,8 @@ from posepress.geometry import View, cells_to_input, input_to_cells
 from posepress.results import Poses
 from posepress.spec import Array, NetworkSpec
 
-F32, F64 = NDArray[np.float32], NDArray[np.float64]
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class LandmarkDecoder:
 
     Attributes:
         spec: the network's description.
-        visibility: number of the value in an entry that is the logit of the keypoint's visibility, which becomes its score; None
-            gives every keypoint the score 1.
+        visibility: number of the value in an entry that is the logit of the keypoint's visibility. It becomes the keypoint's
+            score; None gives all keypoints the score 1.
         refine: side in cells of the window of "heatmaps" whose weighted mean replaces a landmark, where the window's greatest
             value is at least .5; 0 keeps the landmarks.
         nms_oks: of two people whose OKS is greater, the one with the lower score is left out; 1 keeps all.
@@ -51,9 +52,7 @@ class LandmarkDecoder:
         self.spec.offers(self.needs)
         values = self.spec.field("landmarks").channels
         if values < 2 or (self.visibility is not None and not 2 <= self.visibility < values):
-            raise ValueError(
-                f"'landmarks' has {values} values an entry; give x, y, and decoder.visibility from 2 to {values - 1}"
-            )
+            raise ValueError(f"'landmarks' has {values} values an entry; x, y; decoder.visibility lies from 2 to {values - 1}")
         if self.refine and (maps := self.spec.field("heatmaps").channels) < len(self.spec.skeleton.names):
             raise ValueError(f"{maps} heatmaps do not fit {len(self.spec.skeleton.names)} keypoints; correct model.spec")
 

@@ -10,7 +10,8 @@ from posepress.geometry import View
 from posepress.labels import Skeleton
 from posepress.results import Poses
 
-F32, F64 = NDArray[np.float32], NDArray[np.float64]
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 
 
 def poses(
@@ -40,7 +41,7 @@ def poses(
     inverse = np.array([[d, -c], [-b, a]]).transpose(2, 0, 1) / (a * d - b * c)[:, None, None]  # transposed
     image = (points - matrices[:, None, :, 2]) @ inverse
     finite = np.isfinite(values)
-    strange = ~finite.all(axis=1) if odd is None else odd
+    strange = np.asarray(~finite.all(axis=1)) if odd is None else odd
     values = np.where(finite, values, np.float32(0))
     there = values > 0
     keypoints = np.zeros((*values.shape, 3), np.float32)
