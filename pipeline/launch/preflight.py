@@ -201,7 +201,7 @@ def check_given(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[
     model: dict[str, Any] = {
         key: OmegaConf.to_container(node[key]) if OmegaConf.is_config(node.get(key)) else node.get(key) for key in keys
     }
-    if model["onnx"] == model["plan"] or all(stages[name].collect for name in plan):
+    if model["onnx"] == model["plan"] or all(stages[name].collect for name in plan) or list(plan) == ["doctor"]:
         return
     from pipeline.decoder_options import decoder_options
     from pipeline.onnx_files.files import Shapes, described, named

@@ -1,40 +1,24 @@
 """doctor: find out what this machine has, which parts of Posepress run on it, and what to install for the rest."""
 
-import importlib.metadata
-import importlib.util
 import json
-import os
-import platform
-import shutil
-from collections.abc import Iterator
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from evaluation import device
+from evaluation.contracts import Metric
+from pipeline.contracts import Splits
+from pipeline.decoder_options import decoder_options
+from pipeline.probing.machine import Finding, findings
 from pipeline.results.job import Job
-from posepress.errors import UserError
-
-_LEAST_DISK, _LEAST_MEMORY = 10, 8  # recommended free disk space and memory, in GiB
-_TOO_OLD = ("TX2", "Nano Developer Kit", "TX1")  # TensorRT ends with 8.2 on these boards; an Orin Nano is not one of them
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The result of one check, and the remedy.
-
-    Attributes:
-        what: the part that was checked.
-        found: the state that was found.
-        remedy: a command or a sentence; empty if nothing is wrong.
-    """
-
-    what: str
-    found: str
-    remedy: str = ""
+from posepress.contracts import Decoder, Framing
+from posepress.resolution import Resolution
 
 
 @dataclass(frozen=True)
@@ -45,11 +29,27 @@ class Doctor:
         outputs: folder of the results. The free space of its disk is checked.
         system: root of the file system.
         asked: time of the request, which makes each run a new one.
+        onnx: a given ONNX file to look into; None checks the machine alone.
+        spec: description of the file.
+        output_names: the file's output for each field that has another name there.
+        data: the data set. If the command names it, the usual preprocessings are tried on a few of its tune images.
+        framing: framing of these images.
+        decoder: decoder of the file's outputs.
+        metric: metric that compares the preprocessings.
+        resolution: size of the input.
     """
 
     outputs: str
     system: str
     asked: str
+    onnx: str | None
+    spec: Mapping[str, Any] | None
+    output_names: Mapping[str, Any] | None
+    data: Splits
+    framing: Framing
+    decoder: Callable[..., Decoder[Any]]
+    metric: Callable[..., Metric[Any, Any]]
+    resolution: str
 
     def run(self, job: Job) -> dict[str, Any]:
         """Run the stage.
@@ -58,93 +58,46 @@ class Doctor:
             job: the job. Its folder gets doctor.json.
         """
         root = Path(self.system)
-        findings = [*_computer(Path(self.outputs), root), *_packages(), *_gpu(root), *_tensorrt(root)]
+        found = findings(Path(self.outputs), root)
+        words: Sequence[str] = ()
+        if self.onnx is not None:
+            from pipeline.onnx_files.guess import report
+
+            rows, guess = report(Path(self.onnx))
+            found += [Finding(*row) for row in rows]
+            words = guess.words
         table = Table("what", "found", "what to do")
-        for finding in findings:
-            table.add_row(finding.what, finding.found, finding.remedy)
+        for finding in found:
+            table.add_row(*(escape(text) for text in (finding.what, finding.found, finding.remedy)))
         Console(stderr=True, highlight=False).print(table)
-        (job.out / "doctor.json").write_text(json.dumps([asdict(finding) for finding in findings], indent=1))
-        return {"findings": len(findings), "to_do": [finding.what for finding in findings if finding.remedy]}
+        if words:
+            print("options that describe the file (check order, range, mean and std):")
+            print("  " + shlex.join(words))
+        summary = self._preprocessings(job) if any(word.startswith("data=") for word in job.overrides) else {}
+        (job.out / "doctor.json").write_text(json.dumps([asdict(finding) for finding in found], indent=1))
+        return {"findings": len(found), "to_do": [finding.what for finding in found if finding.remedy], **summary}
 
+    def _preprocessings(self, job: Job) -> dict[str, Any]:
+        """Try the usual preprocessings of the file on some tune images, and print what each finds."""
+        if self.onnx is None:
+            return {}
+        import onnx
 
-def _computer(outputs: Path, root: Path) -> Iterator[Finding]:
-    machine = device.describe()
-    model = root / "proc/device-tree/model"
-    board = model.read_text().rstrip("\0\n") if model.exists() else ""
-    yield Finding("machine", board or f"{machine['cpu']}, {machine['cores']} cores, {platform.machine()}")
-    isa = machine["isa"]
-    fast = any(name in isa for name in ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"))
-    slow = "this processor has no VNNI: INT8 is slower, and weights get 7 bits, which costs accuracy (precision.reduce_range)"
-    yield Finding("instructions", ", ".join(isa) or "no relevant ones", "" if fast else slow)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    little = f"less than {_LEAST_MEMORY} GiB: keep batch=1 and stages.train.training.workers low"
-    yield Finding("memory", f"{memory:.0f} GiB", "" if memory > _LEAST_MEMORY else little)
-    there = next(folder for folder in (outputs.resolve(), *outputs.resolve().parents) if folder.exists())
-    free = shutil.disk_usage(there).free / 2**30
-    yield Finding("disk", f"{free:.0f} GiB free for {outputs}", "" if free > _LEAST_DISK else "free some, or set outputs=DIR")
+        from pipeline.onnx_files.adopt import adopt
+        from pipeline.onnx_files.export import stamp
+        from pipeline.probing.preprocessing import tried
 
-
-def _packages() -> Iterator[Finding]:
-    yield Finding("python", platform.python_version())
-    for name, command in (("onnxruntime", "pip install onnxruntime"), ("torch", "make install"), ("mlflow", "make install")):
-        version = _version(name)
-        more = ""
-        if name == "onnxruntime" and version:
-            import onnxruntime
-
-            more = f" ({', '.join(onnxruntime.get_available_providers())})"
-        yield Finding(name, f"{version}{more}" if version else "not installed", "" if version else command)
-
-
-def _gpu(root: Path) -> Iterator[Finding]:
-    driver = root / "proc/driver/nvidia/version"
-    if not driver.exists() and not (root / "etc/nv_tegra_release").exists():
-        yield Finding("NVIDIA driver", "none", "for TensorRT: a GPU, and its driver from the distribution or nvidia.com")
-    elif driver.exists():
-        yield Finding("NVIDIA driver", driver.read_text().splitlines()[0].partition("Module")[2].split("Release")[0].strip())
-    if importlib.util.find_spec("cuda") is None:
-        yield Finding("cuda-python", "not installed", "for backend=tensorrt: pip install cuda-python")
-        return
-    from posepress.runners.device_memory import DeviceMemory
-
-    try:
-        memory = DeviceMemory()
-        gpu = memory.gpu
-        memory.activate()  # raises an error if the GPU does not answer
-        yield Finding("GPU", f"{gpu['name']}, SM {gpu['sm']}")
-    except (UserError, RuntimeError) as error:
-        yield Finding("GPU", "does not answer", str(error))
-
-
-def _tensorrt(root: Path) -> Iterator[Finding]:
-    model = root / "proc/device-tree/model"
-    board = model.read_text() if model.exists() else ""
-    if "Orin" not in board and any(name in board for name in _TOO_OLD):
-        yield Finding("TensorRT", "8.2 at most on this board", "not supported: 10.3 is the oldest; build for an Orin or a PC")
-        return
-    if importlib.util.find_spec("tensorrt") is None:
-        where = "JetPack 6 or 7 brings it" if "NVIDIA" in board or "Orin" in board else "pip install tensorrt cuda-python"
-        yield Finding("TensorRT", "not installed", where)
-        return
-    from posepress.runners.tensorrt_module import load
-
-    trt, double = load().trt, " (the double of the tests)" if load().is_double else ""
-    oldest = tuple(int(part) for part in trt.__version__.split(".")[:2]) < (10, 3)
-    yield Finding("TensorRT", f"{trt.__version__}{double}", "not supported: install 10.3 or later" if oldest else "")
-    flags = trt.BuilderFlag.__members__
-    can = {
-        "int8 by Q/DQ": True,
-        "int8_entropy": hasattr(trt, "IInt8EntropyCalibrator2"),
-        "same_compute_capability": hasattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY"),
-        "sparse_weights": "SPARSE_WEIGHTS" in flags,
-    }
-    yield Finding("TensorRT can", ", ".join(name for name, there in can.items() if there))
-    if missing := [name for name, there in can.items() if not there]:
-        yield Finding("TensorRT cannot", ", ".join(missing))
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+        adopted = adopt(Path(self.onnx), self.spec, self.output_names, Resolution.parse(self.resolution))
+        job.scratch.mkdir(parents=True, exist_ok=True)
+        file = job.scratch / "given.onnx"
+        onnx.save(adopted.model, file)
+        stamp(file, adopted.spec)
+        decoder = partial(self.decoder, **decoder_options(None, self.decoder))
+        forms = tried(file, self.data.open("tune"), self.framing, decoder, self.metric, adopted.size)
+        for one in forms:
+            print(f"  {one.figure:6.3f}  {one.name}")
+        if forms[0].figure > 0:
+            print(f"the best finds the most: {forms[0].words}")
+        else:
+            print("none finds an instance: the family, the labels or the outputs' strides may be others")
+        return {"preprocessing": forms[0].words, "tried": {one.name: one.figure for one in forms}}
