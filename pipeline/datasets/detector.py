@@ -2,12 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from annotated_types import Interval
+from numpy.typing import NDArray
 
 from pipeline.results.content import sha256
 from posepress.contracts import Samples
@@ -122,6 +124,27 @@ class Detector:
             stamp(unfinished, adopted.spec)
             unfinished.replace(kept)
         return kept, adopted.size
+
+    def timed(self, image: NDArray[np.uint8], threads: int, cache: Path) -> Callable[[], None]:
+        """A call that finds the boxes in an image, for timing.
+
+        Args:
+            image: RGB [H, W, 3].
+            threads: number of CPU threads.
+            cache: folder that keeps adopted files.
+        """
+        from pipeline.backends.onnxruntime import OnnxRuntime
+        from posepress.pixels import frame
+
+        file, size = self.prepared(cache)
+        runner = OnnxRuntime().load(file, threads)
+        decoder, spec = self.decoder(runner.spec), runner.spec.input
+
+        def call() -> None:
+            (view,) = self.framing.views(Resolution(*image.shape[:2]), size, spec)
+            decoder.decode(runner(runner.upload(frame(image, view, spec)[None])), [view])
+
+        return call
 
     def boxes(self, images: Samples[Any], digest: str, cache: Path) -> dict[str, Boxes]:
         """The boxes in each image, from the cache or found now.

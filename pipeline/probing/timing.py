@@ -1,6 +1,7 @@
 """Measure memory, time and energy of an engine with its pre- and post-processing, in a separate process."""
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import cycle
@@ -16,6 +17,7 @@ from pipeline.probing import processes
 from pipeline.progress import Progress
 from posepress.contracts import Decoder, Framing, Runner
 from posepress.errors import UserError
+from posepress.geometry import View
 from posepress.pixels import frame
 from posepress.resolution import Resolution
 from posepress.results import Boxes
@@ -23,6 +25,8 @@ from posepress.results import Boxes
 STEPS = ("framing", "upload", "network", "download", "decoding")
 _NETWORK = STEPS.index("network")
 _ENERGY_SECONDS = 1.0
+PEOPLE = (1, 5, 20)  # numbers of people in an image whose times are measured
+_LEAST, _SECONDS = 5, 0.5  # least number of calls, and the seconds that they take unless these calls take longer
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Work:
         resolution: size of the input.
         batch: number of copies of a view in one call.
         threads: number of CPU threads.
+        detector: makes a call that finds the boxes in an image, from the image and the number of threads. Its time is measured
+            beside the network's; None: there is no detector.
     """
 
     backend: Backend
@@ -46,6 +52,7 @@ class Work:
     resolution: Resolution
     batch: int
     threads: int
+    detector: Callable[[NDArray[np.uint8], int], Callable[[], None]] | None = None
 
     def steps(self, runner: Runner) -> list[Callable[[Any], Any]]:
         """The steps of a call, in the order of `STEPS`; each call takes the next image."""
@@ -92,7 +99,65 @@ def measure(work: Work, engine: Path, reference: Path | None, seconds: float) ->
     import cv2
 
     cv2.setNumThreads(1)
-    return {**memory_of(work, engine), **time_of(work, engine, reference, seconds)}
+    return {**memory_of(work, engine), **time_of(work, engine, reference, seconds), **times_of_people(work, engine)}
+
+
+def times_of_people(work: Work, engine: Path) -> dict[str, float]:
+    """Medians in ms of whole images with 1, 5 and 20 people, for networks that see one person at a time; else empty.
+
+    "image_5_ms" covers framing, network and decoding of five people in batches. "detector_ms" is the detector's time for an
+    image, and "chain_5_ms" that of both.
+    """
+    figures: dict[str, float] = {}
+    image, boxes = next(((image, boxes) for image, boxes in work.images if boxes is not None and len(boxes.xywh)), (None, None))
+    if image is None or boxes is None:
+        return {}
+    size = Resolution(*image.shape[:2])
+    with work.backend.load(engine, work.threads) as runner:
+        decoder = work.decoder(runner.spec)
+        for count in PEOPLE:
+            scores = None if boxes.scores is None else np.resize(boxes.scores, count)
+            several = Boxes(np.resize(boxes.xywh, (count, 4)), scores)
+            views = work.framing.views(size, work.resolution, runner.spec.input, several)
+            if len(views) != count:
+                return {}  # the network sees the whole image
+
+            def whole(views: Sequence[View] = views) -> None:
+                parts: list[Any] = []
+                for start in range(0, len(views), work.batch):
+                    some = views[start : start + work.batch]
+                    pixels = np.stack([frame(image, view, runner.spec.input) for view in some])
+                    parts += decoder.decode(runner(runner.upload(pixels)), some)
+                decoder.merge(parts, views)
+
+            figures[f"image_{count}_ms"] = _median(whole)
+    if len(figures) == len(PEOPLE) and work.detector is not None:
+        figures["detector_ms"] = _median(work.detector(image, work.threads))
+        figures |= {f"chain_{n}_ms": figures["detector_ms"] + figures[f"image_{n}_ms"] for n in PEOPLE}
+    return figures
+
+
+def in_words(figures: Mapping[str, Any]) -> str:
+    """The times of images with people as a line; empty if they were not measured."""
+    kinds = {"image": "an image with 1, 5, 20 people", "chain": "with the detector"}
+    parts = [
+        f"{name}: {', '.join(format(figures[f'{kind}_{n}_ms'], '.2f') for n in PEOPLE)} ms"
+        for kind, name in kinds.items()
+        if f"{kind}_{PEOPLE[0]}_ms" in figures
+    ]
+    return "; ".join(parts)
+
+
+def _median(call: Callable[[], None]) -> float:
+    """The median in ms of some calls after a warm-up."""
+    times: list[float] = []
+    call()
+    began = time.perf_counter()
+    while len(times) < _LEAST or time.perf_counter() - began < _SECONDS:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times) * 1e3)
 
 
 def time_of(work: Work, engine: Path, reference: Path | None, seconds: float) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pipeline.contracts import Backend, Splits
 from pipeline.decoder_options import decoder_options
 from pipeline.onnx_files.files import ModelFiles, Shapes
 from pipeline.probing.processes import alone
-from pipeline.probing.timing import Work, apart, measure
+from pipeline.probing.timing import Work, apart, in_words, measure
 from pipeline.progress import say
 from pipeline.results.job import Job
 from pipeline.results.manifest import read_manifest
@@ -41,6 +41,7 @@ class Benchmark:
         seconds: longest time of timing both engines, in seconds.
         min_int8_share: smallest share of the MACs that must run in INT8, else the benchmark fails.
         axes: options that distinguish this cell from others, for tables.
+        detector: what finds the boxes of `data`; it is timed, too.
     """
 
     data: Splits
@@ -53,6 +54,7 @@ class Benchmark:
     seconds: Annotated[float, Interval(gt=0, le=86400)]
     min_int8_share: Annotated[float, Interval(ge=0, le=1)] | None
     axes: Mapping[str, Any]
+    detector: Any
 
     def run(self, job: Job) -> dict[str, Any]:
         """Run the stage.
@@ -112,7 +114,8 @@ class Benchmark:
         images, size = self.data.open("validation"), Resolution.parse(self.resolution)
         some = [(sample.read(), sample.boxes) for sample in (images[n] for n in range(min(_IMAGES, len(images))))]
         decoder = partial(self.decoder, **decoder_options(job.inputs.get("tuned"), self.decoder))
-        work = Work(self.backend, some, self.framing, decoder, size, self.batch, self.threads)
+        detector = None if self.detector is None else partial(self.detector.timed, cache=job.cache)
+        work = Work(self.backend, some, self.framing, decoder, size, self.batch, self.threads, detector)
         with tempfile.TemporaryDirectory(dir=job.scratch) as folder, alone():
             reference = self._reference(job, size, Path(folder)) if "reference" in job.inputs else None
             return apart("measuring", measure, work, engine, reference, self.seconds)
@@ -140,6 +143,8 @@ def _say(timed: Mapping[str, Any], lost: Sequence[Mapping[str, Any]] | None) -> 
         f"p50 {timed['latency_p50_ms']:.2f} ms, interval {timed['latency_width']:.1%} wide, "
         f"{timed['calls']} calls after {timed['warm_up_calls']} to warm up; decoding {timed['decoding_p50_ms']:.2f} ms"
     )
+    if words := in_words(timed):
+        say(words)
     if lost:
         say(
             f"quantized, but not run in INT8: {', '.join(x['name'] for x in lost[:5])}"

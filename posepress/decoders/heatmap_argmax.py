@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -89,45 +90,39 @@ def _offset(heatmap: F32, i: int, j: int, refinement: int, kernel: F32) -> tuple
 
 
 @compiled
-def _peaks(
-    maps: NDArray[np.float32], K: int, refinement: int, kernel: F32
-) -> tuple[NDArray[np.float64], F32, NDArray[np.bool_]]:
-    """The highest cell of each map, refined.
+def _refined(
+    maps: NDArray[np.float32], best: NDArray[np.int64], refinement: int, kernel: F32
+) -> tuple[NDArray[np.float64], F32, NDArray[np.int64]]:
+    """The highest cells of maps, refined.
 
     Args:
         maps: [B, K or more, h, w].
-        K: number of keypoints.
+        best: number of the highest cell of each map, [B, K]; a value that is not a number counts as the highest.
         refinement: as in `_offset`.
         kernel: as in `_offset`.
 
     Returns:
-        x and y in cells [B, K, 2], the greatest values [B, K], and which views have a value that is not finite [B].
+        x and y in cells [B, K, 2], the greatest finite values [B, K], and 1 for views with values that are not finite [B].
     """
-    B, w = maps.shape[0], maps.shape[3]
-    at, values, odd = np.zeros((B, K, 2)), np.zeros((B, K), np.float32), np.zeros(B, np.bool_)
+    B, K = best.shape
+    w = maps.shape[3]
+    at, values, odd = np.zeros((B, K, 2)), np.zeros((B, K), np.float32), np.zeros(B, np.int64)
     for b in range(B):
         for k in range(K):
-            one = maps[b, k]
+            one, place = maps[b, k], best[b, k]
             flat = one.reshape(-1)
-            total = np.float32(0)
-            best = np.float32(-np.inf)
-            for n in range(flat.shape[0]):  # two reductions without branches, which the compiler vectorises
-                total += flat[n] * np.float32(0)
-                best = max(best, flat[n])
-            if not np.isfinite(total):
-                odd[b] = True
-                best = np.float32(-np.inf)
+            value = flat[place]
+            if not np.isfinite(value):
+                odd[b] = 1
+                value = np.float32(-np.inf)
                 for n in range(flat.shape[0]):
-                    if np.isfinite(flat[n]):
-                        best = max(best, flat[n])
-                if best == -np.inf:
+                    if np.isfinite(flat[n]) and flat[n] > value:
+                        value, place = flat[n], n
+                if value == -np.inf:
                     continue
-            place = 0
-            while flat[place] != best:
-                place += 1
             i, j = place // w, place % w
             dx, dy = _offset(one, i, j, refinement, kernel)
-            at[b, k, 0], at[b, k, 1], values[b, k] = j + dx, i + dy, best
+            at[b, k, 0], at[b, k, 1], values[b, k] = j + dx, i + dy, value
     return at, values, odd
 
 
@@ -169,6 +164,10 @@ class TopDownDecoder:
         if maps < len(names):
             raise ValueError(f"{maps} heatmaps do not fit a skeleton of {len(names)} keypoints; correct model.spec")
 
+    @cached_property
+    def _kernel(self) -> F32:
+        return _gaussian(self.sigma)
+
     def decode(self, fields: Mapping[str, Array], views: Sequence[View]) -> list[Poses]:
         """Predict the person in each view.
 
@@ -186,7 +185,8 @@ class TopDownDecoder:
         maps = np.ascontiguousarray(heatmaps, np.float32)
         if maps.ndim != 4 or maps.shape[1] < K or not maps.size:
             raise ValueError(f"heatmaps {list(maps.shape[1:])} are not the maps [C, h, w] of {K} keypoints; correct model.spec")
-        at, values, odd = _peaks(maps, K, _REFINEMENTS.index(self.refinement), _gaussian(self.sigma))
+        best = maps.reshape(*maps.shape[:2], -1)[:, :K].argmax(axis=2)
+        at, values, odd = _refined(maps, best, _REFINEMENTS.index(self.refinement), self._kernel)
         points = cells_to_input(at, heat, views[0].size)
         return poses(points, values, views, self.keypoint_threshold, odd)
 

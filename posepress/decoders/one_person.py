@@ -1,6 +1,7 @@
 """The part that all top-down decoders share: one person in each view becomes poses of an image."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,14 +14,17 @@ from posepress.results import Poses
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
+_NONE: dict[str, Any] = {}
+_COUNTS = ({"images_not_finite": 0}, {"images_not_finite": 1})  # shared, as results are never changed
+
 
 def poses(
     points: F64,
     values: F32,
     views: Sequence[View],
     threshold: float,
-    odd: NDArray[np.bool_] | None = None,
-    certainty: F32 | float = 1.0,
+    odd: NDArray[np.int64] | None = None,
+    certainty: NDArray[np.floating[Any]] | float = 1.0,
 ) -> list[Poses]:
     """The person in each view.
 
@@ -30,32 +34,63 @@ def poses(
         views: B views.
         threshold: score above which a keypoint counts in the person's score.
         certainty: factors of the people's scores, [B] or one number.
-        odd: which views have outputs that are not finite, [B]; None: those with such values.
+        odd: 1 for views with outputs that are not finite, [B]; None: those with such values.
 
     Returns:
         For each view, the poses of at most one person, in image pixels. A person's score is the mean score of the keypoints
         above the threshold, times the score of the box. A view without such keypoints has no person.
     """
     matrices = np.array([view.matrix for view in views])
-    a, b, c, d = matrices[:, 0, 0], matrices[:, 0, 1], matrices[:, 1, 0], matrices[:, 1, 1]
-    inverse = np.array([[d, -c], [-b, a]]).transpose(2, 0, 1) / (a * d - b * c)[:, None, None]  # transposed
-    image = (points - matrices[:, None, :, 2]) @ inverse
-    finite = np.isfinite(values)
-    strange = np.asarray(~finite.all(axis=1)) if odd is None else odd
-    values = np.where(finite, values, np.float32(0))
-    there = values > 0
-    keypoints = np.zeros((*values.shape, 3), np.float32)
-    keypoints[..., :2] = np.where(there[..., None], image, 0)
-    keypoints[..., 2] = np.where(there, values, 0)
-    sure = values > threshold
-    counts = sure.sum(axis=1)
-    boxes = np.array([view.score for view in views])
-    scores = (np.where(sure, values, 0).sum(axis=1) / np.maximum(counts, 1) * boxes * certainty).astype(np.float32)
-    found, bad = (counts > 0).tolist(), strange.tolist()
-    return [
-        Poses(keypoints[n : n + found[n]], scores[n : n + found[n]], counts={"images_not_finite": int(bad[n])})
-        for n in range(len(views))
-    ]
+    boxes = np.array([view.score for view in views]) * certainty
+    keypoints, scores, found, strange = _placed(points, values, matrices, boxes, threshold)
+    if odd is not None:
+        strange = odd
+    ends = zip(range(len(views)), found.tolist(), strange.tolist(), strict=True)
+    return [Poses(keypoints[n : n + one], scores[n : n + one], _NONE, _COUNTS[bad]) for n, one, bad in ends]
+
+
+@compiled
+def _placed(
+    points: F64, values: F32, matrices: F64, boxes: F64, threshold: float
+) -> tuple[F32, F32, NDArray[np.int64], NDArray[np.int64]]:
+    """The people in image pixels.
+
+    Args:
+        points: keypoints in pixels of their view, [B, K, 2].
+        values: scores of the keypoints, [B, K].
+        matrices: from image to view, [B, 2, 3].
+        boxes: factors of the people's scores, [B].
+        threshold: as in `poses`.
+
+    Returns:
+        Keypoints [B, K, 3], scores [B], whether there is a person [B], and whether a score is not finite [B].
+    """
+    B, K = values.shape
+    keypoints, scores = np.zeros((B, K, 3), np.float32), np.zeros(B, np.float32)
+    found, strange = np.zeros(B, np.int64), np.zeros(B, np.int64)
+    for n in range(B):
+        a, b, x0 = matrices[n, 0, 0], matrices[n, 0, 1], matrices[n, 0, 2]
+        c, d, y0 = matrices[n, 1, 0], matrices[n, 1, 1], matrices[n, 1, 2]
+        area = a * d - b * c
+        total, count = 0.0, 0
+        for k in range(K):
+            value = values[n, k]
+            if not np.isfinite(value):
+                strange[n] = 1
+                continue
+            if value <= 0:
+                continue
+            x, y = points[n, k, 0] - x0, points[n, k, 1] - y0
+            keypoints[n, k, 0] = (d * x - b * y) / area
+            keypoints[n, k, 1] = (a * y - c * x) / area
+            keypoints[n, k, 2] = value
+            if value > threshold:
+                total += value
+                count += 1
+        if count:
+            found[n] = 1
+            scores[n] = total / count * boxes[n]
+    return keypoints, scores, found, strange
 
 
 @compiled

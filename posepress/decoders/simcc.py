@@ -9,6 +9,7 @@ from annotated_types import Interval
 from numpy.typing import NDArray
 
 from posepress.checks import number
+from posepress.compiled import compiled
 from posepress.decoders.one_person import merged, poses
 from posepress.draw import draw
 from posepress.geometry import View, cells_to_input
@@ -17,6 +18,32 @@ from posepress.spec import Array, NetworkSpec
 
 F32 = NDArray[np.float32]
 _LINES = ("simcc_x", "simcc_y")
+
+_ENDS = np.array([0.0, 1.0])
+
+
+@compiled
+def _read(
+    x: NDArray[Any], y: NDArray[Any], columns: NDArray[np.int64], rows: NDArray[np.int64], steps: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], F32]:
+    """Points in pixels [B, K, 2] and scores [B, K] at the greatest cells of lines.
+
+    Args:
+        x: lines over the columns, [B, K, X].
+        y: lines over the rows, [B, K, Y].
+        columns: number of the greatest cell of each line of `x`, [B, K].
+        rows: the same of `y`.
+        steps: pixels of the cells 0 and 1 of both kinds of lines, [2, 2].
+    """
+    B, K = columns.shape
+    points, scores = np.empty((B, K, 2)), np.empty((B, K), np.float32)
+    for b in range(B):
+        for k in range(K):
+            j, i = columns[b, k], rows[b, k]
+            points[b, k, 0] = steps[0, 0] + j * (steps[0, 1] - steps[0, 0])
+            points[b, k, 1] = steps[1, 0] + i * (steps[1, 1] - steps[1, 0])
+            scores[b, k] = (x[b, k, j] + y[b, k, i]) / 2
+    return points, scores
 
 
 @dataclass(frozen=True)
@@ -65,19 +92,19 @@ class SimccDecoder:
         Raises:
             ValueError: a field has another shape.
         """
-        points, values = [], []
+        lines, cells, steps = [], [], []
         for name in _LINES:
-            lines: Any = fields[name]
-            if hasattr(lines, "is_cuda"):
-                lines = lines.float().cpu().numpy()
+            given: Any = fields[name]
+            if hasattr(given, "is_cuda"):
+                given = given.float().cpu().numpy()
             K = len(self.spec.skeleton.names)
-            if lines.ndim != 3 or lines.shape[:2] != (len(views), K) or not lines.shape[2]:
-                raise ValueError(f"'{name}' is {list(lines.shape)}, not lines [{len(views)}, {K}, cells]; correct model.spec")
-            cells = lines.argmax(axis=2)  # a NaN is greater than any number, so it shows in the values
-            values.append(np.take_along_axis(lines, cells[..., None], 2)[..., 0])
-            points.append(cells_to_input(cells.astype(np.float64), self.spec.field(name), views[0].size))
-        scores = ((values[0] + values[1]) / 2).astype(np.float32)
-        return poses(np.stack(points, axis=-1), scores, views, self.keypoint_threshold)
+            if given.ndim != 3 or given.shape[:2] != (len(views), K) or not given.shape[2]:
+                raise ValueError(f"'{name}' is {list(given.shape)}, not lines [{len(views)}, {K}, cells]; correct model.spec")
+            lines.append(given)
+            cells.append(given.argmax(axis=2))  # a NaN is greater than any number, so it shows in the values
+            steps.append(cells_to_input(_ENDS, self.spec.field(name), views[0].size))
+        points, scores = _read(lines[0], lines[1], cells[0], cells[1], np.array(steps))
+        return poses(points, scores, views, self.keypoint_threshold)
 
     def merge(self, parts: Sequence[Poses], views: Sequence[View]) -> Poses:
         """All people of an image."""
