@@ -98,22 +98,6 @@ class Selection(Samples[Any]):
         return self._data[self._indices[index]]
 
 
-def unframed(data: Samples[Any], framing: Framing, size: Resolution) -> str:
-    """Why the first image of a data set cannot be framed; empty if it can.
-
-    Args:
-        data: the images.
-        framing: how an image becomes views.
-        size: the network's input size.
-    """
-    sample = data[0]
-    try:
-        framing.bases(sample.size, size, sample.boxes)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
 @dataclass(frozen=True)
 class _Framed:
     """One view of an image, as a network input uint8 [H, W, 3]; `last` if it is the last of its image."""

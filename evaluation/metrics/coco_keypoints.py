@@ -22,7 +22,7 @@ class CocoKeypoints:
     """COCO keypoint average precision, filled image by image.
 
     Attributes:
-        labels: skeleton of the ground truth, with its sigmas.
+        labels: skeleton of the ground truth.
         found_labels: skeleton of the predictions; keypoints are matched by name, and unmatched ones are dropped.
         most_found: largest number of predictions that count in an image, the highest scores first; COCO uses 20.
     """
@@ -40,13 +40,8 @@ class CocoKeypoints:
         """Match the keypoints of the two skeletons by name.
 
         Raises:
-            ValueError: the network has none of the ground truth's keypoints, or the labels have no sigmas.
+            ValueError: the network has none of the ground truth's keypoints.
         """
-        if len(self.labels.sigmas) != len(self.labels.names):
-            raise ValueError(
-                f"{len(self.labels.names)} keypoints but {len(self.labels.sigmas)} sigmas: OKS needs one for each; "
-                'add "sigmas": [...] to the category in the annotation file'
-            )
         names = self.found_labels.names
         self._columns = np.array([names.index(name) if name in names else -1 for name in self.labels.names])
         if self._columns.max() < 0:
@@ -114,7 +109,7 @@ class CocoKeypoints:
             areas=joined([t.areas for t in truths]),
             crowd=crowd,
             never=joined([t.never for t in truths]).astype(bool),
-            sigmas=np.array(self.labels.sigmas),
+            sigmas=np.array(self.labels.oks_sigmas),
         )
 
     def matches(self) -> Matches:

@@ -18,7 +18,7 @@ from pipeline.progress import say
 from pipeline.results.content import sha256
 from posepress.errors import UserError, nearest
 from posepress.results import Boxes
-from posepress.skeletons import COCO_17
+from posepress.skeletons import COCO_17, skeleton_of
 
 SPLITS = ("train", "unlabelled", "tune", "agreement", "validation")
 
@@ -72,6 +72,7 @@ class CocoSplits:
             they belong to the pixels as stored; None decides it by the sizes in the annotations.
         boxes: where the boxes of people come from, for networks that see one person at a time: "annotations", or a file in
             COCO's result format with scores. The file serves every split that it has an image of; training takes annotations.
+        skeleton: gives sigmas, limbs and mirror pairs to keypoints of the same names that have no sigmas in the file.
         detector: finds the boxes of all images that are not trained on, instead of `boxes`.
     """
 
@@ -84,6 +85,7 @@ class CocoSplits:
     category: int | str | None = None
     upright: bool | None = None
     boxes: str = "annotations"
+    skeleton: str | Mapping[str, object] = "coco_17"
     detector: Finder | None = None
     dropped: dict[str, list[str]] = field(default_factory=dict, compare=False, init=False)
     _kept: dict[str, Coco] = field(default_factory=dict, compare=False, repr=False, init=False)
@@ -115,18 +117,12 @@ class CocoSplits:
         """The images of every split, by its name.
 
         Raises:
-            UserError: a folder or file is missing or wrong, or the keypoints have no sigmas.
+            UserError: a folder or file is missing or wrong.
         """
         train, val = (self._source(paths, role) for paths, role in ((self.train, "train"), (self.val, "val")))
         loose = None
         if self.unlabelled and self.unlabelled.get("images"):
             loose = self._source(self.unlabelled, "unlabelled")
-        for part in (train, val):
-            if part.truth is not None and not part.labels.sigmas:
-                raise UserError(
-                    f"{part.annotations}: {len(part.labels.names)} keypoints but 0 sigmas: OKS needs one for each; add "
-                    f'"sigmas": [...] to the category {part.truth.category}'
-                )
         if self.splits is not None:
             return self._by_name(train, val, loose, self._named(self.splits))
         names = sorted(r["file_name"] for r in train.records)
@@ -176,7 +172,8 @@ class CocoSplits:
         if not images.is_dir():
             raise UserError(f"data.{role}.images={images}: no such folder; give the folder that holds the images")
         file = None if paths.get("annotations") is None else Path(str(paths["annotations"]))
-        return Coco(images, file, category=self.category, upright=self.upright)
+        skeleton = skeleton_of(self.skeleton)
+        return Coco(images, file, category=self.category, upright=self.upright, skeleton=skeleton)
 
     def open(self, split: str) -> Coco:
         """Return the images of a split, after a check that no other split contains one of them.

@@ -23,7 +23,7 @@ from pipeline.datasets.images import (
     turned,
 )
 from posepress.errors import UserError
-from posepress.labels import Skeleton
+from posepress.labels import SIGMA, Skeleton
 from posepress.resolution import Resolution
 from posepress.results import Boxes, Sample
 from posepress.skeletons import COCO_17
@@ -44,6 +44,7 @@ class Coco:
         category: name or id of the category to read; None chooses the one with keypoints, or person.
         upright: whether the annotations belong to the images after the rotation that EXIF's orientation asks for; None
             decides it by the size of each image.
+        skeleton: gives sigmas, limbs and mirror pairs to keypoints of the same names whose category has no sigmas.
         boxes: boxes by image id, from a detector or a file; an image without an entry has none. None takes the annotations'.
     """
 
@@ -54,6 +55,7 @@ class Coco:
     category: int | str | None = None
     upright: bool | None = None
     boxes: Mapping[str, Boxes] | None = field(default=None, repr=False, compare=False)
+    skeleton: Skeleton | None = None
 
     @classmethod
     def folder(cls, images: str) -> "Coco":
@@ -78,7 +80,10 @@ class Coco:
     @property
     def labels(self) -> Skeleton:
         """The skeleton of the keypoints. It is COCO's unless the file's category names other keypoints."""
-        return COCO_17 if self.truth is None else self.truth.category.labels
+        own, known = COCO_17 if self.truth is None else self.truth.category.labels, self.skeleton
+        if known is None or own.sigmas or own.names != known.names:
+            return own
+        return replace(own, sigmas=known.sigmas, limbs=own.limbs or known.limbs, mirror=known.mirror)
 
     @cached_property
     def truth(self) -> Annotations | None:
@@ -285,6 +290,11 @@ class Coco:
         if self.truth is None:
             return []
         found, category = [], self.truth.category
+        if not self.labels.sigmas:
+            found.append(
+                f"the category {category} has no sigmas, so OKS takes {SIGMA} for each of its {len(self.labels.names)} "
+                'keypoints; add "sigmas": [...] to the category, or give skeleton=FILE.json with them'
+            )
         if self.truth.left_out:
             found.append(
                 f"{self.truth.left_out} annotations of other categories than {category} are left out; data.category chooses"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,15 @@ class Detector:
     score_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.05
     nms_iou: Annotated[float, Interval(gt=0, le=1)] = 0.6
     max_detections: Annotated[int, Interval(ge=1, le=10000)] = 100
+
+    @staticmethod
+    def label_of(options: Mapping[str, Any], _: Mapping[str, str]) -> str:
+        """The detector's label in an address: the name of its file, or of the file's folder, and options that differ."""
+        file = Path(str(options.get("file")))
+        name = file.parent.name if file.stem in ("model", "engine") else file.stem
+        words = [re.sub(r"[^\w.+=-]", "-", name)]
+        words += [f"s{options['score_threshold']}"] if options.get("score_threshold", 0.05) != 0.05 else []
+        return "-".join(words)
 
     @property
     def path(self) -> Path:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +11,10 @@ from typing import Any
 from pipeline.contracts import Splits
 from pipeline.datasets import records
 from pipeline.datasets.coco_split import Coco
+from pipeline.datasets.detections import read_boxes
 from pipeline.results.content import parse_json, sha256
 from posepress.errors import UserError
+from posepress.results import Boxes
 
 LISTED = "data.json"
 _GROUPS = (("validation",), ("validation", "agreement"))  # groups of splits for which stages request a digest
@@ -38,11 +40,20 @@ def pack(data: Splits, out: Path) -> dict[str, int]:
         if part.annotations is not None:
             (out / split / "annotations.json").write_text(json.dumps(_content(part)))
             digests[f"{split}/annotations.json"] = sha256(out / split / "annotations.json")
+        if part.boxes is not None:
+            rows = [{"image_id": i, "bbox": b, "score": s} for i, own in part.boxes.items() for b, s in _rows(own)]
+            (out / split / "boxes.json").write_text(json.dumps(rows))
+            digests[f"{split}/boxes.json"] = sha256(out / split / "boxes.json")
         counts[split] = len(part)
     whole = {" ".join(group): data.digest(group) for group in _GROUPS}
     listed = {"splits": counts, "digests": whole, "files": digests, "upright": getattr(data, "upright", None)}
     (out / LISTED).write_text(json.dumps(listed, indent=1))
     return counts
+
+
+def _rows(boxes: Boxes) -> Iterator[tuple[list[float], float]]:
+    assert boxes.scores is not None
+    return zip(boxes.xywh.tolist(), boxes.scores.tolist(), strict=True)
 
 
 def _content(part: Coco) -> dict[str, Any]:
@@ -98,7 +109,8 @@ class Packaged:
         images, inside = annotations.parent / "images", f"{split}/images/"
         names = tuple(sorted(name.removeprefix(inside) for name in self._listed["files"] if name.startswith(inside)))
         file, upright = annotations if annotations.exists() else None, self._listed.get("upright")
-        return Coco(images, file, names, remedy="copy the package again", upright=upright)
+        boxes = read_boxes(annotations.with_name("boxes.json")) if annotations.with_name("boxes.json").exists() else None
+        return Coco(images, file, names, remedy="copy the package again", upright=upright, boxes=boxes)
 
     def __contains__(self, split: str) -> bool:
         """Whether the split has images."""

@@ -150,6 +150,15 @@ def _tuned(config: Config, network: str) -> str:
     return f"{network}_{config.resolution}_{label(config, 'framing')}"
 
 
+def _boxed(config: Config) -> str:
+    """Return the words for boxes that annotations do not give; empty for annotated boxes."""
+    if isinstance(config.get("detector"), DictConfig):
+        return f"_by-{label(config, 'detector')}"
+    file = str(config.data.get("boxes", "annotations")) if isinstance(config.data, DictConfig) else "annotations"
+    plain = re.sub(r"[^\w.+=-]", "-", Path(file).stem)
+    return "" if file == "annotations" else f"_by-{plain}"
+
+
 def _as_here(config: Config) -> dict[str, str]:
     """Return labels that a package must take from this machine, so that they do not change on the device."""
     groups = [group for group in (*GROUPS, "framing") if group != "backend"]
@@ -165,10 +174,12 @@ _ADDRESSES: Mapping[str, Callable[[Config], Any]] = {
     "sample": _sample,
     "qat": lambda c: f"{_tuned(c, c.addresses.network)}_{recipe(c)}",
     "quantize": lambda c: f"{_tuned(c, c.addresses.network + _word(c))}_{label(c, 'precision')}",
-    "tune": lambda c: _tuned(c, c.addresses.network),
+    "tune": lambda c: _tuned(c, c.addresses.network) + _boxed(c),
     "build": lambda c: f"{c.addresses.quantize}_{label(c, 'backend')}-b{c.batch}{f'-r{c.rebuild}' if c.rebuild else ''}",
-    "benchmark": lambda c: f"{c.addresses.build}_t{c.threads}",
+    "evaluate": lambda c: f"{c.addresses.build}{_boxed(c)}",
+    "benchmark": lambda c: f"{c.addresses.evaluate}_t{c.threads}",
     "axes": lambda c: {
+        **({"boxes": _boxed(c).removeprefix("_by-")} if _boxed(c) else {}),
         "data": label(c, "data"),
         "network": label(c, "model") + _word(c),
         "pruning": label(c, "pruner") + _control(c),

@@ -12,6 +12,7 @@ from annotated_types import Ge, Interval, MinLen, Predicate, doc
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline.launch.skeleton import read_skeleton
 from pipeline.launch.values import Check, parameters, refuse_unless, shown, target_of
 from pipeline.results.stage import ABOUT, WIRING
 from posepress.errors import UserError, nearest
@@ -119,6 +120,8 @@ def check_command(config: DictConfig) -> None:
         if key not in known and key != "hydra":
             raise UserError(f"{key}: no such option{nearest(key, known)}; `python -m pipeline --cfg job` lists them")
     here = set(config.keys())  # "in config" resolves the value
+    if "skeleton" in here:
+        read_skeleton(config)
     for key, hint in known.items():
         if key not in here:
             raise UserError(f"{key}: is not there, but it is needed; do not take it out of the configuration")

@@ -138,14 +138,14 @@ def times_of_people(work: Work, engine: Path) -> dict[str, float]:
 
 
 def in_words(figures: Mapping[str, Any]) -> str:
-    """The times of images with people as a line; empty if they were not measured."""
+    """The times of images with people as the end of a line; empty if they were not measured."""
     kinds = {"image": "an image with 1, 5, 20 people", "chain": "with the detector"}
     parts = [
         f"{name}: {', '.join(format(figures[f'{kind}_{n}_ms'], '.2f') for n in PEOPLE)} ms"
         for kind, name in kinds.items()
         if f"{kind}_{PEOPLE[0]}_ms" in figures
     ]
-    return "; ".join(parts)
+    return "".join(f"; {part}" for part in parts)
 
 
 def _median(call: Callable[[], None]) -> float:

@@ -141,10 +141,8 @@ def _ran(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _say(timed: Mapping[str, Any], lost: Sequence[Mapping[str, Any]] | None) -> None:
     say(
         f"p50 {timed['latency_p50_ms']:.2f} ms, interval {timed['latency_width']:.1%} wide, "
-        f"{timed['calls']} calls after {timed['warm_up_calls']} to warm up; decoding {timed['decoding_p50_ms']:.2f} ms"
+        f"{timed['calls']} calls after {timed['warm_up_calls']} to warm up; decoding {timed['decoding_p50_ms']:.2f} ms{in_words(timed)}"
     )
-    if words := in_words(timed):
-        say(words)
     if lost:
         say(
             f"quantized, but not run in INT8: {', '.join(x['name'] for x in lost[:5])}"

@@ -18,7 +18,8 @@ from pipeline.results.job import Job
 from posepress.contracts import Decoder, Framing, Runner
 from posepress.decoders.several import Together
 from posepress.errors import UserError
-from posepress.predict import Watch, predict, unframed
+from posepress.framing import unframed
+from posepress.predict import Watch, predict
 from posepress.resolution import Resolution
 from posepress.results import save_results
 

@@ -15,7 +15,7 @@ from pipeline.progress import say
 from pipeline.training.augment import layout
 from posepress.contracts import Framing
 from posepress.errors import UserError, nearest
-from posepress.predict import unframed
+from posepress.framing import unframed
 from posepress.resolution import Resolution
 
 

@@ -69,7 +69,7 @@ class BoxDecoder:
     result: ClassVar[type] = Boxes
     form: Form = "xyxy"
     category: str | int = 0
-    score_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.05
+    score_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.025
     nms_iou: Annotated[float, Interval(gt=0, le=1)] = 0.6
     max_candidates: Annotated[int, Interval(ge=1, le=100000)] = 1000
     max_detections: Annotated[int, Interval(ge=1, le=10000)] = 100

@@ -39,7 +39,7 @@ class OneStageDecoder:
     needs: ClassVar[Mapping[str, str]] = {"boxes": "NC", "scores": "NC", "keypoints": "NC"}
     result: ClassVar[type] = Poses
     form: Form = "xyxy"
-    score_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.05
+    score_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.01
     nms_iou: Annotated[float, Interval(gt=0, le=1)] = 0.65
     max_candidates: Annotated[int, Interval(ge=1, le=100000)] = 1000
     max_detections: Annotated[int, Interval(ge=1, le=10000)] = 100

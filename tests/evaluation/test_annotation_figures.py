@@ -193,7 +193,7 @@ def test_thresholds_from_few_tune_images_are_doubted(splits, tmp_path, capsys, m
         data.parts["tune"] = data.parts.pop("validation")
         out = tmp_path / f"tuned{images}"
         out.mkdir()
-        stage = tune.Tune(data, Backend(), WholeImage(), partial(Knowing), CocoKeypoints, "64x64")
+        stage = tune.Tune(data, Backend(), WholeImage(), partial(Knowing), CocoKeypoints, None, "64x64")
         stage.run(Job(out, {"network": tmp_path}, {}, tmp_path / "scratch", tmp_path / "cache"))
         return capsys.readouterr().err
 

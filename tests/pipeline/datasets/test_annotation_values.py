@@ -281,12 +281,6 @@ def test_compressed_run_lengths_are_those_of_pycocotools(tmp_path):
     assert np.array_equal(pixels, mask)
 
 
-def test_keypoints_without_sigmas_are_refused_before_any_work(tmp_path):
-    part = {"images": tmp_path, "annotations": written(tmp_path, content(categories=[{**HAND, "id": 1, "sigmas": []}]))}
-    with pytest.raises(UserError, match=r'3 keypoints but 0 sigmas.*add "sigmas": \[\.\.\.\] to the category hand'):
-        CocoSplits(part, part, cache=str(tmp_path)).digest(["train"])
-
-
 # --- image files -----------------------------------------------------------------------------------------------------------
 
 

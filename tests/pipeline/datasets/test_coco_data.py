@@ -350,7 +350,7 @@ def test_an_image_above_a_hundred_megapixels_is_refused(tmp_path):
         read_image(tmp_path / "vast.png")
 
 
-def test_a_skeleton_of_its_own_needs_sigmas(folder):
+def test_a_skeleton_of_its_own_without_sigmas_takes_the_default_and_says_so(folder, tmp_path):
     from evaluation.metrics.coco_keypoints import CocoKeypoints
 
     names = ["nose", "left_eye", "right_eye", "left_ear", "right_ear"]
@@ -361,14 +361,18 @@ def test_a_skeleton_of_its_own_needs_sigmas(folder):
         content["categories"] = [{"id": 1, "name": "face", "keypoints": names, "skeleton": [[1, 2]], **more}]
 
     edit(folder / "annotations/validation.json", five)
-    with pytest.raises(UserError, match=r"validation\.json: 5 keypoints but 0 sigmas.*to the category face"):
-        splits(folder).open("validation")
-    data = Coco(folder / "images/validation", folder / "annotations/validation.json")
+    data = splits(folder).open("validation")
+    (said,) = [doubt for doubt in data.doubts(tmp_path) if "sigmas" in doubt]
+    assert "the category face has no sigmas, so OKS takes 0.05 for each of its 5 keypoints; add" in said
     assert data.labels.names == tuple(names)
     assert data.labels.flip == (0, 2, 1, 4, 3)
     assert data[0].truth.keypoints.shape[1] == 5
-    with pytest.raises(ValueError, match='5 keypoints but 0 sigmas.*add "sigmas"'):
-        CocoKeypoints(data.labels, data.labels)
+    assert CocoKeypoints(data.labels, data.labels).people().sigmas.tolist() == [0.05] * 5
+    known = splits(folder, skeleton={"names": names, "edges": [[0, 1]], "sigmas": [0.01] * 5, "mirror": [[3, 4]]}).open("validation")
+    assert known.labels.sigmas == (0.01,) * 5
+    assert known.labels.flip == (0, 1, 2, 4, 3)
+    assert known.labels.limbs == ((0, 1),)
+    assert not [doubt for doubt in known.doubts(tmp_path) if "sigmas" in doubt]
     edit(folder / "annotations/validation.json", lambda c: c["categories"][0].update(sigmas=[0.03] * 5))
     assert CocoKeypoints(splits(folder).open("validation").labels, data.labels).evaluate()["ap"] == -1
 

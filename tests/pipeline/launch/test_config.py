@@ -128,7 +128,7 @@ def test_every_component_can_be_made(group, choice):
 @pytest.mark.parametrize("model", [c for g, c in CHOICES if g == "model"])
 def test_the_multiple_in_the_file_is_the_networks(model):
     config = composed("model", model)
-    if model in ("onnx", "plan"):
+    if "_target_" not in config.model:
         spec = files.described(OmegaConf.to_container(config.model.spec, resolve=True))
     else:
         plain = {k: v for k, v in cell.resolved(config.model).items() if k != ABOUT}

@@ -229,6 +229,7 @@ def test_agreement_of_fp32_with_itself_is_whole_or_undefined(chain, exported):
         WholeImage("pad_image_input"),
         partial(HeatmapPafDecoder, heatmap_threshold=[0.05, 0.1], paf_threshold=0.05, score_weights="tuned"),
         CocoKeypoints,
+        PoseAgreement,
         "64x80",
     ).run(replace(job("tuned"), inputs={"network": exported}))
     assert tuning["heatmap_threshold"] in (0.05, 0.1)
@@ -296,6 +297,7 @@ def test_what_scores_best_on_the_tune_images_is_chosen(chain, exported, wanted, 
         WholeImage(),
         partial(Knowing, threshold=wanted),
         lambda labels, found_labels: measured(labels=labels, found_labels=labels),
+        PoseAgreement,
         "64x80",
     ).run(replace(job("chosen"), inputs={"network": exported}))
     assert summary["threshold"] == best
@@ -311,7 +313,7 @@ def test_tune_images_without_people_measure_nothing(chain, exported):
     job, data = chain
     read = partial(HeatmapPafDecoder, heatmap_threshold=0.05, score_weights="tuned")
     where = replace(job("nothing"), inputs={"network": exported})
-    summary = tune.Tune(data, OnnxRuntime(), WholeImage(), read, Nothing, "64x80").run(where)
+    summary = tune.Tune(data, OnnxRuntime(), WholeImage(), read, Nothing, None, "64x80").run(where)
     assert summary == {"heatmap_threshold": 0.05, "tune_images": 4} or not any("ap" in name for name in summary)
     written = json.loads((where.out / "decoder.json").read_text())
     assert written["options"]["score_weights"] is None
@@ -548,7 +550,7 @@ def test_a_topdown_network_goes_through_the_chain(tmp_path):
 
 
 def test_a_family_without_training_says_so(tmp_path):
-    text = refused(pipeline(*SMOKE, "family=topdown", cwd=tmp_path)).replace("\n", " ")
+    text = refused(pipeline(*SMOKE, "family=boxes", cwd=tmp_path)).replace("\n", " ")
     assert "networks are not trained here: give model=onnx" in text
 
 
