@@ -368,7 +368,9 @@ def test_a_skeleton_of_its_own_without_sigmas_takes_the_default_and_says_so(fold
     assert data.labels.flip == (0, 2, 1, 4, 3)
     assert data[0].truth.keypoints.shape[1] == 5
     assert CocoKeypoints(data.labels, data.labels).people().sigmas.tolist() == [0.05] * 5
-    known = splits(folder, skeleton={"names": names, "edges": [[0, 1]], "sigmas": [0.01] * 5, "mirror": [[3, 4]]}).open("validation")
+    known = splits(folder, skeleton={"names": names, "edges": [[0, 1]], "sigmas": [0.01] * 5, "mirror": [[3, 4]]}).open(
+        "validation"
+    )
     assert known.labels.sigmas == (0.01,) * 5
     assert known.labels.flip == (0, 1, 2, 4, 3)
     assert known.labels.limbs == ((0, 1),)
