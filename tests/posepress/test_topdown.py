@@ -4,7 +4,7 @@ import torch
 
 from posepress.decoders.heatmap_argmax import TopDownDecoder
 from posepress.framing.person_crops import PersonCrops
-from posepress.geometry import input_to_cells
+from posepress.geometry import cells_to_input, input_to_cells
 from posepress.resolution import Resolution
 from posepress.results import Boxes
 from posepress.skeletons import COCO_17
@@ -96,3 +96,35 @@ def test_bad_options_are_refused():
         TopDownDecoder(few)
     with pytest.raises(ValueError, match="needs a box for each person"):
         PersonCrops().views(SIZE, SIZE, SPEC.input)
+
+
+def test_udp_places_the_first_and_last_cells_on_the_first_and_last_pixels():
+    field = OutputSpec("heatmaps", 4, 17, udp=True)
+    spec = NetworkSpec(InputSpec("image"), (field,), COCO_17)
+    assert cells_to_input(np.array([[0.0, 0.0], [47.0, 63.0]]), field, SIZE) == pytest.approx(np.array([[0, 0], [191, 255]]))
+    points = np.random.default_rng(0).uniform(0, 190, (5, 2))
+    assert cells_to_input(input_to_cells(points, field, SIZE), field, SIZE) == pytest.approx(points)
+    inside = torch.from_numpy(points)
+    assert torch.allclose(cells_to_input(input_to_cells(inside, field, SIZE), field, SIZE), inside)
+    (view,) = PersonCrops().views(SIZE, SIZE, spec.input, Boxes(np.array([[0.0, 0, 192, 256]])))
+    maps = np.zeros((1, 17, 64, 48), np.float32)
+    maps[..., 63, 47] = 1
+    (found,) = TopDownDecoder(spec, refinement="none").decode({"heatmaps": maps}, [view])
+    assert view.to_input(found.keypoints[0, 0, :2]) == pytest.approx([191, 255], abs=1e-3)
+    with pytest.raises(ValueError, match="the cells of 'heatmaps' depend on the input's size"):
+        cells_to_input(points, field)
+
+
+def test_a_persons_score_has_the_boxs_as_a_factor_and_doubles_go():
+    people = np.repeat(planted(1), 2, axis=0)
+    maps, _ = seen(people)
+    low, high = people.min(axis=1), people.max(axis=1)
+    boxes = Boxes(np.concatenate([low, high - low], axis=1), np.array([0.5, 0.8]))
+    views = PersonCrops().views(Resolution(600, 800), SIZE, SPEC.input, boxes)
+    decoder = TopDownDecoder(SPEC)
+    found = decoder.decode({"heatmaps": maps}, views)
+    assert found[0].scores / found[1].scores == pytest.approx([0.5 / 0.8])
+    merged = decoder.merge(found, views)
+    assert merged.scores == pytest.approx(found[1].scores)
+    assert merged.boxes == pytest.approx(boxes.xywh[1:].astype(np.float32))
+    assert len(TopDownDecoder(SPEC, nms_oks=1.0).merge(found, views).scores) == 2

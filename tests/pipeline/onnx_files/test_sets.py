@@ -1,0 +1,145 @@
+"""Adoption of files whose outputs are sets, lines or detections without a batch, and the guess of their family."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from omegaconf import OmegaConf
+from onnx import TensorProto, helper, numpy_helper
+
+from pipeline.onnx_files.adopt import adopt
+from pipeline.onnx_files.export import compare, onnx_reference
+from pipeline.onnx_files.guess import anatomy, guess
+from posepress.errors import UserError
+from posepress.resolution import Resolution
+from tests.conftest import ROOT
+
+SIZE = Resolution(64, 64)
+
+
+def saved(folder, outputs, batch="n", nhwc=False, more=()):
+    """A file that returns the given values times one plus the image's mean, by name."""
+    values = [numpy_helper.from_array(value.astype(np.float32), f"{name}_values") for name, value in outputs.items()]
+    nodes = [
+        helper.make_node("ReduceMean", ["image"], ["mean"], axes=[0, 1, 2, 3], keepdims=0),
+        *(helper.make_node("Mul", [f"{name}_values", "mean"], [f"{name}_scaled"]) for name in outputs),
+        *(helper.make_node("Add", [f"{name}_values", f"{name}_scaled"], [name]) for name in outputs),
+        *more,
+    ]
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * value.ndim) for name, value in outputs.items()]
+    shape = [batch, 64, 64, 3] if nhwc else [batch, 3, 64, 64]
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, shape)
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", [image], infos, values), opset_imports=[helper.make_opsetid("", 17)]
+    )
+    model.ir_version = 8
+    onnx.save(model, folder / "given.onnx")
+    return folder / "given.onnx"
+
+
+def preset(name, **changes):
+    spec = OmegaConf.to_container(OmegaConf.load(ROOT / f"conf/model/{name}.yaml").model.spec)
+    return {**spec, **changes}
+
+
+def fields(file, raw):
+    """The adopted file's fields for an image, which equal those of the given file."""
+    made = adopt(file, raw, None, SIZE)
+    image = np.random.default_rng(0).random((1, 3, 64, 64)).astype(np.float32)
+    out = file.with_name("adopted.onnx")
+    onnx.save(made.model, out)
+    compare(out, made.spec, onnx_reference(file, made.spec, made.sources), [image], 1e-6)
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    names = [field.name for field in made.spec.fields]
+    return dict(zip(names, session.run(names, {made.spec.input.name: image}), strict=True)), 1 + image.mean()
+
+
+def random(*shape):
+    return np.random.default_rng(1).random(shape)
+
+
+def test_one_output_of_yolo_is_split_by_channels(tmp_path):
+    values = random(1, 56, 90)
+    found, factor = fields(saved(tmp_path, {"output0": values}, 1), preset("yolov8_pose"))
+    assert [field.shape for field in found.values()] == [(1, 4, 90), (1, 1, 90), (1, 51, 90)]
+    assert np.concatenate(list(found.values()), axis=1) == pytest.approx(values * factor, rel=1e-5)
+
+
+def test_its_output_may_have_any_name_where_it_is_the_only_one(tmp_path):
+    found, _ = fields(saved(tmp_path, {"something": random(1, 300, 57)}, 1), preset("yolo26_pose"))
+    assert [field.shape for field in found.values()] == [(1, 300, 4), (1, 300, 1), (1, 300, 1), (1, 300, 51)]
+
+
+def test_detections_with_keypoints_of_their_own_are_reshaped(tmp_path):
+    dets, points = random(1, 40, 5), random(1, 40, 17, 3)
+    found, factor = fields(saved(tmp_path, {"dets": dets, "keypoints": points}, 1), preset("rtmo"))
+    assert found["scores"] == pytest.approx(dets[..., 4:] * factor, rel=1e-5)
+    assert found["keypoints"].reshape(1, 40, 17, 3) == pytest.approx(points * factor, rel=1e-5)
+
+
+def test_a_detector_without_a_batch_gets_one(tmp_path):
+    spec = OmegaConf.to_container(OmegaConf.load(ROOT / "conf/detector/faster_rcnn.yaml").spec)
+    spec["fields"][2]["dtype"] = "float32"
+    outputs = {"boxes": random(7, 4), "labels": np.ones(7), "scores": random(7)}
+    found, factor = fields(saved(tmp_path, outputs, 1), spec)
+    assert {name: field.shape for name, field in found.items()} == {
+        "boxes": (1, 7, 4),
+        "scores": (1, 7, 1),
+        "classes": (1, 7, 1),
+    }
+    assert found["boxes"][0] == pytest.approx(outputs["boxes"] * factor, rel=1e-5)
+
+
+def test_logits_get_their_activation(tmp_path):
+    raw = {
+        "input": {"name": "image", "multiple": 1},
+        "fields": [{"name": "heatmaps", "stride": 4, "channels": 17, "activation": "sigmoid"}],
+        "labels": "coco_17",
+    }
+    values = 4 * random(1, 17, 16, 16) - 2
+    found, factor = fields(saved(tmp_path, {"heatmaps": values}, 1), raw)
+    assert found["heatmaps"] == pytest.approx(1 / (1 + np.exp(-values * factor)), rel=1e-4)
+    with pytest.raises(UserError, match=r"fields\[0\]\.activation=softmax: choose sigmoid"):
+        adopt(tmp_path / "given.onnx", {**raw, "fields": [{**raw["fields"][0], "activation": "softmax"}]}, None, SIZE)
+
+
+def test_channels_that_do_not_add_up_are_named(tmp_path):
+    file = saved(tmp_path, {"output0": random(1, 55, 90)}, 1)
+    with pytest.raises(
+        UserError, match=r"'output0' is \[n, 55, 90\], and model.spec.fields shares it among 4 boxes \+ 1 scores"
+    ):
+        adopt(file, preset("yolov8_pose"), None, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "family", "words"),
+    [
+        ({"o": random(1, 56, 90)}, "onestage", ["model=yolov8_pose", "model.spec.labels=coco_17"]),
+        ({"o": random(1, 5 + 63, 90)}, "onestage", ["model=yolov8_pose", "model.spec.fields.2.channels=63"]),
+        ({"o": random(1, 300, 57)}, "onestage", ["model=yolo26_pose"]),
+        ({"dets": random(1, 40, 5), "keypoints": random(1, 40, 17, 3)}, "onestage", ["model=rtmo"]),
+        ({"a": random(1, 17, 128), "b": random(1, 17, 128)}, "simcc", ["model=rtmpose"]),
+        ({"o": random(1, 84, 90)}, "boxes", ["model=yolo_boxes", "model.spec.labels=coco_80"]),
+        ({"b": random(1, 90, 4), "s": random(1, 90, 1)}, "boxes", ["family=boxes"]),
+        ({"h": random(1, 17, 16, 16)}, "topdown", ["family=topdown", "model.spec.labels=coco_17"]),
+        ({"h": random(1, 19, 8, 8), "p": random(1, 38, 8, 8)}, "heatmap_paf", ["family=heatmap_paf"]),
+        ({"x": random(1, 7)}, "", []),
+    ],
+)
+def test_the_family_is_guessed_from_the_shapes(tmp_path, outputs, family, words):
+    file = saved(tmp_path, outputs, 1)
+    made = guess(file, anatomy(file))
+    assert made.family == family
+    assert set(words) <= set(made.words)
+
+
+def test_the_anatomy_says_what_a_file_is(tmp_path):
+    file = saved(tmp_path, {"h": random(1, 17, 16, 16)}, 1, nhwc=True)
+    found = anatomy(file)
+    assert (found.layout, found.channels, found.dtype, found.size) == ("NHWC", 3, "float32", SIZE)
+    rows = dict(found.rows)
+    assert rows["opset"] == "17"
+    assert "ReduceMean" in rows["operators"]
+    assert "model.spec.input.layout=NHWC" in guess(file, found).words
+    with pytest.raises(UserError, match="not a valid ONNX file"):
+        anatomy(ROOT / "README.md")
