@@ -41,7 +41,7 @@ class Benchmark:
         seconds: longest time of timing both engines, in seconds.
         min_int8_share: smallest share of the MACs that must run in INT8, else the benchmark fails.
         axes: options that distinguish this cell from others, for tables.
-        detector: what finds the boxes of `data`; it is timed, too.
+        detector: finds the boxes of `data`; it is timed, too.
     """
 
     data: Splits
@@ -112,7 +112,7 @@ class Benchmark:
     def _timed(self, job: Job, engine: Path) -> dict[str, Any]:
         """The engine's memory and times beside those of the reference, measured in a process of its own."""
         images, size = self.data.open("validation"), Resolution.parse(self.resolution)
-        some = [(sample.read(), sample.boxes) for sample in (images[n] for n in range(min(_IMAGES, len(images))))]
+        some = [(one.read(), one.boxes) for one in (images[n] for n in range(min(_IMAGES, len(images))))]
         decoder = partial(self.decoder, **decoder_options(job.inputs.get("tuned"), self.decoder))
         detector = None if self.detector is None else partial(self.detector.timed, cache=job.cache)
         work = Work(self.backend, some, self.framing, decoder, size, self.batch, self.threads, detector)
@@ -139,9 +139,10 @@ def _ran(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _say(timed: Mapping[str, Any], lost: Sequence[Mapping[str, Any]] | None) -> None:
+    warm, people = f"{timed['warm_up_calls']} to warm up", in_words(timed)
     say(
         f"p50 {timed['latency_p50_ms']:.2f} ms, interval {timed['latency_width']:.1%} wide, "
-        f"{timed['calls']} calls after {timed['warm_up_calls']} to warm up; decoding {timed['decoding_p50_ms']:.2f} ms{in_words(timed)}"
+        f"{timed['calls']} calls after {warm}; decoding {timed['decoding_p50_ms']:.2f} ms{people}"
     )
     if lost:
         say(

@@ -1,0 +1,63 @@
+"""FastPose (AlphaPose, arXiv:2211.03375): a ResNet with squeeze-and-excitation, and pixel shuffles. One person in each view."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+from annotated_types import Interval
+from torch import Tensor, nn
+
+from pipeline.models.resnet import Depth, ResNet, conv, initialise
+from posepress.skeletons import skeleton_of
+from posepress.spec import InputSpec, NetworkSpec, OutputSpec
+
+
+class FastPose(nn.Module):
+    """A network that returns a heatmap for each keypoint at stride 4.
+
+    Dense upsampling convolutions (DUC) enlarge the features: a convolution computes the four pixels of each cell as channels.
+
+    Args:
+        depth: layers of the ResNet: 18, 50 or 101.
+        width: factor of all channel counts; no layer has fewer than 16 channels.
+        skeleton: the keypoints: a name (coco_17), or the content of a skeleton file.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        depth: Depth = 50,
+        width: Annotated[float, Interval(ge=0.1, le=4)] = 1.0,
+        skeleton: str | Mapping[str, object] = "coco_17",
+    ) -> None:
+        super().__init__()
+        labels = skeleton_of(skeleton)
+        self.spec = NetworkSpec(
+            InputSpec("image", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), multiple=32),
+            (OutputSpec("heatmaps", 4, len(labels.names)),),
+            labels,
+        )
+        self.backbone = ResNet(depth, width, excitation=True)
+        channels = self.backbone.channels // 16 * 16
+        inner = channels // 4
+        self.up = nn.Sequential(
+            conv(self.backbone.channels, channels, 1) if self.backbone.channels % 16 else nn.Identity(),
+            nn.PixelShuffle(2),
+            conv(inner, 2 * inner),
+            nn.PixelShuffle(2),
+            conv(inner // 2, inner),
+            nn.PixelShuffle(2),
+        )
+        self.head = nn.Conv2d(inner // 4, len(labels.names), 3, padding=1)
+        initialise(self)
+        nn.init.normal_(self.head.weight, std=0.001)
+
+    @property
+    def ignored_layers(self) -> Sequence[nn.Module]:
+        """The convolution that computes the heatmaps."""
+        return [self.head]
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Heatmaps [B, K, H / 4, W / 4] of images [B, 3, H, W]."""
+        return {"heatmaps": self.head(self.up(self.backbone(images)))}
