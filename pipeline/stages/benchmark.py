@@ -13,7 +13,7 @@ from annotated_types import Ge, Interval
 from evaluation import audit, device, power
 from pipeline.contracts import Backend, Splits
 from pipeline.decoder_options import decoder_options
-from pipeline.onnx_files.files import ModelFiles, Shapes
+from pipeline.onnx_files.files import FLAVOURS, ModelFiles, Shapes
 from pipeline.probing.processes import alone
 from pipeline.probing.timing import Work, apart, in_words, measure
 from pipeline.progress import say
@@ -122,8 +122,7 @@ class Benchmark:
 
     def _reference(self, job: Job, size: Resolution, folder: Path) -> Path:
         """The engine of the exported network, which is built into the folder."""
-        model = job.inputs["reference"] / "model.onnx"
-        files = ModelFiles({"tensorrt": model, "onnxruntime": model}, checkpoint=job.inputs["engine"])
+        files = ModelFiles(dict.fromkeys(FLAVOURS, job.inputs["reference"] / "model.onnx"), checkpoint=job.inputs["engine"])
         return self.backend.in_fp32().build(files, Shapes((size, size, size), (1, self.batch, self.batch)), folder)
 
 
