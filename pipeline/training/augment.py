@@ -33,6 +33,7 @@ class Augmentation:
         rotate: largest angle in either direction, in degrees.
         shift: largest displacement in either direction, as a fraction of the input's size.
         brightness: largest change of gain and offset of pixel values, as a fraction of full scale.
+        half_body: share of the crops of a person that show its upper or its lower half alone.
     """
 
     flip: Annotated[float, Interval(ge=0, le=1)] = 0.5
@@ -40,6 +41,7 @@ class Augmentation:
     rotate: Annotated[float, Interval(ge=0, le=180)] = 25.0
     shift: Annotated[float, Interval(ge=0, le=10)] = 0.25
     brightness: Annotated[float, Interval(ge=0, le=10)] = 0.2
+    half_body: Annotated[float, Interval(ge=0, le=1)] = 0.0
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -47,8 +49,9 @@ class Augmentation:
         Raises:
             UserError: a number is out of range, or the scales are in the wrong order.
         """
-        if not _number(self.flip) or not 0 <= self.flip <= 1:
-            raise UserError(f"augment.flip={self.flip}: not a share of the views; choose 0 to 1")
+        for option in ("flip", "half_body"):
+            if not _number(share := getattr(self, option)) or not 0 <= share <= 1:
+                raise UserError(f"augment.{option}={share}: not a share of the views; choose 0 to 1")
         for option in ("rotate", "shift", "brightness"):
             if not _number(getattr(self, option)) or getattr(self, option) < 0:
                 raise UserError(f"augment.{option}={getattr(self, option)}: choose 0 or more")
@@ -63,6 +66,7 @@ class Augmentation:
         bases: NDArray[np.float64],
         anchors: NDArray[np.float32],
         resolution: Resolution,
+        halves: NDArray[np.float64] | None = None,
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.float64]]:
         """Random views around some base views. A view that enlarges its image stays on one of the anchors, if there are some.
 
@@ -71,12 +75,17 @@ class Augmentation:
             bases: from image to base view, [B, 2, 3], in pixels; each scales both axes alike and does not turn.
             anchors: boxes that are worth a close look [B, P, 4]: x, y, width and height; width 0 where there are fewer.
             resolution: size of the views.
+            halves: from image to base views of the two halves of a person, [B, 2, 2, 3]; NaN where there are none.
 
         Returns:
             Matrices from image to view [B, 2, 3], in pixels; which views are mirrored [B]; and gain and offset of pixel values,
             0 to 255, [B, 2].
         """
         zoomed, chosen, pull, angle, mirrored, right, down, gain, level = draws.T
+        if halves is not None and self.half_body:  # a cropped view has no anchors, so that these numbers are free
+            half = halves[np.arange(len(halves)), (pull < 0.5).astype(int)]
+            taken = (chosen < self.half_body) & np.isfinite(half).all(axis=(1, 2))
+            bases = np.where(taken[:, None, None], half, bases)
         least, most = np.log(self.scale)
         zoom = np.exp(least + (most - least) * zoomed)
         extent = np.array([resolution.width, resolution.height])

@@ -24,9 +24,10 @@ from posepress.labels import Palette, Skeleton
 from posepress.resolution import Resolution
 from posepress.results import Boxes, Sample
 
-_VIEWS = ("rows", "places", "bases", "cropped")  # arrays with an entry for each base view
+_VIEWS = ("rows", "places", "bases", "cropped", "halves")  # arrays with an entry for each base view
 _LABEL = "label."  # beginning of the names of files with labels
 _RESERVED = ("image", "row", "matrix", "tone", "flipped", "base", "labelled")  # other arrays of a batch
+_HALF = 3  # least number of labelled keypoints of half a person
 _SPARE = 1.05  # required free disk space, relative to the size of the shard
 
 
@@ -42,6 +43,8 @@ class Shard:
         places: the number of each base view in its image, int64 [M].
         bases: from stored image to base view, float64 [M, 2, 3]; `Framing.bases` makes them.
         cropped: whether a base view shows a part of its image, bool [M]; such views ignore the anchors.
+        halves: from stored image to the views of the upper and the lower half of the person that a base view shows, float64
+            [M, 2, 2, 3]; NaN where there are too few labelled keypoints.
         folder: folder of the arrays, which other processes map themselves; None if they are in memory alone.
     """
 
@@ -51,13 +54,14 @@ class Shard:
     places: NDArray[np.int64]
     bases: NDArray[np.float64]
     cropped: NDArray[np.bool_]
+    halves: NDArray[np.float64]
     folder: Path | None = None
 
     def __reduce__(self) -> Any:
         """What is sent to other processes: the folder, if there is one, otherwise the arrays."""
         if self.folder is not None:
             return Shard.open, (self.folder,)
-        return Shard, (self.images, dict(self.labels), self.rows, self.places, self.bases, self.cropped)
+        return Shard, (self.images, dict(self.labels), *(getattr(self, name) for name in _VIEWS))
 
     def __len__(self) -> int:
         """Number of base views."""
@@ -78,7 +82,8 @@ class Shard:
         items = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int))
         kept, rows = np.unique(self.rows[items], return_inverse=True)
         labels = {name: values[kept] for name, values in self.labels.items()}
-        return Shard(self.images[kept], labels, rows, self.places[items], self.bases[items], self.cropped[items])
+        views = [getattr(self, name)[items] for name in _VIEWS[1:]]
+        return Shard(self.images[kept], labels, rows, *views)
 
     @classmethod
     def open(cls, folder: Path) -> "Shard":
@@ -176,7 +181,7 @@ class Material:
         _check_space(folder, count, height, width)
         images = _mapped(folder / "images.npy", np.dtype(np.uint8), (count, height, width, 3))
 
-        def write(row: int) -> tuple[dict[str, NDArray[Any]], list[View]]:
+        def write(row: int) -> tuple[dict[str, NDArray[Any]], list[tuple[int, View, NDArray[np.float64]]]]:
             part, n = samples[row]
             sample, (h, w) = part[n], sizes[row].tolist()
             image = sample.read()
@@ -185,9 +190,15 @@ class Material:
             images[row] = pad
             images[row, :h, :w] = image
             stored = Stored(sample.size, Resolution(h, w), Resolution(height, width), source)
-            return self.objective.labels(sample.truth, stored, most), self._bases(sample, stored.size)
+            kept = self.objective.labels(sample.truth, stored, most)
+            bases = [
+                (place, view)
+                for place, view in enumerate(self._bases(sample, stored.size))
+                if _taught(sample, view, place, kept)
+            ]
+            return kept, [(place, view, self._halves(view, place, kept, stored.size)) for place, view in bases]
 
-        views: list[tuple[int, int, View]] = []
+        views: list[tuple[int, int, View, NDArray[np.float64]]] = []
         with ThreadPoolExecutor() as pool:
             rows = track(pool.map(write, range(count)), "reading training images", count, "images")
             arrays: dict[str, NDArray[Any]] = {}
@@ -198,19 +209,37 @@ class Material:
                     if name not in arrays:
                         arrays[name] = _mapped(folder / f"{_LABEL}{name}.npy", value.dtype, (count, *value.shape))
                     arrays[name][row] = value
-                views += [(row, place, view) for place, view in enumerate(bases)]
+                views += [(row, *base) for base in bases]
         if not views:
             raise UserError("no view to train on: these images show no instance that the framing cuts out; give other images")
         for name, values in (
-            ("rows", np.array([row for row, _, _ in views], np.int64)),
-            ("places", np.array([place for _, place, _ in views], np.int64)),
-            ("bases", np.array([view.matrix for _, _, view in views], np.float64)),
-            ("cropped", np.array([view.box is not None for _, _, view in views])),
+            ("rows", np.array([row for row, *_ in views], np.int64)),
+            ("places", np.array([place for _, place, *_ in views], np.int64)),
+            ("bases", np.array([view.matrix for _, _, view, _ in views], np.float64)),
+            ("cropped", np.array([view.box is not None for _, _, view, _ in views])),
+            ("halves", np.array([halves for *_, halves in views], np.float64)),
         ):
             np.save(folder / f"{name}.npy", values)
         labelled = np.array([part.labelled for part in parts for _ in range(len(part))])
         np.save(folder / f"{_LABEL}labelled.npy", labelled)
         images.flush()
+
+    def _halves(self, view: View, place: int, kept: Mapping[str, NDArray[Any]], size: Resolution) -> NDArray[np.float64]:
+        """Matrices [2, 2, 3] of the views of the upper and lower half of a cropped person; NaN where there are none."""
+        made = np.full((2, 2, 3), np.nan)
+        own = np.flatnonzero(kept.get("instances", np.zeros(0)) == place) if view.box is not None else ()
+        if not len(own):
+            return made
+        points = kept["keypoints"][own[0]]
+        points = points[points[:, 2] > 0, :2].astype(np.float64)
+        if len(points) < 2 * _HALF:
+            return made
+        order = np.argsort(points[:, 1], kind="stable")
+        for n, half in enumerate((points[order[: len(order) // 2]], points[order[len(order) // 2 :]])):
+            low, side = half.min(axis=0), np.maximum(np.ptp(half, axis=0), 1.0)
+            (seen,) = self.framing.bases(size, self.resolution, Boxes(np.concatenate((low, side))[None]))
+            made[n] = seen.matrix
+        return made
 
     @property
     def _zoom(self) -> float:
@@ -235,6 +264,12 @@ class Material:
             return self.framing.bases(stored, self.resolution, boxes)
         except ValueError as error:
             raise UserError(f"image {sample.id}: {error}") from error
+
+
+def _taught(sample: Sample[Any], view: View, place: int, kept: Mapping[str, NDArray[Any]]) -> bool:
+    """Whether a base view has something to learn: a crop of a person without labelled keypoints has nothing."""
+    labelled = view.box is None or sample.truth is None or "instances" not in kept
+    return labelled or bool((kept["instances"] == place).any())
 
 
 def _check_space(folder: Path, count: int, height: int, width: int) -> None:

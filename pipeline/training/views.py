@@ -84,7 +84,7 @@ class Views:
         if "anchors" in shard.labels:
             anchors = np.asarray(shard.labels["anchors"])[rows] * ~np.asarray(shard.cropped)[views, None, None]
         matrices, flipped, tones = self.augment.views(
-            uniform(self.seed, items), np.asarray(shard.bases)[views], anchors, self.resolution
+            uniform(self.seed, items), np.asarray(shard.bases)[views], anchors, self.resolution, np.asarray(shard.halves)[views]
         )
         drawn = {"matrix": matrices.astype(np.float32), "flipped": flipped, "tone": tones.astype(np.float32)}
         drawn["base"] = np.asarray(shard.places)[views]

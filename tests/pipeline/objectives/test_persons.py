@@ -1,5 +1,7 @@
 """Objectives of networks that see one person in each view, and of one-stage networks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,8 @@ from pipeline.models.simplebaseline import SimpleBaseline
 from pipeline.objectives.heatmaps import HeatmapObjective
 from pipeline.objectives.onestage import OneStageObjective
 from pipeline.objectives.simcc import SimccObjective
+from pipeline.training.augment import DRAWS, NONE
+from pipeline.training.shard import Material
 from posepress.decoders.heatmap_argmax import TopDownDecoder
 from posepress.decoders.onestage import OneStageDecoder
 from posepress.decoders.simcc import SimccDecoder
@@ -20,7 +24,7 @@ from posepress.framing.person_crops import PersonCrops
 from posepress.framing.whole_image import WholeImage
 from posepress.labels import Skeleton
 from posepress.resolution import Resolution
-from posepress.results import Boxes
+from posepress.results import Boxes, Sample
 from posepress.skeletons import COCO_17
 from posepress.spec import InputSpec, NetworkSpec, OutputSpec
 
@@ -240,3 +244,44 @@ def test_imitation_is_least_at_the_teacher_and_reaches_the_student(objective, ne
     assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
     with pytest.raises(UserError, match="the teacher has no output"):
         objective.imitation(expected, {"other": images})
+
+
+def test_crops_of_half_a_person_show_its_labelled_half(tmp_path):
+    found = truth()
+    found.keypoints[2, :, 2] = 0  # nothing to learn from
+    pixels = np.zeros((IMAGE.height, IMAGE.width, 3), np.uint8)
+
+    class Part:
+        labels, labelled = COCO_17, True
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, n):
+            return Sample("1", IMAGE, lambda: pixels, found, Boxes(found.boxes))
+
+    class Data:
+        def open(self, split):
+            return Part()
+
+        def digest(self, splits):
+            return "d"
+
+    augment = replace(NONE, half_body=0.5)
+    material = Material(Data(), HeatmapObjective(), PersonCrops(), CROP, augment, tmp_path)
+    shard = material.shard(["train"], 128)
+    assert shard.places.tolist() == [0, 1], "a person without labelled keypoints has no crop"
+    size = np.array([CROP.width, CROP.height])
+    for n in range(2):
+        order = np.argsort(found.keypoints[n, :, 1])
+        for half, rows in enumerate((order[:8], order[8:])):
+            at = found.keypoints[n, rows, :2] @ shard.halves[n, half][:, :2].T + shard.halves[n, half][:, 2]
+            assert ((at > -0.5) & (at < size - 0.5)).all()
+            assert shard.halves[n, half][0, 0] > shard.bases[n][0, 0], "a half is shown larger"
+    draws = np.random.default_rng(0).random((200, DRAWS))
+    rows = np.arange(200) % 2
+    matrices, _, _ = augment.views(draws, shard.bases[rows], np.zeros((200, 0, 4), np.float32), CROP, shard.halves[rows])
+    halves = ~np.isclose(matrices[:, 0, 0], shard.bases[rows][:, 0, 0])
+    assert 0.35 < halves.mean() < 0.65
+    whole, _, _ = NONE.views(draws, shard.bases[rows], np.zeros((200, 0, 4), np.float32), CROP, shard.halves[rows])
+    assert np.allclose(whole, shard.bases[rows])
