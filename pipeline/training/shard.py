@@ -191,11 +191,8 @@ class Material:
             images[row, :h, :w] = image
             stored = Stored(sample.size, Resolution(h, w), Resolution(height, width), source)
             kept = self.objective.labels(sample.truth, stored, most)
-            bases = [
-                (place, view)
-                for place, view in enumerate(self._bases(sample, stored.size))
-                if _taught(sample, view, place, kept)
-            ]
+            every = enumerate(self._bases(sample, stored.size))
+            bases = [(place, view) for place, view in every if _taught(sample, view, place, kept)]
             return kept, [(place, view, self._halves(view, place, kept, stored.size)) for place, view in bases]
 
         views: list[tuple[int, int, View, NDArray[np.float64]]] = []
@@ -209,15 +206,15 @@ class Material:
                     if name not in arrays:
                         arrays[name] = _mapped(folder / f"{_LABEL}{name}.npy", value.dtype, (count, *value.shape))
                     arrays[name][row] = value
-                views += [(row, *base) for base in bases]
+                views += [(row, place, view, both) for place, view, both in bases]
         if not views:
             raise UserError("no view to train on: these images show no instance that the framing cuts out; give other images")
         for name, values in (
-            ("rows", np.array([row for row, *_ in views], np.int64)),
-            ("places", np.array([place for _, place, *_ in views], np.int64)),
+            ("rows", np.array([row for row, _, _, _ in views], np.int64)),
+            ("places", np.array([place for _, place, _, _ in views], np.int64)),
             ("bases", np.array([view.matrix for _, _, view, _ in views], np.float64)),
             ("cropped", np.array([view.box is not None for _, _, view, _ in views])),
-            ("halves", np.array([halves for *_, halves in views], np.float64)),
+            ("halves", np.array([both for _, _, _, both in views], np.float64)),
         ):
             np.save(folder / f"{name}.npy", values)
         labelled = np.array([part.labelled for part in parts for _ in range(len(part))])
@@ -227,8 +224,8 @@ class Material:
     def _halves(self, view: View, place: int, kept: Mapping[str, NDArray[Any]], size: Resolution) -> NDArray[np.float64]:
         """Matrices [2, 2, 3] of the views of the upper and lower half of a cropped person; NaN where there are none."""
         made = np.full((2, 2, 3), np.nan)
-        own = np.flatnonzero(kept.get("instances", np.zeros(0)) == place) if view.box is not None else ()
-        if not len(own):
+        own = np.flatnonzero(kept["instances"] == place) if "instances" in kept else np.zeros(0, np.intp)
+        if view.box is None or not len(own):
             return made
         points = kept["keypoints"][own[0]]
         points = points[points[:, 2] > 0, :2].astype(np.float64)

@@ -273,9 +273,10 @@ def test_crops_of_half_a_person_show_its_labelled_half(tmp_path):
     assert shard.places.tolist() == [0, 1], "a person without labelled keypoints has no crop"
     size = np.array([CROP.width, CROP.height])
     for n in range(2):
-        order = np.argsort(found.keypoints[n, :, 1])
+        points = shard.labels["keypoints"][0, n, :, :2].astype(np.float64)
+        order = np.argsort(points[:, 1])
         for half, rows in enumerate((order[:8], order[8:])):
-            at = found.keypoints[n, rows, :2] @ shard.halves[n, half][:, :2].T + shard.halves[n, half][:, 2]
+            at = points[rows] @ shard.halves[n, half][:, :2].T + shard.halves[n, half][:, 2]
             assert ((at > -0.5) & (at < size - 0.5)).all()
             assert shard.halves[n, half][0, 0] > shard.bases[n][0, 0], "a half is shown larger"
     draws = np.random.default_rng(0).random((200, DRAWS))
