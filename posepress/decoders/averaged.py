@@ -1,5 +1,6 @@
 """Decoder for a research setting: the fields of several views of an image are averaged on one grid, then decoded."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from posepress.contracts import Decoder
 from posepress.geometry import View, cells_to_input, input_to_cells
 from posepress.labels import Skeleton
-from posepress.spec import Array, NetworkSpec
+from posepress.spec import Array, NetworkSpec, OutputSpec
 
 F32 = NDArray[np.float32]
 
@@ -31,6 +32,26 @@ def mirrored_heatmaps(field: F32, skeleton: Skeleton) -> F32:
     flip = skeleton.flip
     ordered: F32 = np.take(field, [*flip, *range(len(flip), len(field))], axis=0)
     return ordered
+
+
+def _to_input(grid: NDArray[np.float64], field: OutputSpec, view: View) -> NDArray[np.float64]:
+    """X and y [N, 2] in cells of a map, or in cells of a line along its axis and in pixels along the other, in input pixels."""
+    if field.is_map:
+        return cells_to_input(grid, field, view.size)
+    at = int(field.axes == "CY")
+    made = grid.copy()
+    made[:, at] = cells_to_input(grid[:, at], field, view.size)
+    return made
+
+
+def _to_cells(points: NDArray[np.float64], field: OutputSpec, view: View) -> NDArray[np.float64]:
+    """The inverse of `_to_input`."""
+    if field.is_map:
+        return input_to_cells(points, field, view.size)
+    at = int(field.axes == "CY")
+    made = points.copy()
+    made[:, at] = input_to_cells(points[:, at], field, view.size)
+    return made
 
 
 @dataclass(frozen=True)
@@ -56,24 +77,40 @@ class AveragedFields:
         return [{name: field[n].astype(np.float32) for name, field in host.items()} for n in range(len(views))]
 
     def merge(self, parts: Sequence[Mapping[str, F32]], views: Sequence[View]) -> Any:
-        """Average the fields of an image's views on the grid of the largest view, and decode them."""
-        largest = max((view for view in views if not view.flipped), key=lambda view: view.size.height * view.size.width)
-        mean = {}
-        for field in self.spec.fields:
-            h, w = next(part[field.name].shape[1:] for part, view in zip(parts, views, strict=True) if view is largest)
-            total = np.zeros((field.channels, h, w), np.float32)
-            for part, view in zip(parts, views, strict=True):
-                source = part[field.name]
-                grid = np.stack((np.arange(max(h, w)) % w, np.arange(max(h, w)) % h), axis=-1).astype(np.float64)
-                image = largest.to_image(cells_to_input(grid, field, largest.size))
-                cells = input_to_cells(view.to_input(image), field, view.size)
-                across = _interpolation(cells[:w, 0], source.shape[2])
-                down = _interpolation(cells[:h, 1], source.shape[1])
-                read: F32 = (down @ source @ across.T).astype(np.float32)
-                total += self.decoder.mirror(field.name, read) if view.flipped else read
-            mean[field.name] = total[None] / len(parts)
-        decoded = self.decoder.decode(mean, [largest])
-        return self.decoder.merge(decoded, [largest])
+        """Average the fields of the views of each instance, or of the whole image, and decode them.
+
+        The grid is that of the largest view. An instance's views follow each other, the plain one first.
+        """
+        starts = [n for n, view in enumerate(views) if n == 0 or (view.box is not None and not view.flipped)]
+        decoded, shown = [], []
+        for start, end in itertools.pairwise([*starts, len(views)]):
+            own = views[start:end]
+            largest = max((view for view in own if not view.flipped), key=lambda view: view.size.height * view.size.width)
+            mean = {field.name: self._mean(field, parts[start:end], own, largest)[None] for field in self.spec.fields}
+            decoded += self.decoder.decode(mean, [largest])
+            shown.append(largest)
+        return self.decoder.merge(decoded, shown)
+
+    def _mean(self, field: OutputSpec, parts: Sequence[Mapping[str, F32]], views: Sequence[View], largest: View) -> F32:
+        """The mean of a field over views, on the grid of the largest: maps [C, h, w] or lines [C, cells]."""
+        shape = next(part[field.name].shape for part, view in zip(parts, views, strict=True) if view is largest)
+        down = shape[1] if field.axes != "CX" else 1
+        across = shape[2] if field.is_map else shape[1] if field.axes == "CX" else 1
+        most = max(down, across)
+        grid = np.stack((np.arange(most) % across, np.arange(most) % down), axis=-1).astype(np.float64)
+        image = largest.to_image(_to_input(grid, field, largest))
+        total: NDArray[Any] = np.zeros(shape, np.float32)
+        for part, view in zip(parts, views, strict=True):
+            source: NDArray[Any] = part[field.name]
+            cells = _to_cells(view.to_input(image), field, view)
+            if field.axes != "CY":
+                source = source @ _interpolation(cells[:across, 0], source.shape[-1]).T
+            if field.axes != "CX":
+                rows = _interpolation(cells[:down, 1], source.shape[1])
+                source = rows @ source if field.is_map else source @ rows.T
+            total += self.decoder.mirror(field.name, source.astype(np.float32)) if view.flipped else source
+        mean: F32 = (total / len(parts)).astype(np.float32)
+        return mean
 
     def draw(self, image: NDArray[np.uint8], found: Any) -> NDArray[np.uint8]:
         """Draw the prediction as `decoder` does."""

@@ -9,7 +9,8 @@ from annotated_types import Interval
 
 from posepress.checks import number
 from posepress.contracts import Decoder, Result
-from posepress.geometry import View
+from posepress.errors import UserError
+from posepress.geometry import View, mirrored
 from posepress.resolution import Resolution
 from posepress.results import Boxes
 from posepress.spec import InputSpec, NetworkSpec
@@ -22,10 +23,13 @@ class PersonCrops:
     Attributes:
         padding: factor by which the crop is larger than the person's box. The box is first widened to the network's aspect
             ratio.
+        flip: whether each person has a mirrored view, too, whose fields are averaged with those of the plain view; a research
+            setting that no engine offers.
     """
 
     bases_use: ClassVar[tuple[str, ...]] = ("padding",)  # options on which `bases` depends
     padding: Annotated[float, Interval(ge=0.1, le=10)] = 1.25
+    flip: bool = False
 
     def __post_init__(self) -> None:
         """Check the padding.
@@ -38,7 +42,7 @@ class PersonCrops:
     @staticmethod
     def label_of(options: Mapping[str, Any], _: Mapping[str, str]) -> str:
         """The framing's label in an address: crop1.25."""
-        return f"crop{options['padding']}"
+        return f"crop{options['padding']}{'-flip' if options.get('flip') else ''}"
 
     @property
     def one_size(self) -> bool:
@@ -47,8 +51,8 @@ class PersonCrops:
 
     @property
     def averaged(self) -> bool:
-        """Always false: each person has one view."""
-        return False
+        """Whether a person has several views."""
+        return self.flip
 
     def views(
         self,
@@ -62,7 +66,8 @@ class PersonCrops:
         Raises:
             ValueError: `boxes` is None, or a box is not finite. An empty array is accepted: the image shows no people.
         """
-        return self.bases(size, resolution, boxes)
+        plain = self.bases(size, resolution, boxes)
+        return [view for one in plain for view in (one, mirrored(one, size))] if self.flip else plain
 
     def bases(
         self,
@@ -92,6 +97,16 @@ class PersonCrops:
             views.append(View(matrix, resolution, (x, y, width, height), score=score))
         return views
 
-    def reader(self, decoder: Decoder[Result], spec: NetworkSpec) -> Decoder[Result]:  # noqa: ARG002
-        """The decoder itself."""
-        return decoder
+    def reader(self, decoder: Decoder[Result], spec: NetworkSpec) -> Decoder[Any]:
+        """The decoder itself, or one that averages the outputs of a person's views first.
+
+        Raises:
+            UserError: an output is a set or a class map, and views are to be averaged.
+        """
+        from posepress.decoders.averaged import AveragedFields
+
+        if not self.flip:
+            return decoder
+        if other := [field.name for field in spec.fields if field.axes not in ("CHW", "CX", "CY")]:
+            raise UserError(f"flip averages maps and lines alone, and '{other[0]}' is neither; set flip=false")
+        return AveragedFields(decoder, spec)

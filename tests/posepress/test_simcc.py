@@ -97,3 +97,37 @@ def test_wrong_shapes_and_options_are_refused():
     )
     with pytest.raises(ValueError, match="5 lines of 'simcc_x' do not fit a skeleton of 17 keypoints"):
         SimccDecoder(few)
+
+
+@pytest.mark.parametrize("kind", ["lines", "maps"])
+def test_averaging_with_the_mirrored_view_of_a_person_changes_nothing_of_a_symmetric_network(kind):
+    from posepress.decoders.heatmap_argmax import TopDownDecoder
+
+    people = planted(3)
+    low, high = people.min(axis=1), people.max(axis=1)
+    framing = PersonCrops(flip=True)
+    maps = NetworkSpec(InputSpec("image"), (OutputSpec("heatmaps", 4, 17),), COCO_17)
+    spec = RTMPOSE if kind == "lines" else maps
+    views = framing.views(Resolution(600, 800), SIZE, spec.input, Boxes(np.concatenate([low, high - low], axis=1)))
+    assert [view.flipped for view in views] == [False, True] * 3
+    fields = {field.name: [] for field in spec.fields}
+    for n, view in enumerate(views):
+        points = view.to_input(people[n // 2])
+        points = points[list(COCO_17.flip)] if view.flipped else points  # a network sees the mirrored person's left as right
+        for field in spec.fields:
+            if field.is_map:
+                x, y = input_to_cells(points, field, SIZE).T[..., None, None]
+                rows, columns = np.mgrid[:64, :48]
+                fields[field.name].append(np.exp(-((columns - x) ** 2 + (rows - y) ** 2) / 8))
+            else:
+                cells = input_to_cells(points[:, int(field.axes == "CY")], field, SIZE)[:, None]
+                fields[field.name].append(np.exp(-((np.arange(field.shape(SIZE)[1]) - cells) ** 2) / 50))
+    made = {name: np.array(values, np.float32) for name, values in fields.items()}
+    decoder = SimccDecoder(spec) if kind == "lines" else TopDownDecoder(spec)
+    reader = framing.reader(decoder, spec)
+    found = reader.merge(reader.decode(made, views), views)
+    scale = 1 / np.array([view.matrix[0, 0] for view in views[::2]])
+    order = [int(np.argmin(np.abs(found.keypoints[:, :, :2] - points).mean(axis=(1, 2)))) for points in people]
+    assert sorted(order) == [0, 1, 2]
+    assert (np.abs(found.keypoints[order, :, :2] - people).max(axis=(1, 2)) < (0.3 if kind == "lines" else 0.5) * scale).all()
+    assert reader.merge([], []).keypoints.shape == (0, 17, 3)

@@ -1,20 +1,16 @@
 """What a machine is told about itself."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 
-from pipeline.results.job import Job
-from pipeline.stages import doctor
-from tests.conftest import pipeline
+from pipeline.probing.machine import findings
+from tests.conftest import ROOT, pipeline
 
 
 def looked(tmp_path, root):
-    out = tmp_path / "out"
-    out.mkdir()
-    job = Job(out, {}, {}, tmp_path / "scratch", tmp_path / "cache")
-    doctor.Doctor(str(tmp_path / "outputs"), str(root), "now").run(job)
-    return {found["what"]: found for found in json.loads((out / "doctor.json").read_text())}
+    return {found.what: asdict(found) for found in findings(tmp_path / "outputs", root)}
 
 
 def test_it_works_where_there_is_nothing_and_looks_again(tmp_path):
@@ -74,3 +70,25 @@ def test_a_gpu_that_does_not_answer_is_said(tmp_path, monkeypatch, doubles):
     assert found["GPU"]["found"] == "does not answer"
     assert "cudaErrorInvalidDevice" in found["GPU"]["remedy"]
     assert "nvidia-smi" in found["GPU"]["remedy"]
+
+
+def test_a_given_file_is_looked_into_and_its_preprocessing_found(tmp_path):
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    few = "data.counts={train: 8, unlabelled: 1, tune: 8, agreement: 1, validation: 1}"
+    pipeline("experiment=topdown_quickstart", few, "tracking=none", "stage=[train,export]", cwd=tmp_path, check=0)
+    (file,) = (tmp_path / "outputs/topdown_quickstart/export").glob("*/model.onnx")
+    given = ["tracking=none", "stage=doctor", "model=onnx", f"model.onnx={file}", "training_resolution=160x128"]
+    done = pipeline(*given, cwd=tmp_path, check=0)
+    assert "topdown: 17 maps at stride 4" in " ".join(done.stderr.split())
+    assert "family=topdown" in done.stdout
+    assert "trying" not in done.stderr, "no data are named"
+    spec = ["family=topdown", "model.spec.input={name: image, multiple: 32}", "model.spec.labels=coco_17"]
+    spec += ["model.spec.fields=[{name: heatmaps, stride: 4, channels: 17}]", "data=synthetic_demo", few]
+    done = pipeline(*given, *spec, cwd=tmp_path, check=0)
+    assert (
+        "the best finds the most: model.spec.input.order=RGB model.spec.input.range=1.0 model.spec.input.mean=[0.485"
+        in done.stdout
+    )
+    found = json.loads((tmp_path / "outputs/default/doctor/manifest.json").read_text())["summary"]["tried"]
+    assert len(found) == 8
+    assert found["RGB, ImageNet's mean and std"] == max(found.values()) > 0.5
