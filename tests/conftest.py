@@ -108,7 +108,7 @@ def pytest_configure(config):
 
 
 # These files take longest and begin. The first needs the smoke sweep; the second does not, and runs while that is made.
-FIRST = ["repro", "training", "device", "pruning", "command", "wrong_options", "tensorrt_double", "evaluating"]
+FIRST = ["repro", "chains", "training", "device", "pruning", "command", "wrong_options", "tensorrt_double", "evaluating"]
 
 
 def pytest_collection_modifyitems(items):
