@@ -6,6 +6,7 @@ Beside them stand the shares that any decoder needs: numpy's argmax, and a plain
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -47,8 +48,8 @@ def top_down(table: Table) -> None:
     maps = (0.9 * np.exp(-((columns - x) ** 2 + (rows - y) ** 2) / 8)).astype(np.float32)
     spec = NetworkSpec(InputSpec("image"), (OutputSpec("heatmaps", 4, K),), COCO_17)
     for refinement in ("none", "shift", "dark"):
-        decoder = TopDownDecoder(spec, refinement=refinement)  # type: ignore[arg-type]
-        table.add_row(f"heatmaps, {refinement}", f"{median(lambda d=decoder: d.decode({'heatmaps': maps}, views)):.3f}")
+        decoder = TopDownDecoder(spec, refinement=refinement)
+        table.add_row(f"heatmaps, {refinement}", f"{median(partial(decoder.decode, {'heatmaps': maps}, views)):.3f}")
     table.add_row("numpy's argmax of the maps alone", f"{median(lambda: maps.reshape(PEOPLE, K, -1).argmax(2)):.3f}")
     lines = {"simcc_x": draw.random((PEOPLE, K, 384), np.float32), "simcc_y": draw.random((PEOPLE, K, 512), np.float32)}
     fields = (OutputSpec("simcc_x", 0.5, K, axes="CX"), OutputSpec("simcc_y", 0.5, K, axes="CY"))
@@ -87,14 +88,14 @@ def one_stage(table: Table) -> None:
     (view,) = WholeImage().views(Resolution(600, 800), Resolution(640, 640), InputSpec("image"))
     for axes in ("NC", "CN"):
         channels = (("boxes", 4), ("scores", 1), ("keypoints", 3 * K))
-        spec = NetworkSpec(InputSpec("image"), tuple(OutputSpec(n, 1, c, axes=axes) for n, c in channels), COCO_17)  # type: ignore[arg-type]
+        spec = NetworkSpec(InputSpec("image"), tuple(OutputSpec(n, 1, c, axes=axes) for n, c in channels), COCO_17)
         fields = {"boxes": boxes, "scores": scores, "keypoints": points}
         if axes == "CN":
             fields = {name: np.ascontiguousarray(values.transpose(0, 2, 1)) for name, values in fields.items()}
         decoder = OneStageDecoder(spec)
         found = len(decoder.decode(fields, [view])[0].scores)
         assert found == PEOPLE
-        table.add_row(f"sets, {axes}", f"{median(lambda d=decoder, f=fields: d.decode(f, [view])):.3f}")
+        table.add_row(f"sets, {axes}", f"{median(partial(decoder.decode, fields, [view])):.3f}")
     torch.set_num_threads(1)
     given = torch.from_numpy(boxes[0]), torch.from_numpy(scores[0, :, 0])
     table.add_row("a plain suppression in torch alone", f"{median(lambda: plain_suppression(*given, 0.01, 0.65), 300):.3f}")
