@@ -112,35 +112,39 @@ class OneStagePose(nn.Module):
         small = self.down_small(torch.cat((self.up(middle), small), dim=1))
         middle = self.up_middle(torch.cat((self.to_middle(small), middle), dim=1))
         large = self.up_large(torch.cat((self.to_large(middle), large), dim=1))
-        boxes, scores, points = [], [], []
+        boxes, scores, parts = [], [], []
         for level, features in enumerate((small, middle, large)):
-            stride = float(STRIDES[level])
-            at = _middles(features) * stride - 0.5  # [1, 2, h, w]
+            stride, score = float(STRIDES[level]), self.scores[level](features)
+            at = _middles(score) * stride - 0.5  # [1, 2, h, w]
             sides = self.boxes[level](features).clamp(max=_GREATEST).exp() * stride
             boxes.append(torch.cat((at - sides[:, :2], at + sides[:, 2:]), dim=1).flatten(2))
-            scores.append(self.scores[level](features).flatten(2))
-            points.append(self._points(self.keypoints[level](features), at, stride).flatten(2))
+            scores.append(score.flatten(2))
+            parts.append(self._points(self.keypoints[level](features), at, stride))
         logits = torch.cat(scores, dim=2).transpose(1, 2)
+        columns, rows, seen = (torch.cat([part[n] for part in parts], dim=2) for n in range(3))  # [B, K, N]
         made = {
             "boxes": torch.cat(boxes, dim=2).transpose(1, 2),
             "scores": logits.sigmoid(),
-            "keypoints": torch.cat(points, dim=2).transpose(1, 2),
+            "keypoints": torch.stack((columns, rows, seen), dim=3).transpose(1, 2).flatten(2),
         }
         return {**made, "scores.0": logits} if self.training else made
 
-    def _points(self, raw: Tensor, at: Tensor, stride: float) -> Tensor:
-        """Keypoints [B, 3 K, h, w] from a head's output: x, y and a score for each."""
+    def _points(self, raw: Tensor, at: Tensor, stride: float) -> tuple[Tensor, Tensor, Tensor]:
+        """x, y and scores of the keypoints, [B, K, h w] each, from a head's output [B, 3 K, h, w]."""
         K = len(self.spec.skeleton.names)
         columns, rows, seen = (raw[:, start : start + K] for start in (0, K, 2 * K))
         x, y = columns * (4 * stride) + at[:, :1], rows * (4 * stride) + at[:, 1:]
-        return torch.stack((x, y, seen.sigmoid()), dim=2).flatten(1, 2)
+        return x.flatten(2), y.flatten(2), seen.sigmoid().flatten(2)
 
 
 def _head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(conv(inputs, hidden), conv(hidden, hidden), nn.Conv2d(hidden, outputs, 1))
 
 
-def _middles(features: Tensor) -> Tensor:
-    """X and y of the cells' middles in cells, [1, 2, h, w]; sums, so that an exported graph serves every size."""
-    ones = torch.ones_like(features[:1, :1])
+def _middles(scores: Tensor) -> Tensor:
+    """X and y of the cells' middles in cells, [1, 2, h, w]: sums of ones, which a graph has at every size.
+
+    The ones come from the scores [B, 1, h, w], the end of the network, so that INT8 keeps no further layer in float for them.
+    """
+    ones = scores[:1].clamp(1.0, 1.0)
     return torch.cat((ones.cumsum(3), ones.cumsum(2)), dim=1) - 0.5

@@ -252,6 +252,7 @@ OPERATORS: Mapping[str, Callable[[list[Any], Mapping[str, Any]], Any]] = {
     "ConstantOfShape": lambda i, a: torch.full(_ints(i[0]), numpy_helper.to_array(a["value"]).item() if "value" in a else 0.0),
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
+    "CumSum": lambda i, _: i[0].cumsum(int(i[1])),
     "DequantizeLinear": _dequantize,
     "Div": lambda i, _: torch.div(i[0], i[1], rounding_mode=None if i[0].is_floating_point() else "trunc"),
     "Elu": lambda i, a: F.elu(i[0], a.get("alpha", 1.0)),

@@ -25,6 +25,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from pipeline.models.contract import duplicate, spec_of
 from pipeline.models.recording import Recording, record, tensors
 from pipeline.onnx_files.outputs import fields_of
+from pipeline.onnx_files.shapes import free_shapes
 from pipeline.progress import say
 from posepress.errors import UserError, first_line
 from posepress.spec import SPEC_KEY, NetworkSpec
@@ -32,7 +33,13 @@ from posepress.spec import SPEC_KEY, NetworkSpec
 _SAME = 1e-3  # largest accepted difference between torch and a file that was exported by a shorter way, relative to the range
 _SMALL = 320  # longer side of the input below which the second shape is the larger one, in pixels
 _AXES = {0: "batch", 2: "height", 3: "width"}
-_SIDES = {"H": "height", "Y": "height", "W": "width", "X": "width"}  # axes of an output whose size follows from the input's
+_SIDES = {
+    "H": "height",
+    "Y": "height",
+    "W": "width",
+    "X": "width",
+    "N": "entries",
+}  # axes of an output whose size follows from the input's
 # This program runs a module without torch. The simplifiers import torch without using it, which took most of their time.
 _TOOL = "import runpy, sys; sys.modules['torch'] = None; del sys.argv[0]; runpy.run_module(sys.argv[0], run_name='__main__')"
 
@@ -94,7 +101,7 @@ def export(
                     print(f"{file}: this kept graph is damaged or does not fit ({why[-1]}); exporting again", file=sys.stderr)
         if free and len({one.digest for one in recorded}) == 1:
             graph = _written(lambda: _freed(_graph(folded, images[1], opset, {}), free, spec), network, images, out, why)
-        else:
+        if graph is None:
             graph = _written(lambda: _graph(folded, example, opset, free), network, images, out, why)
     if graph is None:
         reason = why[-1] if why else "its operators cannot be recorded"
@@ -152,14 +159,15 @@ def _graph(ordered: _Ordered, example: NDArray[np.float32], opset: int, free: Ma
 
 def _freed(model: onnx.ModelProto, free: Mapping[int, str], spec: NetworkSpec) -> onnx.ModelProto:
     """Give free axes to a graph that was exported for one shape."""
+    free_shapes(model)
     del model.graph.value_info[:]
     for axis, name in free.items():
         for given in model.graph.input:
             given.type.tensor_type.shape.dim[axis].dim_param = name
         for output, field in zip(model.graph.output, spec.fields, strict=True):
             for place, side in enumerate(("batch", *(_SIDES.get(letter, "") for letter in field.axes))):
-                if side == name:
-                    output.type.tensor_type.shape.dim[place].dim_param = name if place == 0 else f"{output.name}_{name}"
+                if side == name or (side == "entries" and name != "batch"):
+                    output.type.tensor_type.shape.dim[place].dim_param = name if place == 0 else f"{output.name}_{side}"
     return model
 
 
@@ -185,6 +193,7 @@ def _written(
         compare(out, spec_of(network), torch_reference(network), images, _SAME)
     except Exception as error:  # noqa: BLE001 - torch, protobuf and ONNX Runtime raise many types; the next way is tried
         why.append(first_line(error))
+        print("WHY", why[-1])
         return None
     return graph
 
