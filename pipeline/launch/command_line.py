@@ -84,6 +84,7 @@ def read(words: Sequence[str]) -> Words:
             ambiguous.
     """
     flags, options = _divided(words)
+    options = [part for word in options for part in _of_a_detector(word)]
     _check_flags(flags)
     read_words = Words(flags, [])
     if (own := read_words.config_dir) is not None and not Path(own).is_dir():
@@ -124,6 +125,13 @@ def _divided(words: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             raise UserError(f"{word}: no such flag{nearest(flag, (*_ALONE, *_WITH_VALUE))}; options are OPTION=VALUE")
     return flags, options
+
+
+def _of_a_detector(word: str) -> list[str]:
+    """An option, or the two options for which `detector=FILE` stands: a choice of the group, and its file."""
+    key, _, value = word.partition("=")
+    path = key == "detector" and (value.endswith(".onnx") or "/" in value) and "," not in value
+    return ["detector=own", f"detector.file={value}"] if path else [word]
 
 
 def _check_hydras(word: str, key: str) -> None:

@@ -103,6 +103,7 @@ class About(TypedDict, total=False):
     offset: Annotated[int, Interval(ge=0, le=4096)]
     last_tensorrt: Annotated[int, Ge(1)]
     retrain_lr: Annotated[float, Interval(ge=0, le=100)]
+    fixed_size: bool
     measured_on: Any
     framing: Any
     resolution: str | None

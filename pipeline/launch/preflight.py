@@ -116,6 +116,11 @@ def check_choices(config: DictConfig, plan: Sequence[str], words: Sequence[str])
     grid = labels.grid(config)
     for option in ("training_resolution", "resolution"):
         _check_resolution(option, str(config[option]), *grid)
+    if labels.said(config, "model", "fixed_size") and str(config.resolution) != str(config.training_resolution):
+        raise UserError(
+            f"resolution={config.resolution}: model={labels.label(config, 'model')} takes only the size that it is trained "
+            f"for, {config.training_resolution}; set training_resolution={config.resolution} and no other resolution"
+        )
     for given in OmegaConf.to_container(config.stages.build.profiles) or []:
         from pipeline.onnx_files.files import Shapes
 
