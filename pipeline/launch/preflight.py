@@ -116,6 +116,9 @@ def check_choices(config: DictConfig, plan: Sequence[str], words: Sequence[str])
     grid = labels.grid(config)
     for option in ("training_resolution", "resolution"):
         _check_resolution(option, str(config[option]), *grid)
+    file = config.detector.get("file") if isinstance(config.detector, DictConfig) else None
+    if file is not None and not Path(str(file)).exists():
+        raise UserError(f"detector.file={file}: no such file; give an ONNX file, or a folder of build or export")
     if labels.said(config, "model", "fixed_size") and str(config.resolution) != str(config.training_resolution):
         raise UserError(
             f"resolution={config.resolution}: model={labels.label(config, 'model')} takes only the size that it is trained "
