@@ -14,10 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 _ATEN = torch.ops.aten
-_SHAPES = (  # operators whose second argument is a size
-    _ATEN.view.default, _ATEN._unsafe_view.default, _ATEN.reshape.default,  # noqa: SLF001 - a private operator of autograd
-    _ATEN.upsample_nearest2d.default, _ATEN.upsample_bilinear2d.default,
-)  # fmt: skip
+# Operators whose second argument is a shape; the resizes only where factors stand behind it.
+_SHAPES = (_ATEN.view.default, _ATEN._unsafe_view.default, _ATEN.reshape.default)  # noqa: SLF001 - autograd's own
+_RESIZES = (_ATEN.upsample_nearest2d.default, _ATEN.upsample_bilinear2d.default)
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _ATEN._local_scalar_dense.default:  # noqa: SLF001
             raise ValueError("the operators depend on values of tensors")
         given = tree_map_only(Tensor, self.read, (args, kwargs or {}))
-        if func in _SHAPES:  # only the number of axes counts; the exported graph is compared at both shapes
+        if func in _SHAPES or (
+            func in _RESIZES and args[-1] is not None
+        ):  # only the number of axes counts; the exported graph is compared at both shapes
             given = ((given[0][0], len(args[1]), *given[0][2:]), given[1])
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
