@@ -193,7 +193,6 @@ def _written(
         compare(out, spec_of(network), torch_reference(network), images, _SAME)
     except Exception as error:  # noqa: BLE001 - torch, protobuf and ONNX Runtime raise many types; the next way is tried
         why.append(first_line(error))
-        print("WHY", why[-1])
         return None
     return graph
 
