@@ -204,3 +204,21 @@ def test_outputs_that_do_not_fit_are_refused():
         OneStageDecoder(network()).decode(fields, [view])
     with pytest.raises(ValueError, match=r"decoder\.form=xywh: choose xyxy, cxcywh"):
         OneStageDecoder(network(), form="xywh")
+
+
+def test_pictures_leave_out_faint_detections_and_figures_do_not():
+    spec = network()
+    (view,) = WholeImage(None).views(SIZE, SIZE, spec.input)
+    boxes = np.array([[[100, 100, 200, 300], [400, 100, 500, 300]]], np.float32)
+    points = np.concatenate([np.full((1, 2, K, 2), 150), np.ones((1, 2, K, 1))], axis=-1).astype(np.float32)
+    points[0, 1, :, 0] = 450
+    fields = {"boxes": boxes, "scores": np.array([[[0.9], [0.1]]], np.float32), "keypoints": points.reshape(1, 2, -1)}
+    image = np.zeros((640, 640, 3), np.uint8)
+    people = OneStageDecoder(spec)
+    found = people.merge(people.decode(fields, [view]), [view])
+    detector = BoxDecoder(NetworkSpec(InputSpec("image"), spec.fields[:2], COCO_17))
+    detected = detector.merge(detector.decode(fields, [view]), [view])
+    assert len(found.scores) == len(detected.xywh) == 2
+    for drawn in (people.draw(image, found), detector.draw(image, detected)):
+        assert drawn[:, :320].any()
+        assert not drawn[:, 380:].any()
