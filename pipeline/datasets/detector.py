@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from pipeline.results.content import sha256
 from posepress.contracts import Samples
-from posepress.decoders.boxes import BoxDecoder, Form
+from posepress.decoders.boxes import BoxDecoder
+from posepress.decoders.sets import Form
 from posepress.errors import UserError
 from posepress.framing.whole_image import KeepAspectRatioMode, WholeImage
 from posepress.geometry import Interpolation

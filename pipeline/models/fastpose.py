@@ -7,8 +7,7 @@ from annotated_types import Interval
 from torch import Tensor, nn
 
 from pipeline.models.resnet import Depth, ResNet, conv, initialise
-from posepress.skeletons import skeleton_of
-from posepress.spec import InputSpec, NetworkSpec, OutputSpec
+from pipeline.models.top_down import described, last
 
 
 class FastPose(nn.Module):
@@ -32,12 +31,7 @@ class FastPose(nn.Module):
         skeleton: str | Mapping[str, object] = "coco_17",
     ) -> None:
         super().__init__()
-        labels = skeleton_of(skeleton)
-        self.spec = NetworkSpec(
-            InputSpec("image", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), multiple=32),
-            (OutputSpec("heatmaps", 4, len(labels.names)),),
-            labels,
-        )
+        self.spec = described(skeleton)
         self.backbone = ResNet(depth, width, excitation=True)
         channels = self.backbone.channels // 16 * 16
         inner = channels // 4
@@ -49,9 +43,8 @@ class FastPose(nn.Module):
             conv(inner // 2, inner),
             nn.PixelShuffle(2),
         )
-        self.head = nn.Conv2d(inner // 4, len(labels.names), 3, padding=1)
         initialise(self)
-        nn.init.normal_(self.head.weight, std=0.001)
+        self.head = last(inner // 4, self.spec, 3)
 
     @property
     def ignored_layers(self) -> Sequence[nn.Module]:

@@ -8,8 +8,7 @@ from annotated_types import Interval
 from torch import Tensor, nn
 
 from pipeline.models.resnet import Residual, conv, initialise, scaled
-from posepress.skeletons import skeleton_of
-from posepress.spec import InputSpec, NetworkSpec, OutputSpec
+from pipeline.models.top_down import described, last
 
 _STAGES = ((1, 2), (4, 3), (3, 4))  # modules and branches of the stages 2 to 4
 _BLOCKS = 4  # residual blocks of a branch in a module
@@ -68,12 +67,7 @@ class HRNet(nn.Module):
         self, width: Annotated[float, Interval(ge=0.1, le=4)] = 1.0, skeleton: str | Mapping[str, object] = "coco_17"
     ) -> None:
         super().__init__()
-        labels = skeleton_of(skeleton)
-        self.spec = NetworkSpec(
-            InputSpec("image", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), multiple=32),
-            (OutputSpec("heatmaps", 4, len(labels.names)),),
-            labels,
-        )
+        self.spec = described(skeleton)
         stem = scaled(64, min(width, 1.0))
         self.stem = nn.Sequential(conv(3, stem, 3, 2), conv(stem, stem, 3, 2))
         self.first = nn.Sequential(
@@ -84,14 +78,13 @@ class HRNet(nn.Module):
         self.down = nn.ModuleList(conv(channels[n], channels[n + 1], 3, 2) for n in (1, 2))
         stages: list[nn.ModuleList] = []
         for place, (modules, branches) in enumerate(_STAGES):
-            last = place == len(_STAGES) - 1
+            final = place == len(_STAGES) - 1
             own = channels[:branches]
-            outputs = [branches] * (modules - 1) + [1 if last else branches]
+            outputs = [branches] * (modules - 1) + [1 if final else branches]
             stages.append(nn.ModuleList(_Exchange(own, count) for count in outputs))
         self.stages = nn.ModuleList(stages)
-        self.head = nn.Conv2d(channels[0], len(labels.names), 1)
         initialise(self)
-        nn.init.normal_(self.head.weight, std=0.001)
+        self.head = last(channels[0], self.spec)
 
     @property
     def ignored_layers(self) -> Sequence[nn.Module]:

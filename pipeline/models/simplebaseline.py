@@ -7,8 +7,7 @@ from annotated_types import Interval
 from torch import Tensor, nn
 
 from pipeline.models.resnet import Depth, ResNet, initialise, scaled
-from posepress.skeletons import skeleton_of
-from posepress.spec import InputSpec, NetworkSpec, OutputSpec
+from pipeline.models.top_down import described, last
 
 
 class SimpleBaseline(nn.Module):
@@ -32,12 +31,7 @@ class SimpleBaseline(nn.Module):
         skeleton: str | Mapping[str, object] = "coco_17",
     ) -> None:
         super().__init__()
-        labels = skeleton_of(skeleton)
-        self.spec = NetworkSpec(
-            InputSpec("image", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), multiple=32),
-            (OutputSpec("heatmaps", 4, len(labels.names)),),
-            labels,
-        )
+        self.spec = described(skeleton)
         self.backbone = ResNet(depth, width)
         inputs, outputs = self.backbone.channels, scaled(deconvolution, width)
         layers: list[nn.Module] = []
@@ -46,9 +40,8 @@ class SimpleBaseline(nn.Module):
             layers += [up, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
             inputs = outputs
         self.deconvolution = nn.Sequential(*layers)
-        self.head = nn.Conv2d(inputs, len(labels.names), 1)
         initialise(self)
-        nn.init.normal_(self.head.weight, std=0.001)
+        self.head = last(inputs, self.spec)
 
     @property
     def ignored_layers(self) -> Sequence[nn.Module]:

@@ -9,8 +9,8 @@ from annotated_types import Interval
 from numpy.typing import NDArray
 
 from posepress.checks import number
-from posepress.decoders.boxes import entries
 from posepress.decoders.one_person import merged, poses
+from posepress.decoders.sets import entries
 from posepress.draw import draw
 from posepress.geometry import View, cells_to_input, input_to_cells
 from posepress.results import Poses

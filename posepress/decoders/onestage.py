@@ -9,7 +9,7 @@ from annotated_types import Interval
 from numpy.typing import NDArray
 
 from posepress.checks import choice, number, whole
-from posepress.decoders.boxes import Form, entries, to_image
+from posepress.decoders.sets import Form, entries, to_image
 from posepress.decoders.suppression import suppress
 from posepress.draw import SHOWN, draw
 from posepress.geometry import View, cells_to_input
