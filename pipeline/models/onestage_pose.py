@@ -17,11 +17,11 @@ _GREATEST = 6.0  # greatest logarithm of a side of a box, in strides
 
 
 class _Csp(nn.Module):
-    """A cross-stage partial block (arXiv:1911.11929): half of the channels pass residual blocks, and both halves are joined."""
+    """A cross-stage partial block (arXiv:1911.11929): residual blocks on half of the channels, at least 16, beside as many."""
 
     def __init__(self, inputs: int, outputs: int, blocks: int) -> None:
         super().__init__()
-        half = outputs // 2
+        half = max(16, outputs // 2)
         self.one, self.other = conv(inputs, half, 1), conv(inputs, half, 1)
         self.blocks = nn.ModuleList(nn.Sequential(conv(half, half), conv(half, half)) for _ in range(blocks))
         self.join = conv(2 * half, outputs, 1)
@@ -81,7 +81,7 @@ class OneStagePose(nn.Module):
         hidden = scaled(64, width)
         self.scores = nn.ModuleList(_head(count, hidden, 1) for count in features)
         self.boxes = nn.ModuleList(_head(count, hidden, 4) for count in features)
-        self.keypoints = nn.ModuleList(_head(count, max(hidden, (K + 7) // 8 * 8), 3 * K) for count in features)
+        self.keypoints = nn.ModuleList(_head(count, max(hidden, (3 * K + 7) // 8 * 8), 3 * K) for count in features)
         initialise(self)
         for last in self.ignored_layers:
             nn.init.normal_(last.weight, std=0.01)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 Depth = Literal[18, 50, 101]
+Stem = Literal["7x7", "3x3"]
 _BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # residual blocks of each of the four stages
 
 
@@ -90,6 +91,7 @@ class ResNet(nn.Module):
     Args:
         depth: 18, 50 or 101 layers.
         width: factor of all channel counts.
+        stem: "7x7" is one convolution and a max pooling, as in the paper; "3x3" is two convolutions.
         excitation: whether the first block of each stage has squeeze-and-excitation.
         deformable: makes the 3x3 convolution of a bottleneck in the last three stages, from (channels, stride); None makes
             plain ones.
@@ -98,12 +100,17 @@ class ResNet(nn.Module):
         ValueError: the depth is another one.
     """
 
-    def __init__(self, depth: int = 50, width: float = 1.0, excitation: bool = False, deformable: type | None = None) -> None:
+    def __init__(
+        self, depth: int = 50, width: float = 1.0, stem: Stem = "7x7", excitation: bool = False, deformable: type | None = None
+    ) -> None:
         super().__init__()
         if depth not in _BLOCKS:
             raise ValueError(f"model.depth={depth}: choose {', '.join(map(str, _BLOCKS))}")
         inputs = scaled(64, width)
-        self.stem = nn.Sequential(conv(3, inputs, 7, 2), nn.MaxPool2d(3, 2, 1))
+        if stem == "7x7":
+            self.stem = nn.Sequential(conv(3, inputs, 7, 2), nn.MaxPool2d(3, 2, 1))
+        else:
+            self.stem = nn.Sequential(conv(3, inputs, 3, 2), conv(inputs, inputs, 3, 2))
         stages = []
         for stage, count in enumerate(_BLOCKS[depth]):
             channels = scaled(64 * 2**stage, width)

@@ -6,7 +6,7 @@ from typing import Annotated
 from annotated_types import Interval
 from torch import Tensor, nn
 
-from pipeline.models.resnet import Depth, ResNet, conv, initialise, scaled
+from pipeline.models.resnet import Depth, ResNet, Stem, conv, initialise, scaled
 from posepress.resolution import Resolution
 from posepress.skeletons import skeleton_of
 from posepress.spec import InputSpec, NetworkSpec, OutputSpec
@@ -21,6 +21,7 @@ class SimCC(nn.Module):
         resolution: the input's size, HEIGHTxWIDTH in pixels, multiples of 32.
         depth: layers of the ResNet: 18, 50 or 101.
         width: factor of all channel counts; no layer has fewer than 16 channels.
+        stem: "7x7" is one convolution and a max pooling; "3x3" is two convolutions, with which INT8 gains more.
         skeleton: the keypoints: a name (coco_17), or the path of a file as in docs/guides/top-down.md.
 
     Raises:
@@ -32,6 +33,7 @@ class SimCC(nn.Module):
         resolution: str = "256x192",
         depth: Depth = 18,
         width: Annotated[float, Interval(ge=0.1, le=4)] = 1.0,
+        stem: Stem = "7x7",
         skeleton: str | Mapping[str, object] = "coco_17",
     ) -> None:
         super().__init__()
@@ -42,7 +44,7 @@ class SimCC(nn.Module):
             (OutputSpec("simcc_x", 0.5, K, axes="CX"), OutputSpec("simcc_y", 0.5, K, axes="CY")),
             labels,
         )
-        self.backbone = ResNet(depth, width)
+        self.backbone = ResNet(depth, width, stem)
         cells, hidden = size.height // 32 * (size.width // 32), scaled(256, width)
         self.neck = nn.Sequential(
             nn.ConvTranspose2d(self.backbone.channels, hidden, 4, 2, 1, bias=False),

@@ -6,7 +6,7 @@ from typing import Annotated
 from annotated_types import Interval
 from torch import Tensor, nn
 
-from pipeline.models.resnet import Depth, ResNet, initialise, scaled
+from pipeline.models.resnet import Depth, ResNet, Stem, initialise, scaled
 from pipeline.models.top_down import described, last
 
 
@@ -16,6 +16,7 @@ class SimpleBaseline(nn.Module):
     Args:
         depth: layers of the ResNet: 18, 50 or 101.
         width: factor of all channel counts; no layer has fewer than 16 channels.
+        stem: "7x7" is one convolution and a max pooling; "3x3" is two convolutions, with which INT8 gains more.
         deconvolution: channels of the transposed convolutions before `width`; the paper has 256.
         skeleton: the keypoints: a name (coco_17), or the path of a file as in docs/guides/top-down.md.
 
@@ -27,12 +28,13 @@ class SimpleBaseline(nn.Module):
         self,
         depth: Depth = 50,
         width: Annotated[float, Interval(ge=0.1, le=4)] = 1.0,
+        stem: Stem = "7x7",
         deconvolution: Annotated[int, Interval(ge=16, le=1024)] = 256,
         skeleton: str | Mapping[str, object] = "coco_17",
     ) -> None:
         super().__init__()
         self.spec = described(skeleton)
-        self.backbone = ResNet(depth, width)
+        self.backbone = ResNet(depth, width, stem)
         inputs, outputs = self.backbone.channels, scaled(deconvolution, width)
         layers: list[nn.Module] = []
         for _ in range(3):

@@ -43,7 +43,7 @@ class OneStageObjective:
     candidates: Annotated[int, Interval(ge=1, le=1000)] = 10
     score: Annotated[float, Ge(0)] = 1.0
     box: Annotated[float, Ge(0)] = 2.5
-    pose: Annotated[float, Ge(0)] = 6.0
+    pose: Annotated[float, Ge(0)] = 12.0
     visible: Annotated[float, Ge(0)] = 0.5
 
     def capacity(self, truth: People) -> int:

@@ -16,8 +16,8 @@ from posepress.errors import UserError, first_line, nearest
 
 WEIGHTED = ("Conv", "ConvTranspose")
 
-# Operators that return their input's values, or means of them. Their inputs and outputs share a scale.
-CARRIERS = ("MaxPool",)
+# Operators that return values of their first input. Their inputs and outputs share a scale.
+CARRIERS = ("MaxPool", "DepthToSpace", "Slice")
 
 
 LEAST_OPSET = 13  # the first opset with one scale for each channel

@@ -9,6 +9,7 @@ import onnx
 from numpy.typing import NDArray
 
 from pipeline.quantization.graph import CARRIERS, LEAST_OPSET, WEIGHTED, Graph, attribute
+from pipeline.quantization.transposed import convertible
 from posepress.errors import UserError
 
 _JOINING = ("Add", "Concat")
@@ -26,7 +27,7 @@ class Placement:
         skips: for each residual add, the tensor that TensorRT's runtime variant quantizes.
         shared: sets of tensors with one scale, like the inputs and output of a concatenation or of a pooling.
         excluded: nodes that stay in float in both runtime variants, including the heads.
-        slow: convolutions that stay in float in ONNX Runtime's variant, since its INT8 kernel is missing or slower.
+        slow: nodes that stay in float in ONNX Runtime's variant, since its INT8 kernel is missing or slower.
     """
 
     inputs: tuple[str, ...]
@@ -94,6 +95,7 @@ class _Marks:
         self.slow: set[str] = set()
         self.groups: list[set[str]] = []
         self._integer: set[str] = set()  # outputs of convolutions that compute in integers
+        self._on_cpu: set[str] = set()  # outputs of nodes that compute in integers in ONNX Runtime
         self._read: set[str] = set()  # their inputs
 
     def weighted(self) -> None:
@@ -105,10 +107,11 @@ class _Marks:
             self.inputs[read] = None
             self._integer.add(computed)
             few = weights.shape[1] < _FEW_CHANNELS and attribute(node, "group", 1) == 1
-            if node.op_type == "ConvTranspose" or few:
+            if few or (node.op_type == "ConvTranspose" and not convertible(self.graph, node)):
                 self.slow.add(node.name)
             else:
                 self.ends[read] = self.ends[computed] = None
+                self._on_cpu.add(computed)
         self._read = set(self.inputs)
 
     def join(self, node: onnx.NodeProto) -> None:
@@ -121,13 +124,18 @@ class _Marks:
             return  # all neighbouring layers are in float
         if node.op_type == "Add" and len(read) == 2:
             self.ends |= dict.fromkeys(name for name in (*read, activated) if name not in graph.outputs)
+            self._on_cpu.add(activated)
             self.skips[node.name] = self._skip(read)
         elif (node.op_type == "Concat" and len(read) == len(node.input)) or node.op_type in CARRIERS:
             tied = dict.fromkeys((*(read if node.op_type == "Concat" else read[:1]), out))
             if out not in graph.outputs:
                 self.inputs |= tied
-                self.ends |= tied
                 self.groups.append(set(tied))
+                if node.op_type in CARRIERS and read[0] not in self._on_cpu:
+                    self.slow.add(node.name)  # pooling of float values is faster before their conversion (benchmarks/README.md)
+                else:
+                    self.ends |= tied
+                    self._on_cpu.add(out)
 
     def _skip(self, read: Sequence[str]) -> str:
         """The input of an addition that TensorRT's variant quantizes: the one that no convolution alone computes."""

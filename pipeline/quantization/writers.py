@@ -7,7 +7,7 @@ scales: uint8 has the zero point 0 if a tensor is never negative and 128 otherwi
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from pipeline.quantization.graph import CARRIERS, WEIGHTED, Graph
-from pipeline.quantization.place import Placement, check_shared
+from pipeline.quantization.place import Placement, check_shared, place
+from pipeline.quantization.transposed import as_convolutions
 from pipeline.quantization.weights import LEAST_SCALE, WeightScale, quantized
 
 FP8_GREATEST = 448.0  # greatest finite number of E4M3
@@ -169,6 +170,10 @@ class _Writer:
         if bounds and not done and fused and tensor not in graph.outputs and len(graph.consumers[before]) == 1:
             self.nodes.pop()  # removes the float activation
             self.quantize(before, tensor, bounds)
+        elif self.for_cpu and maker is not None and maker.op_type in CARRIERS and maker.name in self.placement.slow:
+            # ONNX Runtime moves a Q before the pooling that it follows; the copy keeps it behind.
+            self.nodes.append(helper.make_node("Sum", [tensor], [f"{tensor}_copied"], name=f"{tensor}_copied"))
+            self.quantize(f"{tensor}_copied", tensor, None)
         else:
             self.quantize(tensor, tensor, None)
 
@@ -176,6 +181,8 @@ class _Writer:
         """A copy of a node that reads dequantized tensors and weights."""
         copy, fused = onnx.NodeProto(), self.fuses(node)
         copy.CopyFrom(node)
+        if self.for_cpu and node.op_type in CARRIERS and node.name in self.placement.slow:
+            return copy
         for place_, name in enumerate(node.input):
             if name not in self.chosen or (node.op_type in WEIGHTED and place_ > 0):
                 continue
@@ -203,6 +210,19 @@ class _Writer:
         return model
 
 
+def _without_transposed(
+    model: onnx.ModelProto, placement: Placement, scales: Scales
+) -> tuple[onnx.ModelProto, Placement, Scales]:
+    """The network with its quantized transposed convolutions as convolutions, with their placement and scales."""
+    wanted = {node.name for node in placement.quantized(model)} - placement.slow
+    made, same = as_convolutions(model, wanted)
+    if not same:
+        return model, placement, scales
+    more = [{new: values[old] for new, old in same.items()} for values in (scales.activations, scales.lows)]
+    known = replace(scales, activations={**scales.activations, **more[0]}, lows={**scales.lows, **more[1]})
+    return made, place(made, placement.excluded), known
+
+
 def insert(model: onnx.ModelProto, placement: Placement, scales: Scales, flavour: str, fp8: bool = False) -> onnx.ModelProto:
     """Write one runtime variant of an INT8 or FP8 network.
 
@@ -219,6 +239,8 @@ def insert(model: onnx.ModelProto, placement: Placement, scales: Scales, flavour
     Raises:
         ValueError: a concatenation would get inputs of different scales.
     """
+    if flavour == "onnxruntime":
+        model, placement, scales = _without_transposed(model, placement, scales)
     writer = _Writer(model, placement, scales, flavour, fp8)
     for value in model.graph.input:
         if value.name in writer.chosen:

@@ -1,5 +1,6 @@
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ from pipeline.contracts import CalibrationFeed
 from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.onnx_files import export
 from pipeline.onnx_files.files import ModelFiles, read_spec
-from pipeline.quantization import calibration, graph, writers
+from pipeline.quantization import calibration, graph, transposed, writers
 from pipeline.quantization import place as place_module
 from pipeline.quantization.precisions.bf16 import Bf16
 from pipeline.quantization.precisions.fp8 import Fp8
@@ -397,6 +398,93 @@ def test_a_pooling_returns_the_scale_it_takes():
     assert frozenset({"ra", "p"}) in placement.shared
     assert scales["ra"] == scales["p"]
     place_module.check_shared(made)
+
+
+def test_a_pooling_of_float_values_stays_in_float_on_a_cpu(tmp_path):
+    """ONNX Runtime pools integers 40 times slower than floats, unless integers of a convolution reach the pooling."""
+    pool = [helper.make_node("MaxPool", ["ra"], ["p"], name="p", kernel_shape=[2, 2], strides=[2, 2])]
+    first = [conv("image", "a"), helper.make_node("Relu", ["a"], ["ra"], name="ra")]
+    weights = [*kernel("a", 8, 3), *kernel("b", 8, 8, 1), *kernel("c", 8, 8, 2), *kernel("out", 4, 8, 3)]
+    after = network([*first, *pool, conv("p", "b"), conv("b", "c"), conv("c", "out")], ["out"], weights)
+    made, _, placement = written(after, "onnxruntime")
+    assert "p" in placement.slow
+    assert optimised(made, tmp_path).count("MaxPool") == 1
+    assert "uint8" not in _pooled_type(made)
+    pool = [helper.make_node("MaxPool", ["b"], ["p"], name="p", kernel_shape=[2, 2], strides=[2, 2])]
+    between = network([*first, conv("ra", "b"), *pool, conv("p", "c"), conv("c", "out")], ["out"], weights)
+    made, _, placement = written(between, "onnxruntime")
+    assert "p" not in placement.slow
+    assert optimised(made, tmp_path).count("NhwcMaxPool") == 1
+
+
+def _pooled_type(model):
+    """The type of the values that a model's pooling reads, as ONNX Runtime runs it."""
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling = True
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    run(model, feed(1)[0])
+    session.run(None, {"image": feed(1)[0]})
+    file = Path(session.end_profiling())
+    events = json.loads(file.read_text())
+    file.unlink()
+    return next(str(e["args"]["input_type_shape"]) for e in events if e.get("args", {}).get("op_name") == "MaxPool")
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "pads", "more"),
+    [(4, 2, [1] * 4, 0), (2, 2, [0] * 4, 0), (3, 2, [1] * 4, 1), (5, 3, [1, 0, 2, 1], 0), (3, 2, [0] * 4, 0)],
+)
+@pytest.mark.parametrize("activation", [[], ["Relu"], ["Relu", "Clip"]])
+def test_a_transposed_convolution_becomes_a_convolution_with_equal_results(size, stride, pads, more, activation):
+    draw = np.random.default_rng(size)
+    how = {"strides": [stride] * 2, "pads": pads, "output_padding": [more] * 2}
+    nodes = [conv("image", "a"), helper.make_node("ConvTranspose", ["a", "up_w", "up_b"], ["up"], name="up", **how)]
+    last = "up"
+    for op in activation:
+        nodes.append(helper.make_node(op, [last, *(["low", "high"] if op == "Clip" else [])], [op], name=op))
+        last = op
+    nodes += [conv(last, "b"), conv(last, "c"), helper.make_node("Add", ["b", "c"], ["out"], name="sum")]
+    weights = [*kernel("a", 8, 3), *kernel("b", 4, 6, 1), *kernel("c", 4, 6, 2)]
+    weights += [("up_w", draw.normal(0, 0.3, (8, 6, size, size)).astype(np.float32)), ("up_b", np.arange(6, dtype=np.float32))]
+    weights += [("low", np.float32(0)), ("high", np.float32(6))]
+    model = network(nodes, ["out"], [(n, np.asarray(v)) for n, v in weights], shape=(1, 3, 7, 9))
+    made, same = transposed.as_convolutions(model, {"up"})
+    onnx.checker.check_model(made, full_check=True)
+    assert [node.op_type for node in made.graph.node if node.name == "up"] == ["Conv"]
+    assert set(same.values()) == {last}
+    images = feed(1, (1, 3, 7, 9))[0]
+    assert np.allclose(run(made, images), run(model, images), atol=1e-4)
+
+
+def test_onnx_runtime_computes_a_transposed_convolution_in_integers(tmp_path):
+    up = helper.make_node("ConvTranspose", ["ra", "up_w"], ["up"], name="up", strides=[2, 2], pads=[1] * 4)
+    nodes = [conv("image", "a"), helper.make_node("Relu", ["a"], ["ra"], name="ra"), up]
+    nodes += [helper.make_node("Relu", ["up"], ["r"], name="r"), conv("r", "b"), conv("b", "out")]
+    draw = np.random.default_rng(1)
+    weights = [*kernel("a", 8, 3), *kernel("b", 8, 6, 1), *kernel("out", 4, 8, 2)]
+    model = network(nodes, ["out"], [*weights, ("up_w", draw.normal(0, 0.3, (8, 6, 4, 4)).astype(np.float32))])
+    made, _, placement = written(model, "onnxruntime")
+    assert "up" not in placement.slow
+    ops = optimised(made, tmp_path)
+    assert (ops.count("QLinearConv"), ops.count("ConvTranspose"), ops.count("DepthToSpace")) == (2, 0, 1)
+    images = feed(1)[0]
+    assert relative_rms(run(made, images), run(model, images)) < 0.05
+    assert "ConvTranspose" in [node.op_type for node in written(model, "tensorrt")[0].graph.node]
+    assert optimised(written(model, "onnxruntime", exclude=("up",))[0], tmp_path).count("ConvTranspose") == 1
+
+
+def test_a_transposed_convolution_that_is_no_grid_of_convolutions_stays(branches):
+    for how in (
+        {"strides": [2, 2], "group": 2},
+        {"strides": [2, 1]},
+        {"strides": [1, 1]},
+        {"strides": [2, 2], "dilations": [2, 2]},
+    ):
+        up = helper.make_node("ConvTranspose", ["a", "up_w"], ["out"], name="up", **how)
+        model = network([conv("image", "a"), up], ["out"], [*kernel("a", 8, 3), ("up_w", np.ones((8, 6, 3, 3), np.float32))])
+        made, same = transposed.as_convolutions(model, {"up"})
+        assert made is model
+        assert same == {}
 
 
 def test_a_batch_norm_that_is_left_is_refused(tmp_path, branches):
