@@ -1,6 +1,6 @@
 """Which preprocessing a given network was trained with: the usual ones are tried on a few images."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,12 @@ from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.contracts import Split
 from pipeline.progress import track
 from posepress.contracts import Decoder, Framing
+from posepress.decoders.several import Together
 from posepress.errors import UserError
+from posepress.geometry import View
 from posepress.predict import Selection, predict
 from posepress.resolution import Resolution
-from posepress.spec import InputSpec
+from posepress.spec import Array, InputSpec, NetworkSpec
 
 MOST = 20  # largest number of images
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -38,6 +40,33 @@ class Tried:
     words: str
     name: str
     figure: float
+
+
+class _Exchanged:
+    """A decoder that gets two outputs in place of each other.
+
+    Args:
+        decoder: the decoder.
+        names: names of the two outputs.
+    """
+
+    def __init__(self, decoder: Decoder[Any], names: Sequence[str]) -> None:
+        self.decoder, self.other = decoder, dict(zip(names, reversed(names), strict=True))
+
+    def decode(self, fields: Mapping[str, Array], views: Sequence[View]) -> list[Any]:
+        """The decoder's results with the outputs exchanged."""
+        return self.decoder.decode({name: fields[self.other.get(name, name)] for name in fields}, views)
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the decoder's."""
+        return getattr(self.decoder, name)
+
+
+def exchangeable(spec: NetworkSpec, size: Resolution) -> list[str]:
+    """Names of a line over the columns and one over the rows that have equal shapes, so that only results tell them apart."""
+    lines = {field.axes: field for field in spec.fields if field.axes in ("CX", "CY")}
+    alike = len(lines) == 2 and len({field.shape(size) for field in lines.values()}) == 1
+    return [field.name for field in lines.values()] if alike else []
 
 
 def usual(own: InputSpec) -> Iterator[tuple[str, str, InputSpec]]:
@@ -65,7 +94,7 @@ def tried(
     metric: Callable[..., Metric[Any, Any]],
     size: Resolution,
 ) -> list[Tried]:
-    """Every usual preprocessing with its figure, best first.
+    """Every usual preprocessing with its figure, best first; beside each, one with exchanged lines if these have one shape.
 
     Args:
         file: the network in the form of our exports, with its description in the metadata.
@@ -82,14 +111,23 @@ def tried(
     found = []
     with OnnxRuntime().load(file) as runner:
         own = runner.spec
+        pair = exchangeable(own, size)
         for name, words, given in track(list(usual(own.input)), "trying preprocessings", unit="forms"):
             runner.spec = replace(own, input=given)
             try:
-                decode, measure = decoder(runner.spec), metric(labels=images.labels, found_labels=own.labels)
+                decode = decoder(runner.spec)
+                ways: list[tuple[str, str, Any]] = [(words, name, decode)]
+                if pair:
+                    both = f"{pair[0]} and {pair[1]}"
+                    other = f"{words}, and the tensors of {both} exchanged (model.spec.fields, or model.outputs)"
+                    ways.append((other, f"{name}, {both} exchanged", _Exchanged(decode, pair)))
+                measures = [metric(labels=images.labels, found_labels=own.labels) for _ in ways]
             except (ValueError, TypeError) as error:
                 raise UserError(str(error)) from error
-            reader = framing.reader(decode, runner.spec)
-            for sample, result in predict(some, runner, framing, reader, size):
-                measure.process(sample.id, sample.truth, result)
-            found.append(Tried(words, name, float(measure.evaluate()[measure.info.primary])))
+            reader = framing.reader(Together([way for _, _, way in ways]), runner.spec)
+            for sample, results in predict(some, runner, framing, reader, size):
+                for measure, result in zip(measures, results, strict=True):
+                    measure.process(sample.id, sample.truth, result)
+            figures = [float(measure.evaluate()[measure.info.primary]) for measure in measures]
+            found += [Tried(words, name, figure) for (words, name, _), figure in zip(ways, figures, strict=True)]
     return sorted(found, key=lambda one: -one.figure)

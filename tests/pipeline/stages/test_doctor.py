@@ -3,6 +3,8 @@
 import json
 from dataclasses import asdict
 
+import numpy as np
+import onnx
 import pytest
 
 from pipeline.probing.machine import findings
@@ -92,3 +94,42 @@ def test_a_given_file_is_looked_into_and_its_preprocessing_found(tmp_path):
     found = json.loads((tmp_path / "outputs/default/doctor/manifest.json").read_text())["summary"]["tried"]
     assert len(found) == 8
     assert found["RGB, ImageNet's mean and std"] == max(found.values()) > 0.5
+
+
+def test_exchanged_lines_of_simcc_are_found_on_images(tmp_path):
+    """Lines over columns and rows have one shape if the input is square, so that only results tell them apart."""
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    few = "data.counts={train: 8, unlabelled: 1, tune: 8, agreement: 1, validation: 1}"
+    pipeline("experiment=simcc_quickstart", few, "tracking=none", "stage=[train,export]", cwd=tmp_path, check=0)
+    (file,) = (tmp_path / "outputs/simcc_quickstart/export").glob("*/model.onnx")
+    model = onnx.load(file)
+    onnx.save(_square(model), tmp_path / "square.onnx")
+    given = ["tracking=none", "stage=doctor", "model=rtmpose", "model.onnx=square.onnx", "training_resolution=160x160"]
+    given += ["model.spec.labels=coco_17", "data=synthetic_demo", few]
+    for first, second, words in (("simcc_x", "simcc_y", False), ("simcc_y", "simcc_x", True)):
+        fields = [
+            f"{{name: {name}, stride: .5, channels: 17, axes: C{axis}, tensor: {tensor}}}"
+            for name, axis, tensor in (("simcc_x", "X", first), ("simcc_y", "Y", second))
+        ]
+        done = pipeline(*given, f"model.spec.fields=[{', '.join(fields)}]", "force=true", cwd=tmp_path, check=0)
+        best = next(line for line in done.stdout.splitlines() if "the best finds the most" in line)
+        assert ("the tensors of simcc_x and simcc_y exchanged" in best) == words
+
+
+def _square(model):
+    """A network for 160x128 as one for 160x160: it reads the middle, and its line over the columns gets empty ends."""
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    image, (line,) = made.graph.input[0], [out for out in made.graph.output if out.name == "simcc_x"]
+    for node in made.graph.node:
+        node.input[:] = ["middle" if name == image.name else name for name in node.input]
+        node.output[:] = ["short" if name == "simcc_x" else name for name in node.output]
+    constants = {"from": [16], "to": [144], "axis": [3], "around": [0, 0, 32, 0, 0, 32]}
+    made.graph.initializer.extend(onnx.numpy_helper.from_array(np.array(v, np.int64), n) for n, v in constants.items())
+    made.graph.node.insert(0, onnx.helper.make_node("Slice", [image.name, "from", "to", "axis"], ["middle"], name="middle"))
+    made.graph.node.append(onnx.helper.make_node("Pad", ["short", "around"], ["simcc_x"], name="padded"))
+    image.type.tensor_type.shape.dim[3].dim_value = 160
+    line.type.tensor_type.shape.dim[2].dim_value = 320
+    del made.metadata_props[:]
+    onnx.checker.check_model(made)
+    return made
