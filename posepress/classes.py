@@ -1,6 +1,6 @@
 """The classes of public detectors."""
 
-from posepress.labels import Palette
+from posepress.labels import Palette, distinct
 
 _COCO = (
     "person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant stop_sign parking_meter bench "
@@ -12,15 +12,10 @@ _COCO = (
 )
 
 
-def _colours(count: int) -> tuple[tuple[int, int, int], ...]:
-    """Colours that differ from their neighbours, red, green and blue of 0 to 255."""
-    return tuple((37 * n % 256, (91 * n + 80) % 256, (151 * n + 160) % 256) for n in range(count))
-
-
 # The 80 classes of COCO's boxes in the order of https://cocodataset.org, as YOLO detectors number them.
-COCO_80 = Palette(tuple(_COCO.split()), _colours(80))
+COCO_80 = Palette(tuple(_COCO.split()), distinct(80))
 
 # COCO's own numbers, as torchvision's detectors give them: 0 is the background, and ten others name no class.
 _UNUSED = (0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 _USED = iter(COCO_80.names)
-COCO_91 = Palette(tuple(f"none_{n}" if n in _UNUSED else next(_USED) for n in range(91)), _colours(91))
+COCO_91 = Palette(tuple(f"none_{n}" if n in _UNUSED else next(_USED) for n in range(91)), distinct(91))

@@ -115,13 +115,18 @@ def _mirrored(name: str) -> str:
     return name
 
 
+def distinct(count: int) -> tuple[tuple[int, int, int], ...]:
+    """Colours that differ from their neighbours, red, green and blue of 0 to 255."""
+    return tuple((37 * n % 256, (91 * n + 80) % 256, (151 * n + 160) % 256) for n in range(count))
+
+
 @dataclass(frozen=True)
 class Palette:
     """The classes of a segmentation network.
 
     Attributes:
         names: one for each class, in the order of the class indices.
-        colours: red, green and blue of each class in pictures, 0 to 255.
+        colours: red, green and blue of each class in pictures, 0 to 255; none gives colours that differ from their neighbours.
     """
 
     names: tuple[str, ...]
@@ -138,7 +143,7 @@ class Palette:
             if not isinstance(getattr(self, option), tuple):
                 raise ValueError(f"{option}={shown(getattr(self, option))}: give a list")  # noqa: TRY004
         unique("names", self.names)
-        colours = tuple(listed(colour) for colour in self.colours)
+        colours = tuple(listed(colour) for colour in self.colours) or distinct(len(self.names))
         for place, colour in enumerate(colours):
             if len(colour) != 3:
                 raise ValueError(f"colours[{place}]={shown(self.colours[place])}: give red, green and blue, 0 to 255")

@@ -19,11 +19,13 @@ from pipeline.onnx_files.outputs import (
     check_field,
     chosen_outputs,
     declared,
+    ending_at,
     fields_of,
     name_outputs,
     shape_of,
     shape_words,
     sources_of,
+    suppression,
 )
 from posepress.errors import UserError, first_line
 from posepress.pixels import normalise
@@ -70,9 +72,10 @@ def adopt(file: Path, raw: object, outputs: Mapping[str, Any] | None, resolution
             what the file has.
     """
     where = f"model.onnx={file}"
-    model = read(file)
     wanted, own = named(described(raw))
+    model = ending_at(read(file), [*(field.tensor for field in wanted.fields), *_named(outputs)], where)
     notes = [f"'{old}' is taken as {new}, in the order of model.spec.fields" for new, old in own.items()]
+    notes += suppression(model)
     spec, size = _input(model, where, wanted, raw, resolution, notes)
     images = _images(spec, size)
     model, returned = _run_as_it_is(model, where, spec, images[:1], notes)
@@ -88,6 +91,11 @@ def adopt(file: Path, raw: object, outputs: Mapping[str, Any] | None, resolution
             f"{where}: its outputs cannot be named as the fields ({first_line(error)}); name them so at export"
         ) from error
     return Adopted(model, spec, sources, size, notes)
+
+
+def _named(outputs: object) -> list[str]:
+    """Names of outputs in `model.outputs`, which may be no mapping."""
+    return [str(name) for name in outputs.values()] if isinstance(outputs, Mapping) else []
 
 
 def _input(

@@ -24,7 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline.models.contract import duplicate, spec_of
 from pipeline.models.recording import Recording, record, tensors
-from pipeline.onnx_files.outputs import fields_of
+from pipeline.onnx_files.outputs import ending_at, fields_of
 from pipeline.onnx_files.shapes import free_shapes
 from pipeline.progress import say
 from posepress.errors import UserError, first_line
@@ -333,7 +333,10 @@ def torch_reference(network: nn.Module) -> Reference:
 
 def onnx_reference(file: Path, spec: NetworkSpec, sources: Mapping[str, str]) -> Reference:
     """A given ONNX file as a function of arrays; see `pipeline.onnx_files.adopt.Adopted` for `sources`."""
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    model = onnx.load(file, load_external_data=False)
+    inner = set(sources.values()) - {output.name for output in model.graph.output}
+    source = ending_at(onnx.load(file), sources.values(), f"model.onnx={file}").SerializeToString() if inner else str(file)
+    session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
 
     def run(images: NDArray[Any]) -> Mapping[str, NDArray[Any]]:

@@ -12,7 +12,7 @@ import onnxruntime
 from onnx import TensorProto
 
 from pipeline.onnx_files.given import quantized, read
-from pipeline.onnx_files.outputs import shape_of, shape_words
+from pipeline.onnx_files.outputs import shape_of, shape_words, suppression
 from posepress.errors import UserError, first_line
 from posepress.resolution import Resolution
 
@@ -96,8 +96,7 @@ def anatomy(file: Path) -> Anatomy:
     ]
     if integers := quantized(model):
         rows.append(("quantized", f"{len(integers)} nodes, the first is '{integers[0]}': give it as precision=external"))
-    if suppressing := [node.name or node.output[0] for node in model.graph.node if node.op_type == "NonMaxSuppression"]:
-        rows.append(("suppression", f"the node '{suppressing[0]}' suppresses boxes itself: set decoder.nms_iou=1.0"))
+    rows += [("suppression", words) for words in suppression(model)]
     refused = sorted(set(counted) & _REFUSED)
     foreign = sorted({f"{node.domain}:{node.op_type}" for node in model.graph.node if node.domain not in ("", "ai.onnx")})
     rows.append(("ONNX Runtime refuses", "nothing: it has run the file"))

@@ -1,7 +1,7 @@
 """Assign the outputs of a given ONNX file to the fields of its description."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
-from posepress.errors import UserError, nearest
+from posepress.errors import UserError, first_line, nearest
 from posepress.resolution import Resolution
 from posepress.spec import NetworkSpec, OutputSpec
 
@@ -27,6 +27,46 @@ def shape_of(tensor: onnx.ValueInfoProto) -> list[str | int]:
 def shape_words(shape: Sequence[str | int]) -> str:
     """A shape as a text for messages."""
     return f"[{', '.join(map(str, shape))}]"
+
+
+def ending_at(model: onnx.ModelProto, names: Iterable[str], where: str) -> onnx.ModelProto:
+    """The network, cut behind those of some tensors that it has inside; the same one if all are its outputs.
+
+    Args:
+        model: a network.
+        names: names of outputs or of inner tensors; unknown and empty ones are left to later checks.
+        where: the option that names the file, for messages.
+
+    Raises:
+        UserError: the network cannot be cut there.
+    """
+    outputs = [output.name for output in model.graph.output]
+    made = {name for node in model.graph.node for name in node.output if name}
+    wanted = [name for name in dict.fromkeys(names) if name in made]
+    inner = [name for name in wanted if name not in outputs]
+    if not inner:
+        return model
+    constants = {tensor.name for tensor in model.graph.initializer}
+    inputs = [given.name for given in model.graph.input if given.name not in constants]
+    try:
+        whole = onnx.shape_inference.infer_shapes(model)
+        cut: onnx.ModelProto = onnx.utils.Extractor(whole).extract_model(inputs, wanted)
+        onnx.checker.check_model(cut)
+    except Exception as error:
+        raise UserError(
+            f"{where}: cannot be cut at '{inner[0]}' ({first_line(error)}); name another tensor, or an output"
+        ) from error
+    return cut
+
+
+def suppression(model: onnx.ModelProto) -> list[str]:
+    """What to know of a network that suppresses boxes itself, naming the node and the tensors before it."""
+    return [
+        f"its node '{node.name or node.output[0]}' suppresses boxes before the decoder does: set decoder.nms_iou=1.0, or cut "
+        f"the network before it with 'model.outputs={{boxes: {node.input[0]}, scores: {node.input[1]}}}'"
+        for node in model.graph.node
+        if node.op_type == "NonMaxSuppression"
+    ][:1]
 
 
 def chosen_outputs(spec: NetworkSpec, outputs: Mapping[str, Any] | None, returned: Outputs, where: str) -> dict[str, str]:

@@ -42,9 +42,9 @@ def preset(name, **changes):
     return {**spec, **changes}
 
 
-def fields(file, raw):
+def fields(file, raw, outputs=None):
     """The adopted file's fields for an image, which equal those of the given file."""
-    made = adopt(file, raw, None, SIZE)
+    made = adopt(file, raw, outputs, SIZE)
     image = np.random.default_rng(0).random((1, 3, 64, 64)).astype(np.float32)
     out = file.with_name("adopted.onnx")
     onnx.save(made.model, out)
@@ -88,6 +88,43 @@ def test_a_detector_without_a_batch_gets_one(tmp_path):
         "classes": (1, 7, 1),
     }
     assert found["boxes"][0] == pytest.approx(outputs["boxes"] * factor, rel=1e-5)
+
+
+def suppressing(folder):
+    """A detector that suppresses boxes itself, behind the tensors "raw" and "certain"."""
+    constants = {"most": np.int64(5), "overlap": np.float32(0.5), "least": np.float32(0.1), "two": np.int64(2)}
+    more = [helper.make_node("Constant", [], [n], value=numpy_helper.from_array(np.array(v))) for n, v in constants.items()]
+    more += [
+        helper.make_node("NonMaxSuppression", ["raw", "certain", "most", "overlap", "least"], ["kept"], name="nms"),
+        helper.make_node("Gather", ["kept", "two"], ["rows"], axis=1),
+        helper.make_node("Gather", ["raw", "rows"], ["boxes"], axis=1),
+        helper.make_node("Gather", ["certain", "rows"], ["scores"], axis=2),
+    ]
+    outputs = {"raw": 10 * random(1, 30, 4), "certain": random(1, 1, 30)}
+    file = saved(folder, outputs, 1, more=more)
+    model = onnx.load(file)
+    del model.graph.output[:]
+    model.graph.output.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, [None] * 3) for n in ("boxes", "scores"))
+    onnx.save(model, file)
+    return file, outputs
+
+
+def test_a_network_that_suppresses_boxes_is_cut_before_that_or_said(tmp_path):
+    file, outputs = suppressing(tmp_path)
+    spec = preset("yolo_boxes", labels={"names": ["a"], "colours": []})
+    spec["fields"] = [
+        {"name": "boxes", "stride": 1, "channels": 4, "axes": "NC"},
+        {"name": "scores", "stride": 1, "channels": 1, "axes": "CN"},
+    ]
+    found, factor = fields(file, spec, {"boxes": "raw", "scores": "certain"})
+    assert found["boxes"] == pytest.approx(outputs["raw"] * factor, rel=1e-5)
+    made = adopt(file, spec, {"boxes": "raw", "scores": "certain"}, SIZE)
+    assert "NonMaxSuppression" not in [node.op_type for node in made.model.graph.node]
+    assert not [note for note in made.notes if "suppresses" in note]
+    (said,) = [note for note in adopt(file, spec, None, SIZE).notes if "suppresses" in note]
+    assert "its node 'nms'" in said
+    assert "'model.outputs={boxes: raw, scores: certain}'" in said
+    assert said in [words for what, words in anatomy(file).rows if what == "suppression"]
 
 
 def test_logits_get_their_activation(tmp_path):
