@@ -30,9 +30,9 @@ def macs(model: onnx.ModelProto, resolution: Resolution, spec: InputSpec) -> dic
     shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in (*graph.value_info, *graph.output)}
     found = {}
     for node in graph.node:
-        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul") and node.input[1] in sizes:
+        if node.op_type in ("Conv", "ConvTranspose", "DeformConv", "Gemm", "MatMul") and node.input[1] in sizes:
             weights = sizes[node.input[1]]
-            outputs = weights[0] if node.op_type.startswith("Conv") else weights[-1]
+            outputs = weights[0] if "Conv" in node.op_type else weights[-1]
             spread = node.input[0] if node.op_type == "ConvTranspose" else node.output[0]
             found[node.name] = int(np.prod(weights)) // outputs * int(np.prod(shapes.get(spread, [0])))
     return found

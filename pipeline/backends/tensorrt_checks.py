@@ -31,15 +31,20 @@ def _names(owner: Any) -> list[str]:
     return sorted(members)
 
 
+# Operators of ONNX that TensorRT's parser looks for among the plugins.
+_BY_PLUGIN = ("DeformConv",)
+
+
 def check_plugins(trt: Any, model: Any, file: str) -> None:
-    """Check that a plugin is loaded for every operator that is not in the ONNX standard.
+    """Check that a plugin is loaded for every operator that TensorRT's parser does not implement.
 
     Raises:
         UserError: no plugin has an operator of the network.
     """
     known = {str(creator.name) for creator in trt.get_plugin_registry().all_creators}
     for node in model.graph.node:
-        native = node.domain in ("", "ai.onnx") or node.op_type.startswith("TRT_")  # the parser itself implements these
+        own = node.domain in ("", "ai.onnx") and node.op_type not in _BY_PLUGIN
+        native = own or node.op_type.startswith("TRT_")  # the parser itself implements these
         if not native and node.op_type not in known:
             raise UserError(
                 f"{file}: no plugin has the operator {node.op_type} (of the node '{node.name}'){nearest(node.op_type, known)}; "

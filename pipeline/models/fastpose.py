@@ -6,6 +6,7 @@ from typing import Annotated
 from annotated_types import Interval
 from torch import Tensor, nn
 
+from pipeline.models.deformable import DeformConv, deformable
 from pipeline.models.resnet import Depth, ResNet, conv, initialise
 from pipeline.models.top_down import described, last
 
@@ -18,6 +19,7 @@ class FastPose(nn.Module):
     Args:
         depth: layers of the ResNet: 18, 50 or 101.
         width: factor of all channel counts; no layer has fewer than 16 channels.
+        dcn: whether the 3x3 convolutions of the last three stages are deformable; a depth of 18 has no such bottlenecks.
         skeleton: the keypoints: a name (coco_17), or the content of a skeleton file.
 
     Raises:
@@ -28,11 +30,14 @@ class FastPose(nn.Module):
         self,
         depth: Depth = 50,
         width: Annotated[float, Interval(ge=0.1, le=4)] = 1.0,
+        dcn: bool = False,
         skeleton: str | Mapping[str, object] = "coco_17",
     ) -> None:
         super().__init__()
         self.spec = described(skeleton)
-        self.backbone = ResNet(depth, width, excitation=True)
+        if dcn and depth == 18:
+            raise ValueError("model.dcn=true: a ResNet-18 has no bottlenecks to deform; choose model.depth=50 or 101")
+        self.backbone = ResNet(depth, width, excitation=True, deformable=deformable if dcn else None)
         channels = self.backbone.channels // 16 * 16
         inner = channels // 4
         self.up = nn.Sequential(
@@ -44,6 +49,9 @@ class FastPose(nn.Module):
             nn.PixelShuffle(2),
         )
         initialise(self)
+        for module in self.modules():
+            if isinstance(module, DeformConv):
+                module.start()
         self.head = last(inner // 4, self.spec, 3)
 
     @property

@@ -1,5 +1,6 @@
 """ResNet (arXiv:1512.03385), as a backbone; with squeeze-and-excitation (arXiv:1709.01507) as FastPose has it."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -101,7 +102,12 @@ class ResNet(nn.Module):
     """
 
     def __init__(
-        self, depth: int = 50, width: float = 1.0, stem: Stem = "7x7", excitation: bool = False, deformable: type | None = None
+        self,
+        depth: int = 50,
+        width: float = 1.0,
+        stem: Stem = "7x7",
+        excitation: bool = False,
+        deformable: Callable[[int, int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         if depth not in _BLOCKS:

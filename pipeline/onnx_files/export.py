@@ -152,9 +152,15 @@ def _graph(ordered: _Ordered, example: NDArray[np.float32], opset: int, free: Ma
             dynamic_shapes=(dict(free),) if free else None,
             verbose=False,
             optimize=False,
+            custom_translation_table=_own_operators(ordered),
         )
     assert program is not None
     return program.model_proto
+
+
+def _own_operators(network: nn.Module) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The ONNX forms of a network's own operators, from the attribute `onnx` of its modules."""
+    return {operator: form for module in network.modules() for operator, form in getattr(module, "onnx", {}).items()}
 
 
 def _freed(model: onnx.ModelProto, free: Mapping[int, str], spec: NetworkSpec) -> onnx.ModelProto:

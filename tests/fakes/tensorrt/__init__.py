@@ -424,7 +424,7 @@ def _(self):
 
 _KNOWN = {
     "Add", "AveragePool", "BatchNormalization", "Cast", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv",
-    "ConvTranspose",
+    "ConvTranspose", "CumSum", "DepthToSpace",
     "DequantizeLinear", "Div", "Elu", "Exp", "Expand", "Flatten", "Floor", "Gather", "Gemm", "GlobalAveragePool", "HardSigmoid",
     "HardSwish", "Identity", "LeakyRelu", "MatMul", "Max", "MaxPool", "Mean", "Min", "Mul", "Neg", "PRelu", "Pad", "Pow",
     "QuantizeLinear", "Range", "ReduceMax", "ReduceMean", "ReduceSum", "Relu", "Reshape", "Resize", "Shape", "Sigmoid", "Slice",
@@ -445,9 +445,10 @@ def refusals(model):
     unsigned = [value.name for value in graph.input if value.type.tensor_type.elem_type == onnx.TensorProto.UINT8]
     errors = [f"{name}: UINT8 network inputs need a cast before any layer" for name in unsigned]
     for node in graph.node:
-        if node.op_type not in _KNOWN and node.domain in ("", "ai.onnx"):
+        by_plugin = node.op_type == "DeformConv"
+        if node.op_type not in _KNOWN and node.domain in ("", "ai.onnx") and not by_plugin:
             errors.append(f"{node.name}: no importer registered for op: {node.op_type}")
-        if node.domain not in ("", "ai.onnx") and node.op_type not in plugins:
+        if (by_plugin or node.domain not in ("", "ai.onnx")) and node.op_type not in plugins:
             errors.append(f"{node.name}: Plugin not found, are the plugin name, version, and namespace correct? {node.op_type}")
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             errors += _quantization_refusals(node, constants, producer, consumers)

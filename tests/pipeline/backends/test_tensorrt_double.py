@@ -11,15 +11,19 @@ import sys
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 
 from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.backends.tensorrt import TensorRT
 from pipeline.contracts import CalibrationFeed
+from pipeline.models.fastpose import FastPose
+from pipeline.onnx_files import export
 from pipeline.onnx_files.execute import computed_over
 from pipeline.onnx_files.files import ModelFiles, Shapes, read_spec
 from pipeline.quantization.precisions.bf16 import Bf16
 from pipeline.quantization.precisions.fp8 import Fp8
+from pipeline.quantization.precisions.fp32 import Fp32
 from pipeline.quantization.precisions.int8 import Int8
 from pipeline.quantization.precisions.int8_entropy import ImplicitInt8
 from posepress.errors import UserError
@@ -676,6 +680,25 @@ def test_an_operator_that_no_plugin_has_is_named_before_the_build(trt, finished,
     with pytest.raises(UserError, match=message):
         TensorRT().build(faulty, shapes(1), tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_deformable_convolution_needs_a_plugin(trt, tmp_path, monkeypatch):
+    """TensorRT's parser implements all of ONNX's operators in FastPose but this one."""
+    torch.manual_seed(0)
+    network = FastPose(50, 0.25, dcn=True).eval()
+    file = tmp_path / "model.onnx"
+    export.export(network, np.zeros((1, 3, 64, 64), np.float32), 20, file)
+    export.stamp(file, network.spec)
+    Fp32().quantize(file, None, None, tmp_path)
+    files = ModelFiles.in_folder(tmp_path)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=r"no plugin has the operator DeformConv \(of the node .*backend.plugins"):
+        TensorRT().build(files, shapes(1, Resolution(64, 64)), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+    monkeypatch.setattr(trt, "plugins", {"DeformConv"})
+    with TensorRT().load(TensorRT().build(files, shapes(1, Resolution(64, 64)), tmp_path / "out")) as runner:
+        found = runner(runner.upload(np.zeros((1, 64, 64, 3), np.uint8)))
+    assert next(iter(found.values())).shape == (1, 17, 16, 16)
 
 
 def test_two_builds_at_once_keep_the_kernels_of_both(trt, finished, tmp_path, monkeypatch):
