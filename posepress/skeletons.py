@@ -41,16 +41,30 @@ OPENPOSE_18 = Skeleton(
     ),
 )  # fmt: skip
 
-SKELETONS: Mapping[str, Skeleton] = {"coco_17": COCO_17, "openpose_18": OPENPOSE_18}
+_FINGERS = ("thumb", "index", "middle", "ring", "little")
+
+# A hand: the wrist, and four points of each finger from its root to its tip. Sigmas of the left hand of COCO-WholeBody
+# (arXiv:2007.11858). A mirrored left hand is a right one, whose points have the same names, so that no pairs change places.
+HAND_21 = Skeleton(
+    names=("wrist", *(f"{finger}_{n}" for finger in _FINGERS for n in range(1, 5))),
+    limbs=tuple((0 if n == 0 else 4 * f + n, 4 * f + n + 1) for f in range(5) for n in range(4)),
+    sigmas=(
+        0.029, 0.022, 0.035, 0.037, 0.047, 0.026, 0.025, 0.024, 0.035, 0.018, 0.024, 0.022, 0.026, 0.017, 0.021, 0.021,
+        0.032, 0.02, 0.019, 0.022, 0.031,
+    ),
+    mirror=(),
+)  # fmt: skip
+
+SKELETONS: Mapping[str, Skeleton] = {"coco_17": COCO_17, "openpose_18": OPENPOSE_18, "hand_21": HAND_21}
 
 
 def skeleton_of(given: str | Mapping[str, Any] | Skeleton) -> Skeleton:
     """A skeleton, from a name, the content of a file, or itself.
 
     Args:
-        given: "coco_17", "openpose_18", or a mapping in one of two forms. Ours: {names, limbs, sigmas, mirror}, indices from
-            0; `edges` stands for limbs. A COCO category, which trt_pose's topology files have, too: {keypoints, skeleton,
-            sigmas}, whose pairs count from 1.
+        given: "coco_17", "openpose_18", "hand_21", or a mapping in one of two forms. Ours: {names, limbs, sigmas, mirror},
+            indices from 0; `edges` stands for limbs. A COCO category, which trt_pose's topology files have, too: {keypoints,
+            skeleton, sigmas}, whose pairs count from 1.
 
     Raises:
         ValueError: the name is unknown, a key is unknown, or a value is wrong.

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from annotated_types import Interval
@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from pipeline.datasets.canvas import F64, Canvas, Paint
 from pipeline.datasets.drawn_labels import annotation, label
 from posepress.errors import UserError
+from posepress.labels import Skeleton
 from posepress.resolution import Resolution
+from posepress.skeletons import COCO_17
 
 _NOBODY, _CROWD, _CLUTTER = -1, -2, -3
 
@@ -35,7 +37,7 @@ _FACE = {
 
 _ARM, _FOREARM, _THIGH, _SHIN = 0.165, 0.155, 0.235, 0.225
 
-_SKINS = np.array([[236, 200, 170], [224, 172, 138], [190, 134, 98], [141, 92, 62], [92, 58, 40]], np.float32)
+SKINS = np.array([[236, 200, 170], [224, 172, 138], [190, 134, 98], [141, 92, 62], [92, 58, 40]], np.float32)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,18 @@ class Preset:
     turned: Annotated[float, Interval(ge=0, le=1)]
     cut: Annotated[float, Interval(ge=0, le=1)]
 
+    category: ClassVar[str] = "person"
+    skeleton: ClassVar[Skeleton] = COCO_17
+
+    @property
+    def version(self) -> int:
+        """Version of the drawing."""
+        return VERSION
+
+    def draw(self, seed: Sequence[int]) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]:
+        """Draw one image and return it with its COCO annotations; see `generate`."""
+        return generate(self, seed)
+
     def __post_init__(self) -> None:
         """Check that no minimum exceeds its maximum.
 
@@ -74,7 +88,8 @@ class Preset:
                 raise UserError(f"data.preset.{option}=[{least},{most}]: give the least first, then the most")
 
 
-def _rotation(axis: int, angle: float) -> F64:
+def rotation(axis: int, angle: float) -> F64:
+    """The matrix of a rotation about an axis, 0 for x, 1 for y and 2 for z."""
     c, s = np.cos(angle), np.sin(angle)
     matrix = np.eye(3)
     i, j = [(1, 2), (2, 0), (0, 1)][axis]
@@ -86,26 +101,26 @@ def _pose(draw: np.random.Generator, preset: Preset) -> dict[str, F64]:
     """Draw a random pose and return the joints of a person of height 1 after all rotations, z towards the viewer."""
     width = draw.uniform(0.85, 1.2)
     joints = {name: np.array(at) * (width, 1, 1) for name, at in _TORSO.items()}
-    nod = _rotation(1, draw.normal(0, 0.35)) @ _rotation(0, draw.normal(0, 0.15)) @ _rotation(2, draw.normal(0, 0.12))
+    nod = rotation(1, draw.normal(0, 0.35)) @ rotation(0, draw.normal(0, 0.15)) @ rotation(2, draw.normal(0, 0.12))
     pivot = joints["neck"]
     joints |= {name: pivot + nod @ (np.array(at) - pivot) for name, at in _FACE.items()}
     sitting = draw.random() < 0.2
     for side, sign in (("left", 1.0), ("right", -1.0)):
         lift = draw.uniform(0.05, 0.6) if draw.random() < 0.65 else draw.uniform(0.6, 2.6)
         reach = draw.normal(0, 0.5)
-        arm = _rotation(0, reach) @ _rotation(2, -sign * lift)
+        arm = rotation(0, reach) @ rotation(2, -sign * lift)
         down = np.array([0.0, 1.0, 0.0])
         joints[f"{side}_elbow"] = joints[f"{side}_shoulder"] + _ARM * (arm @ down)
-        bend = arm @ _rotation(1, draw.uniform(-1.2, 1.2)) @ _rotation(0, abs(draw.normal(0, 0.9)))
+        bend = arm @ rotation(1, draw.uniform(-1.2, 1.2)) @ rotation(0, abs(draw.normal(0, 0.9)))
         joints[f"{side}_wrist"] = joints[f"{side}_elbow"] + _FOREARM * (bend @ down)
         flex = draw.uniform(1.0, 1.6) if sitting else draw.normal(0.1, 0.3)
-        leg = _rotation(2, -sign * abs(draw.normal(0.05, 0.15))) @ _rotation(0, flex)
+        leg = rotation(2, -sign * abs(draw.normal(0.05, 0.15))) @ rotation(0, flex)
         joints[f"{side}_knee"] = joints[f"{side}_hip"] + _THIGH * (leg @ down)
-        shin = leg @ _rotation(0, -(flex if sitting else abs(draw.normal(0, 0.4))))
+        shin = leg @ rotation(0, -(flex if sitting else abs(draw.normal(0, 0.4))))
         joints[f"{side}_ankle"] = joints[f"{side}_knee"] + _SHIN * (shin @ down)
         joints[f"{side}_toe"] = joints[f"{side}_ankle"] + 0.06 * (shin @ np.array([0.0, 0.3, 1.0]))
     turn = draw.uniform(-np.pi, np.pi) if draw.random() < preset.turned else draw.normal(0, 0.35)
-    lean = _rotation(2, draw.normal(0, 0.12)) @ _rotation(0, draw.normal(0, 0.12)) @ _rotation(1, turn)
+    lean = rotation(2, draw.normal(0, 0.12)) @ rotation(0, draw.normal(0, 0.12)) @ rotation(1, turn)
     middle = (joints["left_hip"] + joints["right_hip"]) / 2
     return {name: lean @ (at - middle) for name, at in joints.items()}
 
@@ -130,7 +145,8 @@ def _noise(draw: np.random.Generator, H: int, W: int) -> NDArray[np.float32]:
     return total
 
 
-def _background(draw: np.random.Generator, size: Resolution) -> NDArray[np.float32]:
+def background(draw: np.random.Generator, size: Resolution) -> NDArray[np.float32]:
+    """Smooth noise, with a floor in half of the images, [H, W, 3]."""
     base = draw.uniform(40, 215, 3).astype(np.float32)
     image = base + draw.uniform(15, 60) * _noise(draw, size.height, size.width)
     if draw.random() < 0.5:  # a floor
@@ -139,7 +155,7 @@ def _background(draw: np.random.Generator, size: Resolution) -> NDArray[np.float
     return image
 
 
-def _clutter(draw: np.random.Generator, canvas: Canvas, count: int) -> None:
+def clutter(draw: np.random.Generator, canvas: Canvas, count: int) -> None:
     """Draw objects of random shape in the colours of clothes and skin."""
     H, W = canvas.owner.shape
     for _ in range(count):
@@ -149,14 +165,14 @@ def _clutter(draw: np.random.Generator, canvas: Canvas, count: int) -> None:
         radius = draw.uniform(0.01, 0.07) * H
         paint = _paint(draw)
         if draw.random() < 0.2:
-            skin = _SKINS[draw.integers(len(_SKINS))]
+            skin = SKINS[draw.integers(len(SKINS))]
             paint = Paint(skin, skin)
         canvas.capsule(at.tolist(), to.tolist(), (radius, radius * draw.uniform(0.5, 1.5)), paint, _CLUTTER)
 
 
 def _draw_person(draw: np.random.Generator, canvas: Canvas, joints: dict[str, F64], scale: float, owner: int) -> None:
     """Draw a posed person with joints in pixels. Body parts are numbered as in `_OWN_PARTS`."""
-    skin_colour = _SKINS[draw.integers(len(_SKINS))] * np.float32(draw.uniform(0.85, 1.1))
+    skin_colour = SKINS[draw.integers(len(SKINS))] * np.float32(draw.uniform(0.85, 1.1))
     skin = Paint(skin_colour, skin_colour)
     hair_colour = draw.choice(np.array([[25, 20, 18], [70, 45, 25], [150, 110, 60], [120, 120, 120]], np.float32))
     hair = Paint(hair_colour, hair_colour)
@@ -244,8 +260,8 @@ def generate(preset: Preset, seed: Sequence[int]) -> tuple[NDArray[np.uint8], li
     size = preset.size
     H, W = size.height, size.width
     blank = np.full((H, W), _NOBODY, np.int16)
-    canvas = Canvas(_background(draw, size), blank, np.zeros((H, W), np.int16))
-    _clutter(draw, canvas, int(draw.integers(0, preset.clutter + 1)))
+    canvas = Canvas(background(draw, size), blank, np.zeros((H, W), np.int16))
+    clutter(draw, canvas, int(draw.integers(0, preset.clutter + 1)))
     if draw.random() < preset.crowds:
         at = np.array([draw.uniform(0.2 * W, 0.8 * W), draw.uniform(0.2 * H, 0.7 * H)])
         for _ in range(int(draw.integers(4, 9))):
@@ -273,7 +289,7 @@ def generate(preset: Preset, seed: Sequence[int]) -> tuple[NDArray[np.uint8], li
         joints = {name: at + joint * scale for name, joint in _pose(draw, preset).items()}
         _draw_person(draw, canvas, joints, scale, owner)
         people.append((joints, scale))
-    _clutter(draw, canvas, int(draw.integers(0, preset.occluders + 1)))
+    clutter(draw, canvas, int(draw.integers(0, preset.occluders + 1)))
 
     annotations = []
     for owner, (joints, scale) in enumerate(people):
@@ -286,10 +302,15 @@ def generate(preset: Preset, seed: Sequence[int]) -> tuple[NDArray[np.uint8], li
     crowd &= canvas.owner == _CROWD
     if crowd.sum() >= 24:
         annotations.append({**annotation(crowd, None), "iscrowd": 1})
+    return finished(draw, canvas), annotations
+
+
+def finished(draw: np.random.Generator, canvas: Canvas) -> NDArray[np.uint8]:
+    """The image of a canvas as a camera would take it: with another brightness and contrast, and with grain."""
     gain, shift = draw.uniform(0.75, 1.2), draw.uniform(-15, 15)
     grain = draw.standard_normal(canvas.image.shape, np.float32) * np.float32(draw.uniform(1, 7))
     image = canvas.image * np.float32(gain) + np.float32(shift) + grain
-    return np.clip(np.rint(image, out=image), 0, 255, out=image).astype(np.uint8), annotations
+    return np.clip(np.rint(image, out=image), 0, 255, out=image).astype(np.uint8)
 
 
 VERSION = 1  # raise it with every change of a pixel or a label

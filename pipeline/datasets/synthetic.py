@@ -1,4 +1,4 @@
-"""A generated data set of people in COCO's format, drawn from a seed with numpy alone.
+"""A generated data set of people, or of other things, in COCO's format, drawn from a seed with numpy alone.
 
 A person is a skeleton in three dimensions that is posed by random joint angles and then projected. Its body is drawn as
 tapered capsules, distant ones first. The owner of each pixel is recorded, so that masks, areas, boxes and the visibility of
@@ -13,29 +13,55 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Protocol
 
+import numpy as np
 from annotated_types import Interval
+from numpy.typing import NDArray
 
 from pipeline.datasets.coco import SPLITS, CocoSplits, Finder
 from pipeline.datasets.coco_split import Coco
-from pipeline.datasets.drawing import VERSION, Preset, generate
 from pipeline.probing import processes
 from posepress.errors import UserError
-from posepress.skeletons import COCO_17
+from posepress.labels import Skeleton
+from posepress.resolution import Resolution
+
+
+class Drawing(Protocol):
+    """What generated images show, and how difficult they are: a frozen data class whose fields are options.
+
+    Attributes:
+        size: size of the images, in pixels.
+        category: name of what is labelled.
+        skeleton: its keypoints.
+        version: raised with every change of a pixel or a label.
+    """
+
+    @property
+    def size(self) -> Resolution: ...  # noqa: D102
+
+    @property
+    def version(self) -> int | str: ...  # noqa: D102
+
+    category: ClassVar[str]
+    skeleton: ClassVar[Skeleton]
+
+    def draw(self, seed: Sequence[int]) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]:
+        """An image uint8 [H, W, 3], RGB, and its COCO annotation records without ids; equal seeds give equal images."""
+        ...
 
 
 def _name(image_id: int) -> str:
     return f"{image_id:012d}.jpg"
 
 
-def _write(job: tuple[Preset, Path, int, list[int], list[int]]) -> list[tuple[int, list[dict[str, Any]]]]:
+def _write(job: tuple[Drawing, Path, int, list[int], list[int]]) -> list[tuple[int, list[dict[str, Any]]]]:
     import cv2
 
     preset, folder, split, ids, seeds = job
     found = []
     for image_id in ids:
-        image, annotations = generate(preset, [*seeds, split, image_id])
+        image, annotations = preset.draw([*seeds, split, image_id])
         jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
         (folder / _name(image_id)).write_bytes(jpeg.tobytes())
         found.append((image_id, annotations))
@@ -47,14 +73,14 @@ class Synthetic:
     """A generated data set. It is written once in COCO's layout and then read as any other data set.
 
     Attributes:
-        preset: difficulty of the images.
+        preset: what the images show, and their difficulty.
         counts: number of images of each split: train, unlabelled, tune, agreement, validation.
         seed: seed of the whole data set.
         cache: folder that holds the data set, in a subfolder named after `identity`.
         detector: finds the boxes of images that are not trained on; None takes the annotations'.
     """
 
-    preset: Preset
+    preset: Drawing
     counts: dict[str, Annotated[int, Interval(ge=1, le=10**7)]]
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
     cache: str = "outputs/cache"
@@ -75,13 +101,18 @@ class Synthetic:
     @property
     def identity(self) -> str:
         """Digest of all values that determine the pixels and labels."""
-        what = {"version": VERSION, "preset": asdict(self.preset), "counts": self.counts, "seed": self.seed}
+        what = {
+            "version": self.preset.version,
+            "preset": asdict(self.preset),  # type: ignore[call-overload]
+            "counts": self.counts,
+            "seed": self.seed,
+        }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     @property
     def folder(self) -> Path:
         """The folder of the data set."""
-        return Path(self.cache) / "synthetic" / f"v{VERSION}-{self.identity[:12]}"
+        return Path(self.cache) / "synthetic" / f"v{self.preset.version}-{self.identity[:12]}"
 
     def digest(self, splits: Sequence[str]) -> str:
         """Return a digest of some splits. It depends on the generator's version and options only, so no file need exist."""
@@ -109,7 +140,7 @@ class Synthetic:
         """Return the images of a split. The data set is written first if it does not exist."""
         return self._splits.open(split)
 
-    def _jobs(self, folder: Path) -> Iterator[tuple[Preset, Path, int, list[int], list[int]]]:
+    def _jobs(self, folder: Path) -> Iterator[tuple[Drawing, Path, int, list[int], list[int]]]:
         for index, split in enumerate(SPLITS):
             first = index * 10_000_000 + 1  # the images of a split must not depend on the sizes of other splits
             ids = list(range(first, first + self.counts[split]))
@@ -146,19 +177,21 @@ class Synthetic:
             unfinished.rename(self.folder)
 
     def _write_annotations(self, root: Path, records: dict[int, list[tuple[int, list[dict[str, Any]]]]]) -> None:
+        skeleton = self.preset.skeleton
         size = {"height": self.preset.size.height, "width": self.preset.size.width}
         (root / "annotations").mkdir(exist_ok=True)
         for file, splits in (("train", ("train", "tune")), ("validation", ("validation",))):
             rows = [row for split in splits for row in records[SPLITS.index(split)]]
             content = {
-                "info": {"description": f"Posepress generated people, version {VERSION}, digest {self.identity}"},
+                "info": {"description": f"Posepress, {self.preset.category}, version {self.preset.version}, {self.identity}"},
                 "categories": [
                     {
                         "id": 1,
-                        "name": "person",
-                        "supercategory": "person",
-                        "keypoints": list(COCO_17.names),
-                        "skeleton": [[a + 1, b + 1] for a, b in COCO_17.limbs],
+                        "name": self.preset.category,
+                        "supercategory": self.preset.category,
+                        "keypoints": list(skeleton.names),
+                        "skeleton": [[a + 1, b + 1] for a, b in skeleton.limbs],
+                        "sigmas": list(skeleton.sigmas),
                     }
                 ],
                 "images": [{"id": i, "file_name": _name(i), **size} for i, _ in rows],
