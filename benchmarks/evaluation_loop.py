@@ -4,7 +4,7 @@
 
 WORDS are options of the pipeline that set a trained network and its data (experiment=, weights=, model=, data=). Its FP32
 engine is built first. Four passes over the validation images are timed in turns: reading and framing alone, the network alone
-on all threads (inputs framed beforehand), decoding and merging alone (on the loop's number of threads), and the whole loop.
+on all threads (inputs framed beforehand), decoding and merging of single views alone, and the whole loop.
 The memory is the peak of a process that evaluates a number of images and nothing else.
 """
 
@@ -35,7 +35,7 @@ from posepress.predict import Selection, Watch, batches, predict
 from posepress.resolution import Resolution
 
 STAGES = "stage=[train,export,quantize,build,tune]"
-FEW, KEPT = 200, 64  # images of the smaller memory, and batches whose inputs and fields are kept
+FEW, KEPT = 200, 64  # images of the smaller memory, and images whose inputs and fields are kept
 PEAK = "--peak-at"
 
 
@@ -100,7 +100,9 @@ class Loop:
     def kept(self) -> list[Any]:
         """Some batches with their fields."""
         few = Selection(self.images, range(min(len(self.images), KEPT)))
-        ready = [b for b in batches(few, self.framing, self.runner.spec.input, self.size, self.batch) if b.views][:KEPT]
+        ready = [b for b in batches(few, self.framing, self.runner.spec.input, self.size, self.batch) if b.views]
+        if not ready:
+            raise SystemExit(f"the first {len(few)} validation images have no views; choose other data")
         return [(b, self.runner(self.runner.upload(b.images))) for b in ready]
 
     def network(self, kept: Sequence[Any]) -> None:
@@ -114,7 +116,8 @@ class Loop:
 
         def one(n: int) -> None:
             ready, fields = kept[n % len(kept)]
-            self.decoder.merge(self.decoder.decode(fields, ready.views), ready.views)
+            for part, view in zip(self.decoder.decode(fields, ready.views), ready.views, strict=True):
+                self.decoder.merge([part], [view])
 
         with ThreadPoolExecutor(self.watch.workers["decoding"]) as pool:
             deque(pool.map(one, range(self.calls)), maxlen=0)

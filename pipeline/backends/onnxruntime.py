@@ -17,7 +17,15 @@ from posepress.resolution import Resolution
 from posepress.runners.onnxruntime import ENGINE, OnnxRuntimeRunner
 from posepress.spec import SPEC_KEY, NetworkSpec
 
-_CONVOLUTIONS = {"Conv": 1, "FusedConv": 1, "NhwcFusedConv": 1, "ConvTranspose": 1, "QLinearConv": 3, "ConvInteger": 1}
+_CONVOLUTIONS = {
+    "Conv": 1,
+    "DeformConv": 1,
+    "FusedConv": 1,
+    "NhwcFusedConv": 1,
+    "ConvTranspose": 1,
+    "QLinearConv": 3,
+    "ConvInteger": 1,
+}
 
 _FUSED = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid")
 

@@ -32,7 +32,7 @@ def _names(owner: Any) -> list[str]:
 
 
 # Operators of ONNX that TensorRT's parser looks for among the plugins.
-_BY_PLUGIN = ("DeformConv",)
+BY_PLUGIN = ("DeformConv",)
 
 
 def check_plugins(trt: Any, model: Any, file: str) -> None:
@@ -43,7 +43,7 @@ def check_plugins(trt: Any, model: Any, file: str) -> None:
     """
     known = {str(creator.name) for creator in trt.get_plugin_registry().all_creators}
     for node in model.graph.node:
-        own = node.domain in ("", "ai.onnx") and node.op_type not in _BY_PLUGIN
+        own = node.domain in ("", "ai.onnx") and node.op_type not in BY_PLUGIN
         native = own or node.op_type.startswith("TRT_")  # the parser itself implements these
         if not native and node.op_type not in known:
             raise UserError(

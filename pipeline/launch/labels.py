@@ -211,7 +211,13 @@ def _measuring(*, _root_: Config) -> Any:
     return OmegaConf.create({**backend, "precision": "fp32"} if "precision" in backend else backend)
 
 
+def _unless(value: Any, usual: Any, words: str) -> str:
+    """A part of a label for an option that differs from its usual value."""
+    return "" if str(value).lower() == str(usual).lower() else words
+
+
 def register() -> None:
     """Register the resolvers in OmegaConf."""
+    OmegaConf.register_new_resolver("unless", _unless, replace=True)
     OmegaConf.register_new_resolver("label_of", _label_of, replace=True)
     OmegaConf.register_new_resolver("measuring", _measuring, replace=True)

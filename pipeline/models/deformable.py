@@ -33,8 +33,8 @@ def sampled(x: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, stride: int
     moved = offset.reshape(B, _TAPS, 2, h, w)
     y = moved[:, :, 0] + rows + torch.div(taps, 3, rounding_mode="floor")
     place = moved[:, :, 1] + columns + taps % 3
-    grid = torch.stack((2 * place / max(W - 1, 1) - 1, 2 * y / max(H - 1, 1) - 1), dim=-1)
-    values = F.grid_sample(x, grid.reshape(B, _TAPS * h, w, 2), align_corners=True)
+    grid = torch.stack(((2 * place + 1) / W - 1, (2 * y + 1) / H - 1), dim=-1)
+    values = F.grid_sample(x, grid.reshape(B, _TAPS * h, w, 2), align_corners=False)
     seen = (values.reshape(B, C, _TAPS, h, w) * mask[:, None]).reshape(B, C * _TAPS, h * w)
     return torch.matmul(weight.reshape(len(weight), -1), seen).reshape(B, -1, h, w)
 
@@ -73,20 +73,17 @@ def _written(x: Any, weight: Any, offset: Any, mask: Any, stride: int) -> Any:
     return opset19.DeformConv(x, weight, offset, None, mask, kernel_shape=[3, 3], pads=around, strides=[stride, stride])
 
 
-class DeformConv(nn.Module):
+class DeformConv(nn.Conv2d):
     """A 3x3 convolution that learns where each of its nine taps reads, and how much it counts.
 
     Attributes:
-        onnx: the ONNX form of the operator, for the export.
+        onnx_forms: the ONNX form of the operator, for the export.
     """
 
-    onnx: ClassVar[Mapping[Any, Callable[..., Any]]] = {torch.ops.posepress.deform_conv.default: _written}
+    onnx_forms: ClassVar[Mapping[Any, Callable[..., Any]]] = {torch.ops.posepress.deform_conv.default: _written}
 
     def __init__(self, channels: int, stride: int = 1) -> None:
-        super().__init__()
-        self.stride = stride
-        self.weight = nn.Parameter(torch.empty(channels, channels, 3, 3))
-        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+        super().__init__(channels, channels, 3, stride, _PADDING, bias=False)
         self.taps = nn.Conv2d(channels, 3 * _TAPS, 3, stride, _PADDING)
 
     def start(self) -> None:
@@ -100,8 +97,8 @@ class DeformConv(nn.Module):
         taps = self.taps(x)
         with torch.autocast(x.device.type, enabled=False):  # half precision would round the positions
             offset, mask = taps.float().split((2 * _TAPS, _TAPS), dim=1)
-            made: Tensor = deform_conv(x.float(), self.weight, offset, mask.sigmoid(), self.stride)
-        return made
+            made: Tensor = deform_conv(x.float(), self.weight.float(), offset, mask.sigmoid(), self.stride[0])
+        return (made if self.bias is None else made + self.bias[:, None, None]).to(x.dtype)
 
 
 def deformable(channels: int, stride: int) -> nn.Sequential:

@@ -56,8 +56,8 @@ class FastPose(nn.Module):
 
     @property
     def ignored_layers(self) -> Sequence[nn.Module]:
-        """The convolution that computes the heatmaps."""
-        return [self.head]
+        """The convolution that computes the heatmaps, and those that compute where deformable convolutions read."""
+        return [self.head, *(module.taps for module in self.modules() if isinstance(module, DeformConv))]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Heatmaps [B, K, H / 4, W / 4] of images [B, 3, H, W]."""

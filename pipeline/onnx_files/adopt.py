@@ -46,7 +46,7 @@ class Adopted:
     Attributes:
         model: the network. Its outputs are the fields, by name and in order.
         spec: the description, completed with properties that were read from the file.
-        sources: for each field, the name of its output in the given file; several fields may share one.
+        sources: for each field, the name of its output or inner tensor in the given file; several fields may share one.
         size: the input size of the trial run.
         notes: sentences on properties that were read from the file and are not in `model.spec`.
     """
@@ -73,9 +73,10 @@ def adopt(file: Path, raw: object, outputs: Mapping[str, Any] | None, resolution
     """
     where = f"model.onnx={file}"
     wanted, own = named(described(raw))
-    model = ending_at(read(file), [*(field.tensor for field in wanted.fields), *_named(outputs)], where)
+    given = {**own, **(outputs if isinstance(outputs, Mapping) else {})}
+    model = ending_at(read(file), {f.name: str(given.get(f.name, f.tensor)) for f in wanted.fields}, where)
     notes = [f"'{old}' is taken as {new}, in the order of model.spec.fields" for new, old in own.items()]
-    notes += suppression(model)
+    notes += suppression(model, [field.name for field in wanted.fields])
     spec, size = _input(model, where, wanted, raw, resolution, notes)
     images = _images(spec, size)
     model, returned = _run_as_it_is(model, where, spec, images[:1], notes)
@@ -91,11 +92,6 @@ def adopt(file: Path, raw: object, outputs: Mapping[str, Any] | None, resolution
             f"{where}: its outputs cannot be named as the fields ({first_line(error)}); name them so at export"
         ) from error
     return Adopted(model, spec, sources, size, notes)
-
-
-def _named(outputs: object) -> list[str]:
-    """Names of outputs in `model.outputs`, which may be no mapping."""
-    return [str(name) for name in outputs.values()] if isinstance(outputs, Mapping) else []
 
 
 def _input(

@@ -32,6 +32,7 @@ from posepress.spec import SPEC_KEY, NetworkSpec
 
 _SAME = 1e-3  # largest accepted difference between torch and a file that was exported by a shorter way, relative to the range
 _SMALL = 320  # longer side of the input below which the second shape is the larger one, in pixels
+_OWN_FROM = 19  # the opset of the ONNX forms of our own operators
 _AXES = {0: "batch", 2: "height", 3: "width"}
 _SIDES = {
     "H": "height",
@@ -80,10 +81,17 @@ def export(
         out: path of the file.
         any_shape: whether the axes that the description calls dynamic stay free. False exports for the example's shape only.
         graphs: folder that keeps graphs without weights, for networks of the same structure. None keeps no graphs.
+
+    Raises:
+        UserError: the opset lacks an operator of the network.
     """
     spec = spec_of(network)
     names = [field.name for field in spec.fields]
     free = {axis: name for axis, name in _AXES.items() if any_shape and name in spec.dynamic}
+    if opset < _OWN_FROM and _own_operators(network):
+        raise UserError(
+            f"stages.export.opset={opset}: the network's deformable convolutions need {_OWN_FROM} or later; set that"
+        )
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about torchvision's operators, which are not used
     ordered = _Ordered(network, names).eval()
     images = [np.random.default_rng(0).standard_normal(shape, np.float32) for shape in _shapes(example, free, spec)]
@@ -159,8 +167,8 @@ def _graph(ordered: _Ordered, example: NDArray[np.float32], opset: int, free: Ma
 
 
 def _own_operators(network: nn.Module) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """The ONNX forms of a network's own operators, from the attribute `onnx` of its modules."""
-    return {operator: form for module in network.modules() for operator, form in getattr(module, "onnx", {}).items()}
+    """The ONNX forms of a network's own operators, from the attribute `onnx_forms` of its modules."""
+    return {operator: form for module in network.modules() for operator, form in getattr(module, "onnx_forms", {}).items()}
 
 
 def _freed(model: onnx.ModelProto, free: Mapping[int, str], spec: NetworkSpec) -> onnx.ModelProto:
@@ -341,7 +349,7 @@ def onnx_reference(file: Path, spec: NetworkSpec, sources: Mapping[str, str]) ->
     """A given ONNX file as a function of arrays; see `pipeline.onnx_files.adopt.Adopted` for `sources`."""
     model = onnx.load(file, load_external_data=False)
     inner = set(sources.values()) - {output.name for output in model.graph.output}
-    source = ending_at(onnx.load(file), sources.values(), f"model.onnx={file}").SerializeToString() if inner else str(file)
+    source = ending_at(onnx.load(file), sources, f"model.onnx={file}").SerializeToString() if inner else str(file)
     session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
 

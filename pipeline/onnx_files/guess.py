@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto
 
+from pipeline.backends.tensorrt_checks import BY_PLUGIN
 from pipeline.onnx_files.given import quantized, read
 from pipeline.onnx_files.outputs import shape_of, shape_words, suppression
 from posepress.errors import UserError, first_line
@@ -100,7 +101,10 @@ def anatomy(file: Path) -> Anatomy:
     refused = sorted(set(counted) & _REFUSED)
     foreign = sorted({f"{node.domain}:{node.op_type}" for node in model.graph.node if node.domain not in ("", "ai.onnx")})
     rows.append(("ONNX Runtime refuses", "nothing: it has run the file"))
-    rows.append(("TensorRT refuses", ", ".join([*refused, *foreign]) or "no operator by its name; its parser decides"))
+    plugins = [f"{name} without a plugin (backend.plugins)" for name in BY_PLUGIN if name in counted]
+    rows.append(
+        ("TensorRT refuses", ", ".join([*refused, *foreign, *plugins]) or "no operator by its name; its parser decides")
+    )
     return Anatomy(rows, inputs[0].name, layout, channels, kind, size, returned)
 
 

@@ -1,7 +1,7 @@
 """Assign the outputs of a given ONNX file to the fields of its description."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,44 +29,52 @@ def shape_words(shape: Sequence[str | int]) -> str:
     return f"[{', '.join(map(str, shape))}]"
 
 
-def ending_at(model: onnx.ModelProto, names: Iterable[str], where: str) -> onnx.ModelProto:
-    """The network, cut behind those of some tensors that it has inside; the same one if all are its outputs.
+def ending_at(model: onnx.ModelProto, asked: Mapping[str, str], where: str) -> onnx.ModelProto:
+    """The network, cut behind the tensors of the fields if some of these are inside; the same one if none is.
 
     Args:
         model: a network.
-        names: names of outputs or of inner tensors; unknown and empty ones are left to later checks.
+        asked: for each field, the name of an output or of an inner tensor; empty for an output of the field's name.
         where: the option that names the file, for messages.
 
     Raises:
-        UserError: the network cannot be cut there.
+        UserError: the network cannot be cut there, or has no tensor of a name beside inner ones.
     """
     outputs = [output.name for output in model.graph.output]
     made = {name for node in model.graph.node for name in node.output if name}
-    wanted = [name for name in dict.fromkeys(names) if name in made]
-    inner = [name for name in wanted if name not in outputs]
+    inner = [name for name in asked.values() if name in made and name not in outputs]
     if not inner:
         return model
+    names = {field: name or field for field, name in asked.items()}
+    for field, name in names.items():
+        if name not in made:
+            raise UserError(
+                f"{where}: no tensor '{name}' for {field}{nearest(name, sorted(made))}; a network that is cut at inner "
+                f"tensors, like '{inner[0]}', needs the tensor of each field: 'model.outputs={{{field}: NAME}}'"
+            )
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = [given.name for given in model.graph.input if given.name not in constants]
     try:
         whole = onnx.shape_inference.infer_shapes(model)
-        cut: onnx.ModelProto = onnx.utils.Extractor(whole).extract_model(inputs, wanted)
+        cut: onnx.ModelProto = onnx.utils.Extractor(whole).extract_model(inputs, list(dict.fromkeys(names.values())))
         onnx.checker.check_model(cut)
     except Exception as error:
-        raise UserError(
-            f"{where}: cannot be cut at '{inner[0]}' ({first_line(error)}); name another tensor, or an output"
-        ) from error
+        why = first_line(error)
+        raise UserError(f"{where}: cannot be cut at '{inner[0]}' ({why}); name another tensor, or an output") from error
     return cut
 
 
-def suppression(model: onnx.ModelProto) -> list[str]:
-    """What to know of a network that suppresses boxes itself, naming the node and the tensors before it."""
-    return [
-        f"its node '{node.name or node.output[0]}' suppresses boxes before the decoder does: set decoder.nms_iou=1.0, or cut "
-        f"the network before it with 'model.outputs={{boxes: {node.input[0]}, scores: {node.input[1]}}}'"
-        for node in model.graph.node
-        if node.op_type == "NonMaxSuppression"
-    ][:1]
+def suppression(model: onnx.ModelProto, fields: Container[str] = ("boxes", "scores")) -> list[str]:
+    """What to know of a network that suppresses boxes itself, naming the node and, for these fields, the tensors before it."""
+    for node in model.graph.node:
+        if node.op_type == "NonMaxSuppression":
+            called = node.name or node.output[0]
+            words = f"its node '{called}' suppresses boxes before the decoder does: set decoder.nms_iou=1.0"
+            if "boxes" in fields and "scores" in fields:
+                at = f"{{boxes: {node.input[0]}, scores: {node.input[1]}}}"
+                words += f", or cut the network before it with 'model.outputs={at}'"
+            return [words]
+    return []
 
 
 def chosen_outputs(spec: NetworkSpec, outputs: Mapping[str, Any] | None, returned: Outputs, where: str) -> dict[str, str]:

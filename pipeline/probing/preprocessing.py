@@ -93,6 +93,7 @@ def tried(
     decoder: Callable[..., Decoder[Any]],
     metric: Callable[..., Metric[Any, Any]],
     size: Resolution,
+    sources: Mapping[str, str],
 ) -> list[Tried]:
     """Every usual preprocessing with its figure, best first; beside each, one with exchanged lines if these have one shape.
 
@@ -103,6 +104,7 @@ def tried(
         decoder: makes the decoder from the description.
         metric: makes the metric from the labels of the data and of the network.
         size: size of the input.
+        sources: for each field, the name of its output in the given file.
 
     Raises:
         UserError: the decoder or the metric does not fit the network.
@@ -119,7 +121,8 @@ def tried(
                 ways: list[tuple[str, str, Any]] = [(words, name, decode)]
                 if pair:
                     both = f"{pair[0]} and {pair[1]}"
-                    other = f"{words}, and the tensors of {both} exchanged (model.spec.fields, or model.outputs)"
+                    exchanged = f"{{{pair[0]}: {sources[pair[1]]}, {pair[1]}: {sources[pair[0]]}}}"
+                    other = f"{words} 'model.outputs={exchanged}'"
                     ways.append((other, f"{name}, {both} exchanged", _Exchanged(decode, pair)))
                 measures = [metric(labels=images.labels, found_labels=own.labels) for _ in ways]
             except (ValueError, TypeError) as error:

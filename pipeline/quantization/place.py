@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from pipeline.quantization.graph import CARRIERS, LEAST_OPSET, WEIGHTED, Graph, attribute
+from pipeline.quantization.graph import CARRIERS, LEAST_OPSET, WEIGHTED, Graph, attribute, channels_of
 from pipeline.quantization.transposed import convertible
 from posepress.errors import UserError
 
@@ -79,6 +79,7 @@ def place(model: onnx.ModelProto, exclude: Iterable[str] = ()) -> Placement:
     marks.weighted()
     for node in graph.nodes:
         marks.join(node)
+    marks.tie()
     return Placement(
         tuple(marks.inputs), tuple(marks.ends), marks.skips, tuple(joined(marks.groups)), marks.skip, frozenset(marks.slow)
     )
@@ -106,7 +107,7 @@ class _Marks:
             read, computed = self.graph.activations(node)[0], self.graph.activated(node.output[0])
             self.inputs[read] = None
             self._integer.add(computed)
-            few = weights.shape[1] < _FEW_CHANNELS and attribute(node, "group", 1) == 1
+            few = channels_of(node, weights.shape)[0] < _FEW_CHANNELS and attribute(node, "group", 1) == 1
             if few or (node.op_type == "ConvTranspose" and not convertible(self.graph, node)):
                 self.slow.add(node.name)
             else:
@@ -135,7 +136,17 @@ class _Marks:
                     self.slow.add(node.name)  # pooling of float values is faster before their conversion (benchmarks/README.md)
                 else:
                     self.ends |= tied
-                    self._on_cpu.add(out)
+                    self._on_cpu |= {out, activated}
+                if node.op_type in CARRIERS and read[0] in self._integer:
+                    self._integer.add(out)
+
+    def tie(self) -> None:
+        """Give one scale to both sides of every carrier between quantized tensors, also where no layer beside it needs it."""
+        every = {*self.inputs, *self.ends, *self.skips.values()}
+        for node in self.graph.nodes:
+            sides = {*node.input[:1], *node.output[:1]}
+            if node.op_type in CARRIERS and node.name not in self.skip and sides <= every:
+                self.groups.append(sides)
 
     def _skip(self, read: Sequence[str]) -> str:
         """The input of an addition that TensorRT's variant quantizes: the one that no convolution alone computes."""

@@ -93,7 +93,7 @@ class Doctor:
         onnx.save(adopted.model, file)
         stamp(file, adopted.spec)
         decoder = partial(self.decoder, **decoder_options(None, self.decoder))
-        forms = tried(file, self.data.open("tune"), self.framing, decoder, self.metric, adopted.size)
+        forms = tried(file, self.data.open("tune"), self.framing, decoder, self.metric, adopted.size, adopted.sources)
         for one in forms:
             print(f"  {one.figure:6.3f}  {one.name}")
         if forms[0].figure > 0:

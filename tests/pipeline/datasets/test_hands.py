@@ -17,7 +17,7 @@ COUNTS = {"train": 12, "unlabelled": 1, "tune": 4, "agreement": 1, "validation":
 
 
 def test_labels_lie_on_the_hands():
-    """A visible point is inside the box, and its pixel differs from an image without hands."""
+    """A visible point is inside the hand's box, and most points are visible."""
     seen = total = 0
     for n in range(20):
         image, records = PRESET.draw([3, n])
@@ -42,9 +42,10 @@ def test_equal_seeds_give_equal_images():
     assert not np.array_equal(image, PRESET.draw([1, 3])[0])
 
 
-def test_a_minimum_above_its_maximum_is_refused():
-    with pytest.raises(UserError, match=r"data.preset.hands=\[3,1\]: give the least first"):
-        Hands(Resolution(120, 160), hands=(3, 1))
+@pytest.mark.parametrize("option", ["hands", "lengths"])
+def test_a_minimum_above_its_maximum_is_refused(option):
+    with pytest.raises(UserError, match=rf"data.preset.{option}=\[3,1\]: give the least first"):
+        Hands(Resolution(120, 160), **{option: (3, 1)})
 
 
 def test_a_network_of_hands_goes_through_the_chain(tmp_path):

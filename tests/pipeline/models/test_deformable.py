@@ -10,6 +10,9 @@ from torch.nn import functional as F
 from pipeline.models.deformable import DeformConv, deform_conv, sampled
 from pipeline.models.fastpose import FastPose
 from pipeline.onnx_files import export
+from pipeline.pruning.costs import macs
+from posepress.errors import UserError
+from posepress.resolution import Resolution
 
 
 def given(stride=1, size=(7, 9), kind=torch.float32):
@@ -20,8 +23,9 @@ def given(stride=1, size=(7, 9), kind=torch.float32):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_without_displacement_it_is_a_plain_convolution(stride):
-    x, weight, offset, mask = given(stride)
+@pytest.mark.parametrize("size", [(7, 9), (1, 4), (3, 1)])
+def test_without_displacement_it_is_a_plain_convolution(stride, size):
+    x, weight, offset, mask = given(stride, size)
     made = deform_conv(x, weight, torch.zeros_like(offset), torch.ones_like(mask), stride)
     assert torch.allclose(made, F.conv2d(x, weight, stride=stride, padding=1), atol=1e-4)
 
@@ -70,3 +74,26 @@ def test_a_network_with_it_is_exported_with_one_node_for_each(tmp_path):
 def test_a_network_without_bottlenecks_is_refused():
     with pytest.raises(ValueError, match=r"model\.dcn=true: .* choose model\.depth=50 or 101"):
         FastPose(18, dcn=True)
+
+
+def test_it_takes_half_precision():
+    torch.manual_seed(0)
+    layer = DeformConv(16)
+    x = torch.randn(1, 16, 8, 8)
+    expected = layer(x)
+    found = layer.to(torch.bfloat16)(x.to(torch.bfloat16))
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_its_products_are_counted():
+    plain, deformable = (macs(FastPose(50, 0.25, dcn=dcn), Resolution(64, 64)) for dcn in (False, True))
+    taps = [module for module in FastPose(50, 0.25, dcn=True).modules() if isinstance(module, DeformConv)]
+    assert deformable > plain
+    assert len(taps) == 13
+
+
+def test_an_opset_without_it_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"stages\.export\.opset=18: .* need 19 or later"):
+        export.export(FastPose(50, 0.25, dcn=True).eval(), np.zeros((1, 3, 64, 64), np.float32), 18, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())

@@ -21,6 +21,7 @@ NETWORKS = {
     "simplebaseline-50": lambda **more: SimpleBaseline(50, 0.25, 64, **more),
     "fastpose": lambda **more: FastPose(18, 0.3, **more),
     "fastpose-50": lambda **more: FastPose(50, 0.25, **more),
+    "fastpose-dcn": lambda **more: FastPose(50, 0.25, dcn=True, **more),
     "hrnet": lambda **more: HRNet(0.25, **more),
     "simcc": lambda **more: SimCC("64x96", 18, 0.25, **more),
     "onestage_pose": lambda **more: OneStagePose(0.125, **more),

@@ -127,6 +127,32 @@ def test_a_network_that_suppresses_boxes_is_cut_before_that_or_said(tmp_path):
     assert said in [words for what, words in anatomy(file).rows if what == "suppression"]
 
 
+def test_a_cut_needs_the_tensor_of_each_field(tmp_path):
+    file, _ = suppressing(tmp_path)
+    spec = {**preset("yolo_boxes", labels={"names": ["a"], "colours": []})}
+    spec["fields"] = [
+        {"name": n, "stride": 1, "channels": c, "axes": a} for n, c, a in (("boxes", 4, "NC"), ("scores", 1, "CN"))
+    ]
+    made = adopt(file, spec, {"boxes": "raw"}, SIZE)  # the file has an output of the other field's name
+    assert dict(made.sources) == {"boxes": "raw", "scores": "scores"}
+    with pytest.raises(
+        UserError, match=r"no tensor 'certian' for scores; did you mean 'certain'.*like 'raw', needs the tensor"
+    ):
+        adopt(file, spec, {"boxes": "raw", "scores": "certian"}, SIZE)
+    spec["fields"][1]["name"] = "classes"
+    (said,) = [note for note in adopt(file, spec, {"classes": "scores"}, SIZE).notes if "suppresses" in note]
+    assert "model.outputs" not in said
+
+
+def test_a_network_that_cannot_be_cut_there_is_refused(tmp_path, monkeypatch):
+    file, _ = suppressing(tmp_path)
+    monkeypatch.setattr(onnx.utils.Extractor, "extract_model", lambda *_: onnx.ModelProto())
+    spec = {**preset("yolo_boxes", labels={"names": ["a"], "colours": []})}
+    spec["fields"] = [{"name": "boxes", "stride": 1, "channels": 4, "axes": "NC"}]
+    with pytest.raises(UserError, match=r"cannot be cut at 'raw' \(.*\); name another tensor, or an output"):
+        adopt(file, spec, {"boxes": "raw"}, SIZE)
+
+
 def test_logits_get_their_activation(tmp_path):
     raw = {
         "input": {"name": "image", "multiple": 1},

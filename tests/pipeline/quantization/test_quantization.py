@@ -400,8 +400,57 @@ def test_a_pooling_returns_the_scale_it_takes():
     place_module.check_shared(made)
 
 
+def types(model, folder):
+    """The types of the values that each operator reads first, as ONNX Runtime runs a model."""
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(folder / "profile")
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    session.run(None, {"image": feed(1)[0]})
+    found = {}
+    for event in json.loads(Path(session.end_profiling()).read_text()):
+        if event.get("cat") == "Node" and (shapes := event["args"].get("input_type_shape")):
+            found.setdefault(event["args"]["op_name"], set()).add(next(iter(shapes[0])))
+    return found
+
+
+def test_a_carrier_beside_a_concatenation_has_its_scale():
+    """A channel split: one half is read by a convolution and the other by the concatenation alone."""
+    nodes = [conv("image", "a"), helper.make_node("Relu", ["a"], ["ra"], name="ra"), conv("ra", "b")]
+    nodes += [helper.make_node("Add", ["b", "ra"], ["sum"], name="sum"), helper.make_node("Relu", ["sum"], ["r"], name="r")]
+    nodes += [helper.make_node("Slice", ["r", f"{n}0", f"{n}1", "axis"], [f"s{n}"], name=f"s{n}") for n in (1, 2)]
+    nodes += [conv("s1", "c"), helper.make_node("Concat", ["c", "s2"], ["joined"], name="joined", axis=1)]
+    nodes += [conv("joined", "d"), conv("d", "out")]
+    weights = [*kernel("a", 8, 3), *kernel("b", 8, 8, 1), *kernel("c", 4, 4, 2), *kernel("d", 8, 8, 3), *kernel("out", 4, 8, 4)]
+    ends = {"10": [0], "11": [4], "20": [4], "21": [8], "axis": [1]}
+    weights += [(name, np.array(value)) for name, value in ends.items()]
+    model = network(nodes, ["out"], weights)
+    for flavour in ("tensorrt", "onnxruntime"):
+        made, _, _ = written(model, flavour)
+        place_module.check_shared(made)
+        assert relative_rms(run(made, feed(1)[0]), run(model, feed(1)[0])) < 0.1
+
+
+def test_a_pooling_behind_a_clipped_concatenation_reads_what_is_there(tmp_path):
+    nodes = [conv("image", "a"), conv("image", "a2"), helper.make_node("Concat", ["a", "a2"], ["cat"], name="cat", axis=1)]
+    nodes += [helper.make_node("Clip", ["cat", "low", "high"], ["six"], name="six"), conv("six", "b")]
+    nodes += [helper.make_node("MaxPool", ["six"], ["p"], name="p", kernel_shape=[2, 2], strides=[2, 2]), conv("p", "c")]
+    nodes += [helper.make_node("MaxPool", ["b"], ["q"], name="q", kernel_shape=[2, 2], strides=[2, 2])]
+    nodes += [helper.make_node("Add", ["q", "c"], ["sum"], name="sum"), conv("sum", "out")]
+    weights = [
+        *kernel("a", 8, 3),
+        *kernel("a2", 8, 3, 1),
+        *kernel("b", 8, 16, 2),
+        *kernel("c", 8, 16, 3),
+        *kernel("out", 4, 8, 4),
+    ]
+    weights += [("low", np.float32(0)), ("high", np.float32(6))]
+    model = network(nodes, ["out"], [(n, np.asarray(v)) for n, v in weights])
+    for flavour in ("tensorrt", "onnxruntime"):
+        assert relative_rms(run(written(model, flavour)[0], feed(1)[0]), run(model, feed(1)[0])) < 0.1
+
+
 def test_a_pooling_of_float_values_stays_in_float_on_a_cpu(tmp_path):
-    """ONNX Runtime pools integers 40 times slower than floats, unless integers of a convolution reach the pooling."""
+    """ONNX Runtime pools integers 40 times slower than floats, unless a convolution computes these integers."""
     pool = [helper.make_node("MaxPool", ["ra"], ["p"], name="p", kernel_shape=[2, 2], strides=[2, 2])]
     first = [conv("image", "a"), helper.make_node("Relu", ["a"], ["ra"], name="ra")]
     weights = [*kernel("a", 8, 3), *kernel("b", 8, 8, 1), *kernel("c", 8, 8, 2), *kernel("out", 4, 8, 3)]
@@ -409,25 +458,12 @@ def test_a_pooling_of_float_values_stays_in_float_on_a_cpu(tmp_path):
     made, _, placement = written(after, "onnxruntime")
     assert "p" in placement.slow
     assert optimised(made, tmp_path).count("MaxPool") == 1
-    assert "uint8" not in _pooled_type(made)
+    assert types(made, tmp_path)["MaxPool"] == {"float"}
     pool = [helper.make_node("MaxPool", ["b"], ["p"], name="p", kernel_shape=[2, 2], strides=[2, 2])]
     between = network([*first, conv("ra", "b"), *pool, conv("p", "c"), conv("c", "out")], ["out"], weights)
     made, _, placement = written(between, "onnxruntime")
     assert "p" not in placement.slow
     assert optimised(made, tmp_path).count("NhwcMaxPool") == 1
-
-
-def _pooled_type(model):
-    """The type of the values that a model's pooling reads, as ONNX Runtime runs it."""
-    options = onnxruntime.SessionOptions()
-    options.enable_profiling = True
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
-    run(model, feed(1)[0])
-    session.run(None, {"image": feed(1)[0]})
-    file = Path(session.end_profiling())
-    events = json.loads(file.read_text())
-    file.unlink()
-    return next(str(e["args"]["input_type_shape"]) for e in events if e.get("args", {}).get("op_name") == "MaxPool")
 
 
 @pytest.mark.parametrize(
@@ -467,24 +503,66 @@ def test_onnx_runtime_computes_a_transposed_convolution_in_integers(tmp_path):
     assert "up" not in placement.slow
     ops = optimised(made, tmp_path)
     assert (ops.count("QLinearConv"), ops.count("ConvTranspose"), ops.count("DepthToSpace")) == (2, 0, 1)
+    ran = types(made, tmp_path)
+    assert ran["DepthToSpace"] == ran["Slice"] == {"uint8"}
     images = feed(1)[0]
     assert relative_rms(run(made, images), run(model, images)) < 0.05
     assert "ConvTranspose" in [node.op_type for node in written(model, "tensorrt")[0].graph.node]
     assert optimised(written(model, "onnxruntime", exclude=("up",))[0], tmp_path).count("ConvTranspose") == 1
 
 
-def test_a_transposed_convolution_that_is_no_grid_of_convolutions_stays(branches):
-    for how in (
-        {"strides": [2, 2], "group": 2},
-        {"strides": [2, 1]},
-        {"strides": [1, 1]},
-        {"strides": [2, 2], "dilations": [2, 2]},
-    ):
-        up = helper.make_node("ConvTranspose", ["a", "up_w"], ["out"], name="up", **how)
-        model = network([conv("image", "a"), up], ["out"], [*kernel("a", 8, 3), ("up_w", np.ones((8, 6, 3, 3), np.float32))])
-        made, same = transposed.as_convolutions(model, {"up"})
-        assert made is model
-        assert same == {}
+def test_what_reads_a_transposed_convolution_keeps_its_placement(tmp_path):
+    """Sums of two of them, shared weights, a pooling behind them, and one that is an output."""
+    how = {"strides": [2, 2], "pads": [1] * 4}
+    nodes = [conv("image", "a"), helper.make_node("Relu", ["a"], ["ra"], name="ra")]
+    nodes += [helper.make_node("ConvTranspose", ["ra", "up_w"], [name], name=name, **how) for name in ("u1", "u2", "u3")]
+    nodes += [helper.make_node("Add", ["u1", "u2"], ["s"], name="s")]
+    nodes += [helper.make_node("MaxPool", ["s"], ["p"], name="p", kernel_shape=[2, 2], strides=[2, 2])]
+    nodes += [conv("p", "b"), conv("b", "out")]
+    draw = np.random.default_rng(1)
+    weights = [*kernel("a", 8, 3), *kernel("b", 8, 6, 1), *kernel("out", 4, 8, 2)]
+    model = network(nodes, ["out", "u3"], [*weights, ("up_w", draw.normal(0, 0.3, (8, 6, 4, 4)).astype(np.float32))])
+    made, _, placement = written(model, "onnxruntime")
+    assert not {"s", "p", "u1", "u2"} & placement.slow
+    ops = optimised(made, tmp_path)
+    assert (ops.count("QLinearAdd"), ops.count("DepthToSpace"), ops.count("ConvTranspose")) == (1, 2, 1)
+    assert relative_rms(run(made, feed(1)[0]), run(model, feed(1)[0])) < 0.05
+
+
+NO_GRID = {
+    "groups": {"strides": [2, 2], "group": 2},
+    "unequal strides": {"strides": [2, 1]},
+    "no stride": {"strides": [1, 1]},
+    "dilated": {"strides": [2, 2], "dilations": [2, 2]},
+    "automatic pads": {"strides": [2, 2], "auto_pad": "SAME_UPPER"},
+    "a given shape": {"strides": [2, 2], "output_shape": [16, 16]},
+    "a long end": {"strides": [2, 2], "output_padding": [1, 1], "kernel_shape": [2, 2]},
+}
+
+
+@pytest.mark.parametrize("case", [*NO_GRID, "one axis", "a computed bias"])
+def test_a_transposed_convolution_that_is_no_grid_of_convolutions_stays(case):
+    how = NO_GRID.get(case, {"strides": [2] if case == "one axis" else [2, 2]})
+    side = 2 if case == "a long end" else 3
+    shape = (8, 4, side) if case == "one axis" else (8, 4, side, side)
+    nodes, source, more, inputs = [conv("image", "a")], "a", [], []
+    if case == "one axis":
+        nodes.append(helper.make_node("Reshape", ["a", "flat"], ["line"], name="line"))
+        source, more = "line", [("flat", np.array([1, 8, 64]))]
+    if case == "a computed bias":
+        nodes.append(helper.make_node("Identity", ["bias"], ["made"], name="made"))
+        inputs, more = ["made"], [("bias", np.ones(4, np.float32))]
+    nodes.append(helper.make_node("ConvTranspose", [source, "up_w", *inputs], ["up"], name="up", **how))
+    if case != "one axis":
+        nodes += [conv("up", "last")]
+    end = nodes[-1].output[0]
+    width = 8 if case == "groups" else 4
+    weights = [*kernel("a", 8, 3), *kernel("last", 4, width), ("up_w", np.ones(shape, np.float32)), *more]
+    model = network(nodes, [end], weights)
+    made, same = transposed.as_convolutions(model, {"up"})
+    assert made is model
+    assert same == {}
+    assert "up" in place_module.place(model).slow | place_module.place(model).excluded
 
 
 def test_a_batch_norm_that_is_left_is_refused(tmp_path, branches):
