@@ -113,7 +113,7 @@ def test_an_empty_split_is_refused():
 
 def test_generating_needs_neither_torch_nor_opencv():
     code = (
-        "import sys; from posepress.spec import Resolution; from pipeline.datasets.synthetic import Preset, generate;"
+        "import sys; from posepress.spec import Resolution; from pipeline.datasets.drawing import Preset, generate;"
         "generate(Preset(Resolution(64, 80), (1, 2), (.5, .9), 2, 1, .5, .5, 0), [0]);"
         "print([m for m in ('torch', 'cv2', 'onnx', 'onnxruntime', 'mlflow') if m in sys.modules])"
     )
