@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.contracts import CalibrationFeed, Split, Splits
 from pipeline.datasets.coco_split import Coco
-from pipeline.progress import track
+from pipeline.progress import Progress
 from posepress.contracts import Framing
 from posepress.errors import UserError
 from posepress.pixels import normalise
@@ -43,9 +43,13 @@ def calibration_feed(
 
     def frames(most: int | None) -> Iterator[NDArray[np.uint8]]:
         every = (batch for images in sources for batch in batches(images, framing, spec, size))
-        for batch in track(islice(every, most), "calibrating", min(len(images), most or len(images)), "images"):
-            if batch.views:
-                yield batch.images
+        done = 0
+        with Progress("calibrating", min(len(images), most or len(images)), "images") as bar:
+            for batch in islice(every, most):
+                done += sum(batch.last) if batch.views else 1
+                bar.update(done)
+                if batch.views:
+                    yield batch.images
 
     def read(most: int | None) -> Iterator[NDArray[np.float32]]:
         return (normalise(images, spec) for images in frames(most))
