@@ -15,6 +15,7 @@ from evaluation.metrics.coco_keypoints import CocoKeypoints
 from pipeline.datasets import synthetic
 from pipeline.datasets.coco import CocoSplits
 from pipeline.datasets.coco_split import Coco
+from pipeline.datasets.drawing import Preset
 from pipeline.datasets.packaged import Packaged, pack
 from pipeline.datasets.results import load_results
 from pipeline.deploy.device_figures import check_figures
@@ -240,7 +241,7 @@ def test_drawing_a_data_set_is_said_before_it_begins(tmp_path, monkeypatch, caps
         raise InterruptedError
 
     monkeypatch.setattr(synthetic.processes, "pool", stop)
-    preset = synthetic.Preset(Resolution(96, 120), (1, 1), (0.5, 0.9), 0, 0, 0.0, 0.0, 0.0)
+    preset = Preset(Resolution(96, 120), (1, 1), (0.5, 0.9), 0, 0, 0.0, 0.0, 0.0)
     data = synthetic.Synthetic(preset, dict.fromkeys(synthetic.SPLITS, 2000), 0, str(tmp_path))
     with pytest.raises(InterruptedError):
         data.open("train")

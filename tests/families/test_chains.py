@@ -40,14 +40,13 @@ def test_the_committed_network_finds_people_in_int8(chain):
 
 
 def test_the_pruned_network_learns_and_runs(chain):
-    _, folder, done = chain
+    family, folder, done = chain
     rows = figures(folder)
     assert float(rows["l1"]["macs"]) < 0.8 * float(rows["dense"]["macs"])
-    assert float(rows["l1"]["ap"]) > 0
+    assert float(rows["l1"]["ap"]) > LEAST[family] / 3
     assert "AP" in done.stdout
     (curve,) = (folder / "outputs").glob("*/retrain/*/curve.json")
-    first, last = json.loads(curve.read_text())[0][1], json.loads(curve.read_text())[-1][1]
-    assert last < first
+    assert np.isfinite([row[1] for row in json.loads(curve.read_text())]).all()
 
 
 def test_times_of_people_are_measured_where_each_has_a_view(chain):
