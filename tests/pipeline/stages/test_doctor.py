@@ -87,13 +87,12 @@ def test_a_given_file_is_looked_into_and_its_preprocessing_found(tmp_path):
     spec = ["family=topdown", "model.spec.input={name: image, multiple: 32}", "model.spec.labels=coco_17"]
     spec += ["model.spec.fields=[{name: heatmaps, stride: 4, channels: 17}]", "data=synthetic_demo", few]
     done = pipeline(*given, *spec, cwd=tmp_path, check=0)
-    assert (
-        "the best finds the most: model.spec.input.order=RGB model.spec.input.range=1.0 model.spec.input.mean=[0.485"
-        in done.stdout
-    )
+    best = next(line for line in done.stdout.splitlines() if "the best finds the most" in line)
+    assert "model.spec.input.range=1.0 model.spec.input.mean=[0.4" in best, "the generated people are coloured in any way"
     found = json.loads((tmp_path / "outputs/default/doctor/manifest.json").read_text())["summary"]["tried"]
     assert len(found) == 8
-    assert found["RGB, ImageNet's mean and std"] == max(found.values()) > 0.5
+    assert found["RGB, ImageNet's mean and std"] > max(found.values()) - 0.02 > 0.5
+    assert max(score for name, score in found.items() if "ImageNet" not in name) < max(found.values()) - 0.05
 
 
 def test_exchanged_lines_of_simcc_are_found_on_images(tmp_path):
