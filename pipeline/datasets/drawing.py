@@ -82,10 +82,19 @@ class Preset:
         Raises:
             UserError: a minimum is larger than its maximum.
         """
-        for option in ("people", "heights"):
-            least, most = getattr(self, option)
-            if not least <= most:
-                raise UserError(f"data.preset.{option}=[{least},{most}]: give the least first, then the most")
+        ordered(self, "people", "heights")
+
+
+def ordered(preset: object, *options: str) -> None:
+    """Check that each of a preset's options, a minimum and a maximum, is in that order.
+
+    Raises:
+        UserError: a minimum is larger than its maximum.
+    """
+    for option in options:
+        least, most = getattr(preset, option)
+        if not least <= most:
+            raise UserError(f"data.preset.{option}=[{least},{most}]: give the least first, then the most")
 
 
 def rotation(axis: int, angle: float) -> F64:

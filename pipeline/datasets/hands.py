@@ -9,9 +9,8 @@ from annotated_types import Interval
 from numpy.typing import NDArray
 
 from pipeline.datasets.canvas import F64, Canvas, Paint
-from pipeline.datasets.drawing import SKINS, background, clutter, finished, rotation
+from pipeline.datasets.drawing import SKINS, background, clutter, finished, ordered, rotation
 from pipeline.datasets.drawn_labels import annotation
-from posepress.errors import UserError
 from posepress.labels import Skeleton
 from posepress.resolution import Resolution
 from posepress.skeletons import HAND_21
@@ -59,10 +58,7 @@ class Hands:
         Raises:
             UserError: a minimum is larger than its maximum.
         """
-        for option in ("hands", "lengths"):
-            least, most = getattr(self, option)
-            if not least <= most:
-                raise UserError(f"data.preset.{option}=[{least},{most}]: give the least first, then the most")
+        ordered(self, "hands", "lengths")
 
     def draw(self, seed: Sequence[int]) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]:
         """Draw one image; see `pipeline.datasets.drawing.Preset.draw`."""
