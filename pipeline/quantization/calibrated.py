@@ -13,7 +13,7 @@ from pipeline.onnx_files.files import FLAVOURS
 from pipeline.probing.candidate import Candidate
 from pipeline.quantization import alignment, caches, equalization, half, writers
 from pipeline.quantization.calibration import Histogram
-from pipeline.quantization.graph import Graph
+from pipeline.quantization.graph import Graph, output_axis
 from pipeline.quantization.place import Placement, place
 
 SCALES, STEPS, FLOAT, TENSORRT_CACHE = "scales.json", "steps.json", "float.onnx", "calibration.cache"
@@ -109,7 +109,7 @@ class Calibrated:
         graph = Graph(self.model)
         convolutions = self.placement.quantized(self.model)
         empty = sum(
-            int((np.abs(w).reshape(len(w), -1).max(axis=1) == 0).sum())
+            int((~w.any(axis=tuple(axis for axis in range(w.ndim) if axis != output_axis(n)))).sum())
             for n in convolutions
             if (w := graph.weights(n)) is not None
         )

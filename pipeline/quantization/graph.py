@@ -14,7 +14,9 @@ from onnx import numpy_helper
 
 from posepress.errors import UserError, first_line, nearest
 
-WEIGHTED = ("Conv", "ConvTranspose")
+CONVOLUTIONS = ("Conv", "ConvTranspose")
+LINEAR = ("Gemm", "MatMul")
+WEIGHTED = (*CONVOLUTIONS, *LINEAR)
 
 # Operators that return values of their first input. Their inputs and outputs share a scale.
 CARRIERS = ("MaxPool", "DepthToSpace", "Slice")
@@ -35,7 +37,7 @@ class Graph:
         self.floats = {i.name for i in infos if i.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
         self.channels = {i.name: d[1].dim_value for i in infos if len(d := i.type.tensor_type.shape.dim) == 4}
         for node in self.nodes:  # shape inference fails on computed shapes, but the weights give the number of channels
-            if node.op_type in WEIGHTED and node.input[1] in self.constants:
+            if node.op_type in CONVOLUTIONS and node.input[1] in self.constants:
                 sides = (*node.input[:1], *node.output[:1])
                 known = zip(sides, channels_of(node, self.constants[node.input[1]].dims), strict=True)
                 self.channels |= {name: count for name, count in known if not self.channels.get(name)}
@@ -50,9 +52,13 @@ class Graph:
         return numpy_helper.to_array(self.constants[name])
 
     def weights(self, node: onnx.NodeProto) -> NDArray[np.float32] | None:
-        """The constant weights of a convolution."""
-        if node.op_type not in WEIGHTED or node.input[1] not in self.constants:
+        """The constant weights of a convolution, or of a linear layer that computes activations x weights + bias; else None."""
+        if node.op_type not in WEIGHTED or node.input[1] not in self.constants or node.input[0] in self.constants:
             return None
+        if node.op_type in LINEAR:
+            scaled = any(attribute(node, name, 1.0) != 1.0 for name in ("alpha", "beta"))
+            if len(self.constants[node.input[1]].dims) != 2 or scaled or attribute(node, "transA", 0):
+                return None
         return np.asarray(self.value(node.input[1]), np.float32)
 
     def activated(self, tensor: str) -> str:
@@ -87,6 +93,11 @@ def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
     return next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 
+def output_axis(node: onnx.NodeProto) -> int:
+    """The axis of the output channels in the weights of a node of `WEIGHTED`."""
+    return int(node.op_type != "Conv" and not attribute(node, "transB", 0))
+
+
 def channels_of(node: onnx.NodeProto, dims: Sequence[int]) -> tuple[int, int]:
     """The numbers of input and output channels of a convolution with weights of these dimensions."""
     groups = int(attribute(node, "group", 1))
@@ -94,7 +105,7 @@ def channels_of(node: onnx.NodeProto, dims: Sequence[int]) -> tuple[int, int]:
 
 
 def unshared(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy in which every convolution has its own weights and bias, so that each can be rescaled separately.
+    """A copy in which every layer has its own weights and bias, so that each can be rescaled separately.
 
     This is needed because simplifiers merge equal constants, including biases of zeros.
     """
@@ -167,7 +178,7 @@ def load(file: Path) -> onnx.ModelProto:
         for node in graph.nodes
         if node.op_type == "BatchNormalization"
         and (maker := graph.producer.get(node.input[0])) is not None
-        and maker.op_type in WEIGHTED
+        and maker.op_type in CONVOLUTIONS
         and len(graph.consumers[node.input[0]]) == 1
     ]
     if left:
@@ -215,3 +226,16 @@ def matching(model: onnx.ModelProto, patterns: Iterable[str], option: str) -> se
             raise UserError(f"{option}: no node matches '{pattern}'{nearest(pattern, names) or some_names}")
         found |= some
     return found
+
+
+def of_types(model: onnx.ModelProto, types: Iterable[str], option: str) -> set[str]:
+    """Names of the nodes of some types of operators.
+
+    Raises:
+        UserError: a type is no ONNX operator. An operator that the network lacks is fine: a sweep has many networks.
+    """
+    chosen = {types} if isinstance(types, str) else set(types)
+    known = {schema.name for schema in onnx.defs.get_all_schemas() if schema.domain == ""}
+    for name in sorted(chosen - known - {node.op_type for node in model.graph.node}):
+        raise UserError(f"{option}: '{name}' is no ONNX operator{nearest(name, sorted(known)) or '; give names like MatMul'}")
+    return {node.name for node in model.graph.node if node.op_type in chosen}

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from pipeline.quantization.graph import CARRIERS, LEAST_OPSET, WEIGHTED, Graph, attribute, channels_of
+from pipeline.quantization.graph import CARRIERS, CONVOLUTIONS, LEAST_OPSET, WEIGHTED, Graph, attribute, channels_of
 from pipeline.quantization.transposed import convertible
 from posepress.errors import UserError
 
@@ -49,9 +49,12 @@ class Placement:
         return [*self.shared, *(frozenset((name,)) for name in sorted(alone))]
 
     def quantized(self, model: onnx.ModelProto) -> list[onnx.NodeProto]:
-        """The convolutions that are quantized. Some runtimes may still compute them in float."""
+        """The convolutions and linear layers that are quantized. Some runtimes may still compute them in float."""
+        graph = Graph(model)
         return [
-            n for n in model.graph.node if n.op_type in WEIGHTED and n.name not in self.excluded and n.input[0] in self.inputs
+            node
+            for node in model.graph.node
+            if node.name not in self.excluded and graph.weights(node) is not None and node.input[0] in self.inputs
         ]
 
 
@@ -100,15 +103,17 @@ class _Marks:
         self._read: set[str] = set()  # their inputs
 
     def weighted(self) -> None:
-        """Mark the inputs and outputs of the convolutions."""
+        """Mark the inputs and outputs of the convolutions and linear layers."""
         for node in self.graph.nodes:
             if node.op_type not in WEIGHTED or node.name in self.skip or (weights := self.graph.weights(node)) is None:
                 continue
             read, computed = self.graph.activations(node)[0], self.graph.activated(node.output[0])
             self.inputs[read] = None
             self._integer.add(computed)
-            few = channels_of(node, weights.shape)[0] < _FEW_CHANNELS and attribute(node, "group", 1) == 1
-            if few or (node.op_type == "ConvTranspose" and not convertible(self.graph, node)):
+            image = node.op_type in CONVOLUTIONS and attribute(node, "group", 1) == 1
+            if (image and channels_of(node, weights.shape)[0] < _FEW_CHANNELS) or (
+                node.op_type == "ConvTranspose" and not convertible(self.graph, node)
+            ):
                 self.slow.add(node.name)
             else:
                 self.ends[read] = self.ends[computed] = None
@@ -210,7 +215,7 @@ def tail(graph: Graph) -> set[str]:
         if node.op_type in (*WEIGHTED, *_JOINING, *CARRIERS):
             found.add(node.name)
         weights = next((name for name in node.input[:2] if name in graph.constants), "")
-        if node.op_type in (*WEIGHTED, "Gemm", "MatMul") and weights and not _fixed(node.op_type, graph.value(weights)):
+        if node.op_type in WEIGHTED and weights and not _fixed(node.op_type, graph.value(weights)):
             continue
         new = graph.floats.intersection(graph.activations(node)) - seen  # skips arithmetic on shapes
         seen |= new
@@ -232,7 +237,7 @@ def _fixed(kind: str, weights: NDArray[Any]) -> bool:
     values = np.asarray(weights, np.float64)
     if not values.any():
         return False
-    rows = values.reshape(len(values), -1) if kind.startswith("Conv") else np.atleast_2d(values).T
+    rows = values.reshape(len(values), -1) if kind in CONVOLUTIONS else np.atleast_2d(values).T
     kept = values[values != 0]
     if len(np.unique(kept)) == 1 and (kept[0] == 1 or ((rows != 0).sum(axis=1) != 1).all()) and values.size > 2:
         return True

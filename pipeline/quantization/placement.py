@@ -8,7 +8,7 @@ import onnx
 
 from pipeline.probing.probe import Probe
 from pipeline.progress import track
-from pipeline.quantization.graph import WEIGHTED
+from pipeline.quantization.graph import CONVOLUTIONS, LINEAR
 from pipeline.quantization.place import place
 from posepress.errors import UserError
 
@@ -18,13 +18,17 @@ _SECONDS = 6.0  # longest time of timing a pair of engines, in seconds
 
 def _variants(model: onnx.ModelProto) -> Iterator[tuple[str, set[str]]]:
     """The sets of nodes that may stay in float, each with its name."""
-    kinds = {"sums": "Add", "concatenations": "Concat", "pooling": "MaxPool", "transposed convolutions": "ConvTranspose"}
-    for name, op in kinds.items():
-        if nodes := {node.name for node in model.graph.node if node.op_type == op}:
+    kinds = {
+        "sums": ("Add",), "concatenations": ("Concat",), "pooling": ("MaxPool",), "linear layers": LINEAR,
+        "transposed convolutions": ("ConvTranspose",),
+    }  # fmt: skip
+    for name, types in kinds.items():
+        if nodes := {node.name for node in model.graph.node if node.op_type in types}:
             yield name, nodes
     weights = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
-    convolutions = [node for node in model.graph.node if node.op_type in WEIGHTED]
-    yield "the first convolution", {convolutions[0].name}
+    convolutions = [node for node in model.graph.node if node.op_type in CONVOLUTIONS]
+    if convolutions:
+        yield "the first convolution", {convolutions[0].name}
     depthwise = {n.name for n in convolutions if n.op_type == "Conv" and weights.get(n.input[1], [0, 0])[1] == 1}
     if depthwise:
         yield "depthwise convolutions", depthwise

@@ -15,7 +15,7 @@ from ml_dtypes import float8_e4m3fn
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from pipeline.quantization.graph import CARRIERS, WEIGHTED, Graph
+from pipeline.quantization.graph import CARRIERS, LINEAR, WEIGHTED, Graph, output_axis
 from pipeline.quantization.place import Placement, check_shared, place
 from pipeline.quantization.transposed import as_convolutions
 from pipeline.quantization.weights import LEAST_SCALE, WeightScale, quantized
@@ -83,7 +83,7 @@ class _Writer:
         self.scales, self.flavour, self.fp8 = scales, flavour, fp8
         self.for_cpu = flavour == "onnxruntime"
         self.chosen = set(placement.ends if self.for_cpu else (*placement.inputs, *placement.skips.values()))
-        more = ("Conv", "Add") if self.for_cpu else WEIGHTED
+        more = ("Conv", "Add", *LINEAR) if self.for_cpu else WEIGHTED
         self.operators = {*more, "Concat", *CARRIERS}
         self.held = placement.excluded | placement.slow if self.for_cpu else placement.excluded
         self.nodes: list[onnx.NodeProto] = []
@@ -95,7 +95,7 @@ class _Writer:
         return name
 
     def weights(self, node: onnx.NodeProto) -> str:
-        """The dequantized weights of a convolution: int8 with a scale for each channel, or FP8 with a single scale."""
+        """The dequantized weights of a layer: int8 with a scale for each channel, or FP8 with a single scale."""
         name = node.input[1]
         out = f"{name}_dequantized"
         if self.fp8 and f"{name}_fp8" not in self.constants:
@@ -108,8 +108,7 @@ class _Writer:
             ]
             self.nodes.append(helper.make_node("DequantizeLinear", parts, [out], name=f"{name}_DQ"))
         elif not self.fp8 and f"{name}_int8" not in self.constants:
-            axis = 0 if node.op_type == "Conv" else 1
-            how = self.scales
+            axis, how = output_axis(node), self.scales
             integers, steps = quantized(self.graph.value(name), axis, how.weight_scale, how.most_weight, how.least)
             parts = [
                 self.constant(f"{name}_int8", integers),
@@ -140,9 +139,9 @@ class _Writer:
         self.emitted.add(tensor)
 
     def in_float(self, tensor: str) -> str:
-        """A copy of a dequantized tensor, for a convolution that stays in float between quantized neighbours.
+        """A copy of a dequantized tensor, for a layer that stays in float between quantized neighbours.
 
-        Without the copy, ONNX Runtime would quantize the weights of a float convolution between a DQ and a Q by itself, with
+        Without the copy, ONNX Runtime would quantize the weights of a float layer between a DQ and a Q by itself, with
         a single scale.
         """
         copy = f"{tensor}_in_float"

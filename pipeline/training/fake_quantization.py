@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pipeline.models.onnx_graph import OnnxNetwork
 from pipeline.pruning.semi_structured import is_sparse
-from pipeline.quantization.graph import WEIGHTED
+from pipeline.quantization.graph import output_axis
 from pipeline.quantization.place import Placement
 from pipeline.quantization.writers import Scales
 
@@ -26,7 +26,7 @@ class FakeQuantized(OnnxNetwork):
         self.steps = {name: scales.activations[name] for name in placement.tensors}
         self.least = scales.least
         self.most = scales.most_weight
-        self.axes = {node.input[1]: int(node.op_type == WEIGHTED[1]) for node in placement.quantized(model)}
+        self.axes = {node.input[1]: output_axis(node) for node in placement.quantized(model)}
 
     def seen(self, name: str, value: Tensor) -> Tensor:
         """The value of a tensor, rounded if the tensor is quantized."""

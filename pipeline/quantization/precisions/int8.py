@@ -23,7 +23,7 @@ from pipeline.progress import track
 from pipeline.quantization import caches, calibration, equalization, half, placement, writers
 from pipeline.quantization.calibrated import MARK, MARKED, STEPS, Calibrated
 from pipeline.quantization.calibration import Histogram
-from pipeline.quantization.graph import load, matching, unshared, with_opset
+from pipeline.quantization.graph import load, matching, of_types, unshared, with_opset
 from pipeline.quantization.place import Placement, place
 from pipeline.quantization.weights import LEAST_SCALE, WEIGHT_SCALES, WeightScale
 from posepress.errors import UserError
@@ -68,6 +68,7 @@ class Int8:
             None is false; in a configuration, None is what this CPU needs.
         high_precision_dtype: "fp32" or "fp16": type of the layers that are not INT8 in TensorRT's runtime variant.
         nodes_to_exclude: name patterns of nodes that stay in float.
+        op_types_to_exclude: types of operators that stay in float, like Gemm and MatMul for linear layers.
         placement: "default", or "search" for the places of Q/DQ nodes with which the whole engine is fastest on the backend.
         cal_data_file: an .npz file for histograms. They are read from it if the calibration did not change, else written.
         cal_cache_file: a .json file for scales. They are read from it if the calibration did not change, else written.
@@ -84,6 +85,7 @@ class Int8:
     reduce_range: bool | None = None
     high_precision_dtype: Literal["fp32", "fp16"] = "fp32"
     nodes_to_exclude: tuple[str, ...] = ()
+    op_types_to_exclude: tuple[str, ...] = ()
     placement: Literal["default", "search"] = "default"
     cal_data_file: str | None = None
     cal_cache_file: str | None = None
@@ -187,6 +189,7 @@ class Int8:
         key = {"network": caches.network_digest(model), "images": feed.images, "preprocessing": feed.preprocessing}
         key["program"] = caches.program_digest()
         excluded = matching(model, self.nodes_to_exclude, f"{self._where}.nodes_to_exclude")
+        excluded |= of_types(model, self.op_types_to_exclude, f"{self._where}.op_types_to_exclude")
         in_half = self.high_precision_dtype == "fp16"
         model = unshared(with_opset(model, 19, "high_precision_dtype=fp16") if in_half else model)
         placement = place(model, excluded)
@@ -229,12 +232,13 @@ class Int8:
         return made
 
     def _nothing_to_quantize(self, onnx_file: Path) -> UserError:
-        if self.nodes_to_exclude:
-            left = f"no convolution is left to quantize with {self._where}.nodes_to_exclude={list(self.nodes_to_exclude)}"
-            return UserError(f"{onnx_file.name}: {left}; shorten it")
+        given = {name: list(getattr(self, name)) for name in ("nodes_to_exclude", "op_types_to_exclude")}
+        if any(given.values()):
+            left = " ".join(f"{self._where}.{name}={values}" for name, values in given.items() if values)
+            return UserError(f"{onnx_file.name}: no layer is left to quantize with {left}; shorten it")
         return UserError(
-            f"{onnx_file.name}: INT8 takes convolutions with constant weights, but for the last before each output, and this "
-            "network has none; choose precision=fp16 or fp32"
+            f"{onnx_file.name}: INT8 takes convolutions and linear layers with constant weights, but for the last before each "
+            "output, and this network has none; choose precision=fp16 or fp32"
         )
 
     def _scales(self, thresholds: Mapping[str, float], found: Mapping[str, Histogram], placement: Placement) -> writers.Scales:

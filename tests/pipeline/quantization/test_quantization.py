@@ -101,12 +101,12 @@ def written(model, flavour, exclude=(), method="minmax"):
     return writers.insert(model, placement, scales, flavour), scales.activations, placement
 
 
-def run(model, images, simulate=False):
+def run(model, images, simulate=False, output=0):
     options = onnxruntime.SessionOptions()
     if simulate:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, {"image": images})[0]
+    return session.run(None, {"image": images})[output]
 
 
 def relative_rms(a, b):
@@ -319,7 +319,7 @@ def test_impossible_quantizations_are_refused(options, message):
 def test_excluding_a_node_that_is_not_there_is_refused(exported, tmp_path):
     with pytest.raises(UserError, match="nodes_to_exclude: no node matches 'node_con2d'; did you mean 'node_Conv"):
         Int8(nodes_to_exclude=("node_con2d",)).quantize(exported, fed(feed(1, (1, 3, 64, 80))), None, tmp_path)
-    with pytest.raises(UserError, match="no convolution is left to quantize"):
+    with pytest.raises(UserError, match="no layer is left to quantize"):
         Int8(nodes_to_exclude=("*",)).quantize(exported, fed(feed(1, (1, 3, 64, 80))), None, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -668,7 +668,7 @@ def test_scales_in_half_precision_raise_the_opset(tmp_path, refusals):
 def test_a_network_with_nothing_to_quantize_is_refused_in_one_line(tmp_path):
     file = saved([helper.make_node("Sigmoid", ["ra"], ["out"], name="out")], [], tmp_path)
     with pytest.raises(
-        UserError, match="INT8 takes convolutions .* this network has none; choose precision=fp16 or fp32"
+        UserError, match="INT8 takes convolutions and linear layers .* this network has none; choose precision=fp16 or fp32"
     ) as said:
         files(Int8(), file, tmp_path / "out")
     assert "\n" not in str(said.value)
@@ -706,3 +706,80 @@ def test_bounds_of_a_clip_may_be_lists_of_one_number(tmp_path):
     ]
     bounds = [("least", np.zeros(1, np.float32)), ("most", np.full(1, 6, np.float32))]
     assert graph.Graph(network(nodes[1:2], ["c"], bounds)).bounds("c") == (0.0, 6.0)
+
+
+@pytest.fixture(scope="module")
+def lines():
+    """Two heads over a convolution: linear layers over each map (MatMul, as RTMPose has), and over the whole (Gemm)."""
+    draw = np.random.default_rng(5)
+    weights = [("map_w", (64, 32)), ("bias_w", (32, 32)), ("x_w", (32, 16)), ("flat_w", (24, 8 * 64)), ("y_w", (16, 24))]
+    constants = [(name, draw.normal(0, 0.15, shape).astype(np.float32)) for name, shape in weights]
+    constants += [(name, draw.normal(0, 0.2, size).astype(np.float32)) for name, size in (("bias_b", 32), ("flat_b", 24))]
+    constants += [("rows", np.array([0, 8, 64])), ("row", np.array([0, 8 * 64]))]
+    nodes = [
+        conv("image", "a"),
+        helper.make_node("Relu", ["a"], ["ra"]),
+        helper.make_node("Reshape", ["ra", "rows"], ["maps"], name="maps"),
+        helper.make_node("MatMul", ["maps", "map_w"], ["m"], name="m"),
+        helper.make_node("Relu", ["m"], ["rm"], name="rm"),
+        helper.make_node("MatMul", ["rm", "bias_w"], ["n"], name="n"),
+        helper.make_node("Add", ["n", "bias_b"], ["nb"], name="nb"),
+        helper.make_node("MatMul", ["nb", "x_w"], ["out_x"], name="x"),
+        helper.make_node("Reshape", ["ra", "row"], ["flat"], name="flat"),
+        helper.make_node("Gemm", ["flat", "flat_w", "flat_b"], ["g"], name="g", transB=1),
+        helper.make_node("Relu", ["g"], ["rg"], name="rg"),
+        helper.make_node("Gemm", ["rg", "y_w"], ["out_y"], name="y", transB=1),
+    ]
+    return network(nodes, ["out_x", "out_y"], [*kernel("a", 8, 3), *constants])
+
+
+def test_linear_layers_compute_in_integers_on_a_cpu(lines, tmp_path):
+    made, _, placement = written(lines, "onnxruntime")
+    assert {node.name for node in placement.quantized(lines)} == {"a", "m", "n", "g"}
+    ops = optimised(made, tmp_path)
+    assert (ops.count("QLinearMatMul"), ops.count("QGemm")) == (2, 1), ops
+    assert (ops.count("MatMul"), ops.count("Gemm")) == (1, 1)  # the last layers, behind which nothing averages their error
+    images = feed(1)[0]
+    for output in range(2):
+        assert relative_rms(run(made, images, output=output), run(lines, images, output=output)) < 0.05
+
+
+def test_tensorrt_gets_a_scale_for_each_output_of_a_linear_layer(lines, refusals):
+    made, *_ = written(lines, "tensorrt")
+    assert refusals(made) == []
+    found = graph.Graph(made)
+    axes = {node.name: graph.attribute(node, "axis") for node in made.graph.node if node.name.endswith("_w_DQ")}
+    assert axes == {"a_w_DQ": 0, "map_w_DQ": 1, "bias_w_DQ": 1, "flat_w_DQ": 0}
+    assert {name: found.value(f"{name}_w_scale").shape for name in ("map", "bias", "flat")} == {
+        "map": (32,), "bias": (32,), "flat": (24,),
+    }  # fmt: skip
+    images = feed(1)[0]
+    for output in range(2):
+        assert relative_rms(run(made, images, output=output), run(lines, images, output=output)) < 0.05
+
+
+def test_a_type_of_operators_stays_in_float(lines, tmp_path):
+    onnx.save(lines, tmp_path / "network.onnx")
+    images = fed(feed(4))
+    calibrated = Int8(op_types_to_exclude=("MatMul", "Gemm")).calibrate(tmp_path / "network.onnx", images)
+    assert {node.name for node in calibrated.placement.quantized(calibrated.model)} == {"a"}
+    ops = optimised(calibrated.written().models["onnxruntime"], tmp_path)
+    assert not {"QLinearMatMul", "QGemm"} & set(ops)
+    with pytest.raises(UserError, match=r"op_types_to_exclude: 'Matmul' is no ONNX operator; did you mean 'MatMul'"):
+        Int8(op_types_to_exclude=("Matmul",)).calibrate(tmp_path / "network.onnx", images)
+    with pytest.raises(UserError, match=r"no layer is left to quantize with precision.op_types_to_exclude="):
+        Int8(op_types_to_exclude=("MatMul", "Gemm", "Conv")).calibrate(tmp_path / "network.onnx", images)
+
+
+@pytest.mark.parametrize("how", [{"alpha": 0.5}, {"beta": 2.0}, {"transA": 1}])
+def test_a_matrix_product_that_is_no_linear_layer_stays_in_float(how):
+    nodes = [
+        helper.make_node("Reshape", ["image", "square"], ["x"], name="x"),
+        helper.make_node("Gemm", ["x", "g_w", "g_b"], ["g"], name="g", **how),
+        helper.make_node("MatMul", ["g", "o_w"], ["out"], name="out"),
+    ]
+    draw = np.random.default_rng(0)
+    constants = [(name, draw.normal(size=(8, 8)).astype(np.float32)) for name in ("g_w", "o_w")]
+    constants += [("g_b", np.ones(8, np.float32)), ("square", np.array([8, 8]))]
+    model = network(nodes, ["out"], constants, (1, 1, 8, 8))
+    assert place_module.place(model).quantized(model) == []
