@@ -71,7 +71,7 @@ def main() -> None:
             found = calibration.observe(model, placed.tensors, [noise])
             peaks, lows = ({name: value(one) for name, one in found.items()} for value in (lambda h: h.peak, lambda h: h.least))
             written = writers.insert(model, placed, writers.Scales.of(peaks, lows, placed), "onnxruntime")
-            runs = [session(network).run for network in (model, written)]
+            runs: list[Callable[..., Any]] = [session(network).run for network in (model, written)]
             plain, rounded = latency.in_turns([[partial(_call, run, noise)] for run in runs], SECONDS)
             ends = [f"{times.percentile(50)}" for times in (plain, rounded)]
             table.add_row(kind, str(rows), str(features), *ends, str(latency.speedup(rounded, plain)))
