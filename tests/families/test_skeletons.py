@@ -90,5 +90,7 @@ def test_pictures_show_every_image_with_its_gadgets(chain):
     pictures = list((evaluated / "pictures").glob("*.jpg"))
     assert pictures
     for picture in pictures:
-        ours, given = (cv2.imread(str(file)).astype(int) for file in (picture, folder / "val" / f"{int(picture.stem)}.png"))
+        ours, given = (
+            cv2.imread(str(file)).astype(int) for file in (picture, folder / "val" / f"{100 + int(picture.stem)}.png")
+        )
         assert (np.abs(ours - given).max(axis=2) > 60).sum() > 10, "the points are drawn"
