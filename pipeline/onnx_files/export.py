@@ -1,4 +1,4 @@
-"""Export a torch network to ONNX, simplify and describe the file, and compare it with its source."""
+"""Export a torch network to ONNX, simplify the file, and describe it."""
 
 import logging
 import os
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir
-import onnxruntime
 import onnxscript
 import torch
 from numpy.typing import NDArray
@@ -24,7 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline.models.contract import duplicate, spec_of
 from pipeline.models.recording import Recording, record, tensors
-from pipeline.onnx_files.outputs import ending_at, fields_of
+from pipeline.onnx_files.compare import compare, torch_reference
 from pipeline.onnx_files.shapes import free_shapes
 from pipeline.progress import say
 from posepress.errors import UserError, first_line
@@ -43,8 +42,6 @@ _SIDES = {
 }  # axes of an output whose size follows from the input's
 # This program runs a module without torch. The simplifiers import torch without using it, which took most of their time.
 _TOOL = "import runpy, sys; sys.modules['torch'] = None; del sys.argv[0]; runpy.run_module(sys.argv[0], run_name='__main__')"
-
-Reference = Callable[[NDArray[Any]], Mapping[str, NDArray[Any]]]
 
 
 class _Ordered(nn.Module):
@@ -333,84 +330,3 @@ def stamp(file: Path, spec: NetworkSpec) -> None:
     onnx.helper.set_model_props(model, {**kept, SPEC_KEY: spec.to_json()})
     onnx.checker.check_model(model)
     onnx.save(model, file)
-
-
-def torch_reference(network: nn.Module) -> Reference:
-    """A network as a function of arrays."""
-
-    def run(images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-        with torch.inference_mode():
-            return {name: field.numpy() for name, field in network.eval()(torch.from_numpy(images)).items()}
-
-    return run
-
-
-def onnx_reference(file: Path, spec: NetworkSpec, sources: Mapping[str, str]) -> Reference:
-    """A given ONNX file as a function of arrays; see `pipeline.onnx_files.adopt.Adopted` for `sources`."""
-    model = onnx.load(file, load_external_data=False)
-    inner = set(sources.values()) - {output.name for output in model.graph.output}
-    source = ending_at(onnx.load(file), sources, f"model.onnx={file}").SerializeToString() if inner else str(file)
-    session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-
-    def run(images: NDArray[Any]) -> Mapping[str, NDArray[Any]]:
-        returned = dict(zip(names, session.run(names, {spec.input.name: images}), strict=True))
-        return fields_of(spec, sources, returned, len(images))
-
-    return run
-
-
-def compare(
-    file: Path, spec: NetworkSpec, reference: Reference, inputs: Sequence[NDArray[np.float32]], tolerance: float
-) -> dict[str, Any]:
-    """Compare an ONNX file with its source, at several shapes.
-
-    Args:
-        file: the ONNX file.
-        spec: its description.
-        reference: function that returns the results to reproduce.
-        inputs: images [B, 3, H, W] of several shapes.
-        tolerance: largest accepted difference, relative to a field's greatest magnitude.
-
-    Returns:
-        The largest relative difference and the shapes compared.
-
-    Raises:
-        UserError: a field differs by more than the tolerance, or has another shape.
-    """
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    names = [field.name for field in spec.fields]
-    worst = 0.0
-    for images in inputs:
-        try:
-            found = session.run(names, {spec.input.name: images})
-        except Exception as error:
-            first = first_line(error)
-            shape = "x".join(map(str, images.shape))
-            raise UserError(
-                f"{file.name}: does not run at {shape} ({first}); the network's code depends on its input's size: use layers "
-                "that take every size, or name only the axes that are really free in the spec's dynamic"
-            ) from error
-        expected = reference(images)
-        for name, ours in zip(names, found, strict=True):
-            theirs = expected[name]
-            if ours.shape != theirs.shape:
-                raise UserError(
-                    f"{file.name}: '{name}' is {ours.shape} instead of {theirs.shape} for an input of {images.shape}"
-                )
-            difference = _difference(ours, theirs)
-            worst = max(worst, difference)
-            if not difference <= tolerance:
-                raise UserError(
-                    f"{file.name}: '{name}' differs from its source by {difference:.2g} of its range at {images.shape}; "
-                    f"check the network, or raise stages.export.tolerance={tolerance}"
-                )
-    return {"max_difference": worst, "shapes": [list(images.shape) for images in inputs]}
-
-
-def _difference(ours: NDArray[Any], theirs: NDArray[Any]) -> float:
-    """The greatest difference as a part of the greatest magnitude; of class indices, the share that differs."""
-    if theirs.dtype.kind != "f":
-        return float(np.mean(ours != theirs)) if theirs.size else 0.0
-    greatest, most = np.abs(theirs).max(initial=0), np.abs(np.subtract(ours, theirs, dtype=np.float64)).max(initial=0)
-    return float(most / max(float(greatest), 1e-12))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pipeline.contracts import Splits
 from pipeline.models import store
 from pipeline.models.contract import spec_of
+from pipeline.onnx_files import compare as onnx_compare
 from pipeline.onnx_files import export as onnx_export
 from pipeline.onnx_files.adopt import adopt
 from pipeline.progress import Progress, say
@@ -68,7 +69,7 @@ class Export:
         source = self._exported(job, file) if self.onnx is None else self._adopted(Path(self.onnx), file)
         simplifier = onnx_export.simplify(file, self.simplify_seconds)
         onnx_export.stamp(file, source.spec)
-        compared = onnx_export.compare(file, source.spec, source.reference, source.inputs, self.tolerance)
+        compared = onnx_compare.compare(file, source.spec, source.reference, source.inputs, self.tolerance)
         graph = onnx.load(file).graph
         summary: dict[str, Any] = dict(source.counted)
         if source.sparse:
@@ -90,7 +91,7 @@ class Export:
             onnx_export.export(network, inputs[0], self.opset, file, graphs=job.cache / "exports")
         counted = {"params": sum(p.numel() for p in network.parameters()), "macs": macs(network, size)}
         sparse = len(getattr(network, "sparse24", []))
-        return _Source(spec, onnx_export.torch_reference(network), inputs, counted, sparse)
+        return _Source(spec, onnx_compare.torch_reference(network), inputs, counted, sparse)
 
     def _adopted(self, given: Path, file: Path) -> "_Source":
         """Write the given file with its inputs and outputs in the product's form."""
@@ -100,7 +101,7 @@ class Export:
             say("; ".join(adopted.notes))
         onnx.save(adopted.model, file)
         inputs = _inputs(self.data, self.framing, adopted.spec, adopted.size)
-        return _Source(adopted.spec, onnx_export.onnx_reference(given, adopted.spec, adopted.sources), inputs)
+        return _Source(adopted.spec, onnx_compare.onnx_reference(given, adopted.spec, adopted.sources), inputs)
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class _Source:
     """
 
     spec: NetworkSpec
-    reference: onnx_export.Reference
+    reference: onnx_compare.Reference
     inputs: Sequence[NDArray[np.float32]]
     counted: Mapping[str, float] = field(default_factory=dict)
     sparse: int = 0

@@ -13,6 +13,7 @@ from pipeline.models.lightweight_openpose import LightweightOpenPose
 from pipeline.models.recording import record
 from pipeline.onnx_files import export
 from pipeline.onnx_files.adopt import adopt
+from pipeline.onnx_files.compare import compare, onnx_reference, torch_reference
 from pipeline.onnx_files.files import read_spec
 from pipeline.pruning.costs import macs
 from posepress.errors import UserError
@@ -43,7 +44,7 @@ def file(network, tmp_path_factory):
 
 
 def test_the_exported_network_is_torchs_at_every_shape(network, file):
-    found = export.compare(file, network.spec, export.torch_reference(network), inputs(), 1e-4)
+    found = compare(file, network.spec, torch_reference(network), inputs(), 1e-4)
     assert found["max_difference"] < 1e-5
     assert found["shapes"] == [list(s) for s in SHAPES]
     graph = onnx.load(file)
@@ -57,7 +58,7 @@ def test_simplifying_keeps_the_function(network, file, tmp_path):
     copy.write_bytes(file.read_bytes())
     assert export.simplify(copy, 120) == "onnxsim"
     assert list(tmp_path.iterdir()) == [copy]
-    export.compare(copy, network.spec, export.torch_reference(network), inputs(), 1e-4)
+    compare(copy, network.spec, torch_reference(network), inputs(), 1e-4)
 
 
 def fail_with(monkeypatch, behaviour):
@@ -82,7 +83,7 @@ def test_a_simplifier_that_fails_is_replaced(network, file, tmp_path, monkeypatc
     fail_with(monkeypatch, {"onnxsim": how})
     assert export.simplify(copy, 60) == "onnxslim"
     assert list(tmp_path.iterdir()) == [copy]
-    export.compare(copy, network.spec, export.torch_reference(network), inputs(), 1e-4)
+    compare(copy, network.spec, torch_reference(network), inputs(), 1e-4)
 
 
 def test_both_simplifiers_failing_is_an_error(file, tmp_path, monkeypatch):
@@ -123,7 +124,7 @@ def test_a_network_of_the_same_structure_takes_its_graph_from_the_cache(tmp_path
         export.export(network, inputs()[0], 20, tmp_path / name, graphs=graphs and tmp_path / graphs)
     assert len(exports) == 2
     assert (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes() != (tmp_path / "a").read_bytes()
-    export.compare(tmp_path / "b", other.spec, export.torch_reference(other), inputs(), 1e-5)
+    compare(tmp_path / "b", other.spec, torch_reference(other), inputs(), 1e-5)
     (kept,) = (tmp_path / "kept").iterdir()
     assert not any(i.raw_data for i in onnx.load(kept).graph.initializer if i.name == "network.conv.weight")
 
@@ -264,7 +265,7 @@ def test_shorter_ways_keep_the_function(make, folded, size, tmp_path, exports):
         others = [(3, 3, 64, 80)] if fixed else [(3, 3, 256, 160), (1, 3, 40, 208), (2, 3, 368, 432)]
         draw = np.random.default_rng(4)
         images = [draw.normal(0, 1, shape).astype(np.float32) for shape in others]
-        export.compare(tmp_path / name, network.spec, export.torch_reference(network), images, 1e-5)
+        compare(tmp_path / name, network.spec, torch_reference(network), images, 1e-5)
     assert len(exports) == 1, "the second takes the kept graph"
     assert folded != any(isinstance(module, nn.BatchNorm2d) for module in exports[0][0].modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
@@ -341,13 +342,13 @@ def test_tied_weights_are_filled_in_under_both_names(tmp_path, exports):
         network.conv.weight *= 1.0003
     export.export(network, inputs()[0], 20, tmp_path / "b", graphs=tmp_path / "kept")
     assert len(exports) == 1
-    export.compare(tmp_path / "b", network.spec, export.torch_reference(network), inputs(), 1e-5)
+    compare(tmp_path / "b", network.spec, torch_reference(network), inputs(), 1e-5)
 
 
 def test_a_kept_graph_that_is_damaged_or_of_another_network_is_exported_anew(tmp_path, exports, monkeypatch):
     def exported(network):
         export.export(network.eval(), inputs()[0], 20, tmp_path / "model", graphs=tmp_path / "kept")
-        export.compare(tmp_path / "model", network.spec, export.torch_reference(network), inputs()[:1], 1e-5)
+        compare(tmp_path / "model", network.spec, torch_reference(network), inputs()[:1], 1e-5)
         return len(exports)
 
     assert exported(Small()) == 1
@@ -377,15 +378,15 @@ def test_a_branch_on_the_size_is_found(tmp_path):
         assert "height" in str(error) or "Constraints" in str(error)
         return
     with pytest.raises(UserError, match="'heatmaps' differs from its source|does not run at"):
-        export.compare(file, network.spec, export.torch_reference(network), inputs(), 1e-4)
+        compare(file, network.spec, torch_reference(network), inputs(), 1e-4)
 
 
 def test_a_difference_is_reported(network, file):
     def louder(images):
-        return {name: field * 1.01 for name, field in export.torch_reference(network)(images).items()}
+        return {name: field * 1.01 for name, field in torch_reference(network)(images).items()}
 
     with pytest.raises(UserError, match=r"differs from its source by 0\.00?99?.*tolerance=0.0001"):
-        export.compare(file, network.spec, louder, inputs(), 1e-4)
+        compare(file, network.spec, louder, inputs(), 1e-4)
 
 
 def test_the_description_travels_in_the_file(network, file, tmp_path):
@@ -426,10 +427,10 @@ def test_a_file_with_one_output_is_adopted(network, file, tmp_path):
     source = joined(file, tmp_path)
     adopted = adopt(source, RAW, None, Resolution(64, 80))
     onnx.save(adopted.model, tmp_path / "adopted.onnx")
-    reference = export.onnx_reference(source, adopted.spec, adopted.sources)
-    found = export.compare(tmp_path / "adopted.onnx", adopted.spec, reference, inputs()[:1], 1e-6)
+    reference = onnx_reference(source, adopted.spec, adopted.sources)
+    found = compare(tmp_path / "adopted.onnx", adopted.spec, reference, inputs()[:1], 1e-6)
     assert found["max_difference"] == 0
-    export.compare(tmp_path / "adopted.onnx", adopted.spec, export.torch_reference(network), inputs(), 1e-4)
+    compare(tmp_path / "adopted.onnx", adopted.spec, torch_reference(network), inputs(), 1e-4)
 
 
 def test_a_file_with_named_outputs_is_adopted_as_it_is(file):
@@ -444,5 +445,5 @@ def test_the_published_file_is_adopted(tmp_path):
     adopted = adopt(source, RAW, None, Resolution(112, 160))
     onnx.save(adopted.model, tmp_path / "adopted.onnx")
     images = [np.random.default_rng(0).uniform(0, 255, (1, 3, 112, 160)).astype(np.float32)]
-    reference = export.onnx_reference(source, adopted.spec, adopted.sources)
-    assert export.compare(tmp_path / "adopted.onnx", adopted.spec, reference, images, 1e-4)
+    reference = onnx_reference(source, adopted.spec, adopted.sources)
+    assert compare(tmp_path / "adopted.onnx", adopted.spec, reference, images, 1e-4)

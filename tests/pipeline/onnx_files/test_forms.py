@@ -9,8 +9,9 @@ from onnxconverter_common import float16
 from pipeline.backends.onnxruntime import OnnxRuntime
 from pipeline.contracts import CalibrationFeed
 from pipeline.onnx_files.adopt import adopt
+from pipeline.onnx_files.compare import compare, onnx_reference
 from pipeline.onnx_files.execute import computed_over
-from pipeline.onnx_files.export import compare, onnx_reference, simplify, stamp
+from pipeline.onnx_files.export import simplify, stamp
 from pipeline.onnx_files.files import ModelFiles, Shapes
 from pipeline.quantization.graph import Graph
 from pipeline.quantization.place import tail

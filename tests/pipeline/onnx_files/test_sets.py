@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.onnx_files.adopt import adopt
-from pipeline.onnx_files.export import compare, onnx_reference
+from pipeline.onnx_files.compare import compare, onnx_reference
 from pipeline.onnx_files.guess import anatomy, guess
 from posepress.errors import UserError
 from posepress.resolution import Resolution

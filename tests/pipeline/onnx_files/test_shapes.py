@@ -8,7 +8,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.models.onestage_pose import OneStagePose
-from pipeline.onnx_files.export import compare, export, torch_reference
+from pipeline.onnx_files.compare import compare, torch_reference
+from pipeline.onnx_files.export import export
 from pipeline.onnx_files.shapes import free_shapes
 
 
