@@ -50,6 +50,7 @@ def chain(kind: str, rows: int, features: int) -> onnx.ModelProto:
 
 
 def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    """The network on one thread."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -69,9 +70,9 @@ def main() -> None:
             noise = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
             placed = place.place(model)
             found = calibration.observe(model, placed.tensors, [noise])
-            peaks, lows = ({name: value(one) for name, one in found.items()} for value in (lambda h: h.peak, lambda h: h.least))
+            peaks, lows = {name: one.peak for name, one in found.items()}, {name: one.least for name, one in found.items()}
             written = writers.insert(model, placed, writers.Scales.of(peaks, lows, placed), "onnxruntime")
-            runs: list[Callable[..., Any]] = [session(network).run for network in (model, written)]
+            runs = [session(network).run for network in (model, written)]
             plain, rounded = latency.in_turns([[partial(_call, run, noise)] for run in runs], SECONDS)
             ends = [f"{times.percentile(50)}" for times in (plain, rounded)]
             table.add_row(kind, str(rows), str(features), *ends, str(latency.speedup(rounded, plain)))

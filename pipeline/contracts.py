@@ -12,6 +12,7 @@ from pipeline.onnx_files.files import ModelFiles, Shapes
 from posepress.contracts import Runner, Samples, Truth
 from posepress.labels import Palette, Skeleton
 from posepress.resolution import Resolution
+from posepress.results import Boxes
 from posepress.spec import Array, Fields, NetworkSpec
 
 if TYPE_CHECKING:
@@ -293,4 +294,27 @@ class Sampler(Protocol):
         Returns:
             A `calib_samplers.stratified.CalibrationSet`. It is not imported here: what every stage imports makes all stale.
         """
+        ...
+
+
+class Detector(Protocol):
+    """Finds the boxes of people, for networks that see one person at a time."""
+
+    @property
+    def identity(self) -> str:
+        """Digest of everything that the boxes depend on, but for the images and the code."""
+        ...
+
+    def boxes(self, images: Samples[Any], digest: str, cache: Path) -> dict[str, Boxes]:
+        """Return the boxes of each image, by its id.
+
+        Args:
+            images: the images.
+            digest: of the images.
+            cache: folder that keeps boxes.
+        """
+        ...
+
+    def timed(self, image: NDArray[Any], threads: int, cache: Path) -> Callable[[], None]:
+        """Return a call that finds the boxes in an image, RGB uint8 [H, W, 3], on a number of CPU threads."""
         ...

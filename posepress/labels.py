@@ -1,5 +1,6 @@
 """What the outputs of a network speak of: keypoints of a skeleton, or classes of a palette."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from posepress.checks import (
@@ -11,6 +12,13 @@ from posepress.checks import (
 )
 
 SIGMA = 0.05  # OKS standard deviation of a keypoint without a known one; COCO's lie between .025 and .107
+_LISTED = 20  # most names in a message
+
+
+def enumerated(names: Sequence[str]) -> str:
+    """The names in one line for a message, at most 20, and the number of the others."""
+    more = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True)

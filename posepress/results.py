@@ -1,6 +1,7 @@
 """Predictions for an image, and their file format."""
 
 import collections.abc
+import os
 import struct
 import tokenize
 import zipfile
@@ -66,10 +67,12 @@ class Boxes:
     Attributes:
         xywh: float64 [N, 4]: x and y of the upper left corner, width, height, in image pixels.
         scores: float64 [N], a detector's scores; None for annotated boxes.
+        counts: counts of problems in the image, like "images_not_finite"; metrics sum them.
     """
 
     xywh: NDArray[np.float64]
     scores: NDArray[np.float64] | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def save_results(file: Path, results: Sequence[tuple[str, Any]]) -> None:
             elif value is not None:
                 arrays[f"{n}.{one.name}"] = value
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}")
+    unfinished = file.with_name(f".{os.getpid()}-{file.name}")  # several processes may write one file
     with unfinished.open("wb") as stream:
         np.savez_compressed(stream, **arrays)
     unfinished.replace(file)

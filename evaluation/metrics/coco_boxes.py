@@ -34,27 +34,36 @@ class Rows(NamedTuple):
 
 
 @compiled
+def _overlaps(found: F64, truth: F64, crowd: NDArray[np.bool_]) -> F64:
+    """Intersection over union [D, G] of predicted boxes [D, 4] and ground truth [G, 4].
+
+    Relative to a crowd the share of the predicted box inside it counts, as in COCO.
+    """
+    overlaps = np.zeros((found.shape[0], truth.shape[0]))
+    for d in range(found.shape[0]):
+        for g in range(truth.shape[0]):
+            a, b = found[d], truth[g]
+            width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+            height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+            if width > 0 and height > 0:
+                own = a[2] * a[3]
+                union = own if crowd[g] else own + b[2] * b[3] - width * height
+                overlaps[d, g] = width * height / union
+    return overlaps
+
+
 def _match(
     found: Rows, truth: Rows, crowd: NDArray[np.bool_], ignored: NDArray[np.bool_], outside: NDArray[np.bool_]
 ) -> NDArray[np.uint8]:
     """Match boxes image by image by intersection over union; see `evaluation.metrics.oks.match`.
 
-    Relative to a crowd the share of the predicted box inside it counts, as in COCO.
+    Plain Python calls `assign`: numba's cache of a compiled caller would miss edits in that other file.
     """
-    outcome = np.zeros((ignored.shape[0], found.boxes.shape[0], THRESHOLDS.shape[0]), np.uint8)
-    for image in range(found.starts.shape[0] - 1):
-        d0, d1, g0, g1 = found.starts[image], found.starts[image + 1], truth.starts[image], truth.starts[image + 1]
-        similarity = np.zeros((d1 - d0, g1 - g0))
-        for d in range(d0, d1):
-            for g in range(g0, g1):
-                a, b = found.boxes[d], truth.boxes[g]
-                width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
-                height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
-                if width > 0 and height > 0:
-                    own = a[2] * a[3]
-                    union = own if crowd[g] else own + b[2] * b[3] - width * height
-                    similarity[d - d0, g - g0] = width * height / union
-        assign(similarity, crowd[g0:g1], ignored[:, g0:g1], outside[:, d0:d1], THRESHOLDS, outcome[:, d0:d1])
+    outcome = np.zeros((len(ignored), len(found.boxes), len(THRESHOLDS)), np.uint8)
+    for d0, d1, g0, g1 in zip(found.starts, found.starts[1:], truth.starts, truth.starts[1:], strict=False):
+        d, g = slice(d0, d1), slice(g0, g1)
+        overlaps = _overlaps(found.boxes[d], truth.boxes[g], crowd[g])
+        assign(overlaps, crowd[g], ignored[:, g], outside[:, d], THRESHOLDS, outcome[:, d])
     return outcome
 
 
@@ -73,10 +82,12 @@ class CocoBoxes:
         "ap", "COCO box AP (IoU 0.50:0.95)", "box AP", NOT_MEASURED, ("ap50", "ap75", "ap_small", "ap_medium", "ap_large")
     )
     _rows: dict[str, tuple[People, F64, F64]] = field(default_factory=dict)
+    _counts: dict[str, int] = field(default_factory=dict)
 
     def reset(self) -> None:
         """Forget every image."""
         self._rows.clear()
+        self._counts.clear()
 
     def process(self, id: str, truth: People, found: Boxes) -> None:  # noqa: A002
         """Add the boxes and the ground truth of an image.
@@ -91,6 +102,8 @@ class CocoBoxes:
             raise ValueError(f"image {id}: a predicted box has a score or a side that is not finite")
         order = np.argsort(-scores, kind="mergesort")[:MOST_FOUND]
         self._rows[id] = (truth, found.xywh[order].astype(np.float64), scores[order])
+        for name, count in found.counts.items():
+            self._counts[name] = self._counts.get(name, 0) + int(count)
 
     @property
     def images(self) -> list[str]:
@@ -134,8 +147,8 @@ class CocoBoxes:
         return matches.figures(counts, FIGURES)
 
     def counts(self) -> dict[str, int]:
-        """No counts of problems."""
-        return {}
+        """Counts of problems: images for which the network returned NaN or infinity."""
+        return {"images_not_finite": 0, **self._counts}
 
     def doubts(self) -> list[str]:
         """Possible causes of unexpected figures, each with what to check."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from evaluation.contracts import MetricInfo
 from evaluation.metrics.oks import F64, MOST_FOUND, NOT_MEASURED, NUMBER, Everybody, Matches
 from evaluation.truth import People
-from posepress.labels import Skeleton
+from posepress.labels import SIGMA, Skeleton, enumerated
 from posepress.results import Poses
 
 
@@ -46,8 +46,8 @@ class CocoKeypoints:
         self._columns = np.array([names.index(name) if name in names else -1 for name in self.labels.names])
         if self._columns.max() < 0:
             raise ValueError(
-                f"the network's keypoints ({', '.join(names[:4])}, ...) share no name with the ground truth's "
-                f"({', '.join(self.labels.names[:4])}, ...)"
+                f"the network's {len(names)} keypoints ({enumerated(names)}) share no name with the ground truth's "
+                f"{len(self.labels.names)} ({enumerated(self.labels.names)}); name the network's keypoints as the data does"
             )
 
     def reset(self) -> None:
@@ -142,7 +142,18 @@ class CocoKeypoints:
         """Possible causes of unexpected figures, each with what to check."""
         from evaluation.metrics.plausibility import doubts
 
-        return doubts(self.people(), self.labels, self.found_labels)
+        causes, names, given = doubts(self.people(), self.labels, self.found_labels), self.labels.names, self.found_labels
+        if not set(names) <= set(given.names):
+            causes.append(
+                f"the network has {len(given.names)} keypoints ({enumerated(given.names)}), the data {len(names)} "
+                f"({enumerated(names)}); give the network's keypoints the names of the data in model.spec.labels"
+            )
+        if not given.sigmas:
+            causes.append(
+                f"the network's labels have no sigmas, so agreement and the decoder take {SIGMA} for each of its "
+                f"{len(given.names)} keypoints; add sigmas: [...] to model.spec.labels, or give skeleton=FILE.json with them"
+            )
+        return causes
 
     def details(self) -> dict[str, dict[str, float]]:
         """AP of each keypoint and stratum, and the kinds of error."""

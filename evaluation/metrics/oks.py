@@ -267,8 +267,8 @@ class Matches:
         outcome, image = self._sorted
         positives = float(self.positives[s] @ weight)
         if positives == 0:
-            nobody = np.full(len(THRESHOLDS), -1.0)
-            return nobody, nobody
+            undefined = np.full(len(THRESHOLDS), float(NOT_MEASURED))
+            return undefined, undefined
         return _precision_recall(outcome[s], image, weight, positives, RECALLS)
 
     def figures(self, counts: NDArray[Any] | None = None, names: Sequence[str] = FIGURES) -> dict[str, float]:

@@ -17,7 +17,7 @@ _LEAST = 20  # least number of predictions for a fit
 def placed(metric: CocoKeypoints, truth: People, found: Poses) -> NDArray[np.float64]:
     """The greatest OKS of each prediction, [N]; NaN for a prediction that matches a person ignored by COCO."""
     points = metric.keypoints(found)[..., :2].astype(np.float64)
-    similarity = oks(points, truth.keypoints, truth.boxes, truth.areas, np.array(metric.labels.sigmas))
+    similarity = oks(points, truth.keypoints, truth.boxes, truth.areas, np.array(metric.labels.oks_sigmas))
     best: NDArray[np.float64] = similarity[:, ~truth.never].max(axis=1, initial=0)
     ignored = similarity[:, truth.never].max(axis=1, initial=0)
     return np.where((ignored > best) & (ignored > 0.5), np.nan, best)

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any, TypedDict
 
+from pipeline.contracts import Detector
 from pipeline.datasets.annotations import read_file, read_json
 from pipeline.datasets.coco_split import Coco
 from pipeline.datasets.detections import check_inside, read_boxes
@@ -30,19 +31,6 @@ class Labelled(TypedDict):
 
     images: str | Path
     annotations: str | Path
-
-
-class Finder(Protocol):
-    """What finds the boxes of people, as `pipeline.datasets.detector.Detector`."""
-
-    @property
-    def identity(self) -> str:
-        """Digest of everything that its boxes depend on."""
-        ...
-
-    def boxes(self, images: Coco, digest: str, cache: Path) -> dict[str, Boxes]:
-        """The boxes of each image, by its id."""
-        ...
 
 
 class Unlabelled(TypedDict):
@@ -86,7 +74,7 @@ class CocoSplits:
     upright: bool | None = None
     boxes: str = "annotations"
     skeleton: str | Mapping[str, object] = "coco_17"
-    detector: Finder | None = None
+    detector: Detector | None = None
     dropped: dict[str, list[str]] = field(default_factory=dict, compare=False, init=False)
     _kept: dict[str, Coco] = field(default_factory=dict, compare=False, repr=False, init=False)
     _boxed: dict[str, Coco] = field(default_factory=dict, compare=False, repr=False, init=False)
@@ -221,7 +209,8 @@ class CocoSplits:
     def _file(self) -> dict[str, Boxes]:
         """The boxes of the file, by image id."""
         truth = self.parts["validation"].truth
-        return read_boxes(Path(self.boxes), None if truth is None else truth.category.id)
+        known = {record.id for part in self.parts.values() for record in part.images}
+        return read_boxes(Path(self.boxes), None if truth is None else truth.category.id, known)
 
     def _present(self, split: str, part: Coco) -> Coco:
         if self.strict:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from evaluation.truth import People
 from pipeline.contracts import ImageRecord
 from pipeline.datasets.annotations import Annotations, load_annotations, people, unwatched
+from pipeline.datasets.detections import outside
 from pipeline.datasets.images import (
     IMAGE_TYPES,
     Inspection,
@@ -22,6 +23,7 @@ from pipeline.datasets.images import (
     shown_size,
     turned,
 )
+from pipeline.progress import say
 from posepress.errors import UserError
 from posepress.labels import SIGMA, Skeleton
 from posepress.resolution import Resolution
@@ -44,7 +46,8 @@ class Coco:
         category: name or id of the category to read; None chooses the one with keypoints, or person.
         upright: whether the annotations belong to the images after the rotation that EXIF's orientation asks for; None
             decides it by the size of each image.
-        skeleton: gives sigmas, limbs and mirror pairs to keypoints of the same names whose category has no sigmas.
+        skeleton: gives mirror pairs to keypoints of the same names, in any order, and limbs where the category has none. It
+            gives its sigmas where the category has none, if both have the same names.
         boxes: boxes by image id, from a detector or a file; an image without an entry has none. None takes the annotations'.
     """
 
@@ -74,21 +77,30 @@ class Coco:
         """Return a data set with some of the images. The annotation file is not read again."""
         part = replace(self, names=tuple(names))
         if self.annotations is not None:
-            part.__dict__["truth"] = self.truth
+            part.__dict__["_read"] = self._read
         return part
 
-    @property
+    @cached_property
     def labels(self) -> Skeleton:
         """The skeleton of the keypoints. It is COCO's unless the file's category names other keypoints."""
-        own, known = COCO_17 if self.truth is None else self.truth.category.labels, self.skeleton
-        if known is None or own.sigmas or own.names != known.names:
-            return own
-        return replace(own, sigmas=known.sigmas, limbs=own.limbs or known.limbs, mirror=known.mirror)
+        own = COCO_17 if self.truth is None else self.truth.category.labels
+        return own if self.skeleton is None else _completed(own, self.skeleton)
+
+    @property
+    def truth(self) -> Annotations | None:
+        """The whole annotation file, without people outside of their images; None for unlabelled images."""
+        return None if self._read is None else self._read[0]
 
     @cached_property
-    def truth(self) -> Annotations | None:
-        """The whole annotation file; None for unlabelled images."""
-        return None if self.annotations is None else load_annotations(self.annotations, self.category)
+    def _read(self) -> tuple[Annotations, str] | None:
+        """The annotation file, and a sentence about boxes outside of their images, which is empty if there are none."""
+        if self.annotations is None:
+            return None
+        with unwatched():
+            truth, sentence = _inside(load_annotations(self.annotations, self.category))
+        if sentence:
+            _say_once(f"{self.annotations}: {sentence}")
+        return truth, sentence
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -304,6 +316,8 @@ class Coco:
                 f"{self.truth.boxed} people have no box, or an empty one: it is made of their labelled keypoints, so it is "
                 "smaller than the person; give bbox for top-down networks"
             )
+        if self._read is not None and self._read[1]:
+            found.append(self._read[1])
         rows = np.array([row for own in self._rows[1] for row in own], np.intp)
         counted, points = self.truth.labelled[rows], self.truth.visibility[rows].any(axis=1)
         for wrong, said in (
@@ -327,6 +341,79 @@ class Coco:
                 "stored; pass data.upright=true if they were annotated as viewers show them, else data.upright=false"
             )
         return found
+
+
+@cache
+def _say_once(text: str) -> None:
+    say(text, "yellow")
+
+
+def _completed(own: Skeleton, known: Skeleton) -> Skeleton:
+    """The skeleton of a category with what a known skeleton adds, by the names of the keypoints.
+
+    Args:
+        own: skeleton of the category.
+        known: gives mirror pairs to the keypoints that it names; names decide about the others. Gives limbs if the category
+            has none, and sigmas if the category has none and both have the same names.
+    """
+    at = {name: place for place, name in enumerate(own.names)}
+
+    def placed(pairs: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+        names = [(known.names[a], known.names[b]) for a, b in pairs]
+        return tuple((at[a], at[b]) for a, b in names if a in at and b in at)
+
+    mirror = placed(known.mirror)
+    if mirror:
+        rest = {place for name, place in at.items() if name not in known.names}
+        mirror += tuple((a, b) for a, b in enumerate(own.flip) if a < b and {a, b} <= rest)
+    sigmas = own.sigmas
+    if not sigmas and known.sigmas and at.keys() == set(known.names):
+        sigmas = tuple(known.sigmas[known.names.index(name)] for name in own.names)
+    return replace(own, sigmas=sigmas, limbs=own.limbs or placed(known.limbs), mirror=mirror or own.mirror)
+
+
+def _inside(truth: Annotations) -> tuple[Annotations, str]:
+    """Leave out the boxes that lie wholly outside of their images.
+
+    Returns:
+        The annotations, and a sentence with the number of such boxes, which is empty if there are none. The labelled keypoints
+        in the image make the new box. An annotation without such keypoints is left out.
+    """
+    sides = {image["id"]: (image["width"], image["height"]) for image in truth.images}
+    sizes = np.array([sides[record["image_id"]] for record in truth.people], np.float64).reshape(-1, 2)
+    boxes = np.array([record["bbox"] for record in truth.people], np.float64).reshape(-1, 4)
+    rows = np.flatnonzero(outside(boxes, sizes))
+    if not len(rows):
+        return truth, ""
+    every, areas, kept = list(truth.people), truth.areas.copy(), np.ones(len(boxes), bool)
+    for row in rows.tolist():
+        points = np.array(every[row].get("keypoints") or [], np.float64).reshape(-1, 3)
+        points = points[(points[:, 2] > 0) & ((points[:, :2] >= 0) & (points[:, :2] <= sizes[row])).all(axis=1), :2]
+        kept[row] = len(points) > 0
+        if len(points):
+            low, extent = points.min(axis=0), np.ptp(points, axis=0)
+            every[row] = {**every[row], "bbox": [*low.tolist(), *extent.tolist()]}
+            areas[row] = every[row].get("area", extent.prod())
+    first = truth.people[rows[0]]
+    width, height = sides[first["image_id"]]
+    example = f"{first['bbox']} in image {first['image_id']} of {height}x{width}"
+    sentence = (
+        f"{len(rows)} annotated boxes lie wholly outside their images, like {example}: {int(kept[rows].sum())} are made of the "
+        f"labelled keypoints instead, and {int((~kept).sum())} annotations without keypoints in the image are left out; give "
+        "bbox as x, y, width and height in pixels"
+    )
+    people = [record for record, inside in zip(every, kept, strict=True) if inside]
+    return (
+        replace(
+            truth,
+            people=people,
+            visibility=truth.visibility[kept],
+            areas=areas[kept],
+            labelled=truth.labelled[kept],
+            crowd=truth.crowd[kept],
+        ),
+        sentence,
+    )
 
 
 def _medians(values: NDArray[np.float64], group: NDArray[np.intp], count: int) -> NDArray[np.float64]:

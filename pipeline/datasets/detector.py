@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +14,7 @@ import numpy as np
 from annotated_types import Interval
 from numpy.typing import NDArray
 
+from pipeline.progress import say
 from pipeline.results.content import sha256
 from posepress.contracts import Samples
 from posepress.decoders.boxes import BoxDecoder
@@ -29,7 +32,8 @@ class Detector:
     """A network that finds people's boxes, for networks that see one person at a time.
 
     Attributes:
-        file: an ONNX file, or the folder of a network that the stage `build` or `export` wrote.
+        file: an ONNX file, or the folder of a network that the stage `build` or `export` wrote. In a configuration also the
+            address of such a folder below `outputs`.
         spec: description of the file, as model.spec; None reads it from the file's metadata.
         outputs: names of outputs in the file that differ from the description's.
         resolution: size of the detector's input; None takes the file's own, if it has one.
@@ -58,7 +62,7 @@ class Detector:
     def label_of(options: Mapping[str, Any], _: Mapping[str, str]) -> str:
         """The detector's label in an address: the name of its file, or of the file's folder, and options that differ."""
         file = Path(str(options.get("file")))
-        name = file.parent.name if file.stem in ("model", "engine") else file.stem
+        name = file.parent.name if file.name in ("model.onnx", "engine.onnx") else file.name.removesuffix(".onnx")
         words = [re.sub(r"[^\w.+=-]", "-", name)]
         words += [f"s{options['score_threshold']}"] if options.get("score_threshold", 0.05) != 0.05 else []
         return "-".join(words)
@@ -79,9 +83,13 @@ class Detector:
 
     @property
     def identity(self) -> str:
-        """Digest of the file and of all options."""
+        """Digest of the file, of its weights in further files, and of all options."""
+        from pipeline.onnx_files.cut import external_files
+
         options = {name: value for name, value in vars(self).items() if name != "file"}
-        return hashlib.sha256(json.dumps([sha256(self.path), options], sort_keys=True, default=str).encode()).hexdigest()
+        weights = {name: sha256(file) for name, file in external_files(self.path).items() if file.is_file()}
+        what = [sha256(self.path), options, *([weights] if weights else [])]
+        return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
     @property
     def framing(self) -> WholeImage:
@@ -113,28 +121,38 @@ class Detector:
         from pipeline.onnx_files.files import read_spec
 
         if self.spec is None:
-            file, spec = self.path, read_spec(self.path)
-            size = spec.input.size or (None if self.resolution is None else Resolution.parse(self.resolution))
-            if size is None:
-                raise UserError(
-                    f"detector.file={self.file}: takes inputs of every size; give detector.resolution=HEIGHTxWIDTH, the size "
-                    "that it was trained for"
-                )
-            return file, size
+            spec = read_spec(self.path)
+            return self.path, self._size(spec)
         import onnx
 
         from pipeline.onnx_files.adopt import adopt
         from pipeline.onnx_files.export import stamp
 
         adopted = adopt(self.path, self.spec, self.outputs, Resolution.parse(self.resolution or "640x640"))
+        size = self._size(adopted.spec)
         kept = cache / "detectors" / f"{self.identity[:16]}.onnx"
         if not kept.exists():
+            for note in adopted.notes:
+                say(f"detector.file={self.file}: {note}")
             kept.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = kept.with_suffix(".tmp.onnx")
+            unfinished = kept.with_suffix(f".{os.getpid()}.onnx")
             onnx.save(adopted.model, unfinished)
             stamp(unfinished, adopted.spec)
             unfinished.replace(kept)
-        return kept, adopted.size
+        return kept, size
+
+    def _size(self, spec: NetworkSpec) -> Resolution:
+        """The input's size: the one that the file fixes, or the option's.
+
+        Raises:
+            UserError: there is neither.
+        """
+        if spec.input.size is None and self.resolution is None:
+            raise UserError(
+                f"detector.file={self.file}: takes inputs of every size; give detector.resolution=HEIGHTxWIDTH, the size "
+                "that it was trained for"
+            )
+        return spec.input.size or Resolution.parse(str(self.resolution))
 
     def timed(self, image: NDArray[np.uint8], threads: int, cache: Path) -> Callable[[], None]:
         """A call that finds the boxes in an image, for timing.
@@ -167,10 +185,13 @@ class Detector:
         """
         from pipeline.backends.onnxruntime import OnnxRuntime
         from pipeline.predictions import shown as progress
+        from pipeline.results.fingerprint import closure, digest_of_code
         from posepress.predict import Watch, predict
         from posepress.results import load_results, save_results
 
-        kept = cache / "boxes" / f"{hashlib.sha256(f'{self.identity} {digest}'.encode()).hexdigest()[:16]}.npz"
+        code = digest_of_code(closure([__name__, OnnxRuntime.__module__, predict.__module__]))
+        what = f"{self.identity} {digest} {code} {version('onnxruntime')}"
+        kept = cache / "boxes" / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.npz"
         if kept.exists():
             return load_results(kept, Boxes)
         file, size = self.prepared(cache)

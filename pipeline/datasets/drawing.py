@@ -15,7 +15,7 @@ from posepress.labels import Skeleton
 from posepress.resolution import Resolution
 from posepress.skeletons import COCO_17
 
-_NOBODY, _CROWD, _CLUTTER = -1, -2, -3
+_BACKGROUND, _CROWD, _CLUTTER = -1, -2, -3
 
 # Joints in body coordinates as fractions of the person's height: x to the person's left, y down, z forward.
 _TORSO = {
@@ -268,7 +268,7 @@ def generate(preset: Preset, seed: Sequence[int]) -> tuple[NDArray[np.uint8], li
     draw = np.random.default_rng([VERSION, *seed])
     size = preset.size
     H, W = size.height, size.width
-    blank = np.full((H, W), _NOBODY, np.int16)
+    blank = np.full((H, W), _BACKGROUND, np.int16)
     canvas = Canvas(background(draw, size), blank, np.zeros((H, W), np.int16))
     clutter(draw, canvas, int(draw.integers(0, preset.clutter + 1)))
     if draw.random() < preset.crowds:

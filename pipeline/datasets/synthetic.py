@@ -19,7 +19,8 @@ import numpy as np
 from annotated_types import Interval
 from numpy.typing import NDArray
 
-from pipeline.datasets.coco import SPLITS, CocoSplits, Finder
+from pipeline.contracts import Detector
+from pipeline.datasets.coco import SPLITS, CocoSplits
 from pipeline.datasets.coco_split import Coco
 from pipeline.probing import processes
 from posepress.errors import UserError
@@ -84,7 +85,7 @@ class Synthetic:
     counts: dict[str, Annotated[int, Interval(ge=1, le=10**7)]]
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
     cache: str = "outputs/cache"
-    detector: Finder | None = None
+    detector: Detector | None = None
 
     def __post_init__(self) -> None:
         """Check the counts.

@@ -12,7 +12,7 @@ import numpy as np
 from evaluation.contracts import MetricInfo
 from evaluation.statistics import Draws
 from pipeline.deploy.zip_limits import check_directory
-from pipeline.report.collect import AXES, TEXTS, columns, evaluated
+from pipeline.report.collect import AXES, OPTIONAL_AXES, TEXTS, columns, evaluated
 from pipeline.report.page import picture, web_address
 from pipeline.results.content import MOST_JSON, parse_json
 from pipeline.results.manifest import MANIFEST, plain
@@ -116,11 +116,12 @@ def _check_axes(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     axes = manifest["config"].get("axes")
     if not isinstance(axes, dict):
         raise ValueError(f"{folder.name}: no axes")  # noqa: TRY004
-    strange = sorted(axes.keys() - set(AXES))
+    strange = sorted(axes.keys() - {*AXES, *OPTIONAL_AXES})
     if strange:
         raise ValueError(f"{folder.name}: {strange[0][:120]!r} is no axis")
     numbers = [key for key in AXES if key not in TEXTS]
-    _require(axes, folder, [key for key in AXES if key in TEXTS], numbers)
+    texts = [key for key in AXES if key in TEXTS] + [key for key in OPTIONAL_AXES if key in axes]
+    _require(axes, folder, texts, numbers)
     if not isinstance(axes["rebuild"], int):
         raise ValueError(f"{folder.name}: rebuild={axes['rebuild']} is no whole number")  # noqa: TRY004
     return axes

@@ -1,7 +1,7 @@
 """Processing of the command line before Hydra: it sorts flags and options, quotes values and rewrites Hydra's errors."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,15 +84,15 @@ def read(words: Sequence[str]) -> Words:
             ambiguous.
     """
     flags, options = _divided(words)
-    options = [part for word in options for part in _of_a_detector(word)]
     _check_flags(flags)
     read_words = Words(flags, [])
     if (own := read_words.config_dir) is not None and not Path(own).is_dir():
         raise UserError(f"--config-dir {own}: no such folder; give the one that holds your model/, family/ or experiment/")
     for folder in read_words.config_folders:
         check_config_dir(Path(folder))
-    readable = [_readable(word, read_words.sweep) for word in options]
     folders = _folders(read_words.config_dir)
+    options = [part for word in options for part in _of_a_detector(word, _choices("detector", folders))]
+    readable = [_readable(word, read_words.sweep) for word in options]
     groups = _groups(folders)
     for word in readable:
         key = word.lstrip("+").partition("=")[0]
@@ -127,10 +127,11 @@ def _divided(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return flags, options
 
 
-def _of_a_detector(word: str) -> list[str]:
-    """An option, or the two options for which `detector=FILE` stands: a choice of the group, and its file."""
+def _of_a_detector(word: str, choices: Container[str]) -> list[str]:
+    """An option, or the two options for which `detector=FILE` stands: a choice of the group, and its file or address."""
     key, _, value = word.partition("=")
-    path = key == "detector" and (value.endswith(".onnx") or "/" in value) and "," not in value
+    named = "/" in value or value.endswith(".onnx") or (value.count("_") > 1 and value not in choices)
+    path = key == "detector" and named and "," not in value
     return ["detector=own", f"detector.file={value}"] if path else [word]
 
 

@@ -152,6 +152,8 @@ def _tuned(config: Config, network: str) -> str:
 
 def _boxed(config: Config) -> str:
     """Return the words for boxes that annotations do not give; empty for annotated boxes."""
+    if (given := said(config, "data", "boxes")) is not None:  # of a package, which holds the boxes themselves
+        return f"_by-{given}" if given else ""
     if isinstance(config.get("detector"), DictConfig):
         return f"_by-{label(config, 'detector')}"
     file = str(config.data.get("boxes", "annotations")) if isinstance(config.data, DictConfig) else "annotations"
@@ -163,6 +165,7 @@ def _as_here(config: Config) -> dict[str, str]:
     """Return labels that a package must take from this machine, so that they do not change on the device."""
     groups = [group for group in (*GROUPS, "framing") if group != "backend"]
     fixed = {f"{group}.about.label": label(config, group) for group in groups}
+    fixed["data.about.boxes"] = _boxed(config).removeprefix("_by-")
     return {**fixed, "precision.about.recipe": recipe(config), "addresses.quantize": str(config.addresses.quantize)}
 
 
@@ -211,9 +214,9 @@ def _measuring(*, _root_: Config) -> Any:
     return OmegaConf.create({**backend, "precision": "fp32"} if "precision" in backend else backend)
 
 
-def _unless(value: Any, usual: Any, words: str) -> str:
-    """A part of a label for an option that differs from its usual value."""
-    return "" if str(value).lower() == str(usual).lower() else words
+def _unless(value: Any, usual: Any, otherwise: Any, then: Any = "") -> Any:
+    """What stands for an option: `then` where it has its usual value, else `otherwise`."""
+    return then if str(value).lower() == str(usual).lower() else otherwise
 
 
 def register() -> None:

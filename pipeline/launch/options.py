@@ -12,6 +12,7 @@ from annotated_types import Ge, Interval, MinLen, Predicate, doc
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline.launch.detector import find_detector
 from pipeline.launch.skeleton import read_skeleton
 from pipeline.launch.values import Check, parameters, refuse_unless, shown, target_of
 from pipeline.results.stage import ABOUT, WIRING
@@ -104,6 +105,7 @@ class About(TypedDict, total=False):
     last_tensorrt: Annotated[int, Ge(1)]
     retrain_lr: Annotated[float, Interval(ge=0, le=100)]
     fixed_size: bool
+    boxes: str
     measured_on: Any
     framing: Any
     resolution: str | None
@@ -123,6 +125,8 @@ def check_command(config: DictConfig) -> None:
     here = set(config.keys())  # "in config" resolves the value
     if "skeleton" in here:
         read_skeleton(config)
+    if {"detector", "outputs"} <= here:
+        find_detector(config)
     for key, hint in known.items():
         if key not in here:
             raise UserError(f"{key}: is not there, but it is needed; do not take it out of the configuration")

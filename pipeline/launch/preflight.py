@@ -118,7 +118,7 @@ def check_choices(config: DictConfig, plan: Sequence[str], words: Sequence[str])
         _check_resolution(option, str(config[option]), *grid)
     file = config.detector.get("file") if isinstance(config.detector, DictConfig) else None
     if file is not None and not Path(str(file)).exists():
-        raise UserError(f"detector.file={file}: no such file; give an ONNX file, or a folder of build or export")
+        raise UserError(f"detector.file={file}: no such file; give an ONNX file, a folder of build or export, or its address")
     if labels.said(config, "model", "fixed_size") and str(config.resolution) != str(config.training_resolution):
         raise UserError(
             f"resolution={config.resolution}: model={labels.label(config, 'model')} takes only the size that it is trained "

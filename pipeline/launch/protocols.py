@@ -6,7 +6,7 @@ from inspect import isfunction
 from typing import Any, ClassVar, Generic, Protocol, get_origin, get_type_hints
 
 from evaluation.contracts import Metric
-from pipeline.contracts import Backend, Objective, Quantizer, Sampler, Splits
+from pipeline.contracts import Backend, Detector, Objective, Quantizer, Sampler, Splits
 from posepress.contracts import Decoder, Framing
 from posepress.errors import UserError
 
@@ -20,6 +20,7 @@ PROTOCOLS: Mapping[str, type] = {
     "precision": Quantizer,
     "sampler": Sampler,
     "backend": Backend,
+    "detector": Detector,
 }
 
 

@@ -116,10 +116,16 @@ def wire(config: DictConfig, names: Iterable[str]) -> None:
                 for key in options if condition == "otherwise" or holds(config, str(condition)) else ():
                     if not has(node, key):
                         node[key] = options._get_node(key)._value()  # noqa: SLF001 - copies the reference, not its value
+        boxes = node.get("boxes")
+        if boxes is not None:
+            remove(node, "boxes")
         for key in _parameters(str(node.get("_target_"))):
             if key == "bases" and not has(node, key):
                 OmegaConf.set_struct(node, value=False)
                 node[key] = _bases(config)
+            elif key == "data" and boxes != "found" and not has(node, key) and (data := _annotated(config)):
+                OmegaConf.set_struct(node, value=False)
+                node[key] = data
             elif key in SHARED and not has(node, key) and key in config:
                 _refer(node, key, key)
 
@@ -129,6 +135,14 @@ def _bases(config: Config) -> dict[str, Any]:
     options = options_of(config, "framing")
     used = getattr(class_of(str(options.get("_target_"))), "bases_use", tuple(options))
     return {key: value for key, value in options.items() if key == "_target_" or key in used}
+
+
+def _annotated(config: Config) -> dict[str, Any]:
+    """The data with the boxes of its annotations, if others are chosen: a network does not depend on where people are found."""
+    data = options_of(config, "data")
+    usual = {"boxes": "annotations", "detector": None}
+    others = {key: value for key, value in usual.items() if data.get(key, value) != value}
+    return {**data, **others} if others else {}
 
 
 @cache

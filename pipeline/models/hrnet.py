@@ -56,7 +56,8 @@ class HRNet(nn.Module):
     """A network that returns a heatmap for each keypoint at stride 4.
 
     Args:
-        width: factor of the branches' channels; 1 is HRNet-W32, 0.5625 is W18. No layer has fewer than 16 channels.
+        width: factor of the branches' channels, which are multiples of 8 and at least 16. 1 is HRNet-W32. 0.5625 gives 16, 40,
+            72 and 144 channels, which is near W18 (18, 36, 72 and 144).
         skeleton: the keypoints: a name (coco_17), or the content of a skeleton file.
 
     Raises:

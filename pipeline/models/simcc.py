@@ -22,7 +22,7 @@ class SimCC(nn.Module):
         depth: layers of the ResNet: 18, 50 or 101.
         width: factor of all channel counts; no layer has fewer than 16 channels.
         stem: "7x7" is one convolution and a max pooling; "3x3" is two convolutions, with which INT8 gains more.
-        skeleton: the keypoints: a name (coco_17), or the path of a file as in docs/guides/top-down.md.
+        skeleton: the keypoints: a name (coco_17), or the content of a skeleton file (docs/guides/top-down.md).
 
     Raises:
         ValueError: an option is out of range.

@@ -13,7 +13,7 @@ from evaluation.truth import People
 from pipeline.contracts import Stored
 from pipeline.training.augment import sampling_grid
 from posepress.errors import UserError, nearest
-from posepress.labels import Palette, Skeleton
+from posepress.labels import Palette, Skeleton, enumerated
 from posepress.resolution import Resolution
 from posepress.spec import OutputSpec
 
@@ -76,7 +76,7 @@ def joined(labels: Mapping[str, Tensor], source: Skeleton | Palette, skeleton: S
     """
     if not isinstance(source, Skeleton):
         raise UserError("the data labels classes and no keypoints; give data with keypoints")
-    sources = [_sources(name, source) for name in skeleton.names]
+    sources = [_sources(name, source, skeleton) for name in skeleton.names]
     matrix, keypoints = labels["matrix"], labels["keypoints"]
     points = keypoints[..., :2] @ matrix[:, None, :, :2].transpose(-1, -2) + matrix[:, None, None, :, 2]
     seen = keypoints[..., 2] > 0
@@ -126,7 +126,7 @@ def expected(fields: Mapping[str, Tensor], name: str) -> Tensor:
     return fields[name].float()
 
 
-def _sources(name: str, source: Skeleton) -> tuple[int, int]:
+def _sources(name: str, source: Skeleton, skeleton: Skeleton) -> tuple[int, int]:
     """Indices of the one or two keypoints of the data that make a network's keypoint.
 
     Raises:
@@ -139,8 +139,9 @@ def _sources(name: str, source: Skeleton) -> tuple[int, int]:
         first, second = _MIDDLES[name]
         return names.index(first), names.index(second)
     raise UserError(
-        f"spec's labels name the keypoint '{name}'{nearest(name, names)}; the data labels {', '.join(names)}: name the "
-        "network's keypoints as the data does, or give other data"
+        f"spec's labels name the keypoint '{name}'{nearest(name, names)}; the data does not label it: the network has "
+        f"{len(skeleton.names)} keypoints ({enumerated(skeleton.names)}), the data {len(names)} ({enumerated(names)}); "
+        "name the network's keypoints as the data does, or give other data"
     )
 
 

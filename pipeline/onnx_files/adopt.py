@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import helper, inliner
 
 from pipeline.onnx_files.files import described, named
-from pipeline.onnx_files.given import check_form, free_axes, read
+from pipeline.onnx_files.given import check_form, free_axes, one_image, read
 from pipeline.onnx_files.outputs import (
     Outputs,
     check_field,
@@ -109,7 +109,11 @@ def _input(
         raise UserError(
             f"{where}: its inputs are {', '.join(i.name for i in inputs) or 'none'}; give a network whose one input is images"
         )
-    tensor, shape = inputs[0], shape_of(inputs[0])
+    tensor, called = inputs[0], inputs[0].name
+    if one_image(shape_of(tensor)):
+        notes.append(f"its input {shape_words(shape_of(tensor))} has no batch axis, so a batch of one image is put in front")
+        _add_batch(model, tensor)
+    shape = shape_of(tensor)
     check_form(tensor, shape, spec.input, where)
     axes = free_axes(model, spec.input)
     if axes["batch"] > 1:
@@ -122,8 +126,8 @@ def _input(
             f"{where}: model.spec.dynamic holds '{missing[0]}', but its input is {shape_words(shape)}; leave dynamic out, or "
             "export the network with free axes"
         )
-    if tensor.name != spec.input.name:
-        notes.append(f"its input is called '{tensor.name}', not '{spec.input.name}' (model.spec.input.name)")
+    if called != spec.input.name:
+        notes.append(f"its input is called '{called}', not '{spec.input.name}' (model.spec.input.name)")
     try:
         spec = replace(spec, input=replace(spec.input, name=tensor.name), dynamic=spec.dynamic & free)
     except ValueError as error:
@@ -147,6 +151,28 @@ def _input(
     graph.input.extend(kept)
     model.ir_version = max(model.ir_version, 4)  # before version 4, constants had to be inputs
     return spec, size
+
+
+def _opset(model: onnx.ModelProto) -> int:
+    return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=_LEAST_OPSET)
+
+
+def _add_batch(model: onnx.ModelProto, tensor: onnx.ValueInfoProto) -> None:
+    """Make an input that is one image a batch of one image.
+
+    The image keeps its name inside the network, so the batch gets another.
+    """
+    graph, image, batch, axes = model.graph, tensor.name, f"posepress_{tensor.name}", "posepress_batch_axis"
+    if _opset(model) < 13:  # axes are an attribute
+        squeeze = helper.make_node("Squeeze", [batch], [image], name="posepress_squeeze", axes=[0])
+    else:
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array([0], np.int64), axes))
+        squeeze = helper.make_node("Squeeze", [batch, axes], [image], name="posepress_squeeze")
+    nodes = [squeeze, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    shape = [1, *(None if side == "?" else side for side in shape_of(tensor))]
+    tensor.CopyFrom(helper.make_tensor_value_info(batch, tensor.type.tensor_type.elem_type, shape))
 
 
 def _pin(tensor: onnx.ValueInfoProto, spec: NetworkSpec, size: Resolution) -> None:
@@ -221,7 +247,7 @@ def _run_as_it_is(
             ) from error
         shape = f"{spec.input.name} {list(image.shape)}"
         raise UserError(f"{where}: does not run at {shape}: {_complaint(error, model, image)}") from error
-    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=_LEAST_OPSET)
+    opset = _opset(model)
     if opset >= _LEAST_OPSET:
         return model, returned
     reason = "the raised model would return other values"

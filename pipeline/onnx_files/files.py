@@ -100,7 +100,7 @@ def read_spec(file: Path) -> NetworkSpec:
 
 
 def described(raw: object) -> NetworkSpec:
-    """The description given in the configuration, `model.spec`.
+    """The description given in the configuration, `model.spec`. A skeleton may lack sigmas, or have an empty list of them.
 
     Raises:
         UserError: the description is not valid. The message names the option, its value and the accepted values.
@@ -114,8 +114,6 @@ def described(raw: object) -> NetworkSpec:
                 "names, limbs and sigmas"
             )
         raw = {**raw, "labels": known[labels].__dict__}
-    elif isinstance(labels, Mapping) and "names" in labels and not {"sigmas", "colours"} & set(labels):
-        raise UserError("model.spec.labels.sigmas is missing: add OKS's standard deviations, one a keypoint")
     try:
         spec = NetworkSpec.from_dict(raw)
         for place, field in enumerate(spec.fields):

@@ -15,6 +15,8 @@ from posepress.errors import UserError, first_line
 from posepress.resolution import Resolution
 from posepress.spec import SPEC_KEY, InputSpec, NetworkSpec
 
+ONE_IMAGE = "which has no batch axis; export a module that takes images [1, 3, h, w] and passes images[0] to the network"
+
 _LIMITS = ("Clip", "Max", "Min")
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -230,23 +232,39 @@ def free_axes(model: onnx.ModelProto, spec: InputSpec) -> dict[str, int]:
 _TYPES = {"float": "float32"}  # numpy's names of ONNX types that have another name
 
 
+def dtype_of(tensor: onnx.ValueInfoProto, where: str) -> str:
+    """The type of a file's input, by numpy's name.
+
+    Raises:
+        UserError: it is no type of images.
+    """
+    kinds = {number: name.lower() for name, number in TensorProto.DataType.items()}
+    kind: str = _TYPES.get(raw := kinds.get(tensor.type.tensor_type.elem_type, "of an unknown type"), raw)
+    if kind not in ("float32", "float16", "uint8"):
+        raise UserError(f"{where}: its input '{tensor.name}' is {raw}; export it with float32 images, [n, 3, h, w]")
+    return kind
+
+
+def one_image(shape: Sequence[str | int]) -> bool:
+    """Whether an input's shape is that of one image without a batch axis: [C, h, w] or [h, w, C]."""
+    return len(shape) == 3 and not {1, 3}.isdisjoint((shape[0], shape[2]))
+
+
 def check_form(tensor: onnx.ValueInfoProto, shape: Sequence[str | int], spec: InputSpec, where: str) -> None:
     """Compare the type, the layout and the channels of a file's input with the description.
 
     Raises:
         UserError: a property differs. The message names the option to set.
     """
-    kinds = {number: name.lower() for name, number in TensorProto.DataType.items()}
-    kind = _TYPES.get(raw := kinds.get(tensor.type.tensor_type.elem_type, "of an unknown type"), raw)
-    what = f"{where}: its input '{tensor.name}' is"
-    if kind not in ("float32", "float16", "uint8"):
-        raise UserError(f"{what} {raw}; export it with float32 images, [n, 3, h, w]")
+    kind, what = dtype_of(tensor, where), f"{where}: its input '{tensor.name}' is"
     if kind != spec.dtype:
         more = " with range=255 mean=0 std=1, since such a network normalises pixels itself" if kind == "uint8" else ""
         raise UserError(f"{what} {kind}, and model.spec says {spec.dtype}; set model.spec.input.dtype={kind}{more}")
     if not shape:
         return
     at, other = spec.axes["channels"], {"NCHW": "NHWC", "NHWC": "NCHW"}[spec.layout]
+    if one_image(shape):
+        raise UserError(f"{what} {shape_words(shape)}, {ONE_IMAGE}")
     if len(shape) != 4:
         raise UserError(f"{what} {shape_words(shape)}; expected are images [n, {spec.channels}, h, w]")
     if shape[at] == spec.channels:

@@ -2,22 +2,22 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
-from onnx import TensorProto
 
 from pipeline.backends.tensorrt_checks import BY_PLUGIN
-from pipeline.onnx_files.given import quantized, read
+from pipeline.onnx_files.given import ONE_IMAGE, dtype_of, one_image, quantized, read
 from pipeline.onnx_files.outputs import shape_of, shape_words, suppression
 from posepress.errors import UserError, first_line
 from posepress.resolution import Resolution
 
 _SIDE = 256  # side in pixels that is tried where a file leaves it free
+_MOST_KEYPOINTS = 133  # those of COCO-WholeBody, the greatest of the usual skeletons
 _SKELETONS = {17: "coco_17", 18: "openpose_18", 19: "openpose_18"}
 _REFUSED = {  # operators that TensorRT's parsers do not take
     "NonZero", "Unique", "SequenceConstruct", "SequenceAt", "StringNormalizer", "Multinomial", "Bernoulli", "Det", "Compress",
@@ -32,11 +32,13 @@ class Guess:
         family: the family, or "" if no one fits.
         why: the shapes from which it follows.
         words: options to give, in the form of the command line.
+        others: other families whose outputs have the same shapes.
     """
 
     family: str
     why: str
     words: Sequence[str] = ()
+    others: Sequence["Guess"] = ()
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ def anatomy(file: Path) -> Anatomy:
     if len(inputs) != 1:
         raise UserError(f"model.onnx={file}: its inputs are {', '.join(i.name for i in inputs)}; give a network with one input")
     shape = shape_of(inputs[0])
+    if one_image(shape):
+        raise UserError(f"model.onnx={file}: its input is {shape_words(shape)}, {ONE_IMAGE}; a detector.file may be as it is")
     if len(shape) != 4:
         raise UserError(
             f"model.onnx={file}: its input is {shape_words(shape)}, and images are [n, 3, h, w]; export it with images"
@@ -83,8 +87,7 @@ def anatomy(file: Path) -> Anatomy:
     numbers = [side if isinstance(side, int) else 0 for side in shape]
     size = Resolution(numbers[at["H"]] or _SIDE, numbers[at["W"]] or _SIDE)
     channels = numbers[at["C"]] or 3
-    kind = TensorProto.DataType.Name(inputs[0].type.tensor_type.elem_type).lower().replace("float", "float32", 1)
-    kind = {"float3216": "float16"}.get(kind, kind)
+    kind = dtype_of(inputs[0], f"model.onnx={file}")
     returned = _outputs(model, file, inputs[0].name, layout, channels, size, kind)
     counted = Counter(node.op_type for node in model.graph.node)
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
@@ -146,13 +149,10 @@ def guess(file: Path, found: Anatomy) -> Guess:
         return _preset(found, "rtmo", f"boxes with scores {five} and keypoints {points}", points[2], given)
     if len(sets) == 1:
         ((_, (_, one, other)),) = sets
-        if other == 300 or (one == 300 and (other - 6) % 3 == 0 and other > 8):
+        if one == 300 and other in range(9, 6 + 3 * _MOST_KEYPOINTS + 1, 3):  # each entry has its values together
             return _preset(found, "yolo26_pose", f"300 entries of {other} values", (other - 6) // 3, given)
-        if one < other and one > 5 and (one - 5) % 3 == 0 and one != 84:
-            return _preset(found, "yolov8_pose", f"{other} entries of {one} values", (one - 5) // 3, given)
-        if one < other and one > 4:
-            words = [*given, "model=yolo_boxes", *_labels(one - 4)]
-            return Guess("boxes", f"{other} entries of a box and {one - 4} scores", words)
+        if 4 < one < other:
+            return _of_channels(found, one, other, given)
     if any(sides[-1] == 4 or (len(sides) == 3 and sides[1] == 4) for _, sides in sets):
         return Guess("boxes", "a set of boxes with 4 values", [*given, "family=boxes", "model=onnx", *_boxes(found)])
     if maps:
@@ -178,6 +178,17 @@ def _preset(found: Anatomy, name: str, why: str, K: int, given: Sequence[str]) -
     return Guess("onestage", f"{why}: {K} keypoints", words)
 
 
+def _of_channels(found: Anatomy, channels: int, entries: int, given: Sequence[str]) -> Guess:
+    """The guess for one output [n, channels, entries]: a detector, and a pose network if the channels fit keypoints."""
+    classes, K = channels - 4, (channels - 5) // 3
+    words = [*given, "model=yolo_boxes", *_labels(classes), *_input(found)]
+    boxes = Guess("boxes", f"{entries} entries of a box and {classes} scores", words)
+    if K == 0 or channels != 5 + 3 * K:
+        return boxes
+    pose = _preset(found, "yolov8_pose", f"{entries} entries of {channels} values", K, given)
+    return replace(pose, why=f"{pose.why}; a detector of {classes} classes has the same shape", others=(boxes,))
+
+
 def _of_maps(found: Anatomy, maps: Sequence[tuple[str, Sequence[int]]], given: Sequence[str]) -> Guess:
     name, sides = maps[0]
     stride = round(found.size.height / max(sides[2], 1))
@@ -199,9 +210,8 @@ def _skeleton(K: int) -> list[str]:
 
 
 def _labels(classes: int) -> list[str]:
-    if classes in (80, 91):
-        return [f"model.spec.labels=coco_{classes}"]
-    return [f"model.spec.labels={{names: [{classes} NAMES], colours: []}}", f"model.spec.fields.1.channels={classes}"]
+    names = f"coco_{classes}" if classes in (80, 91) else f"{{names: [{classes} NAMES], colours: []}}"
+    return [f"model.spec.labels={names}", *([] if classes == 80 else [f"model.spec.fields.1.channels={classes}"])]
 
 
 def _input(found: Anatomy) -> list[str]:
@@ -229,4 +239,5 @@ def report(file: Path) -> tuple[list[tuple[str, str, str]], Guess]:
     rows: list[tuple[str, str, Any]] = [(what, text, "") for what, text in found.rows]
     what = made.why if not made.family else f"{made.family}: {made.why}"
     rows.append(("family", what, "give the options below" if made.words else "see docs/extend.md"))
+    rows += [("or", f"{other.family}: {other.why}", "or the options after them") for other in made.others]
     return rows, made

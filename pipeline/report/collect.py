@@ -15,7 +15,7 @@ from posepress.spec import NetworkSpec
 _CELL = (
     "data", "network", "pruning", "params", "macs", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "ran",
     "backend", "device",
-    "threads", "batch", "rebuild", "address", "images", "category",
+    "threads", "batch", "rebuild", "address", "images", "category", "boxes",
 )  # fmt: skip
 
 _RUN = ("backend", "device", "threads", "batch", "ran")  # columns that a benchmark fills in better than an evaluation
@@ -30,13 +30,18 @@ _MEASURED = (
 
 TEXTS = (
     "data", "network", "pruning", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "ran", "backend",
-    "device", "data_digest", "imported", "category",
+    "device", "data_digest", "imported", "category", "boxes",
 )  # fmt: skip
 
 AXES = (
     "data", "network", "pruning", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "backend",
     "batch", "rebuild", "seed",
 )  # fmt: skip
+
+OPTIONAL_AXES = ("boxes",)  # axes that some cells have: boxes only if they come from a detector or a file
+
+# Times of images with people, of networks that see one person at a time. Evaluations and other networks have none.
+PEOPLE = ("image_1_ms", "image_5_ms", "image_20_ms", "detector_ms", "chain_1_ms", "chain_5_ms", "chain_20_ms")
 
 
 def evaluated(metrics: Iterable[MetricInfo]) -> list[str]:
@@ -60,7 +65,7 @@ def evaluated(metrics: Iterable[MetricInfo]) -> list[str]:
 
 
 def columns(metrics: Iterable[MetricInfo]) -> list[str]:
-    """The columns of results.csv for engines that were measured by these metrics."""
+    """The columns of results.csv for engines that were measured by these metrics, without those of `PEOPLE`."""
     return [*_CELL, *evaluated(metrics), *_MEASURED]
 
 
@@ -118,8 +123,9 @@ class Table:
 
 
 def named(row: Mapping[str, Any]) -> str:
-    """The name of an engine for readers: network, pruning, input, precision."""
-    return f"{row['network']} {row['pruning']} {row['resolution']} {row['precision']}"
+    """The name of an engine for readers: network, pruning, input, precision, and the boxes if annotations do not give them."""
+    boxes = f" with boxes by {row['boxes']}" if row["boxes"] else ""
+    return f"{row['network']} {row['pruning']} {row['resolution']} {row['precision']}{boxes}"
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -237,7 +243,7 @@ def _agreement(dense: Result, pruned: Result) -> float | None:
 def _row(result: Result, results: Sequence[Result]) -> dict[str, Any]:
     info = result.metric
     # Labels of axes replace the names of the components that ran, since they may say more. Other figures are kept.
-    row = {**result.figures, **{name: result.axes[name] for name in AXES if name in result.axes}}
+    row = {**result.figures, **{name: result.axes[name] for name in (*AXES, *OPTIONAL_AXES) if name in result.axes}}
     network = result.axes["network"].removesuffix("-qat")
     plain: dict[str, Any] = {"precision": "fp32", "calibration": "", "network": network, "rebuild": 0}
     fp32 = None
@@ -260,7 +266,8 @@ def _row(result: Result, results: Sequence[Result]) -> dict[str, Any]:
     row["address"] = result.folder.name
     row["doubts"] = "; ".join(row.get("doubts", ()))
     cells = {column: "" if _unmeasured(column, row, info) else row[column] for column in columns([info])}
-    return {**cells, "metric": info}
+    people = {column: row[column] if isinstance(row.get(column), (int, float)) else "" for column in PEOPLE}
+    return {**cells, **people, "metric": info}
 
 
 def _unmeasured(column: str, row: Mapping[str, Any], info: MetricInfo) -> bool:

@@ -13,7 +13,7 @@ _COLOURS = {"int8": "#7fa66a", "fp8": "#4f9d9d", "fp16": "#e0a83a", "bf16": "#c9
 _OTHER = "#999999"
 _MANY = 150  # from this number of layers on, no gaps are drawn between them
 _MOST = 24  # largest number of drawn engines, since a study has hundreds
-_NAMED = ("network", "pruning", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "backend")
+_NAMED = ("network", "pruning", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "backend", "boxes")
 
 
 def sections(results: Sequence[Result]) -> str:

@@ -4,7 +4,7 @@ import base64
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from pipeline.report import quantization as quantization_page
 from pipeline.report.card import MORE_STEPS
 from pipeline.report.choice import choices, said
 from pipeline.report.collect import Result, Table, averaged, comparable
-from pipeline.report.tables import devices, differences, latency_notes, shorts, tabulated
+from pipeline.report.tables import devices, differences, latency_notes, of_people, shorts, tabulated
 from pipeline.report.waterfall import front, rank_correlation, waterfalls
 from pipeline.results.manifest import plain
 
@@ -37,7 +37,8 @@ def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] 
         row = table.rows[group[0]]
         if not row["device"]:
             continue
-        title = f"{row['data']}, {row['images']} images; {row['device']}, {row['threads']} thread(s), batch {row['batch']}"
+        images = f"{row['data']}, {row['images']} images{_boxes(row)}"
+        title = f"{images}; {row['device']}, {row['threads']} thread(s), batch {row['batch']}"
         plots += f"<h2>{html.escape(title)}</h2>{_plot(table, group, not plots)}"
     pruning = pruning_page.section(table.results, table.rows, _Drawn(first=not plots))
     shown = tabulated(table.rows)
@@ -50,7 +51,8 @@ def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] 
     )
     sections = []
     for n in sorted(best) or [0]:
-        title = html.escape(f"{shown[n]['network']} · {shown[n]['precision']} · {shown[n]['input']}")
+        words = (shown[n]["network"], shown[n]["precision"], shown[n]["input"] + _boxes(table.rows[n]))
+        title = html.escape(" · ".join(words))
         sections.append(f"<h2>What {title} finds</h2>{_pictures(table.results[n])}{_details_html(table.results[n])}")
     notes = [*_notes(table), *(html.escape(line) for line in table.left_out)]
     doubts = "".join(f'<p class="doubt">{html.escape(line)}</p>' for line in table.doubts)
@@ -60,7 +62,7 @@ def write_html(table: Table, name: str, file: Path, comparisons: Sequence[Path] 
 <h2>Engines</h2><p class="note">Green rows are on the Pareto front.</p><div class="wide">
 <table><thead><tr>{head}</tr></thead>
 <tbody>{body}</tbody></table></div>
-{"".join(f'<p class="note">{note}</p>' for note in notes)}{_waterfall_html(table)}
+{"".join(f'<p class="note">{note}</p>' for note in notes)}{_people_html(table)}{_waterfall_html(table)}
 {pruning}{engine_page.sections(table.results)}{quantization_page.sections(table.results)}{_comparisons_html(comparisons)}
 {"".join(sections)}</body></html>"""
     file.write_text(page, encoding="utf-8")
@@ -87,6 +89,33 @@ def _notes(table: Table) -> list[str]:
     if any(row["pruning"] != "dense" for row in table.rows):
         notes.append(MORE_STEPS)
     return notes
+
+
+def _boxes(row: Mapping[str, Any]) -> str:
+    return f", boxes by {row['boxes']}" if row["boxes"] else ""
+
+
+def _people_html(table: Table) -> str:
+    """The times of images with people; empty if no engine has them."""
+    shown = of_people(table.rows)
+    if not shown:
+        return ""
+    machines = devices([row for row in table.rows if row["image_1_ms"] != ""])
+    note = (
+        f"In ms, on {html.escape('; '.join(machines))}. A view is the crop of one person: its time is the p50 of the network "
+        "alone, for one batch. The time of an image covers framing, network and decoding of all its people. The detector's "
+        "time covers the same steps for one image. It runs in ONNX Runtime on the processor, with as many threads. Together "
+        "is the sum of the two medians, which were measured apart. All times but that of a view are medians of at least 5 "
+        "calls, and their spread is not known. –: not measured, because there is no detector."
+    )
+    grid = _table(list(shown[0]), [list(row.values()) for row in shown])
+    return f'<h2>Time of an image with 1, 5 and 20 people</h2><p class="note">{note}</p>{grid}'
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 class _Drawn:
@@ -240,10 +269,5 @@ def _comparisons_html(folders: Sequence[Path]) -> str:
     for folder in folders:
         content = json.loads((folder / "comparison.json").read_text())
         for title, columns, rows in differences(content["engines"], content["pairs"]):
-            head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-            body = "".join("<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row) + "</tr>" for row in rows)
-            text += (
-                f'<h2>Comparison: {html.escape(title)}</h2><div class="wide"><table><thead><tr>{head}</tr></thead>'
-                f"<tbody>{body}</tbody></table></div>"
-            )
+            text += f"<h2>Comparison: {html.escape(title)}</h2>{_table(columns, rows)}"
     return text

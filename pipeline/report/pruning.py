@@ -50,6 +50,7 @@ def controls(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[list[str
         "backend",
         "threads",
         "batch",
+        "boxes",
     )
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:

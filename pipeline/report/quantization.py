@@ -152,8 +152,8 @@ def study(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
         seed, count = int(sampler.pop("seed")), int(sampler.pop("num_images"))
         kind = "coverage" if "Coverage" in sampler["_target_"] else "stratified" if sampler["columns"] else "uniform"
         method = str(quantizer.get("calibration_method", result.axes["calibration"]))
-        axes = ("data", "network", "pruning", "resolution", "keep_aspect_ratio_mode", "backend")
-        where = tuple(str(result.axes[key]) for key in axes)
+        axes = ("data", "network", "pruning", "resolution", "keep_aspect_ratio_mode", "backend", "boxes")
+        where = tuple(str(result.axes[key]) for key in axes if key in result.axes)
         rest = json.dumps([sampler, quantizer, sample["config"]["images"]], sort_keys=True)  # other differences split groups
         groups.setdefault((where, kind, method, count, rest), {})[seed] = result
     for (where, kind, method, count, _), seeds in sorted(groups.items(), key=lambda item: str(item[0])):

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from evaluation import latency
-from pipeline.report.collect import Table, columns, primary
+from pipeline.report.collect import PEOPLE, Table, columns, primary
 
 
 def write_csv(table: Table, file: Path) -> None:
     """Write one row for each engine. Texts are escaped, so that spreadsheet programs do not read them as formulas."""
+    fields = [*columns(row["metric"] for row in table.rows), *PEOPLE]
     with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, columns(row["metric"] for row in table.rows), restval="", extrasaction="ignore")
+        writer = csv.DictWriter(stream, fields, restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows({key: _no_formula(value) for key, value in row.items()} for row in table.rows)
 
@@ -69,6 +70,8 @@ def tabulated(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         )
         if len({row[column] for row in rows if row[column] != ""}) > 1
     }
+    if len({row["boxes"] for row in rows}) > 1:  # empty for the boxes of annotations
+        varied["boxes"] = "boxes"
     shown = []
     for row in rows:
         cells = list(_cells(row, shorts(rows)).items())
@@ -84,13 +87,13 @@ def narrow(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         return re.sub(r"\b0\.", ".", between(row, name, digits, sign)).replace(" [", "\n[")
 
     short = shorts(rows)
-    axes = {"input": "resolution", "backend": "backend", "batch": "batch", "threads": "threads"}
+    axes = {"input": "resolution", "boxes": "boxes", "backend": "backend", "batch": "batch", "threads": "threads"}
     varied = {title: column for title, column in axes.items() if len({row[column] for row in rows}) > 1}
     return [
         {
             "network": f"{row['network']}\n{row['pruning']}",
             "precision": str(row["precision"]),
-            **{title: str(row[column]) for title, column in varied.items()},
+            **{title: str(row[column]) or "–" for title, column in varied.items()},
             "GMACs": _number(row["macs"], 3, 1e-9),
             f"{short} [95 %]": stacked(row, primary(row), digits(row)),
             f"{short} − FP32": stacked(row, f"{primary(row)}_vs_fp32", digits(row), "+"),
@@ -141,6 +144,32 @@ def _cells(row: Mapping[str, Any], short: str) -> dict[str, str]:
     }
 
 
+_TIMES = {
+    "view": "latency_p50_ms",
+    "image, 1 person": "image_1_ms",
+    "image, 5 people": "image_5_ms",
+    "image, 20 people": "image_20_ms",
+    "detector": "detector_ms",
+    "together, 1 person": "chain_1_ms",
+    "together, 5 people": "chain_5_ms",
+    "together, 20 people": "chain_20_ms",
+}
+
+
+def of_people(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The cells of the table of images with people, in ms; empty if no engine has such times."""
+    timed = [row for row in rows if row["image_1_ms"] != ""]
+    several = len(devices(timed)) > 1
+    return [
+        {
+            "engine": " ".join(str(row[key]) for key in (*ENGINE, "boxes") if row[key]),
+            **{title: _number(row[column], 2) for title, column in _TIMES.items()},
+            **({"measured on": _machine(row)} if several else {}),
+        }
+        for row in timed
+    ]
+
+
 ENGINE = ("network", "pruning", "resolution", "keep_aspect_ratio_mode", "precision", "calibration", "backend")
 
 _EARLIER = -1.0  # version 0.1 wrote this for figures that were not measured
@@ -178,4 +207,8 @@ def differences(engines: Sequence[str], pairs: Sequence[Mapping[str, Any]]) -> I
 
 def devices(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The devices, threads and batches of all timed rows."""
-    return sorted({f"{row['device']}, {row['threads']} thread(s), batch {row['batch']}" for row in rows if row["device"]})
+    return sorted({_machine(row) for row in rows if row["device"]})
+
+
+def _machine(row: Mapping[str, Any]) -> str:
+    return f"{row['device']}, {row['threads']} thread(s), batch {row['batch']}"

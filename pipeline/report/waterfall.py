@@ -56,8 +56,11 @@ def waterfalls(results: Sequence[Result]) -> dict[str, list[tuple[str, str, str]
     A network with fewer than three measured steps is skipped, since two steps would only repeat the difference to FP32.
     """
     found = {}
-    for key in sorted({(r.axes["data"], r.axes["network"], r.axes["pruning"], r.axes["resolution"]) for r in results}):
-        kin = [r for r in results if (r.axes["data"], r.axes["network"], r.axes["pruning"], r.axes["resolution"]) == key]
+    axes = ("data", "network", "pruning", "resolution", "boxes")
+    networks: dict[tuple[str, ...], list[Result]] = {}
+    for r in results:
+        networks.setdefault(tuple(str(r.axes[axis]) for axis in axes if axis in r.axes), []).append(r)
+    for key, kin in sorted(networks.items()):
         rows: list[tuple[str, str, str]] = []
         before: Result | None = None
         last = ""

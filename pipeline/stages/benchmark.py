@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Interval
 
 from evaluation import audit, device, power
-from pipeline.contracts import Backend, Splits
+from pipeline.contracts import Backend, Detector, Splits
 from pipeline.decoder_options import decoder_options
 from pipeline.onnx_files.files import FLAVOURS, ModelFiles, Shapes
 from pipeline.probing.processes import alone
@@ -54,7 +54,7 @@ class Benchmark:
     seconds: Annotated[float, Interval(gt=0, le=86400)]
     min_int8_share: Annotated[float, Interval(ge=0, le=1)] | None
     axes: Mapping[str, Any]
-    detector: Any
+    detector: Detector | None
 
     def run(self, job: Job) -> dict[str, Any]:
         """Run the stage.

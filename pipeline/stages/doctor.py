@@ -60,12 +60,13 @@ class Doctor:
         root = Path(self.system)
         found = findings(Path(self.outputs), root)
         words: Sequence[str] = ()
+        others: Sequence[Any] = ()
         if self.onnx is not None:
             from pipeline.onnx_files.guess import report
 
             rows, guess = report(Path(self.onnx))
             found += [Finding(*row) for row in rows]
-            words = guess.words
+            words, others = guess.words, guess.others
         table = Table("what", "found", "what to do")
         for finding in found:
             table.add_row(*(escape(text) for text in (finding.what, finding.found, finding.remedy)))
@@ -73,6 +74,9 @@ class Doctor:
         if words:
             print("options that describe the file (check order, range, mean and std):")
             print("  " + shlex.join(words))
+        for other in others:
+            print(f"or, if it is of the family {other.family} ({other.why}):")
+            print("  " + shlex.join(other.words))
         summary = self._preprocessings(job) if any(word.startswith("data=") for word in job.overrides) else {}
         (job.out / "doctor.json").write_text(json.dumps([asdict(finding) for finding in found], indent=1))
         return {"findings": len(found), "to_do": [finding.what for finding in found if finding.remedy], **summary}

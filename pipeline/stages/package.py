@@ -14,7 +14,7 @@ from pipeline.launch import command_line
 from pipeline.progress import say
 from pipeline.results.job import Job
 
-_ELSEWHERE = ("stage", "data", "outputs", "tracking", "force", "weights", "target", "backend", "hydra", "debug")
+_ELSEWHERE = ("stage", "data", "outputs", "tracking", "force", "weights", "target", "backend", "detector", "hydra", "debug")
 
 
 @dataclass(frozen=True)

@@ -77,10 +77,10 @@ class BoxDecoder:
         classes = len(names) if self._classes else self.spec.field("scores").channels
         known = isinstance(self.category, str)
         if known and self.category not in names:
-            raise ValueError(f"decoder.category={self.category}: the network's classes are {', '.join(names[:8])}; choose one")
+            raise ValueError(f"category={self.category}: the network's classes are {', '.join(names[:8])}; choose one")
         number_of = names.index(str(self.category)) if known else int(self.category)
         if not 0 <= number_of < classes:
-            raise ValueError(f"decoder.category={self.category}: there are {classes} classes; choose 0 to {classes - 1}")
+            raise ValueError(f"category={self.category}: there are {classes} classes; choose 0 to {classes - 1}")
         return number_of
 
     def decode(self, fields: Mapping[str, Array], views: Sequence[View]) -> list[Boxes]:
@@ -91,7 +91,7 @@ class BoxDecoder:
             views: B views.
 
         Returns:
-            Boxes in image pixels, best first.
+            Boxes in image pixels, best first. Boxes and scores that are not finite are left out, and the image is counted.
 
         Raises:
             ValueError: a field has another shape.
@@ -103,7 +103,8 @@ class BoxDecoder:
         for boxes, score, view in zip(every, scores, views, strict=True):
             most = (self.max_candidates, self.max_detections)
             rows, corners = suppress(boxes, score, self.form == "cxcywh", self.score_threshold, self.nms_iou, most)
-            found.append(Boxes(to_image(corners, field, view), score[rows].astype(np.float64)))
+            counts = {"images_not_finite": int(not (np.isfinite(score.sum()) and np.isfinite(boxes.sum())))}
+            found.append(Boxes(to_image(corners, field, view), score[rows].astype(np.float64), counts))
         return found
 
     def _scores(self, fields: Fields, views: int) -> F32:
@@ -119,6 +120,7 @@ class BoxDecoder:
         return Boxes(
             np.concatenate([np.zeros((0, 4)), *(part.xywh for part in parts)]),
             np.concatenate([np.zeros(0), *(part.scores for part in parts if part.scores is not None)]),
+            {"images_not_finite": int(any(part.counts["images_not_finite"] for part in parts))},
         )
 
     def draw(self, image: NDArray[np.uint8], found: Boxes) -> NDArray[np.uint8]:

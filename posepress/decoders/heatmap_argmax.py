@@ -157,7 +157,7 @@ class TopDownDecoder:
         if self.refinement not in _REFINEMENTS:
             raise ValueError(f"decoder.refinement={self.refinement}: unknown; use {', '.join(_REFINEMENTS)}")
         number("decoder.sigma", self.sigma, 0.3, 16)
-        number("decoder.keypoint_threshold", self.keypoint_threshold, -1e6, 1e6)
+        number("decoder.keypoint_threshold", self.keypoint_threshold, 0, 1)
         number("decoder.nms_oks", self.nms_oks, 1e-6, 1)
         self.spec.offers(self.needs)
         maps, names = self.spec.field("heatmaps").channels, self.spec.skeleton.names

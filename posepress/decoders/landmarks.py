@@ -8,7 +8,7 @@ import numpy as np
 from annotated_types import Interval
 from numpy.typing import NDArray
 
-from posepress.checks import number
+from posepress.checks import number, whole
 from posepress.decoders.one_person import merged, poses
 from posepress.decoders.sets import entries
 from posepress.draw import draw
@@ -30,8 +30,8 @@ class LandmarkDecoder:
         spec: the network's description.
         visibility: number of the value in an entry that is the logit of the keypoint's visibility. It becomes the keypoint's
             score; None gives all keypoints the score 1.
-        refine: side in cells of the window of "heatmaps" whose weighted mean replaces a landmark, where the window's greatest
-            value is at least .5; 0 keeps the landmarks.
+        refine: side in cells, an odd number, of the window of "heatmaps" whose weighted mean replaces a landmark, where the
+            window's greatest value is at least .5; 0 keeps the landmarks.
         nms_oks: of two people whose OKS is greater, the one with the lower score is left out; 1 keeps all.
     """
 
@@ -49,6 +49,12 @@ class LandmarkDecoder:
             ValueError: a number is out of range, or an entry has fewer values, or the network has no heatmaps to refine with.
         """
         number("decoder.nms_oks", self.nms_oks, 1e-6, 1)
+        whole("decoder.refine", self.refine, 0, 63)
+        if self.refine and self.refine % 2 == 0:
+            raise ValueError(
+                f"decoder.refine={self.refine}: a window with a middle has an odd side; choose {self.refine + 1}, or 0 to "
+                "keep the landmarks"
+            )
         self.spec.offers(self.needs)
         values = self.spec.field("landmarks").channels
         if values < 2 or (self.visibility is not None and not 2 <= self.visibility < values):
@@ -64,7 +70,8 @@ class LandmarkDecoder:
             views: B views.
 
         Returns:
-            For each view, the poses of at most one person; see `posepress.decoders.one_person.poses`.
+            For each view, the poses of at most one person; see `posepress.decoders.one_person.poses`. A keypoint whose
+            landmark or visibility is not finite is missing. A person whose presence is not finite is left out.
 
         Raises:
             ValueError: a field has another shape.
@@ -77,33 +84,40 @@ class LandmarkDecoder:
         points = cells_to_input(given[..., :2].astype(np.float64), field, views[0].size)
         scores = np.ones(points.shape[:2], np.float32)
         if self.visibility is not None:
-            scores = (1 / (1 + np.exp(-given[..., self.visibility].astype(np.float64)))).astype(np.float32)
+            logits = given[..., self.visibility].astype(np.float64)
+            scores = np.where(np.isfinite(logits), 1 / (1 + np.exp(-logits)), np.nan).astype(np.float32)
+        odd = None
         if self.refine:
-            points = self._refined(points, fields["heatmaps"], views)
+            points, odd = self._refined(points, fields["heatmaps"], views)
         certain: Any = 1.0
         if any(output.name == "presence" for output in self.spec.fields):
             certain = entries(fields, self.spec.field("presence"), len(views))[:, 0, 0]
-        return poses(points, scores, views, 0.0, certainty=certain)
+        return poses(points, scores, views, 0.0, odd, certain)
 
-    def _refined(self, points: F64, heatmaps: Any, views: Sequence[View]) -> F64:
-        """Points [B, K, 2] moved to the weighted mean of the map around them."""
+    def _refined(self, points: F64, heatmaps: Any, views: Sequence[View]) -> tuple[F64, NDArray[np.int64]]:
+        """Points [B, K, 2] moved to the weighted mean of the map around them, and 1 for views with NaN or infinity there [B].
+
+        A point stays where it is not finite, or the map around it is not.
+        """
         if hasattr(heatmaps, "is_cuda"):
             heatmaps = heatmaps.float().cpu().numpy()
         spec, reach = self.spec.field("heatmaps"), self.refine // 2
         maps = np.pad(np.asarray(heatmaps, np.float64), ((0, 0), (0, 0), (reach, reach), (reach, reach)))
-        cells = np.rint(input_to_cells(points, spec, views[0].size)).astype(int)
-        columns = np.clip(cells[..., 0], 0, heatmaps.shape[3] - 1)
-        rows = np.clip(cells[..., 1], 0, heatmaps.shape[2] - 1)
+        last = np.array([heatmaps.shape[3] - 1, heatmaps.shape[2] - 1])
+        cells = np.clip(np.rint(np.nan_to_num(input_to_cells(points, spec, views[0].size))), 0, last).astype(int)
+        columns, rows = cells[..., 0], cells[..., 1]
         around = np.arange(2 * reach + 1)
-        b, k = (index[..., None, None] for index in np.indices(columns.shape))
-        window = maps[b, k, rows[..., None, None] + around[:, None], columns[..., None, None] + around]
+        b, k = np.arange(columns.shape[0])[:, None, None, None], np.arange(columns.shape[1])[:, None, None]
+        window: F64 = maps[b, k, rows[..., None, None] + around[:, None], columns[..., None, None] + around]
+        finite = np.asarray(np.isfinite(window).all(axis=(2, 3)))
+        window = np.where(finite[..., None, None], window, 0)
         total = window.sum(axis=(2, 3))
         share = window / np.maximum(total, 1e-9)[..., None, None]
         x = columns - reach + (share * around).sum(axis=(2, 3))
         y = rows - reach + (share * around[:, None]).sum(axis=(2, 3))
         better = cells_to_input(np.stack((x, y), axis=-1), spec, views[0].size)
-        moved: F64 = np.where((window.max(axis=(2, 3)) >= 0.5)[..., None], better, points)
-        return moved
+        sure = (window.max(axis=(2, 3)) >= 0.5) & np.isfinite(points).all(axis=-1)
+        return np.where(sure[..., None], better, points), np.asarray((~finite).any(axis=1), np.int64)
 
     def merge(self, parts: Sequence[Poses], views: Sequence[View]) -> Poses:
         """All people of an image."""

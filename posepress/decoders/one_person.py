@@ -33,18 +33,19 @@ def poses(
         values: scores of the keypoints, [B, K]. Keypoints at 0 or less are missing.
         views: B views.
         threshold: score above which a keypoint counts in the person's score.
+        odd: 1 for views with other outputs that are not finite, [B]; None: there are none.
         certainty: factors of the people's scores, [B] or one number.
-        odd: 1 for views with outputs that are not finite, [B]; None: those with such values.
 
     Returns:
         For each view, the poses of at most one person, in image pixels. A person's score is the mean score of the keypoints
-        above the threshold, times the score of the box. A view without such keypoints has no person.
+        above the threshold, times the score of the box. A view without such keypoints has no person. A keypoint with a point
+        or value that is not finite is missing, a person with such a factor is left out, and both count in `images_not_finite`.
     """
     matrices = np.array([view.matrix for view in views])
     boxes = np.array([view.score for view in views]) * certainty
     keypoints, scores, found, strange = _placed(points, values, matrices, boxes, threshold)
     if odd is not None:
-        strange = odd
+        strange = strange | odd
     ends = zip(range(len(views)), found.tolist(), strange.tolist(), strict=True)
     return [Poses(keypoints[n : n + one], scores[n : n + one], _NONE, _COUNTS[bad]) for n, one, bad in ends]
 
@@ -63,7 +64,8 @@ def _placed(
         threshold: as in `poses`.
 
     Returns:
-        Keypoints [B, K, 3], scores [B], whether there is a person [B], and whether a score is not finite [B].
+        Keypoints [B, K, 3], scores [B], whether there is a person [B], and whether a point, a score or a factor is not finite
+        [B].
     """
     B, K = values.shape
     keypoints, scores = np.zeros((B, K, 3), np.float32), np.zeros(B, np.float32)
@@ -81,13 +83,17 @@ def _placed(
             if value <= 0:
                 continue
             x, y = points[n, k, 0] - x0, points[n, k, 1] - y0
-            keypoints[n, k, 0] = (d * x - b * y) / area
-            keypoints[n, k, 1] = (a * y - c * x) / area
-            keypoints[n, k, 2] = value
+            column, row = np.float32((d * x - b * y) / area), np.float32((a * y - c * x) / area)
+            if not (np.isfinite(column) and np.isfinite(row)):
+                strange[n] = 1
+                continue
+            keypoints[n, k, 0], keypoints[n, k, 1], keypoints[n, k, 2] = column, row, value
             if value > threshold:
                 total += value
                 count += 1
-        if count:
+        if not np.isfinite(boxes[n]):
+            strange[n] = 1
+        elif count:
             found[n] = 1
             scores[n] = total / count * boxes[n]
     return keypoints, scores, found, strange

@@ -89,7 +89,8 @@ class OneStageDecoder:
             keypoints = np.concatenate((image, chosen[..., 2:]), axis=-1).astype(np.float32)
             there = np.isfinite(keypoints).all(axis=-1) & (keypoints[..., 2] > 0)
             keypoints = np.where(there[..., None], keypoints, np.float32(0))
-            counts = {"images_not_finite": int(not np.isfinite(score.sum()))}
+            finite = np.isfinite(score.sum()) and np.isfinite(boxes.sum()) and np.isfinite(chosen).all()
+            counts = {"images_not_finite": int(not finite)}
             boxed = to_image(corners, box, view).astype(np.float32)
             found.append(Poses(keypoints, score[rows], counts=counts, boxes=boxed))
         return found

@@ -2,9 +2,11 @@ import json
 
 import numpy as np
 import pytest
+from numba.core.dispatcher import Dispatcher
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from evaluation.metrics import coco_boxes
 from evaluation.metrics.coco_boxes import FIGURES, CocoBoxes
 from evaluation.statistics import bootstrap
 from evaluation.truth import People
@@ -83,6 +85,16 @@ def test_ground_truth_scores_one_and_nothing_found_scores_none():
     assert not filled(truth, itself).doubts()
 
 
+def test_compiled_functions_call_those_of_their_own_file_alone():
+    own = [value for value in vars(coco_boxes).values() if isinstance(value, Dispatcher)]
+    callers = [value.py_func for value in own if value.py_func.__module__ == coco_boxes.__name__]
+    assert callers
+    for caller in callers:
+        named = [caller.__globals__.get(name) for name in caller.__code__.co_names]
+        called = [value.py_func for value in named if isinstance(value, Dispatcher)]
+        assert {function.__module__ for function in called} <= {coco_boxes.__name__}, caller.__name__
+
+
 def test_intervals_hold_the_figure():
     metric = filled(*scene(2, 40))
     draws = bootstrap(metric.matches(), 200)
@@ -91,9 +103,20 @@ def test_intervals_hold_the_figure():
 
 def test_results_survive_their_file(tmp_path):
     _, found = scene(3)
+    found["0"] = Boxes(found["0"].xywh, found["0"].scores, {"images_not_finite": 1})
     save_results(tmp_path / "boxes.npz", list(found.items()))
     read = load_results(tmp_path / "boxes.npz")
     assert all(np.array_equal(read[i].xywh, b.xywh) and np.array_equal(read[i].scores, b.scores) for i, b in found.items())
+    assert read["0"].counts == {"images_not_finite": 1}
+    assert read["1"].counts == {}
+
+
+def test_images_that_are_not_finite_are_counted():
+    truth, found = scene(0)
+    metric = filled(truth, {i: Boxes(b.xywh, b.scores, {"images_not_finite": int(i in "37")}) for i, b in found.items()})
+    assert metric.counts() == {"images_not_finite": 2}
+    metric.reset()
+    assert metric.counts() == {"images_not_finite": 0}
 
 
 def test_bad_images_are_refused():

@@ -5,7 +5,10 @@ import json
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
+from pipeline.edge import CONFIG
+from pipeline.launch.labels import register
 from posepress.results import load_results
 from tests.conftest import ROOT, pipeline
 
@@ -51,12 +54,18 @@ def test_the_pruned_network_learns_and_runs(chain):
 
 def test_times_of_people_are_measured_where_each_has_a_view(chain):
     family, folder, _ = chain
+    measured = []
     for file in (folder / "outputs").glob("*/benchmark/*/latency.json"):
         times = json.loads(file.read_text())
         if family == "onestage":
             assert "image_1_ms" not in times
         else:
             assert 0 < times["image_1_ms"] < times["image_5_ms"] < times["image_20_ms"]
+            measured.append(str(times["image_5_ms"]))
+    assert {row["image_5_ms"] for row in figures(folder).values()} <= {*(measured or [""])}
+    assert {row["chain_5_ms"] + row["boxes"] for row in figures(folder).values()} == {""}, "there is no detector"
+    (page,) = (folder / "outputs").glob("*/report/report.html")
+    assert ("Time of an image with 1, 5 and 20 people" in page.read_text()) == bool(measured)
 
 
 def test_batches_hold_the_people_of_several_images(chain):
@@ -82,6 +91,21 @@ def test_a_one_stage_network_is_the_detector_of_a_top_down_network(chain):
     (timed,) = (folder / "outputs/topdown_quickstart/benchmark").glob("*_by-*")
     times = json.loads((timed / "latency.json").read_text())
     assert times["chain_5_ms"] == pytest.approx(times["detector_ms"] + times["image_5_ms"])
+    with (folder / "outputs/topdown_quickstart/report/results.csv").open() as stream:
+        (row,) = csv.DictReader(stream)
+    assert row["chain_5_ms"] == str(times["chain_5_ms"])
+    assert evaluated.name.endswith(f"_by-{row['boxes']}")
     kept = [load_results(file) for file in (folder / "outputs/cache/boxes").glob("*.npz")]
     assert {len(found) for found in kept} >= {30, 12, 6}, "validation, tune and agreement images"
     assert all(np.all(boxes.scores > 0.3) for found in kept for boxes in found.values())
+    words += ["detector.resolution=192x224", "detector.score_threshold=0.3", "target=onnxruntime"]
+    again = pipeline(*words, "stage=[train,tune]", cwd=folder, check=0)
+    pipeline(*words, "stage=package", cwd=folder, check=0)
+    assert {line.split()[1] for line in again.stderr.splitlines() if line.startswith(("train ", "tune "))} == {"fresh"}
+    (package,) = (folder / "outputs/topdown_quickstart/package").iterdir()
+    there = OmegaConf.load(package / CONFIG)
+    register()
+    assert there.detector is None
+    assert there.addresses.evaluate == evaluated.name
+    assert (package / "outputs/topdown_quickstart/tune" / there.addresses.tune).is_dir()
+    assert (package / "data/validation/boxes.json").exists()

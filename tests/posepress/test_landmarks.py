@@ -57,6 +57,48 @@ def test_windows_at_the_edge_stay_in_the_map(seen):
     assert found.keypoints[0, 2, :2] == pytest.approx([63 * 4 - 0.5] * 2, abs=1e-3)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("column", [0, 1, 3])
+@pytest.mark.parametrize("refine", [0, 7])
+def test_a_landmark_or_visibility_that_is_not_finite_costs_its_keypoint_alone(seen, value, column, refine):
+    fields, views = seen
+    fields["landmarks"][0, 0, column] = value
+    decoder = LandmarkDecoder(SPEC, visibility=3, refine=refine)
+    (found,) = decoder.decode(fields, views)
+    assert found.keypoints[0, 0].tolist() == [0, 0, 0]
+    assert (found.keypoints[0, 1:, 2] > 0).all()
+    assert np.isfinite(found.keypoints).all()
+    assert found.scores == pytest.approx([0.5 * found.keypoints[0, 1:, 2].mean()])
+    assert decoder.merge([found], views).counts == {"images_not_finite": 1}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_person_whose_presence_is_not_finite_is_left_out(seen, value):
+    fields, views = seen
+    fields["presence"][:] = value
+    (found,) = LandmarkDecoder(SPEC).decode(fields, views)
+    assert len(found.scores) == len(found.keypoints) == 0
+    assert found.counts == {"images_not_finite": 1}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_heatmaps_that_are_not_finite_leave_the_landmark_and_are_counted(seen, value):
+    fields, views = seen
+    decoder = LandmarkDecoder(SPEC, refine=7)
+    assert decoder.decode(fields, views)[0].counts == {"images_not_finite": 0}
+    fields["heatmaps"][0, 0, 20, 11] = value
+    (found,) = decoder.decode(fields, views)
+    assert found.keypoints[0, 0, :2] == pytest.approx([40, 80], abs=1e-3)
+    assert found.counts == {"images_not_finite": 1}
+
+
+def test_an_even_window_has_no_middle_and_is_refused():
+    with pytest.raises(ValueError, match=r"decoder\.refine=6: a window with a middle has an odd side; choose 7, or 0 to keep"):
+        LandmarkDecoder(SPEC, refine=6)
+    with pytest.raises(ValueError, match=r"decoder\.refine=64: choose a whole number from 0 to 63"):
+        LandmarkDecoder(SPEC, refine=64)
+
+
 def test_what_does_not_fit_is_refused(seen):
     fields, views = seen
     with pytest.raises(ValueError, match="'landmarks' has 5 values an entry; x, y; decoder.visibility lies from 2 to 4"):

@@ -91,6 +91,9 @@ def test_bad_options_are_refused():
         TopDownDecoder(SPEC, refinement="best")
     with pytest.raises(ValueError, match=r"decoder\.sigma=0"):
         TopDownDecoder(SPEC, sigma=0)
+    for threshold in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=r"decoder\.keypoint_threshold=.*: choose a number from 0 to 1"):
+            TopDownDecoder(SPEC, keypoint_threshold=threshold)
     few = NetworkSpec(InputSpec("image"), (OutputSpec("heatmaps", 4, 5),), COCO_17)
     with pytest.raises(ValueError, match="5 heatmaps do not fit a skeleton of 17"):
         TopDownDecoder(few)

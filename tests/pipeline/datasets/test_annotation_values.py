@@ -176,6 +176,10 @@ def test_null_is_absent_and_what_is_clear_is_read(tmp_path, change, expected):
         ({"keypoints": {"a": 1}}, "keypoints is an object; give 51 numbers"),
         ({"bbox": [1, 2, 3]}, "annotation 7: bbox is a list of 3; give x, y, width and height"),
         ({"bbox": [1, 2, -3, 4]}, r"bbox is \[1, 2, -3, 4\]; width and height cannot be negative"),
+        ({"bbox": [1, 2, 3, -4]}, r"bbox is \[1, 2, 3, -4\]; width and height cannot be negative"),
+        ({"bbox": [1, 2, float("nan"), 4]}, r"not JSON .*or hold NaN: download or export it again"),
+        ({"bbox": [1, float("-inf"), 3, 4]}, r"not JSON .*or hold NaN"),
+        ({"bbox": [1, 2, None, 4]}, r"bbox\[2\] is null; give x, y, width and height as numbers"),
         ({"bbox": [1, 2, "3", 4]}, r"bbox\[2\] is the text '3'"),
         ({"bbox": [[1, 2], [3, 4], 5, 6]}, r"bbox\[0\] is a list of 2"),
         ({"bbox": {"x": 1}}, "bbox is an object"),
@@ -201,6 +205,32 @@ def test_a_wrong_value_is_refused_with_the_annotation(tmp_path, change, message)
     with pytest.raises(UserError, match=message) as caught:
         load_annotations(file)
     assert str(file) in str(caught.value)
+
+
+def test_boxes_outside_of_their_images_are_left_out(tmp_path, capsys):
+    hidden = {"keypoints": [0, 0, 0] * 17, "num_keypoints": 0}
+    boxes = [[5, 6, 50, 60], [-50, 6, 50, 60], [5, -60, 50, 60], [90, 6, 50, 60], [5, 80, 50, 60]]
+    listed = [person(id=n, bbox=box, **hidden) for n, box in enumerate(boxes)]
+    listed += [person(id=8, bbox=[-50, 6, 20, 20], area=None), person(id=9, bbox=[-5, -5, 10, 10])]
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((80, 90, 3), np.uint8))
+    file = written(tmp_path, content(*listed))
+    data = Coco(tmp_path, file)
+    assert data[0].boxes.xywh.tolist() == [[5, 6, 50, 60], [10, 12, 30, 40], [-5, -5, 10, 10]]
+    assert data[0].truth.areas.tolist() == [900, 1200, 900]
+    assert data.truth.areas.tolist() == [900, 1200, 900]
+    assert data.table()["persons"].tolist() == [2]
+    assert len(data.records[0]["annotations"]) == len(data.truth.crowd) == len(data.truth.visibility) == 3
+    said = (
+        "5 annotated boxes lie wholly outside their images, like [-50, 6, 50, 60] in image 1 of 80x90: 1 are made of the "
+        "labelled keypoints instead, and 4 annotations without keypoints in the image are left out; give bbox as x, y, width"
+    )
+    assert f"{file}: {said}" in capsys.readouterr().err
+    assert [doubt for doubt in data.doubts(tmp_path) if doubt.startswith(said)]
+    part = data.only(["a.png"])
+    assert len(part.records[0]["annotations"]) == 3
+    assert [doubt for doubt in part.doubts(tmp_path) if doubt.startswith(said)]
+    _ = Coco(tmp_path, file).truth
+    assert not capsys.readouterr().err, "it is said once"
 
 
 @pytest.mark.parametrize(
@@ -456,3 +486,14 @@ def test_keypoints_that_no_output_has_are_named():
     found = Skeleton(names, (), (0.05,) * 17)
     said = " | ".join(measured(found_labels=found))
     assert "no keypoint named like 16 of 17 of the annotations (left_eye, right_eye" in said
+    assert f"the network has 17 keypoints ({', '.join(names)}), the data 17 ({', '.join(COCO_17.names)}); give" in said
+    many = Skeleton((*COCO_17.names[1:], *(f"other_{n}" for n in range(9))), (), (0.05,) * 25)
+    assert "network has 25 keypoints (left_eye, " in (said := " | ".join(measured(lambda p: 0, found_labels=many)))
+    assert "other_3 and 5 more), the data 17 (nose, " in said
+
+
+def test_labels_of_the_network_without_sigmas_are_said():
+    assert measured() == []
+    (said,) = measured(found_labels=Skeleton(COCO_17.names))
+    assert "the network's labels have no sigmas, so agreement and the decoder take 0.05 for each of its 17 keypoints" in said
+    assert "add sigmas: [...] to model.spec.labels" in said

@@ -379,6 +379,47 @@ def test_a_skeleton_of_its_own_without_sigmas_takes_the_default_and_says_so(fold
     assert CocoKeypoints(splits(folder).open("validation").labels, data.labels).evaluate()["ap"] == -1
 
 
+FACE = ["nose", "left_eye", "right_eye", "mole", "scar"]
+
+
+def faces(folder, **category):
+    """Labels of five keypoints of a face, of which mirror pairs are known to a file only."""
+
+    def five(content):
+        for annotation in content["annotations"]:
+            annotation["keypoints"] = annotation["keypoints"][:15]
+        content["categories"] = [{"id": 1, "name": "face", "keypoints": FACE, **category}]
+
+    edit(folder / "annotations/validation.json", five)
+
+
+@pytest.mark.parametrize(
+    ("given", "flip", "limbs", "sigmas"),
+    [
+        ({"names": FACE, "mirror": [[1, 2], [3, 4]], "edges": [[0, 1]]}, (0, 2, 1, 4, 3), ((0, 1),), 0.03),
+        ({"names": FACE[::-1], "mirror": [[3, 2], [1, 0]], "edges": [[4, 3]]}, (0, 2, 1, 4, 3), ((0, 1),), 0.03),
+        ({"names": ["chin", *FACE[3:]], "mirror": [[1, 2]], "edges": [[0, 1], [1, 2]]}, (0, 2, 1, 4, 3), ((3, 4),), 0.03),
+        ({"names": FACE, "mirror": [[1, 3]], "sigmas": [0.2] * 5}, (0, 3, 2, 1, 4), (), 0.03),
+        ("coco_17", (0, 2, 1, 3, 4), ((1, 2), (0, 1), (0, 2)), 0.03),
+        ("hand_21", (0, 2, 1, 3, 4), (), 0.03),
+    ],
+)
+def test_mirror_pairs_of_a_file_are_taken_by_name_beside_sigmas_of_the_category(folder, given, flip, limbs, sigmas):
+    faces(folder, sigmas=[sigmas] * 5)
+    labels = splits(folder, skeleton=given).open("validation").labels
+    assert (labels.names, labels.flip, labels.limbs, labels.sigmas) == (tuple(FACE), flip, limbs, (sigmas,) * 5)
+
+
+def test_sigmas_of_a_file_are_taken_by_name(folder, tmp_path):
+    faces(folder, skeleton=[[4, 5]])
+    given = {"names": FACE[::-1], "mirror": [[1, 0]], "edges": [[4, 3]], "sigmas": [0.1, 0.2, 0.3, 0.4, 0.5]}
+    data = splits(folder, skeleton=given).open("validation")
+    assert data.labels.sigmas == (0.5, 0.4, 0.3, 0.2, 0.1)
+    assert data.labels.flip == (0, 1, 2, 4, 3), "the file names all pairs"
+    assert data.labels.limbs == ((3, 4),), "the category's own limbs stay"
+    assert not [doubt for doubt in data.doubts(tmp_path) if "sigmas" in doubt]
+
+
 def test_a_ground_truth_without_persons_is_refused_and_has_no_figure(folder):
     from evaluation.metrics.coco_keypoints import CocoKeypoints
     from posepress.results import Poses

@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.datasets.coco import CocoSplits
-from pipeline.datasets.detections import check_inside, read_boxes
+from pipeline.datasets.detections import check_inside, outside, read_boxes
 from pipeline.datasets.detector import Detector
 from posepress.errors import UserError
 from posepress.resolution import Resolution
@@ -35,6 +35,19 @@ def test_other_categories_are_left_out(tmp_path):
     assert len(read_boxes(file, 1)["1"].scores) == 1
     with pytest.raises(UserError, match=r"no detection has the category_id 7, but 2 have 1, 18; correct category_id"):
         read_boxes(file, 7)
+
+
+def test_detections_of_other_categories_and_images_are_counted(tmp_path, capsys):
+    file = written(tmp_path, [RIGHT, {**RIGHT, "category_id": 18}, {**RIGHT, "image_id": 77}, {**RIGHT, "image_id": 77}])
+    assert set(read_boxes(file, 1, {"1", "2"})) == {"1"}
+    said = capsys.readouterr().err
+    assert f"{file}: 1 of 4 detections have another category_id than 1, like 18, and are left out" in said
+    assert f"{file}: 2 of 4 detections name images that are not in the data, like image_id 77, and are left out" in said
+    with pytest.raises(UserError, match=r"no image_id \(1, 77, \.\.\.\) is that of an image here"):
+        read_boxes(file, 1, {"2"})
+    capsys.readouterr()
+    read_boxes(written(tmp_path, [RIGHT]), 1, {"1", "2"})
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -70,6 +83,32 @@ def test_corners_and_other_images_are_told(tmp_path):
     with pytest.raises(UserError, match=r"no image_id \(1, \.\.\.\) is that of an image here"):
         check_inside(corners, {"9": Resolution(3, 3)}, tmp_path / "found.json")
     check_inside(read_boxes(written(tmp_path, [RIGHT]), 1), size, tmp_path / "found.json")
+
+
+def test_boxes_outside_of_their_images_are_counted(tmp_path, capsys):
+    size, file = {"1": Resolution(320, 400), "2": Resolution(320, 400)}, tmp_path / "found.json"
+    inside = [RIGHT, {**RIGHT, "bbox": [-5, -5, 10, 10]}, {**RIGHT, "bbox": [395, 315, 5, 5]}] * 3
+    check_inside(read_boxes(written(tmp_path, inside), 1), size, file)
+    assert not capsys.readouterr().err
+    away = [{**RIGHT, "image_id": 2, "bbox": [-50, 20, 30, 40]}, {**RIGHT, "bbox": [10, 320, 30, 40]}]
+    found = read_boxes(written(tmp_path, [*inside, *away]), 1)
+    check_inside(found, size, file)
+    said = capsys.readouterr().err
+    assert f"{file}: 2 boxes lie wholly outside their images, like [" in said
+    assert "[10.0, 320.0, 30.0, 40.0] in image 1 of 320x400" in said
+    assert "give bbox as x, y, width and height in pixels" in said
+
+
+@pytest.mark.parametrize(
+    ("box", "away"),
+    [
+        ([-10, 0, 10, 5], True), ([0, -10, 5, 10], True), ([90, 0, 5, 5], True), ([0, 80, 5, 5], True), ([-9, -9, 1, 1], True),
+        ([-10, 0, 11, 5], False), ([0, -10, 5, 11], False), ([89, 79, 50, 50], False), ([-9, -9, 900, 900], False),
+        ([0, 0, 0, 0], False), ([90, 80, 0, 0], False),
+    ],
+)  # fmt: skip
+def test_a_box_is_outside_on_every_side(box, away):
+    assert outside(np.array([box], float), np.array([90, 80])).tolist() == [away]
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +210,7 @@ def test_a_detector_of_ten_thousand_boxes_returns_the_best(generated, tmp_path):
     ("options", "said"),
     [
         ({"file": "nowhere.onnx"}, "detector.file=nowhere.onnx: no such file; give an ONNX file, or a folder"),
-        ({"category": "horse"}, "decoder.category=horse: the network's classes are person"),
+        ({"category": "horse"}, "category=horse: the network's classes are person"),
         ({"spec": None}, "no network description in its metadata"),
     ],
 )

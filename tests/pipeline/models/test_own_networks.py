@@ -656,7 +656,8 @@ MISTAKES = {
     ),
     "other keypoints": (
         specified(labels=Skeleton(("top", *OPENPOSE_18.names[1:]), OPENPOSE_18.limbs, OPENPOSE_18.sigmas)),
-        "cannot be trained here: spec's labels name the keypoint 'top'; the data labels nose, left_eye",
+        r"cannot be trained here: spec's labels name the keypoint 'top'; the data does not label it: the network has 18 "
+        r"keypoints \(top, neck, .*left_ear\), the data 17 \(nose, left_eye, .*right_ankle\); name the",
     ),
 }  # fmt: skip
 

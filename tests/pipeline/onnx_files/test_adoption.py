@@ -712,7 +712,6 @@ def test_an_unusual_mean_is_said(tmp_path, monkeypatch, capsys):
         (("labels", "sigmas"), [0.1, 0, 0.1], r"labels.sigmas\[1\]=0: choose a number"),
         (("labels", "sigma"), [0.1], "labels.sigma: no such key; did you mean 'sigmas'"),
         (("labels",), "openpose_81", "labels=openpose_81: unknown; did you mean 'openpose_18'"),
-        (("labels",), {"names": ["a"], "limbs": []}, "labels.sigmas is missing"),
         (("labels",), {"names": ["a"], "colours": [[0, 0, 256]]}, r"labels.colours\[0\]=256: choose a whole number"),
         (("labels",), {"names": ["a", "b"], "colours": [[0, 0, 0]]}, "labels.colours: 1 for 2 classes"),
         (("labels",), 5, "labels=5: give it as"),
@@ -742,6 +741,9 @@ def test_what_can_only_mean_one_thing_is_taken():
     assert NetworkSpec.from_json(spec.to_json()) == spec
     none = described(changed(("labels",), {"names": ["a", "b", "c"], "sigmas": [0.1] * 3}))
     assert none.skeleton.limbs == ()
+    bare, empty = (described(changed(("labels",), {"names": ["a", "b", "c"], **more})) for more in ({}, {"sigmas": []}))
+    assert bare == empty
+    assert bare.skeleton.oks_sigmas == (0.05,) * 3
 
 
 def test_stored_descriptions_read_and_write_as_they_did():

@@ -15,8 +15,9 @@ from pipeline.report import card as card_module
 from pipeline.report import tables
 from pipeline.report.card import write_card
 from pipeline.report.choice import choices, said
-from pipeline.report.collect import AXES, Result, Table, _row, columns
-from pipeline.report.tables import narrow, tabulated, write_csv
+from pipeline.report.collect import AXES, PEOPLE, Result, Table, _row, columns
+from pipeline.report.page import write_html
+from pipeline.report.tables import narrow, of_people, tabulated, write_csv
 from tests.conftest import ROOT
 
 SPREAD = np.linspace(-0.002, 0.002, 101)
@@ -27,13 +28,13 @@ def engine(folder, name, ap, ms, lost=SPREAD, **more):
     folder = folder / name.replace(" ", "-")
     folder.mkdir()
     Draws(("1", "2"), ap, ap + lost).save(folder / "draws.npz")
-    row = dict.fromkeys(columns([CocoKeypoints.info]), "") | {
+    row = dict.fromkeys([*columns([CocoKeypoints.info]), *PEOPLE], "") | {
         "metric": CocoKeypoints.info,
         "data": "test", "data_digest": "d", "device": "a processor", "threads": 1, "batch": 1, "ap": ap, "latency_p50_ms": ms,
         "network": name, "pruning": "dense", "resolution": "64x80", "precision": "fp32", "keep_aspect_ratio_mode": "pad",
-        "macs": 515850240, "ap_lo": ap - 0.02, "ap_hi": ap + 0.02, "as_found_ap": ap, "agreement_ap": ap, **more,
+        "macs": 515850240, "rebuild": 0, "ap_lo": ap - 0.02, "ap_hi": ap + 0.02, "as_found_ap": ap, "agreement_ap": ap, **more,
     }  # fmt: skip
-    return row, Result(folder, row, row)
+    return row, Result(folder, row, row | {"metric": asdict(CocoKeypoints.info)})
 
 
 def table(*engines):
@@ -214,5 +215,94 @@ def test_tables_and_sentences_take_names_from_the_metric(tmp_path):
 
 def test_the_columns_of_keypoint_results_keep_their_names():
     names = columns([CocoKeypoints.info])
-    assert names[18:26] == ["ap", "ap_lo", "ap_hi", "ap50", "ap75", "ap_medium", "ap_large", "as_found_ap"]
+    assert names[18] == "boxes"
+    assert names[19:27] == ["ap", "ap_lo", "ap_hi", "ap50", "ap75", "ap_medium", "ap_large", "as_found_ap"]
     assert names.index("latency_p50_ms") == names.index("ap_vs_dense_hi") + 1
+
+
+TIMES = {"image_1_ms": 1.5, "image_5_ms": 6.5, "image_20_ms": 25.0, "latency_p50_ms": 1.25}
+DETECTED = {"detector_ms": 9.0, "chain_1_ms": 10.5, "chain_5_ms": 15.5, "chain_20_ms": 34.0, "boxes": "finder-s0.3"}
+
+
+def on_page(made, folder):
+    """The page of a table whose engines found nothing worth a picture."""
+    for result in made.results:
+        (result.folder / "pictures").mkdir()
+        (result.folder / "pictures" / "captions.json").write_text("{}")
+        (result.folder / "details.json").write_text("{}")
+    write_html(made, "people", folder / "report.html")
+    return (folder / "report.html").read_text()
+
+
+def test_the_columns_of_times_are_those_that_are_measured():
+    from pipeline.probing import timing
+
+    images, chains = ([f"{what}_{n}_ms" for n in timing.PEOPLE] for what in ("image", "chain"))
+    assert [*images, "detector_ms", *chains] == list(PEOPLE)
+
+
+def test_times_of_images_with_people_have_a_table_and_columns(tmp_path):
+    axes = {"images": 9, "calibration": "", "data_digest": "d"}
+    made = table(
+        engine(tmp_path, "crops", 0.8, 0.0, **axes, **TIMES),
+        engine(tmp_path, "crops found", 0.7, 0.0, **axes, **TIMES, **DETECTED),
+        engine(tmp_path, "whole images", 0.8, 3.0, **axes),
+    )
+    alone, found = of_people(made.rows)
+    assert list(alone.values()) == ["crops dense 64x80 pad fp32", "1.25", "1.50", "6.50", "25.00", "–", "–", "–", "–"]
+    assert list(found.values())[5:] == ["9.00", "10.50", "15.50", "34.00"]
+    assert found["engine"].endswith("finder-s0.3")
+    page = on_page(made, tmp_path)
+    assert "<h2>Time of an image with 1, 5 and 20 people</h2>" in page
+    assert "In ms, on a processor, 1 thread(s), batch 1." in page
+    assert "Together is the sum of the two medians, which were measured apart." in page
+    assert "<td>34.00</td>" in page
+    write_csv(made, tmp_path / "results.csv")
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert [row["image_5_ms"] for row in rows] == ["6.5", "6.5", ""]
+    assert [row["chain_5_ms"] for row in rows] == ["", "15.5", ""]
+    assert [row["boxes"] for row in rows] == ["", "finder-s0.3", ""]
+
+
+def test_without_times_of_people_there_is_no_table_of_them(tmp_path):
+    made = table(engine(tmp_path, "whole images", 0.8, 3.0, images=9))
+    assert of_people(made.rows) == []
+    assert "Time of an image" not in on_page(made, tmp_path)
+
+
+def test_each_row_names_its_machine_if_there_are_several(tmp_path):
+    made = [engine(tmp_path, name, 0.8, 0.0, **{**TIMES, "device": name})[0] for name in ("one", "other")]
+    assert [row["measured on"] for row in of_people(made)] == ["one, 1 thread(s), batch 1", "other, 1 thread(s), batch 1"]
+    assert "measured on" not in of_people(made[:1])[0]
+
+
+def test_a_time_that_is_no_number_is_not_shown(tmp_path):
+    """Figures of a device are checked, but may be texts where a table has no column for them."""
+    _, result = engine(tmp_path, "forged", 0.8, 3.0, image_1_ms="fast", image_5_ms=6.5)
+    row = _row(replace(result, axes=dict.fromkeys(AXES, "")), [])
+    assert (row["image_1_ms"], row["image_5_ms"]) == ("", 6.5)
+
+
+def test_rows_that_differ_only_in_their_boxes_are_told_apart(tmp_path):
+    annotated, found = (
+        engine(tmp_path, name, ap, 3.0, network="crops", boxes=boxes, data_digest=name, images=9)
+        for name, ap, boxes in (("annotated", 0.8, ""), ("detected", 0.7, "finder"))
+    )
+    made = table(annotated, found)
+    assert [row["boxes"] for row in tabulated(made.rows)] == ["–", "finder"]
+    assert [row["boxes"] for row in narrow(made.rows)] == ["–", "finder"]
+    assert "boxes" not in tabulated(made.rows[1:])[0]
+    assert "boxes" not in narrow(made.rows[1:])[0]
+    ours, theirs = choices(made)
+    assert ours.startswith("Ship crops dense 64x80 fp32:")
+    assert theirs.startswith("Ship crops dense 64x80 fp32 with boxes by finder:")
+    page = on_page(made, tmp_path)
+    assert "test, 9 images, boxes by finder; a processor" in page
+    assert "What crops dense · fp32 · 64x80 pad, boxes by finder finds" in page
+
+
+def test_the_axis_of_boxes_is_a_column(tmp_path):
+    _, result = engine(tmp_path, "crops", 0.8, 3.0)
+    axes = dict.fromkeys(AXES, "")
+    assert _row(replace(result, axes=axes), [])["boxes"] == ""
+    assert _row(replace(result, axes={**axes, "boxes": "finder"}), [])["boxes"] == "finder"

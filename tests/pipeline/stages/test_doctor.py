@@ -6,6 +6,7 @@ from dataclasses import asdict
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.probing.machine import findings
 from tests.conftest import ROOT, pipeline
@@ -93,6 +94,25 @@ def test_a_given_file_is_looked_into_and_its_preprocessing_found(tmp_path):
     assert len(found) == 8
     assert found["RGB, ImageNet's mean and std"] > max(found.values()) - 0.02 > 0.5
     assert max(score for name, score in found.items() if "ImageNet" not in name) < max(found.values()) - 0.05
+
+
+def test_the_options_of_all_families_with_this_shape_are_printed(tmp_path):
+    values = numpy_helper.from_array(np.ones((1, 56, 100), np.float32), "values")
+    nodes = [
+        helper.make_node("ReduceMean", ["image"], ["mean"], axes=[1, 2, 3], keepdims=0),
+        helper.make_node("Mul", ["values", "mean"], ["output0"]),
+    ]
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, 64, 64])
+    output = helper.make_tensor_value_info("output0", TensorProto.FLOAT, [1, 56, 100])
+    graph = helper.make_graph(nodes, "g", [image], [output], [values])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "given.onnx")
+    done = pipeline("tracking=none", "stage=doctor", "model=onnx", "model.onnx=given.onnx", cwd=tmp_path, check=0)
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith("  model.onnx=given.onnx") and " model=yolov8_pose " in line]
+    place = lines.index("or, if it is of the family boxes (100 entries of a box and 52 scores):")
+    assert " model=yolo_boxes " in lines[place + 1]
+    assert "model.spec.fields.1.channels=52" in lines[place + 1]
 
 
 def test_exchanged_lines_of_simcc_are_found_on_images(tmp_path):
