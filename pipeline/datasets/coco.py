@@ -15,7 +15,6 @@ from pipeline.datasets.annotations import read_file, read_json
 from pipeline.datasets.coco_split import Coco
 from pipeline.datasets.detections import check_inside, read_boxes
 from pipeline.datasets.records import file_name, plain
-from pipeline.progress import say
 from pipeline.results.content import sha256
 from posepress.errors import UserError, nearest
 from posepress.results import Boxes
@@ -201,8 +200,6 @@ class CocoSplits:
         if not found and split != "validation":
             return part
         check_inside(found, sizes, Path(self.boxes))
-        if without := len(sizes) - len(found):
-            say(f"{self.boxes}: no box for {without} of {len(sizes)} {split} images; their people are missed")
         return replace(part, boxes=found)
 
     @cached_property

@@ -125,7 +125,7 @@ def data(folder, cache, **options):
     return CocoSplits(*parts, {"images": folder / "images/unlabelled"}, str(folder / "splits.json"), str(cache), **options)
 
 
-def test_a_file_gives_the_boxes_of_the_images_that_it_lists(generated, tmp_path, capsys):
+def test_a_file_gives_the_boxes_of_the_images_that_it_lists(generated, tmp_path):
     plain = data(generated, tmp_path)
     ids = [record.id for record in plain.open("validation").images]
     rows = [{**RIGHT, "image_id": int(image), "score": 0.25} for image in ids[:-2]]
@@ -134,7 +134,9 @@ def test_a_file_gives_the_boxes_of_the_images_that_it_lists(generated, tmp_path,
     assert part[0].boxes.xywh.tolist() == [[10, 20, 30, 40]]
     assert part[0].boxes.scores.tolist() == [0.25]
     assert len(part[len(ids) - 1].boxes.xywh) == 0
-    assert f"no box for 2 of {len(ids)} validation images; their people are missed" in capsys.readouterr().err
+    (doubt,) = [doubt for doubt in part.doubts(tmp_path) if "no box" in doubt]
+    assert doubt.startswith(f"no box for 2 of {len(ids)} images: their people count as missed")
+    assert not [doubt for doubt in plain.open("validation").doubts(tmp_path) if "no box" in doubt]
     assert own.open("train")[0].boxes.scores is None, "training takes annotations"
     assert own.open("tune")[0].boxes.scores is None, "no tune image is in the file"
     assert own.open("agreement")[0].boxes is None
