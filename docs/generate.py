@@ -23,7 +23,7 @@ from posepress.spec import InputSpec, OutputSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "reference" / "options.md"
-GROUPS = ("data", "model", "family", "pruner", "sampler", "precision", "backend", "stages")
+GROUPS = ("data", "model", "family", "framing", "detector", "pruner", "sampler", "precision", "backend", "stages")
 _SECTION = re.compile(r"^(?:Attributes|Args):\n((?:(?: {4}.*)?\n?)*)", re.MULTILINE)
 _ENTRY = re.compile(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
 

@@ -322,8 +322,8 @@ class Coco:
             empty = sum(image.id not in self.boxes or not len(self.boxes[image.id].xywh) for image in self.images)
             if empty:
                 found.append(
-                    f"no box for {empty} of {len(self)} images: their people count as missed; lower detector.score_threshold, or "
-                    "complete data.boxes"
+                    f"no box for {empty} of {len(self)} images: their people count as missed; lower "
+                    "detector.score_threshold, or complete data.boxes"
                 )
         rows = np.array([row for own in self._rows[1] for row in own], np.intp)
         counted, points = self.truth.labelled[rows], self.truth.visibility[rows].any(axis=1)

@@ -27,6 +27,11 @@ from posepress.results import Boxes
 from posepress.spec import NetworkSpec
 
 
+def _renamed(option: re.Match[str]) -> str:
+    """The detector's option in place of the network's, in a message."""
+    return f"detector.{option[1].replace('onnx=', 'file=')}"
+
+
 @dataclass(frozen=True)
 class Detector:
     """A network that finds people's boxes, for networks that see one person at a time.
@@ -121,14 +126,23 @@ class Detector:
         from pipeline.onnx_files.files import read_spec
 
         if self.spec is None:
-            spec = read_spec(self.path)
+            try:
+                spec = read_spec(self.path)
+            except UserError as error:
+                raise UserError(
+                    f"detector.file={self.file}: {error}; a detector of another project needs the name of its layout: "
+                    "detector=yolo, detector=faster_rcnn or detector=boxes, with detector.file=FILE"
+                ) from error
             return self.path, self._size(spec)
         import onnx
 
         from pipeline.onnx_files.adopt import adopt
         from pipeline.onnx_files.export import stamp
 
-        adopted = adopt(self.path, self.spec, self.outputs, Resolution.parse(self.resolution or "640x640"))
+        try:
+            adopted = adopt(self.path, self.spec, self.outputs, Resolution.parse(self.resolution or "640x640"))
+        except UserError as error:
+            raise UserError(re.sub(r"\bmodel\.(onnx=|spec|outputs)", _renamed, str(error))) from error
         size = self._size(adopted.spec)
         kept = cache / "detectors" / f"{self.identity[:16]}.onnx"
         if not kept.exists():

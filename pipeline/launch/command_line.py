@@ -130,7 +130,7 @@ def _divided(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def _of_a_detector(word: str, choices: Container[str]) -> list[str]:
     """An option, or the two options for which `detector=FILE` stands: a choice of the group, and its file or address."""
     key, _, value = word.partition("=")
-    named = "/" in value or value.endswith(".onnx") or (value.count("_") > 1 and value not in choices)
+    named = "/" in value or value.endswith(".onnx") or ("_" in value and "-" in value and value not in choices)
     path = key == "detector" and named and "," not in value
     return ["detector=own", f"detector.file={value}"] if path else [word]
 

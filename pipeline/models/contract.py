@@ -154,6 +154,12 @@ def _rehearse(
     labels |= {"base": torch.zeros(_IMAGES, dtype=torch.int64)}
     try:
         spec.offers(objective.needs)
+    except ValueError as error:
+        raise UserError(
+            f"model: {name} cannot be trained here, because its outputs are not those of {type(objective).__name__} ({error}); "
+            "choose the family of this network, for example family=topdown"
+        ) from error
+    try:
         objective.loss(fields, objective.targets(labels, size, spec, source))
     except UserError as error:
         raise UserError(f"model: {name} cannot be trained here: {error}") from error

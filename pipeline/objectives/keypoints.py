@@ -141,7 +141,7 @@ def _sources(name: str, source: Skeleton, skeleton: Skeleton) -> tuple[int, int]
     raise UserError(
         f"spec's labels name the keypoint '{name}'{nearest(name, names)}; the data does not label it: the network has "
         f"{len(skeleton.names)} keypoints ({enumerated(skeleton.names)}), the data {len(names)} ({enumerated(names)}); "
-        "name the network's keypoints as the data does, or give other data"
+        "give skeleton=FILE.json with the data's keypoints, or other data"
     )
 
 

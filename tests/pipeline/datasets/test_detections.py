@@ -213,7 +213,8 @@ def test_a_detector_of_ten_thousand_boxes_returns_the_best(generated, tmp_path):
     [
         ({"file": "nowhere.onnx"}, "detector.file=nowhere.onnx: no such file; give an ONNX file, or a folder"),
         ({"category": "horse"}, "category=horse: the network's classes are person"),
-        ({"spec": None}, "no network description in its metadata"),
+        ({"spec": None}, r"^detector\.file=.*no network description in its metadata.*detector=yolo, detector=faster_rcnn or"),
+        ({"outputs": {"boxes": "nothing"}}, r"^detector\.file=.*correct detector\.spec\.fields"),
     ],
 )
 def test_wrong_detectors_are_named(generated, tmp_path, options, said):

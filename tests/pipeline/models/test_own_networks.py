@@ -657,7 +657,14 @@ MISTAKES = {
     "other keypoints": (
         specified(labels=Skeleton(("top", *OPENPOSE_18.names[1:]), OPENPOSE_18.limbs, OPENPOSE_18.sigmas)),
         r"cannot be trained here: spec's labels name the keypoint 'top'; the data does not label it: the network has 18 "
-        r"keypoints \(top, neck, .*left_ear\), the data 17 \(nose, left_eye, .*right_ankle\); name the",
+        r"keypoints \(top, neck, .*left_ear\), the data 17 \(nose, left_eye, .*right_ankle\); give skeleton=FILE",
+    ),
+    "another family": (
+        changed(
+            spec=NetworkSpec(SPEC.input, (HEAT,), OPENPOSE_18),
+            forward=lambda own, x: {"heatmaps": Own.forward(own, x)["heatmaps"]},
+        ),
+        r"cannot be trained here, because its outputs are not those of HeatmapPafObjective \(.*pafs.*\); choose the family",
     ),
 }  # fmt: skip
 
