@@ -84,7 +84,7 @@ class OneStageDecoder:
         for boxes, score, values, view in zip(every, scores, points, views, strict=True):
             most = (self.max_candidates, self.max_detections)
             rows, corners = suppress(boxes, score, self.form == "cxcywh", self.score_threshold, self.nms_iou, most)
-            chosen = values[rows].reshape(len(rows), -1, 3)
+            chosen = values[rows].reshape(len(rows), len(self.spec.skeleton.names), 3)
             image = view.to_image(cells_to_input(chosen[..., :2].astype(np.float64), point, view.size))
             keypoints = np.concatenate((image, chosen[..., 2:]), axis=-1).astype(np.float32)
             there = np.isfinite(keypoints).all(axis=-1) & (keypoints[..., 2] > 0)

@@ -237,3 +237,20 @@ def test_pictures_leave_out_faint_detections_and_figures_do_not():
     for drawn in (people.draw(image, found), detector.draw(image, detected)):
         assert drawn[:, :320].any()
         assert not drawn[:, 380:].any()
+
+
+def test_an_image_without_people_has_no_poses():
+    sizes = {"boxes": 4, "scores": 1, "keypoints": 3 * K}
+    outputs = tuple(OutputSpec(name, 1, size, axes="NC") for name, size in sizes.items())
+    spec = NetworkSpec(InputSpec("image"), outputs, COCO_17)
+    size = Resolution(64, 64)
+    views = WholeImage().views(size, size, spec.input)
+    fields = {name: np.zeros((1, 84, count), np.float32) for name, count in sizes.items()}
+    (poses,) = OneStageDecoder(spec).decode(fields, views)
+    assert poses.keypoints.shape == (0, K, 3)
+    assert poses.boxes.shape == (0, 4)
+    assert poses.counts == {"images_not_finite": 0}
+    broken = {**fields, "keypoints": np.full_like(fields["keypoints"], np.nan), "scores": np.ones_like(fields["scores"])}
+    (poses,) = OneStageDecoder(spec).decode({**broken, "boxes": broken["boxes"] + [0, 0, 9, 9]}, views)
+    assert poses.counts == {"images_not_finite": 1}
+    assert not poses.keypoints.any()
