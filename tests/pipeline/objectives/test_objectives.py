@@ -123,7 +123,7 @@ def test_a_map_of_the_background_is_learnt_where_the_network_has_one():
         (
             Skeleton(tuple(f"p{n}" for n in range(30)), ((0, 1),)),
             HAND,
-            r"network has 30 keypoints \(p0, .*, p19 and 10 more\), the data 3 \(wrist, left_thumb, right_thumb\); give skeleton=FILE",
+            r"network has 30 keypoints \(p0, .*, p19 and 10 more\), the data 3 \(wrist, left_thumb, right_thumb\); give",
         ),
         (HAND, Palette(("a",), ((0, 0, 0),)), "labels classes and no keypoints"),
     ],
