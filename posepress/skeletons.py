@@ -1,6 +1,7 @@
 """The skeletons that public pose networks and data sets use."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from posepress.checks import part, shown
@@ -92,3 +93,27 @@ _MORE = ("sigmas", "mirror")  # keys that a category may have beside COCO's
 
 def _whole(pair: object) -> bool:
     return isinstance(pair, (list, tuple)) and all(isinstance(end, int) for end in pair)
+
+
+def completed(own: Skeleton, known: Skeleton) -> Skeleton:
+    """The skeleton of a category with what a known skeleton adds, by the names of the keypoints.
+
+    Args:
+        own: skeleton of the category.
+        known: gives mirror pairs to the keypoints that it names; names decide about the others. Gives limbs if the category
+            has none, and sigmas if the category has none and both have the same names.
+    """
+    at = {name: place for place, name in enumerate(own.names)}
+
+    def placed(pairs: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+        names = [(known.names[a], known.names[b]) for a, b in pairs]
+        return tuple((at[a], at[b]) for a, b in names if a in at and b in at)
+
+    mirror = placed(known.mirror)
+    if mirror:
+        rest = {place for name, place in at.items() if name not in known.names}
+        mirror += tuple((a, b) for a, b in enumerate(own.flip) if a < b and {a, b} <= rest)
+    sigmas = own.sigmas
+    if not sigmas and known.sigmas and at.keys() == set(known.names):
+        sigmas = tuple(known.sigmas[known.names.index(name)] for name in own.names)
+    return replace(own, sigmas=sigmas, limbs=own.limbs or placed(known.limbs), mirror=mirror or own.mirror)

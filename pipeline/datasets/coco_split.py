@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from evaluation.truth import People
 from pipeline.contracts import ImageRecord
 from pipeline.datasets.annotations import Annotations, load_annotations, people, unwatched
-from pipeline.datasets.detections import outside
 from pipeline.datasets.images import (
     IMAGE_TYPES,
     Inspection,
@@ -23,12 +22,13 @@ from pipeline.datasets.images import (
     shown_size,
     turned,
 )
+from pipeline.datasets.outside import without_outside
 from pipeline.progress import say
 from posepress.errors import UserError
 from posepress.labels import SIGMA, Skeleton
 from posepress.resolution import Resolution
 from posepress.results import Boxes, Sample
-from posepress.skeletons import COCO_17
+from posepress.skeletons import COCO_17, completed
 
 # Most people that are checked, and the share of their keypoints or boxes outside images above which a doubt is reported.
 _LOOKED_AT, _MANY_OUTSIDE = 4000, 0.2
@@ -84,7 +84,7 @@ class Coco:
     def labels(self) -> Skeleton:
         """The skeleton of the keypoints. It is COCO's unless the file's category names other keypoints."""
         own = COCO_17 if self.truth is None else self.truth.category.labels
-        return own if self.skeleton is None else _completed(own, self.skeleton)
+        return own if self.skeleton is None else completed(own, self.skeleton)
 
     @property
     def truth(self) -> Annotations | None:
@@ -97,7 +97,7 @@ class Coco:
         if self.annotations is None:
             return None
         with unwatched():
-            truth, sentence = _inside(load_annotations(self.annotations, self.category))
+            truth, sentence = without_outside(load_annotations(self.annotations, self.category))
         if sentence:
             _say_once(f"{self.annotations}: {sentence}")
         return truth, sentence
@@ -353,74 +353,6 @@ class Coco:
 @cache
 def _say_once(text: str) -> None:
     say(text, "yellow")
-
-
-def _completed(own: Skeleton, known: Skeleton) -> Skeleton:
-    """The skeleton of a category with what a known skeleton adds, by the names of the keypoints.
-
-    Args:
-        own: skeleton of the category.
-        known: gives mirror pairs to the keypoints that it names; names decide about the others. Gives limbs if the category
-            has none, and sigmas if the category has none and both have the same names.
-    """
-    at = {name: place for place, name in enumerate(own.names)}
-
-    def placed(pairs: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-        names = [(known.names[a], known.names[b]) for a, b in pairs]
-        return tuple((at[a], at[b]) for a, b in names if a in at and b in at)
-
-    mirror = placed(known.mirror)
-    if mirror:
-        rest = {place for name, place in at.items() if name not in known.names}
-        mirror += tuple((a, b) for a, b in enumerate(own.flip) if a < b and {a, b} <= rest)
-    sigmas = own.sigmas
-    if not sigmas and known.sigmas and at.keys() == set(known.names):
-        sigmas = tuple(known.sigmas[known.names.index(name)] for name in own.names)
-    return replace(own, sigmas=sigmas, limbs=own.limbs or placed(known.limbs), mirror=mirror or own.mirror)
-
-
-def _inside(truth: Annotations) -> tuple[Annotations, str]:
-    """Leave out the boxes that lie wholly outside of their images.
-
-    Returns:
-        The annotations, and a sentence with the number of such boxes, which is empty if there are none. The labelled keypoints
-        in the image make the new box. An annotation without such keypoints is left out.
-    """
-    sides = {image["id"]: (image["width"], image["height"]) for image in truth.images}
-    sizes = np.array([sides[record["image_id"]] for record in truth.people], np.float64).reshape(-1, 2)
-    boxes = np.array([record["bbox"] for record in truth.people], np.float64).reshape(-1, 4)
-    rows = np.flatnonzero(outside(boxes, sizes))
-    if not len(rows):
-        return truth, ""
-    every, areas, kept = list(truth.people), truth.areas.copy(), np.ones(len(boxes), bool)
-    for row in rows.tolist():
-        points = np.array(every[row].get("keypoints") or [], np.float64).reshape(-1, 3)
-        points = points[(points[:, 2] > 0) & ((points[:, :2] >= 0) & (points[:, :2] <= sizes[row])).all(axis=1), :2]
-        kept[row] = len(points) > 0
-        if len(points):
-            low, extent = points.min(axis=0), np.ptp(points, axis=0)
-            every[row] = {**every[row], "bbox": [*low.tolist(), *extent.tolist()]}
-            areas[row] = every[row].get("area", extent.prod())
-    first = truth.people[rows[0]]
-    width, height = sides[first["image_id"]]
-    example = f"{first['bbox']} in image {first['image_id']} of {height}x{width}"
-    sentence = (
-        f"{len(rows)} annotated boxes lie wholly outside their images, like {example}: {int(kept[rows].sum())} are made of the "
-        f"labelled keypoints instead, and {int((~kept).sum())} annotations without keypoints in the image are left out; give "
-        "bbox as x, y, width and height in pixels"
-    )
-    people = [record for record, inside in zip(every, kept, strict=True) if inside]
-    return (
-        replace(
-            truth,
-            people=people,
-            visibility=truth.visibility[kept],
-            areas=areas[kept],
-            labelled=truth.labelled[kept],
-            crowd=truth.crowd[kept],
-        ),
-        sentence,
-    )
 
 
 def _medians(values: NDArray[np.float64], group: NDArray[np.intp], count: int) -> NDArray[np.float64]:

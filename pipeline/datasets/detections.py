@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.datasets.annotations import read_file, read_json
+from pipeline.datasets.outside import outside
 from pipeline.datasets.records import is_id, is_number, shown
 from pipeline.progress import say
 from posepress.errors import UserError
@@ -119,10 +119,3 @@ def check_inside(found: Found, sizes: Mapping[str, Resolution | None], file: Pat
 def _foreign(file: Path, ids: Sequence[str]) -> UserError:
     example = f" ({', '.join(ids[:3])}, ...)" if ids else ""
     return UserError(f"{file}: no image_id{example} is that of an image here; give the detections of these images")
-
-
-def outside(boxes: NDArray[np.float64], sizes: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which boxes [N, 4], as x, y, width and height, lie wholly outside of images of the sizes [N, 2] or [2], width first."""
-    low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
-    away = ((high <= 0) & (low < 0)) | ((low >= sizes) & (high > sizes))
-    return np.asarray(away.any(axis=1))

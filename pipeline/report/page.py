@@ -254,7 +254,8 @@ def _pictures(result: Result) -> str:
     for name, source in captions.items():
         try:
             data = base64.b64encode(picture(folder, name)).decode()
-        except ValueError:
+        except ValueError as error:
+            figures.append(f"<figure><figcaption>{html.escape(str(error))}</figcaption></figure>")
             continue
         link = f' · <a href="{html.escape(source)}">source</a>' if web_address(source) else ""
         caption = html.escape(f"image {Path(name).stem}") + link

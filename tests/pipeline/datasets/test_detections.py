@@ -8,8 +8,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.datasets.coco import CocoSplits
-from pipeline.datasets.detections import check_inside, outside, read_boxes
+from pipeline.datasets.detections import check_inside, read_boxes
 from pipeline.datasets.detector import Detector
+from pipeline.datasets.outside import outside
 from posepress.errors import UserError
 from posepress.resolution import Resolution
 

@@ -44,3 +44,4 @@ def test_what_is_no_onnx_file_is_refused_in_a_line(tmp_path, monkeypatch):
 def test_a_report_needs_no_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     preflight("stage=report")
+    assert not list(tmp_path.iterdir())

@@ -142,6 +142,8 @@ def test_a_store_that_can_is_accepted(tmp_path):
     (tmp_path / "empty.db").touch()
     for name in ("new/mlflow.db", "empty.db"):
         check(f"sqlite:///{tmp_path}/{name}", "x")
+    assert (tmp_path / "empty.db").stat().st_size == 0
+    assert not (tmp_path / "new/mlflow.db").exists()
 
 
 STAGE = {"stage": "train", "address": "a", "started": 1.0, "ended": 2.0, "summary": {"loss": 0.5}, "fingerprint": "f"}
