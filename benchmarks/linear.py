@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from quantization import session
 from rich.console import Console
 from rich.table import Table
 
@@ -47,13 +47,6 @@ def chain(kind: str, rows: int, features: int) -> onnx.ModelProto:
         ir_version=10,
     )
     return onnx.shape_inference.infer_shapes(made)
-
-
-def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    """The network on one thread."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _call(run: Callable[..., Any], noise: NDArray[np.float32], _: object) -> Any:

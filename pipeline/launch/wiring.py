@@ -15,6 +15,7 @@ from pipeline.launch.earlier import has, move, remove
 from pipeline.launch.labels import GROUPS, Config, automatic, class_of, method, options_of, said
 from pipeline.launch.options import Command
 from pipeline.launch.values import parameters
+from posepress.errors import UserError
 
 SHARED = tuple(Command.__annotations__)  # a stage gets these options if its class has attributes with their names
 
@@ -116,18 +117,29 @@ def wire(config: DictConfig, names: Iterable[str]) -> None:
                 for key in options if condition == "otherwise" or holds(config, str(condition)) else ():
                     if not has(node, key):
                         node[key] = options._get_node(key)._value()  # noqa: SLF001 - copies the reference, not its value
-        boxes = node.get("boxes")
-        if boxes is not None:
-            remove(node, "boxes")
-        for key in _parameters(str(node.get("_target_"))):
-            if key == "bases" and not has(node, key):
+        found = _found(node, name)
+        for key in (key for key in _parameters(str(node.get("_target_"))) if not has(node, key)):
+            own = _bases(config) if key == "bases" else _annotated(config) if key == "data" and not found else {}
+            if own:
                 OmegaConf.set_struct(node, value=False)
-                node[key] = _bases(config)
-            elif key == "data" and boxes != "found" and not has(node, key) and (data := _annotated(config)):
-                OmegaConf.set_struct(node, value=False)
-                node[key] = data
-            elif key in SHARED and not has(node, key) and key in config:
+                node[key] = own
+            elif key in SHARED and key in config:
                 _refer(node, key, key)
+
+
+def _found(node: DictConfig, name: str) -> bool:
+    """Whether a stage's file asks for the boxes that are found, instead of those of the annotations.
+
+    Raises:
+        UserError: it asks for others.
+    """
+    boxes = node.get("boxes")
+    if boxes is None:
+        return False
+    remove(node, "boxes")
+    if boxes != "found":
+        raise UserError(f"stages.{name}.boxes={boxes}: choose found, or leave it out for annotated boxes")
+    return True
 
 
 def _bases(config: Config) -> dict[str, Any]:
