@@ -81,7 +81,8 @@ class OneStagePose(nn.Module):
         hidden = scaled(64, width)
         self.scores = nn.ModuleList(_head(count, hidden, 1) for count in features)
         self.boxes = nn.ModuleList(_head(count, hidden, 4) for count in features)
-        self.keypoints = nn.ModuleList(_head(count, max(hidden, (3 * K + 7) // 8 * 8), 3 * K) for count in features)
+        most = max(scaled(128, width), (3 * K + 7) // 8 * 8)
+        self.keypoints = nn.ModuleList(_head(count, most, 3 * K) for count in features)
         initialise(self)
         for last in self.ignored_layers:
             nn.init.normal_(last.weight, std=0.01)
