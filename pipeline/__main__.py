@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra re-raises instead of printing its own traceback
@@ -69,6 +70,12 @@ def _cell(config: DictConfig) -> None:
         folder = run_folder(Path(str(config.outputs))) / "cells"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{context.job.num:06d}.json").write_text(json.dumps(content))
+
+
+def command(words: Sequence[str]) -> None:
+    """Run `posepress run WORDS`, which is `python -m pipeline WORDS`."""
+    sys.argv[1:] = list(words)
+    main()
 
 
 def main() -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from posepress.resolution import Resolution
 
+MOST_PIXELS = 100_000_000  # of an image that is decoded
+
 
 @dataclass(frozen=True)
 class Header:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
@@ -22,6 +23,7 @@ from posepress.results import Sample
 from posepress.spec import Fields, InputSpec
 
 Item = TypeVar("Item")
+Given = TypeVar("Given")
 
 _READ_AHEAD = 16  # largest number of images being read or waiting, to bound the memory
 
@@ -109,7 +111,7 @@ class _Framed:
 
 
 def batches(
-    data: Samples[Any],
+    data: Samples[Any] | Iterable[Sample[Any]],
     framing: Framing,
     spec: InputSpec,
     resolution: Resolution,
@@ -119,7 +121,7 @@ def batches(
     """Read and frame images ahead of the network, in order.
 
     Args:
-        data: the images.
+        data: the images. Those of a data set are read by several threads; an iterable is read as it comes.
         framing: how an image becomes views.
         spec: the network's input.
         resolution: the network's input size.
@@ -131,9 +133,9 @@ def batches(
     """
     watch = watch or Watch()
 
-    def prepare(index: int) -> tuple[Sample[Any], list[_Framed]]:
+    def prepare(fetch: Callable[[], Sample[Any]]) -> tuple[Sample[Any], list[_Framed]]:
         with watch.step("reading"):
-            sample = data[index]
+            sample = fetch()
             image = sample.read()
         with watch.step("framing"):
             try:
@@ -143,7 +145,7 @@ def batches(
             return sample, [_Framed(sample, v, frame(image, v, spec), n == len(views)) for n, v in enumerate(views, 1)]
 
     waiting: list[_Framed] = []
-    for sample, framed in _ahead(prepare, range(len(data)), max(_READ_AHEAD, 2 * batch), watch):
+    for sample, framed in _ahead(prepare, _fetches(data), max(_READ_AHEAD, 2 * batch), watch):
         if not framed:  # a top-down image without people needs no network
             if waiting:
                 yield _batch(waiting)
@@ -156,6 +158,20 @@ def batches(
         yield _batch(waiting)
 
 
+def _fetches(data: Samples[Any] | Iterable[Sample[Any]]) -> Iterator[Callable[[], Sample[Any]]]:
+    """A call for each image that returns it."""
+    if isinstance(data, Iterable):
+        for sample in data:
+            yield partial(_same, sample)
+    else:
+        for index in range(len(data)):
+            yield partial(data.__getitem__, index)
+
+
+def _same(sample: Sample[Any]) -> Sample[Any]:
+    return sample
+
+
 def _batch(waiting: list[_Framed]) -> Batch:
     """The batch of the waiting views; afterwards none waits."""
     pixels = [one.pixels for one in waiting]
@@ -165,18 +181,18 @@ def _batch(waiting: list[_Framed]) -> Batch:
     return batch
 
 
-def _ahead(prepare: Callable[[int], Item], indices: Iterable[int], most: int, watch: Watch) -> Iterator[Item]:
+def _ahead(prepare: Callable[[Given], Item], given: Iterable[Given], most: int, watch: Watch) -> Iterator[Item]:
     """Prepare images in threads, at most `most` ahead, and yield them in order."""
     import cv2
 
     cv2.setNumThreads(1)  # the readers already run in parallel
     readers = min(os.cpu_count() or 1, _MOST_READERS)
     watch.workers |= {"reading": readers, "framing": readers}
-    pool, pending, todo = ThreadPoolExecutor(readers), deque[Future[Item]](), iter(indices)
+    pool, pending, todo = ThreadPoolExecutor(readers), deque[Future[Item]](), iter(given)
     try:
         while True:
-            while len(pending) < most and (index := next(todo, None)) is not None:
-                pending.append(pool.submit(prepare, index))
+            while len(pending) < most and (one := next(todo, None)) is not None:
+                pending.append(pool.submit(prepare, one))
             if not pending:
                 return
             yield pending.popleft().result()
@@ -185,7 +201,7 @@ def _ahead(prepare: Callable[[int], Item], indices: Iterable[int], most: int, wa
 
 
 def predict(
-    data: Samples[Any],
+    data: Samples[Any] | Iterable[Sample[Any]],
     runner: Runner,
     framing: Framing,
     decoder: Decoder[Result],
@@ -199,7 +215,7 @@ def predict(
     `runner.workers` batches at the same time.
 
     Args:
-        data: the images.
+        data: the images, as `batches`.
         runner: a loaded engine.
         framing: how an image becomes views.
         decoder: turns the engine's fields into results.

@@ -14,7 +14,9 @@ from typing import Any, Generic, TypeVar, get_origin, get_type_hints
 import numpy as np
 from numpy.typing import NDArray
 
+from posepress.draw import draw_boxes, draw_people
 from posepress.errors import UserError
+from posepress.labels import Skeleton
 from posepress.resolution import Resolution
 
 T = TypeVar("T")
@@ -32,6 +34,8 @@ class Poses:
             filled in; "features" float32 [N, F], the inputs of a fitted score, of which the first is the plain score.
         counts: counts of problems in the image, for example "dropped_peaks" and "images_not_finite"; metrics sum them.
         boxes: float32 [N, 4], x, y, width and height of each person's box in image pixels; None where no network gives boxes.
+        ids: int64 [N], the number of each person in a video; None where people are not tracked.
+        labels: names and limbs of the keypoints. A loaded model gives them; files do not keep them.
     """
 
     keypoints: NDArray[np.float32]
@@ -39,6 +43,81 @@ class Poses:
     notes: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
     boxes: NDArray[np.float32] | None = None
+    ids: NDArray[np.int64] | None = None
+    labels: Skeleton | None = None
+
+    def __len__(self) -> int:
+        """The number of people."""
+        return len(self.scores)
+
+    def above(self, threshold: float) -> "Poses":
+        """The people with a score of at least `threshold`."""
+        rows = self.scores >= threshold
+        optional = {name: getattr(self, name) for name in ("boxes", "ids") if getattr(self, name) is not None}
+        return replace(
+            self,
+            keypoints=self.keypoints[rows],
+            scores=self.scores[rows],
+            notes={name: values[rows] for name, values in self.notes.items()},
+            **{name: values[rows] for name, values in optional.items()},
+        )
+
+    def draw(self, image: NDArray[np.uint8], labels: Skeleton | None = None, captions: bool = True) -> NDArray[np.uint8]:
+        """The people drawn over an RGB image [H, W, 3], without filled-in keypoints; the image itself is not changed.
+
+        Args:
+            image: the image.
+            labels: limbs of the keypoints; None takes those of the poses.
+            captions: whether the id and the score stand above each person. A tracked person keeps its colour.
+        """
+        numbers = list(range(len(self))) if self.ids is None else self.ids.tolist()
+        texts = [f"{score:.2f}" for score in self.scores.tolist()]
+        if self.ids is not None:
+            texts = [f"{number}: {text}" for number, text in zip(numbers, texts, strict=True)]
+        limbs = (labels or self._skeleton).limbs
+        return draw_people(image, self.as_found().keypoints, limbs, numbers, texts if captions else ())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: "people", each with "score", "keypoints" by name, [x, y, score] or None, "box" and "id".
+
+        Points and boxes are in image pixels, a box is x, y, width and height.
+        """
+        people = []
+        for n, (points, score) in enumerate(zip(self.keypoints.tolist(), self.scores.tolist(), strict=True)):
+            named = {
+                name: [round(value, 4) for value in point] if point[2] > 0 else None
+                for name, point in zip(self._skeleton.names, points, strict=True)
+            }
+            person: dict[str, Any] = {"score": round(score, 4), "keypoints": named}
+            if self.boxes is not None:
+                person["box"] = [round(side, 2) for side in self.boxes[n].tolist()]
+            if self.ids is not None:
+                person["id"] = int(self.ids[n])
+            people.append(person)
+        return {"people": people}
+
+    def to_coco(self, image_id: int | str, category_id: int = 1) -> list[dict[str, Any]]:
+        """Records in COCO's result format (https://cocodataset.org/#format-results), with "track_id" for tracked people."""
+        rows: list[dict[str, Any]] = []
+        for n, (points, score) in enumerate(zip(self.keypoints, self.scores.tolist(), strict=True)):
+            flat = points.astype(np.float64).round(3).ravel().tolist()
+            row = {"image_id": image_id, "category_id": category_id, "keypoints": flat, "score": score}
+            rows.append(row if self.ids is None else {**row, "track_id": int(self.ids[n])})
+        return rows
+
+    def to_supervision(self) -> Any:
+        """The people as `supervision.KeyPoints`.
+
+        Raises:
+            UserError: supervision is not installed.
+        """
+        missing = np.where(self.keypoints[..., 2:] > 0, self.keypoints[..., :2], 0)  # supervision leaves out points at (0, 0)
+        return _supervision().KeyPoints(xy=missing.astype(np.float32), keypoint_confidence=self.keypoints[..., 2])
+
+    @property
+    def _skeleton(self) -> Skeleton:
+        """The labels, or numbers as names where there are none."""
+        return self.labels or Skeleton(tuple(f"keypoint_{n}" for n in range(max(self.keypoints.shape[1], 1))))
 
     def as_found(self) -> "Poses":
         """The same poses without filled-in keypoints, and with their plain scores."""
@@ -73,6 +152,58 @@ class Boxes:
     xywh: NDArray[np.float64]
     scores: NDArray[np.float64] | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """The number of boxes."""
+        return len(self.xywh)
+
+    def above(self, threshold: float) -> "Boxes":
+        """The boxes with a score of at least `threshold`; boxes without scores all stay."""
+        if self.scores is None:
+            return self
+        rows = self.scores >= threshold
+        return replace(self, xywh=self.xywh[rows], scores=self.scores[rows])
+
+    def draw(self, image: NDArray[np.uint8], threshold: float = 0.0) -> NDArray[np.uint8]:
+        """The boxes with at least a score drawn over an RGB image [H, W, 3]; the image itself is not changed."""
+        return draw_boxes(image, self.xywh, self.scores, threshold)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: "boxes", each with "box", x, y, width and height in image pixels, and "score"."""
+        rows: list[dict[str, Any]] = [{"box": [round(side, 2) for side in box]} for box in self.xywh.tolist()]
+        for row, score in zip(rows, [] if self.scores is None else self.scores.tolist(), strict=False):
+            row["score"] = round(score, 4)
+        return {"boxes": rows}
+
+    def to_coco(self, image_id: int | str, category_id: int = 1) -> list[dict[str, Any]]:
+        """Records in COCO's result format (https://cocodataset.org/#format-results)."""
+        scores = [1.0] * len(self) if self.scores is None else self.scores.tolist()
+        return [
+            {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
+            for box, score in zip(self.xywh.round(3).tolist(), scores, strict=True)
+        ]
+
+    def to_supervision(self) -> Any:
+        """The boxes as `supervision.Detections`.
+
+        Raises:
+            UserError: supervision is not installed.
+        """
+        corners = np.concatenate((self.xywh[:, :2], self.xywh[:, :2] + self.xywh[:, 2:]), axis=1).astype(np.float32)
+        return _supervision().Detections(xyxy=corners.reshape(-1, 4), confidence=self.scores)
+
+
+def _supervision() -> Any:
+    """The module `supervision`.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import supervision
+    except ImportError as error:
+        raise UserError("to_supervision() needs the package supervision: pip install supervision") from error
+    return supervision
 
 
 @dataclass(frozen=True)
@@ -119,6 +250,8 @@ def save_results(file: Path, results: Sequence[tuple[str, Any]]) -> None:
     for n, (_, found) in enumerate(results):
         for one in fields(found):
             value = getattr(found, one.name)
+            if one.name == "labels":  # the network's description holds them
+                continue
             if isinstance(value, Mapping):
                 arrays |= {f"{n}.{one.name}.{name}": entry for name, entry in value.items()}
             elif value is not None:

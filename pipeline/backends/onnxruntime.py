@@ -1,7 +1,6 @@
 """The backend that runs ONNX files in ONNX Runtime."""
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Container, Mapping, Sequence
@@ -12,10 +11,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pipeline.onnx_files.files import ModelFiles, Shapes, read_spec
-from posepress.errors import UserError, first_line
+from posepress.errors import UserError
 from posepress.resolution import Resolution
-from posepress.runners.onnxruntime import ENGINE, OnnxRuntimeRunner
-from posepress.spec import SPEC_KEY, NetworkSpec
+from posepress.runners.onnxruntime import CPU, ENGINE, OnnxRuntimeRunner, load, session_options
+from posepress.spec import NetworkSpec
 
 _CONVOLUTIONS = {
     "Conv": 1,
@@ -51,7 +50,7 @@ class OnnxRuntime:
     """
 
     kind: ClassVar[str] = "onnxruntime"
-    provider: str = "CPUExecutionProvider"
+    provider: str = CPU
 
     def __post_init__(self) -> None:
         """Check the provider.
@@ -78,7 +77,7 @@ class OnnxRuntime:
     @property
     def on_gpu(self) -> bool:
         """Whether engines run on a GPU."""
-        return self.provider != "CPUExecutionProvider"
+        return self.provider != CPU
 
     @property
     def timeable(self) -> bool:
@@ -100,10 +99,7 @@ class OnnxRuntime:
         """Open a session. It writes its optimised graph and a profile into the folder `observed`, if one is given."""
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options = session_options(threads)
         if observed is not None:
             options.optimized_model_filepath = str(observed / "optimised.onnx")
             options.enable_profiling = True
@@ -126,20 +122,7 @@ class OnnxRuntime:
         Raises:
             UserError: the file cannot be loaded, or the stage `build` did not write it.
         """
-        workers = (os.cpu_count() or 1) if threads == 0 and not self.on_gpu else 1
-        try:
-            session = self._session(engine, 1 if workers > 1 else threads)
-        except Exception as error:
-            what = first_line(error)
-            raise UserError(f"{engine}: ONNX Runtime cannot load it ({what}); build it again with force=true") from error
-        metadata = session.get_modelmeta().custom_metadata_map
-        if SPEC_KEY not in metadata:
-            raise UserError(f"{engine}: no network description in its metadata; build it with the stage 'build'")
-        try:
-            spec = NetworkSpec.from_json(metadata[SPEC_KEY])
-        except ValueError as error:
-            raise UserError(f"{engine}: {error}; build it with the stage 'build'") from error
-        return OnnxRuntimeRunner(session, spec, workers)
+        return load(engine, self.provider, threads)
 
     def audit(self, engine: Path, resolution: Resolution, scratch: Path | None = None) -> list[dict[str, Any]]:
         """Return the layers of the graph that ONNX Runtime has optimised, measured for one image of a resolution.

@@ -19,11 +19,11 @@ import orjson
 from numpy.typing import NDArray
 
 from evaluation.truth import People
-from pipeline import MOST_PIXELS
 from pipeline.datasets import records
-from pipeline.datasets.images import read_bytes
 from pipeline.datasets.records import FAR, Category
 from posepress.errors import UserError
+from posepress.image_headers import MOST_PIXELS
+from posepress.images import read_bytes
 from posepress.skeletons import COCO_17
 
 MOST_BYTES = 4 << 30  # largest file of annotations or results; COCO's largest has a tenth of it

@@ -12,19 +12,11 @@ from numpy.typing import NDArray
 from evaluation.truth import People
 from pipeline.contracts import ImageRecord
 from pipeline.datasets.annotations import Annotations, load_annotations, people, unwatched
-from pipeline.datasets.images import (
-    IMAGE_TYPES,
-    Inspection,
-    inspect_files,
-    mismatch,
-    read_image,
-    read_sized,
-    shown_size,
-    turned,
-)
+from pipeline.datasets.images import Inspection, inspect_files, mismatch, read_sized, turned
 from pipeline.datasets.outside import without_outside
 from pipeline.progress import say
 from posepress.errors import UserError
+from posepress.images import IMAGE_TYPES, read_image, shown_size
 from posepress.labels import SIGMA, Skeleton
 from posepress.resolution import Resolution
 from posepress.results import Boxes, Sample

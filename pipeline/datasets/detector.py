@@ -19,11 +19,13 @@ from pipeline.results.content import sha256
 from posepress.contracts import Samples
 from posepress.decoders.boxes import BoxDecoder
 from posepress.decoders.sets import Form
+from posepress.description import Description
 from posepress.errors import UserError
 from posepress.framing.whole_image import KeepAspectRatioMode, WholeImage
 from posepress.geometry import Interpolation
 from posepress.resolution import Resolution
 from posepress.results import Boxes
+from posepress.runners.onnxruntime import CPU
 from posepress.spec import NetworkSpec
 
 
@@ -154,6 +156,27 @@ class Detector:
             stamp(unfinished, adopted.spec)
             unfinished.replace(kept)
         return kept, size
+
+    def description(self, cache: Path) -> Description:
+        """How to run the detector as a model of its own.
+
+        Args:
+            cache: folder that keeps adopted files.
+        """
+        file, size = self.prepared(cache)
+        framing, decoder = self.framing, BoxDecoder
+        options = {
+            "form": self.form, "category": self.category, "score_threshold": self.score_threshold, "nms_iou": self.nms_iou,
+            "max_detections": self.max_detections,
+        }  # fmt: skip
+        return Description(
+            file,
+            CPU,
+            size,
+            1,
+            {"_target_": f"{WholeImage.__module__}.{WholeImage.__qualname__}", **vars(framing)},
+            {"_target_": f"{decoder.__module__}.{decoder.__qualname__}", **options},
+        )
 
     def _size(self, spec: NetworkSpec) -> Resolution:
         """The input's size: the one that the file fixes, or the option's.

@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 
 import orjson
 
-from pipeline import MOST_PIXELS
 from posepress.errors import UserError, nearest
+from posepress.image_headers import MOST_PIXELS
 from posepress.labels import Skeleton
 from posepress.skeletons import COCO_17
 

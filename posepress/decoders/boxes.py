@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from posepress.checks import choice, number, whole
 from posepress.decoders.sets import Form, entries, to_image
 from posepress.decoders.suppression import suppress
-from posepress.draw import draw_boxes
+from posepress.draw import SHOWN
 from posepress.geometry import View
 from posepress.results import Boxes
 from posepress.spec import Array, Fields, NetworkSpec
@@ -38,6 +38,7 @@ class BoxDecoder:
     spec: NetworkSpec
     needs: ClassVar[Mapping[str, str]] = {"boxes": "NC", "scores": "NC"}
     result: ClassVar[type] = Boxes
+    shown: ClassVar[float] = SHOWN
     form: Form = "xyxy"
     category: str | int = 0
     score_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.025
@@ -125,7 +126,7 @@ class BoxDecoder:
 
     def draw(self, image: NDArray[np.uint8], found: Boxes) -> NDArray[np.uint8]:
         """The boxes drawn over their image [H, W, 3]."""
-        return draw_boxes(image, found)
+        return found.draw(image, SHOWN)
 
     def readings(self, found: Boxes) -> dict[str, Boxes]:  # noqa: ARG002 - there are no other readings
         """No alternative versions of a prediction."""

@@ -13,7 +13,6 @@ from posepress.checks import number
 from posepress.compiled import compiled
 from posepress.decoders.averaged import mirrored_heatmaps
 from posepress.decoders.one_person import merged, poses
-from posepress.draw import draw
 from posepress.geometry import View, cells_to_input
 from posepress.results import Poses
 from posepress.spec import Array, NetworkSpec
@@ -196,7 +195,7 @@ class TopDownDecoder:
 
     def draw(self, image: NDArray[np.uint8], found: Poses) -> NDArray[np.uint8]:
         """The people drawn over their image [H, W, 3]."""
-        return draw(image, found, self.spec.skeleton)
+        return found.draw(image, self.spec.skeleton, captions=False)
 
     def readings(self, found: Poses) -> dict[str, Poses]:  # noqa: ARG002 - there are no other readings
         """No alternative versions of a prediction."""

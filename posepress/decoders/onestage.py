@@ -1,7 +1,7 @@
 """Decoder of one-stage networks: a box, a score and keypoints in each entry of a set (YOLO-pose, arXiv:2204.06806)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from posepress.checks import choice, number, whole
 from posepress.decoders.sets import Form, entries, to_image
 from posepress.decoders.suppression import suppress
-from posepress.draw import SHOWN, draw
+from posepress.draw import SHOWN
 from posepress.geometry import View, cells_to_input
 from posepress.results import Poses
 from posepress.spec import Array, NetworkSpec
@@ -38,6 +38,7 @@ class OneStageDecoder:
     spec: NetworkSpec
     needs: ClassVar[Mapping[str, str]] = {"boxes": "NC", "scores": "NC", "keypoints": "NC"}
     result: ClassVar[type] = Poses
+    shown: ClassVar[float] = SHOWN
     form: Form = "xyxy"
     score_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.01
     nms_iou: Annotated[float, Interval(gt=0, le=1)] = 0.65
@@ -107,8 +108,7 @@ class OneStageDecoder:
 
     def draw(self, image: NDArray[np.uint8], found: Poses) -> NDArray[np.uint8]:
         """The people drawn over their image [H, W, 3]; those with a score below `posepress.draw.SHOWN` are left out."""
-        sure = found.scores >= SHOWN
-        return draw(image, replace(found, keypoints=found.keypoints[sure], scores=found.scores[sure]), self.spec.skeleton)
+        return found.above(SHOWN).draw(image, self.spec.skeleton, captions=False)
 
     def readings(self, found: Poses) -> dict[str, Poses]:  # noqa: ARG002 - there are no other readings
         """No alternative versions of a prediction."""

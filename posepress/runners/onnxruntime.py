@@ -1,14 +1,61 @@
 """Runner of ONNX Runtime sessions."""
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from posepress.errors import UserError, first_line
-from posepress.spec import Array, Fields, NetworkSpec
+from posepress.spec import SPEC_KEY, Array, Fields, NetworkSpec
 
 ENGINE = "engine.onnx"
+
+CPU = "CPUExecutionProvider"
+
+
+def session_options(threads: int) -> Any:
+    """Options of a session with a number of CPU threads; 0 leaves the choice to ONNX Runtime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return options
+
+
+def load(engine: Path, provider: str = CPU, threads: int = 0) -> "OnnxRuntimeRunner":
+    """Load an engine. With `threads` 0 on a CPU, one batch runs on each core at the same time.
+
+    Args:
+        engine: ONNX file that the stage `build` wrote.
+        provider: name of an execution provider of ONNX Runtime.
+        threads: number of CPU threads for one batch.
+
+    Raises:
+        UserError: the file cannot be loaded, or has no description of the network in its metadata.
+    """
+    import onnxruntime
+
+    if provider not in (known := onnxruntime.get_available_providers()):
+        raise UserError(f"{engine}: made for {provider}, which this ONNX Runtime lacks; it has {', '.join(known)}")
+    workers = (os.cpu_count() or 1) if threads == 0 and provider == CPU else 1
+    try:
+        options = session_options(1 if workers > 1 else threads)
+        session = onnxruntime.InferenceSession(str(engine), options, providers=[provider])
+    except Exception as error:
+        what = first_line(error)
+        raise UserError(f"{engine}: ONNX Runtime cannot load it ({what}); build it again with force=true") from error
+    metadata = session.get_modelmeta().custom_metadata_map
+    if SPEC_KEY not in metadata:
+        raise UserError(f"{engine}: no network description in its metadata; build it with the stage 'build'")
+    try:
+        spec = NetworkSpec.from_json(metadata[SPEC_KEY])
+    except ValueError as error:
+        raise UserError(f"{engine}: {error}; build it with the stage 'build'") from error
+    return OnnxRuntimeRunner(session, spec, workers)
 
 
 class OnnxRuntimeRunner:

@@ -20,7 +20,6 @@ from posepress.decoders.heatmap_paf.candidates import F32, I32, Candidates
 from posepress.decoders.heatmap_paf.grouping import FEATURES, finish, join_limbs, kept_people
 from posepress.decoders.heatmap_paf.limbs import score_limbs
 from posepress.decoders.heatmap_paf.peaks import complete, find_peaks
-from posepress.draw import draw
 from posepress.geometry import View, cells_to_input
 from posepress.labels import Skeleton
 from posepress.results import Poses
@@ -217,7 +216,7 @@ class HeatmapPafDecoder:
 
     def draw(self, image: NDArray[np.uint8], found: Poses) -> NDArray[np.uint8]:
         """The people drawn over their image [H, W, 3]."""
-        return draw(image, found, self.spec.skeleton)
+        return found.draw(image, self.spec.skeleton, captions=False)
 
     def readings(self, found: Poses) -> dict[str, Poses]:
         """Alternative versions of a prediction: "as_found" has the plain score and no filled-in keypoints."""

@@ -12,9 +12,9 @@ from evaluation.metrics.coco_keypoints import CocoKeypoints
 from pipeline.datasets.annotations import load_annotations, people
 from pipeline.datasets.coco import CocoSplits
 from pipeline.datasets.coco_split import Coco
-from pipeline.datasets.image_headers import read_header
-from pipeline.datasets.images import IMAGE_TYPES, read_image, shown_size
 from posepress.errors import UserError
+from posepress.image_headers import read_header
+from posepress.images import IMAGE_TYPES, read_image, shown_size
 from posepress.labels import Skeleton
 from posepress.results import Poses
 from posepress.skeletons import COCO_17

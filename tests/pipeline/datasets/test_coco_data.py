@@ -8,11 +8,12 @@ from pipeline.datasets import annotations
 from pipeline.datasets.annotations import load_annotations
 from pipeline.datasets.coco import SPLITS, CocoSplits
 from pipeline.datasets.coco_split import Coco
-from pipeline.datasets.image_headers import read_header
-from pipeline.datasets.images import inspect_files, read_image
+from pipeline.datasets.images import inspect_files
 from pipeline.launch.preflight import check_images
 from pipeline.results.stage import Stage
 from posepress.errors import UserError
+from posepress.image_headers import read_header
+from posepress.images import read_image
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from pipeline.datasets import annotations
 from pipeline.datasets.annotations import load_annotations
 from pipeline.datasets.coco import CocoSplits
 from pipeline.datasets.coco_split import Coco
-from pipeline.datasets.image_headers import read_header
-from pipeline.datasets.images import read_image
 from pipeline.datasets.results import load_results
 from posepress.errors import UserError
+from posepress.image_headers import read_header
+from posepress.images import read_image
 from posepress.skeletons import COCO_17
 
 ALIKE = settings(deadline=None, suppress_health_check=list(HealthCheck))
