@@ -51,7 +51,11 @@ class Command(TypedDict):
     skeleton: str | Mapping[str, object]
     trusted_modules: Sequence[str]
     engines: Sequence[str]
-    target: Literal["tensorrt", "onnxruntime"]
+    source: str | int | Sequence[str | int] | None
+    track: bool
+    every: Annotated[int, Ge(1)]
+    live: bool
+    target: Literal["tensorrt", "onnxruntime", "bundle"]
     results: str | None
     outputs: Folder
     tag: Word
