@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -19,6 +20,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 bad input, 130 interrupted."""
     given = list(sys.argv[1:] if words is None else words)
     command = next((word for word in given if not word.startswith("-")), "")
+    warnings.showwarning = _say
     try:
         if command and command not in _OWN and given[0] == command:
             _other(command)(given[1:])
@@ -34,6 +36,10 @@ def main(words: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _say(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _other(command: str) -> Callable[[Sequence[str]], None]:

@@ -1,5 +1,6 @@
 """A loaded model: an engine with its framing and decoder, and with a detector if the network sees one person at a time."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from functools import cache
@@ -17,6 +18,7 @@ from posepress.framing.person_crops import PersonCrops
 from posepress.predict import Watch, predict
 from posepress.resolution import Resolution
 from posepress.results import Boxes, Poses, Sample
+from posepress.sources import Shot, open_source
 from posepress.spec import NetworkSpec
 
 Image: TypeAlias = Any  # a file's path, an array, or an image of Pillow
@@ -171,6 +173,42 @@ class Model:
             if any(field.name == "labels" for field in fields(found)):
                 found = replace(found, labels=self.spec.labels)  # noqa: PLW2901
             yield sample, found.above(least) if hasattr(found, "above") else found
+
+    def stream(
+        self,
+        source: str | int | Path,
+        threshold: float | None = None,
+        every: int = 1,
+        strict: bool = True,
+        live: bool = False,
+    ) -> Iterator[tuple[Shot, Any]]:
+        """Predict the results of a source, in order.
+
+        Args:
+            source: an image, folder, pattern, video, camera's index or address of a stream.
+            threshold: least score of the results; None takes the decoder's default.
+            every: the detector finds boxes in each `every`-th image.
+            strict: whether a file that is no image is an error; else it is skipped and counted.
+            live: whether a camera gives its newest frame and drops others.
+
+        Yields:
+            The image with its name, index and time, and its result.
+
+        Raises:
+            UserError: the source cannot be read.
+        """
+        opened, waiting = open_source(source, strict, live), deque[Shot]()
+
+        def samples() -> Iterator[Sample[Any]]:
+            for shot in opened.shots:
+                waiting.append(shot)
+                yield shot.sample
+
+        try:
+            for _, found in self.predict(samples(), threshold, every=every):
+                yield waiting.popleft(), found
+        finally:
+            opened.close()
 
     def _boxed(self, samples: Iterable[Sample[Any]], every: int) -> Iterator[Sample[Any]]:
         """Samples with the detector's boxes where they have none."""

@@ -152,11 +152,13 @@ def check_choices(config: DictConfig, plan: Sequence[str], words: Sequence[str])
 
 
 def check_data(config: DictConfig, stages: Mapping[str, Stage], plan: Sequence[str], words: Sequence[str]) -> None:
-    """Check that the command names the images for a given network.
+    """Check that the command names the images for a given network, and what `predict` reads.
 
     Raises:
-        UserError: the command names no data, so that thousands of default images would be generated.
+        UserError: the command names no data, so that thousands of default images would be generated, or no source.
     """
+    if "predict" in plan and config.source is None:
+        raise UserError("source=null: nothing to predict; give source=photo.jpg, a folder, a video or a camera's index")
     named = _data_named(words)
     splits = {split for name in plan for split in stages[name].splits}
     if named or not labels.given(config) or not splits:

@@ -10,7 +10,6 @@ from pipeline.datasets.detector import Detector
 from pipeline.progress import say
 from pipeline.results.job import Job
 from posepress.description import describe
-from posepress.errors import UserError
 from posepress.model import Model
 from posepress.run import Options, run
 
@@ -53,10 +52,9 @@ class Predict:
             Numbers of images and instances, the rate, what held it up, and counts of problems.
 
         Raises:
-            UserError: there is no source, or one cannot be read.
+            UserError: a source cannot be read.
         """
-        if self.source is None:
-            raise UserError("source=null: nothing to predict; give source=photo.jpg, a folder, a video or a camera's index")
+        assert self.source is not None  # checked before any work
         given = [self.source] if isinstance(self.source, (str, int)) else list(self.source)
         options = Options(
             job.out, tuple(self.save), False, self.threshold, self.track, self.smooth, self.every, self.strict, self.live

@@ -51,6 +51,14 @@ def test_a_threshold_chooses_the_people(bundle):
         assert model.threshold == 0.3
 
 
+def test_a_stream_gives_each_image_with_its_result(bundle, tmp_path):
+    for n in range(3):
+        picture(tmp_path / f"{n}.png", 64 + 8 * n)
+    with posepress.load(bundle) as model:
+        given = list(model.stream(tmp_path))
+    assert [(shot.index, shot.sample.size.height, len(found)) for shot, found in given] == [(0, 64, 2), (1, 72, 2), (2, 80, 2)]
+
+
 def test_several_threads_may_call_a_model(bundle):
     with posepress.load(bundle) as model, ThreadPoolExecutor(4) as pool:
         images = [np.zeros((64, 64, 3), np.uint8)] * 20
