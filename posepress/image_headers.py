@@ -8,6 +8,8 @@ from posepress.resolution import Resolution
 
 MOST_PIXELS = 100_000_000  # of an image that is decoded
 
+_FILL = 65536  # bytes that are skipped at once
+
 
 @dataclass(frozen=True)
 class Header:
@@ -76,8 +78,12 @@ def jpeg_segments(content: memoryview) -> Iterator[tuple[int, int, int]]:
     at = 2
     while content[at] == 0xFF:
         marker = content[at + 1]
-        if marker in (0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # fill bytes and markers have no content
-            at += 1 if marker == 0xFF else 2
+        if marker == 0xFF:  # fill bytes, of which a file may have millions
+            some = bytes(content[at : at + _FILL])
+            at += max(len(some) - len(some.lstrip(b"\xff")) - 1, 1)
+            continue
+        if marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without content
+            at += 2
             continue
         end = at + 2 + struct.unpack_from(">H", content, at + 2)[0]
         yield marker, at + 4, end

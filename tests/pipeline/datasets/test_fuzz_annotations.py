@@ -234,3 +234,12 @@ def test_damaged_images_are_read_or_refused(tmp_path_factory, data):
     else:
         assert image.shape[2] == 3
         assert image.size < 3e8
+
+
+def test_fill_bytes_of_a_jpeg_are_skipped():
+    size = b"\xc0\x00\x11\x08\x00\x1e\x00\x28" + bytes(20)  # a frame of 30x40
+    for count in (1, 2, 65535, 65536, 65537, 200_001):
+        header = read_header(b"\xff\xd8" + b"\xff" * count + size)
+        assert header is not None
+        assert (header.size.height, header.size.width) == (30, 40)
+    assert read_header(b"\xff\xd8" + b"\xff" * 200_000) is None
