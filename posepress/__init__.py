@@ -7,23 +7,15 @@ poses = model("photo.jpg")
 """
 
 import os
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import Any
 
-from posepress.image_headers import MOST_PIXELS
-
-if TYPE_CHECKING:
-    from posepress.model import Model, load
-
-__all__ = ["Model", "load"]
-
-# OpenCV reads this variable at its first import and refuses larger images.
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MOST_PIXELS))
+# OpenCV reads this variable at its first import and refuses larger images; image_headers.MOST_PIXELS is the same number.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "100000000")
 
 
 def __getattr__(name: str) -> Any:
-    """Import the model at its first use, so that `import posepress` itself is quick."""
+    """Import the model at its first use: `import posepress` is quick, and no result depends on all of posepress."""
     if name in ("Model", "load"):
-        from posepress import model
-
-        return getattr(model, name)
+        return getattr(import_module("posepress.model"), name)
     raise AttributeError(f"module 'posepress' has no attribute '{name}'")

@@ -212,6 +212,7 @@ class Model:
 
     def _boxed(self, samples: Iterable[Sample[Any]], every: int) -> Iterator[Sample[Any]]:
         """Samples with the detector's boxes where they have none."""
+        least = 0.0 if self.detector is not None and self.detector.decoder.result is Boxes else None  # it has its own
         for given, some in groupby(samples, lambda sample: sample.boxes is not None):
             if given:
                 yield from some
@@ -221,13 +222,13 @@ class Model:
                     "when the model is loaded"
                 )
             elif every == 1:
-                for sample, found in self.detector.predict(replace(one, read=cache(one.read)) for one in some):
+                for sample, found in self.detector.predict((replace(one, read=cache(one.read)) for one in some), least):
                     yield replace(sample, boxes=boxes_of(found))
             else:
                 boxes = Boxes(np.zeros((0, 4)))
                 for number, sample in enumerate(some):
                     if number % every == 0:
-                        boxes = boxes_of(self.detector(sample.read()))
+                        boxes = boxes_of(self.detector(sample.read(), threshold=least))
                     yield replace(sample, boxes=boxes)
 
 

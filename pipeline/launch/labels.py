@@ -196,6 +196,9 @@ _ADDRESSES: Mapping[str, Callable[[Config], Any]] = {
         "seed": c.seed,
     },
     "here": _as_here,
+    # A bundle is made of an engine and its evaluation, a package for a device of a network.
+    "package": lambda c: f"{c.addresses.evaluate if c.target == 'bundle' else c.addresses.quantize}_{c.target}",
+    "packaged": lambda c: "evaluate" if c.target == "bundle" else None,
     "weights": weights,
 }
 

@@ -1,4 +1,4 @@
-"""package: write a folder that can build, evaluate, time and audit an engine on a device without torch."""
+"""package: write a folder for a device: a network to build and measure there, or a bundle that runs a finished engine."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-from pipeline.contracts import Splits
+from pipeline.contracts import Detector, Splits
 from pipeline.datasets.packaged import pack
+from pipeline.deploy.bundle import Sources, write_bundle
 from pipeline.deploy.package import bytes_of, write_package
 from pipeline.launch import command_line
 from pipeline.progress import say
@@ -19,18 +20,20 @@ _ELSEWHERE = ("stage", "data", "outputs", "tracking", "force", "weights", "targe
 
 @dataclass(frozen=True)
 class Package:
-    """Package the input "network" with the images and code for its evaluation.
+    """Package the input "network" with the images and code for its evaluation, or write a bundle of an engine.
 
     Attributes:
-        data: the data set. Its validation and agreement images are included.
-        target: backend of the device.
+        data: the data set. A package includes its validation and agreement images, and a bundle one image if it is generated.
+        detector: finds people's boxes. A bundle includes it; in a package, the boxes that it found are included.
+        target: backend of the device; "bundle" for a folder that runs the evaluated engine.
         outputs: folder of the results.
         name: name of the sweep that the results belong to.
         as_here: options with defaults from this machine, which the package fixes so that the device does not change them.
     """
 
     data: Splits
-    target: Literal["tensorrt", "onnxruntime"]
+    detector: Detector | None
+    target: Literal["tensorrt", "onnxruntime", "bundle"]
     outputs: str
     name: str
     as_here: Mapping[str, str]
@@ -39,11 +42,23 @@ class Package:
         """Run the stage.
 
         Args:
-            job: the job. Its inputs hold "network", and "reference" and "tuned" if they exist.
+            job: the job. Its inputs hold "network", and "reference" and "tuned" if they exist; for a bundle, "evaluation".
 
         Returns:
-            The numbers of images, and the size.
+            The size, and the numbers of images in a package or of results in a bundle's example.
         """
+        return self._bundle(job) if self.target == "bundle" else self._package(job)
+
+    def _bundle(self, job: Job) -> dict[str, Any]:
+        made = job.inputs
+        report = Path(self.outputs) / self.name / "report"
+        sources = Sources(made["evaluation"], made["network"], made["reference"], report, job.cache)
+        count = write_bundle(job.out / "bundle", self.name, sources, self.detector, self.data)
+        size = bytes_of(job.out / "bundle") / 2**20
+        say(f"{size:.0f} MiB in the folder bundle, and the same in bundle.zip; see README.md in it")
+        return {"target": self.target, "mb": size, "results_in_example": count}
+
+    def _package(self, job: Job) -> dict[str, Any]:
         images = pack(self.data, job.out / "data")
         kept = [word for word in job.overrides if word.lstrip("+~").partition("=")[0].partition(".")[0] not in _ELSEWHERE]
         if f"backend={self.target}" in job.overrides:

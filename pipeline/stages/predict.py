@@ -11,7 +11,8 @@ from pipeline.progress import say
 from pipeline.results.job import Job
 from posepress.description import describe
 from posepress.model import Model
-from posepress.run import Options, run
+from posepress.run import Options
+from posepress.run import run as predicted
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,6 @@ class Predict:
         )
         finder = None if self.detector is None else Model(self.detector.description(job.cache), threads=self.threads)
         with Model(describe(job.inputs["engine"]), finder, self.threads) as model:
-            done = run(model, given, options)
+            done = predicted(model, given, options)
         say(f"{done['images']} images, {done['instances']} found, {done['images_per_second']:.1f} a second")
         return {name: value for name, value in done.items() if name != "busy"}

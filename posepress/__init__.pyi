@@ -1,0 +1,2 @@
+from posepress.model import Model as Model
+from posepress.model import load as load
