@@ -1,9 +1,6 @@
 """Run an engine on images. Users import this package, and packages for devices contain it.
 
-import posepress
-
-with posepress.load("outputs/demo/build/ADDRESS") as model:
-poses = model("photo.jpg")
+`posepress.load(PATH)` returns a model, and `model("photo.jpg")` the people in a photo, with their points in pixels.
 """
 
 import os

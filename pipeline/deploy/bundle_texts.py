@@ -23,10 +23,9 @@ The first result takes some seconds, because the decoder is compiled once for th
 {build}
 In Python:
 
-    import posepress
-
-    with posepress.load("{folder}") as model:
-        poses = model("photo.jpg")
+    >>> import posepress
+    >>> model = posepress.load("{folder}")
+    >>> poses = model("photo.jpg")
 
 The command `posepress predict {folder} SOURCE` takes folders, videos and cameras, too.
 {boxes}

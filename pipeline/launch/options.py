@@ -51,7 +51,7 @@ class Command(TypedDict):
     skeleton: str | Mapping[str, object]
     trusted_modules: Sequence[str]
     engines: Sequence[str]
-    source: str | int | Sequence[str | int] | None
+    source: str | Annotated[int, Ge(0)] | Sequence[str | Annotated[int, Ge(0)]] | None
     track: bool
     every: Annotated[int, Ge(1)]
     live: bool

@@ -32,7 +32,7 @@ class Predict:
         detector: finds people's boxes.
     """
 
-    source: str | int | Sequence[str | int] | None
+    source: str | Annotated[int, Ge(0)] | Sequence[str | Annotated[int, Ge(0)]] | None
     save: Sequence[Literal["overlay", "coco", "csv"]]
     threshold: Annotated[float, Interval(ge=0, le=1)] | None
     track: bool
