@@ -20,6 +20,7 @@ from posepress.sources import Shot, Source, distinct, open_source
 from posepress.writers import Writer, writers
 
 _QUEUE = 8  # images that wait between two steps
+_PATIENCE = 1.0  # seconds
 _EVERY = 1.0  # seconds between two lines of progress
 
 
@@ -138,8 +139,7 @@ class _Feed:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        if not self._source.live:  # a camera's thread may wait for a frame; closing the camera ends it
-            self._thread.join()
+        self._thread.join(_PATIENCE)  # it may wait for a camera's frame, or for a line of the standard input
 
     def _read(self) -> None:
         last: Any = None

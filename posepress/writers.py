@@ -1,14 +1,15 @@
 """Files of predictions: pictures and videos with overlays, COCO's result format, CSV and JSON lines."""
 
 import csv
+import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from posepress.errors import UserError
 from posepress.results import Boxes, Poses
@@ -49,7 +50,7 @@ def writers(source: Source, out: Path, formats: Sequence[str], to_stdout: bool) 
         raise UserError(f"{out}: cannot be made ({error.strerror}); choose another folder with out=") from error
     made: list[Writer] = []
     if "overlay" in formats:
-        made.append(_Pictures(source, out) if source.frame_rate is None else _Video(source, out))
+        made.append(_Pictures(out) if source.frame_rate is None else _Video(source, out))
     if "coco" in formats:
         made.append(_Coco(out / f"{source.name}.json"))
     if "csv" in formats:
@@ -57,25 +58,21 @@ def writers(source: Source, out: Path, formats: Sequence[str], to_stdout: bool) 
     return [*made, _Lines()] if to_stdout else made
 
 
-def overlay(image: NDArray[np.uint8], found: Any) -> NDArray[np.uint8]:
-    """A result drawn over its image, RGB [H, W, 3]."""
-    drawn: NDArray[np.uint8] = found.draw(image)
-    return drawn
-
-
 class _Pictures:
     """A JPEG for each image."""
 
-    def __init__(self, source: Source, out: Path) -> None:
-        self._out, self._single = out, source.total == 1
+    def __init__(self, out: Path) -> None:
+        self._out, self._written = out, dict[str, str]()
 
     def write(self, shot: Shot, found: Any) -> None:
         import cv2
 
-        picture = overlay(shot.sample.read(), found)
+        picture = found.draw(shot.sample.read())
         jpeg = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
         path = Path(shot.name)
         file = self._out / f"{path.stem}.jpg"
+        if (other := self._written.setdefault(path.stem, shot.name)) != shot.name:
+            raise UserError(f"{file}: belongs to {other} and {shot.name}; rename one, or leave out save=overlay")
         if file.exists() and file.resolve() == path.resolve():
             raise UserError(f"{file}: would overwrite its own source; choose another folder with out=")
         _write(file, jpeg.tobytes())
@@ -104,7 +101,7 @@ class _Video:
         self._writer.__enter__()
 
     def write(self, shot: Shot, found: Any) -> None:
-        self._writer.write(overlay(shot.sample.read(), found), shot.seconds)
+        self._writer.write(found.draw(shot.sample.read()), shot.seconds)
 
     def close(self) -> None:
         self._writer.__exit__(None, None, None)
@@ -116,13 +113,32 @@ class _Text:
     def __init__(self, file: Path) -> None:
         self._file = file
         try:
-            self.stream = file.open("w", newline="")
+            self._stream = file.open("w", newline="")
         except OSError as error:
             raise UserError(f"{file}: cannot be written ({error.strerror}); choose another folder with out=") from error
 
-    def add(self, text: str) -> None:
+    def write_text(self, text: str) -> None:
+        """Add text.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        with self._reported():
+            self._stream.write(text)
+
+    def finish(self) -> None:
+        """Close the file.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        with self._reported():
+            self._stream.close()
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
         try:
-            self.stream.write(text)
+            yield
         except OSError as error:
             raise UserError(f"{self._file}: cannot be written ({error.strerror}); free some space") from error
 
@@ -137,12 +153,12 @@ class _Coco(_Text):
     def write(self, shot: Shot, found: Any) -> None:
         name: str | int = int(Path(shot.name).stem) if Path(shot.name).stem.isdecimal() else shot.sample.id
         for row in found.to_coco(name):
-            self.add(self._between + json.dumps(row))
+            self.write_text(self._between + json.dumps(row))
             self._between = ",\n"
 
     def close(self) -> None:
-        self.add("[]" if self._between == "[" else "]")
-        self.stream.close()
+        self.write_text("[]" if self._between == "[" else "]")
+        self.finish()
 
 
 class _Csv(_Text):
@@ -150,7 +166,6 @@ class _Csv(_Text):
 
     def __init__(self, file: Path) -> None:
         super().__init__(file)
-        self._rows = csv.writer(self.stream)
         self._headed = False
 
     def write(self, shot: Shot, found: Any) -> None:
@@ -158,20 +173,25 @@ class _Csv(_Text):
             self._headed = True
             names = found.labels.names if isinstance(found, Poses) and found.labels is not None else ()
             points = [f"{name}_{part}" for name in names for part in ("x", "y", "score")]
-            self._rows.writerow(["source", "frame", "seconds", "id", "score", "x", "y", "width", "height", *points])
+            self._row(["source", "frame", "seconds", "id", "score", "x", "y", "width", "height", *points])
         start = [shot.name, shot.index, f"{shot.seconds:.4f}"]
         for n in range(len(found)):
             if isinstance(found, Boxes):
                 score = "" if found.scores is None else f"{found.scores[n]:.4f}"
-                self._rows.writerow([*start, "", score, *found.xywh[n].round(2).tolist()])
+                self._row([*start, "", score, *found.xywh[n].round(2).tolist()])
                 continue
             box = [""] * 4 if found.boxes is None else found.boxes[n].astype(np.float64).round(2).tolist()
             number = "" if found.ids is None else int(found.ids[n])
             values = found.keypoints[n].astype(np.float64).round(3).ravel().tolist()
-            self._rows.writerow([*start, number, f"{found.scores[n]:.4f}", *box, *values])
+            self._row([*start, number, f"{found.scores[n]:.4f}", *box, *values])
+
+    def _row(self, values: Sequence[object]) -> None:
+        text = io.StringIO()
+        csv.writer(text).writerow(values)
+        self.write_text(text.getvalue())
 
     def close(self) -> None:
-        self.stream.close()
+        self.finish()
 
 
 class _Lines:

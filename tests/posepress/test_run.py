@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,6 +140,22 @@ def test_a_source_is_never_overwritten(model, tmp_path):
     with pytest.raises(UserError, match="would overwrite its own source"):
         run(model, [tmp_path / "1.jpg"], Options(tmp_path))
     assert (tmp_path / "1.jpg").read_bytes() == before
+
+
+def test_two_images_of_one_name_are_refused(model, tmp_path):
+    for ending in ("jpg", "png"):
+        picture(tmp_path / "in" / f"1.{ending}")
+    with pytest.raises(UserError, match=r"belongs to .*1\.jpg and .*1\.png; rename one"):
+        run(model, [tmp_path / "in"], Options(tmp_path / "out"), quiet=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("ending", ["json", "csv"])
+def test_tables_on_a_full_disk_are_reported(model, photos, tmp_path, ending):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f"photos.{ending}").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="cannot be written .*free some space"):
+        run(model, [photos], Options(tmp_path / "out", ("coco", "csv")), quiet=True)
 
 
 def test_an_unwritable_folder_is_refused(model, photos, tmp_path):
