@@ -4,7 +4,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,12 +79,15 @@ def run(model: Model, given: Sequence[str | int | Path], options: Options, quiet
         distinct(sources)
         watch, started = Watch(), time.perf_counter()
         shown = _Progress(sources, watch, quiet)
-        if len(sources) == 1:
-            _one(model, sources[0], options, watch, shown)
-        else:
-            with ThreadPoolExecutor(len(sources)) as pool:
-                for future in [pool.submit(_one, model, source, options, watch, shown) for source in sources]:
+        stop = Event()
+        with ThreadPoolExecutor(len(sources)) as pool:
+            futures = [pool.submit(_one, model, source, options, watch, shown, stop) for source in sources]
+            try:
+                for future in as_completed(futures):
                     future.result()
+            except BaseException:  # also Ctrl-C: the other sources end, and their files are finished
+                stop.set()
+                raise
         seconds = time.perf_counter() - started
         shown.finish()
     counts: dict[str, int] = {}
@@ -98,11 +101,11 @@ def run(model: Model, given: Sequence[str | int | Path], options: Options, quiet
     }  # fmt: skip
 
 
-def _one(model: Model, source: Source, options: Options, watch: Watch, shown: "_Progress") -> None:
-    """Predict one source."""
+def _one(model: Model, source: Source, options: Options, watch: Watch, shown: "_Progress", stop: Event) -> None:
+    """Predict one source, until it ends or `stop` is set."""
     tracker = _tracker(model, options) if options.track and source.frame_rate is not None else None
     sinks = writers(source, options.out, options.save, options.jsonl)
-    with _Sink(sinks, watch) as sink, _Feed(source, watch) as feed:
+    with _Sink(sinks, watch) as sink, _Feed(source, watch, stop) as feed:
         waiting: deque[Shot] = deque()
 
         def samples() -> Iterator[Sample[Any]]:
@@ -128,8 +131,8 @@ def _tracker(model: Model, options: Options) -> Any:
 class _Feed:
     """Reads a source in a thread of its own, some images ahead."""
 
-    def __init__(self, source: Source, watch: Watch) -> None:
-        self._source, self._watch, self._stop = source, watch, Event()
+    def __init__(self, source: Source, watch: Watch, stop: Event) -> None:
+        self._source, self._watch, self._stop, self._all = source, watch, Event(), stop
         self._queue: Queue[Any] = Queue(1 if source.live else _QUEUE)
         self._thread = Thread(target=self._read, daemon=True)
 
@@ -162,8 +165,11 @@ class _Feed:
                 return
 
     def __iter__(self) -> Iterator[Shot]:
-        while True:
-            item = self._queue.get()
+        while not self._all.is_set():
+            try:
+                item = self._queue.get(timeout=0.2)
+            except Empty:
+                continue
             if item is None:
                 return
             if isinstance(item, BaseException):
@@ -207,10 +213,6 @@ class _Sink:
                 self._error = error
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is KeyboardInterrupt or kind is GeneratorExit:
-            with suppress(Empty):
-                while True:
-                    self._queue.get_nowait()
         self._queue.put(None)
         self._thread.join()
         for sink in self._sinks:

@@ -204,6 +204,20 @@ def test_an_interruption_finishes_the_files(model, tmp_path):
     assert isinstance(json.loads((tmp_path / "out/endless.json").read_text()), list)
 
 
+def test_an_error_of_one_source_ends_the_others(model, photos, tmp_path):
+    sample = next(iter(open_source(picture(tmp_path / "1.png")).shots)).sample
+    endless = Source("endless", (Shot("film", n, 0.0, sample) for n in range(10**9)))
+    (photos / "3.png").write_bytes(b"nothing")
+    from posepress import run as module
+
+    opened = iter([endless, open_source(photos)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "open_source", lambda *_: next(opened))
+        with pytest.raises(UserError, match=r"3\.png"):
+            run(model, ["endless", photos], Options(tmp_path / "out", ("coco",)), quiet=True)
+    assert isinstance(json.loads((tmp_path / "out/endless.json").read_text()), list)
+
+
 def test_tracked_people_keep_their_numbers(model, tmp_path):
     sample = next(iter(open_source(picture(tmp_path / "1.png")).shots)).sample
     shots = [Shot("film", n, n / 30, sample) for n in range(10)]
