@@ -32,7 +32,7 @@ import uvicorn
 from PIL import Image
 
 import posepress
-from posepress import cli, serve
+from posepress import cli, openapi, serve
 from posepress.errors import UserError
 from posepress.labels import Skeleton
 from posepress.resolution import Resolution
@@ -204,7 +204,7 @@ def test_detections_are_boxes(server, monkeypatch):
     monkeypatch.setattr(server.model, "found", Boxes(np.array([[1, 2, 3, 4.0], [5, 6, 7, 8]]), np.array([0.5, 0.2])))
     _, _, content = ask(server.port, "POST", "/predict", photo())
     assert content["boxes"] == [{"box": [1, 2, 3, 4], "score": 0.5}]
-    conforms(content, {"$ref": "#/components/schemas/Boxes"}, serve._document(1, 1))
+    conforms(content, {"$ref": "#/components/schemas/Boxes"}, openapi.document(1, 1))
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------------------
