@@ -295,14 +295,15 @@ class _Service:
         def begin() -> None:
             loop.call_soon_threadsafe(begun.set)
 
-        future = loop.run_in_executor(self._pool, self._respond, chunks, threshold, marks, begin)
+        job = self._pool.submit(self._respond, chunks, threshold, marks, begin)
+        future = asyncio.wrap_future(job)
         future.add_done_callback(_collect)
         # The requests before this one may each take the whole time; more than that passes only if predictions are stuck.
         patience = self._seconds * (1 + self._requests // self._workers)
         try:
             await asyncio.wait_for(begun.wait(), patience)
         except asyncio.TimeoutError as error:
-            future.cancel()
+            job.cancel()  # at once; asyncio's future would pass it on after the response
             raise _busy("earlier predictions take too long; send the image again later, or serve a faster engine") from error
         await asyncio.wait({future}, timeout=self._seconds)
         if not future.done():
